@@ -1,0 +1,1 @@
+"""One file a verb: absl flags -> objects -> the library."""

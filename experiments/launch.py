@@ -1,0 +1,207 @@
+"""From flags and ConfigDict to dataclasses, mesh and resumption: the only place where the two worlds meet."""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from llama_jax import runtime
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS, with_vocab_size
+from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.train.optimizer import OptimizerConfig
+from llama_jax.types import InputError
+
+CONFIG_FILE = 'config.json'
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
+
+_COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0, to join several processes by hand')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
+_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=configs/TASK.py:MODEL, with --config.SECTION.KEY=VALUE for any of its keys."""
+    return config_flags.DEFINE_config_file('config', None, 'configuration file, and the model as its argument')
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the command line and runs `main`; what the user got wrong is one line and status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _fail(f'unexpected argument {argv[1]!r}; every option is given as --name=value', 2)
+        try:
+            runtime.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            runtime.setup_logging()
+            main()
+        except InputError as error:
+            _fail(str(error), 2)
+        except FloatingPointError as error:
+            _fail(str(error), 1)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(str(error).removeprefix('FATAL Flags parsing error: '), 2)
+    except (KeyError, AttributeError, ValueError, TypeError, OSError) as error:
+        _fail(_describe_config_error(error, argv), 2)
+
+
+def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
+    """ml_collections names a bad key deep in a traceback: find the argument, and the keys it might have meant."""
+    path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
+    try:
+        known = _flat(_load_config_file(path))
+    except Exception:  # the configuration file itself is what failed
+        return f'cannot load --config={path}: {_first_line(error)}; name a file such as configs/pretrain.py:tiny'
+    for arg in argv:
+        if arg.startswith('--config.'):
+            key, _, value = arg.removeprefix('--config.').partition('=')
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)[:5]
+                return f'unknown config key --config.{key}; did you mean {" or ".join(near)}?'
+            if type(known[key]).__name__ in str(error) or repr(value) in str(error):
+                return f'--config.{key}={value}: the value must be a {type(known[key]).__name__}, like {known[key]!r}'
+    return f'configuration: {_first_line(error)}'
+
+
+def _load_config_file(path: str) -> ConfigDict:
+    import runpy
+
+    file, _, argument = path.partition(':')
+    get_config = runpy.run_path(file)['get_config']
+    return get_config(argument) if argument else get_config()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip('\'"').splitlines()[0]
+
+
+def _fail(message: str, status: int) -> None:
+    print(f'error: {" ".join(message.split())}', file=sys.stderr)
+    # Threads that read ahead or compile must not keep a failed run alive, nor print over its last line.
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def _flat(values: Any, prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in values.items():
+        if hasattr(value, 'items'):
+            flat |= _flat(value, f'{prefix}{key}.')
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def make_partitioner(config: ConfigDict) -> Partitioner:
+    """The mesh of all devices with the axis rules of `config.mesh`."""
+    mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES})
+    return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
+
+
+def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
+    """The model of an architecture with the knobs of `config.model`."""
+    if config.model.dtype not in DTYPES:
+        raise InputError(f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(DTYPES)}')
+    return LlamaForCausalLM(
+        llama,
+        dtype=DTYPES[config.model.dtype],
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention_implementation=config.model.attention,
+        partitioner=partitioner,
+    )
+
+
+def find_preset(name: str) -> LlamaConfig:
+    """The preset of that name, or a line with the nearest ones."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
+        raise InputError(f'unknown model {name!r}; did you mean {" or ".join(near)}?')
+    return PRESETS[name]
+
+
+def fit_vocabulary(config: ConfigDict, llama: LlamaConfig, tokenizer_size: int) -> LlamaConfig:
+    """The architecture with room for every id of the tokenizer."""
+    wanted = config.model.vocab_size or max(llama.vocab_size, tokenizer_size)
+    if wanted < tokenizer_size:
+        raise InputError(
+            f'--config.model.vocab_size={wanted} is less than the tokenizer needs: {tokenizer_size} ids; '
+            'raise it, or 0 to fit'
+        )
+    return with_vocab_size(llama, wanted)
+
+
+def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """`config.optimizer` as the dataclass that the library takes."""
+    return OptimizerConfig(**config.optimizer)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """'a, b' -> ('a', 'b')."""
+    return tuple(filter(None, (part.strip() for part in text.split(','))))
+
+
+# What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
+_IDENTITY = (
+    'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size', 'train.z_loss', 'optimizer.',
+)  # fmt: skip
+
+
+def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
+    """Refuses a workdir of another run, naming the first key that differs."""
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        return
+    try:
+        recorded = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f'{file} is damaged ({_first_line(error)}); start in a new --workdir') from error
+    before = _flat(recorded['config']) | {'checkpoint': recorded['base_checkpoint']}
+    now = _flat(json.loads(config.to_json())) | {'checkpoint': base_checkpoint}
+    for key in sorted(set(before) | set(now)):
+        if key.startswith(_IDENTITY) or key == 'checkpoint':
+            if before.get(key) != now.get(key):
+                flag = '--checkpoint' if key == 'checkpoint' else f'--config.{key}'
+                raise InputError(
+                    f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
+                    f'{now.get(key)!r}; restore it, or choose a new --workdir'
+                )
+
+
+def check_data(workdir: epath.Path, fingerprint: str) -> None:
+    """Refuses to go on where the documents themselves have changed."""
+    file = workdir / CONFIG_FILE
+    if file.exists() and (before := json.loads(file.read_text())['data_fingerprint']) != fingerprint:
+        raise InputError(
+            f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
+            f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
+        )
+
+
+def record_run(workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str) -> dict[str, Any]:
+    """Writes config.json and returns what it holds."""
+    record = {
+        'config': json.loads(config.to_json()),
+        'base_checkpoint': base_checkpoint,
+        'data_fingerprint': fingerprint,
+    }
+    if runtime.is_main_process():
+        (workdir / CONFIG_FILE).write_text(json.dumps(record, indent=2) + '\n')
+    return record
+

@@ -1,0 +1,320 @@
+"""Pretrains a Llama on text.
+
+    python -m experiments.pretrain --config=configs/pretrain.py:tiny --workdir=DIR
+
+Running the same command again resumes. The workdir holds config.json, model.json, the tokenizer, checkpoints/STEP/,
+metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
+"""
+
+import functools
+import itertools
+import json
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import launch
+from llama_jax import pretrained, runtime
+from llama_jax.checkpoint import Checkpointer
+from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
+from llama_jax.data.loader import batches
+from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
+from llama_jax.inference.generate import generate
+from llama_jax.losses.language_model import evaluate_loss, language_model_loss
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.train.loop import LoopConfig, train
+from llama_jax.train.metrics import (
+    JsonlWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    plot_loss,
+    read_metrics,
+)
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import TrainState, abstract_state, init_state, shardings_of, state_from_params
+from llama_jax.train.step import compile_train_step
+from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
+from llama_jax.types import InputError
+
+_CONFIG = launch.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run, local or gs://...', required=True)
+_CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'a checkpoint whose weights to continue from, with a new optimiser')
+
+logger = logging.getLogger('llama_jax.pretrain')
+
+# Rows that the unigram and bigram models are fitted on at most: counting more takes longer than it tells.
+_MAX_BASELINE_ROWS = 100_000
+
+
+def main() -> None:
+    config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+    runtime.enable_compilation_cache(config.log.compilation_cache)
+
+    # ---- What is refused before anything is written -----------------------------------------------------------------
+    preset = launch.find_preset(config.model.preset)
+    partitioner = launch.make_partitioner(config)
+    check_batch(config, partitioner)
+    if config.data.seq_len > preset.max_seq_len:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
+            f'{preset.max_seq_len} tokens'
+        )
+    optimizer = launch.make_optimizer_config(config)
+    schedule = make_schedule(optimizer, config.train.num_steps)
+    tx = make_optimizer(optimizer, schedule)
+    launch.check_workdir(workdir, config, _CHECKPOINT.value)
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+    tokenizer = find_tokenizer(config, workdir)
+    data = read_data(config, tokenizer)
+    launch.check_data(workdir, data.fingerprint)
+
+    # ---- Model, optimiser, state ------------------------------------------------------------------------------------
+    llama = launch.fit_vocabulary(config, preset, tokenizer.vocab_size)
+    model = launch.make_model(config, llama, partitioner)
+    logger.info('%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner))
+    record = launch.record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
+    if runtime.is_main_process():
+        pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
+    target = abstract_state(model, tx, partitioner)
+    checkpointer = Checkpointer(workdir / pretrained.CHECKPOINTS, config.checkpoint.keep)
+    state, start_step, rows_consumed = initial_state(config, checkpointer, target, model, tx)
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
+    metrics_file = workdir / 'metrics.jsonl'
+    writers = make_writers(config, workdir, metrics_file, start_step, record['config'])
+    validate = make_validation(config, data, loss_fn, partitioner)
+    with jax.set_mesh(partitioner.mesh):
+        state, step = train(
+            state,
+            config=loop_config(config, model, workdir),
+            step_fn=compile_train_step(
+                target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches
+            ),
+            frozen={},
+            batches=batches(
+                data.train, batch_size=config.train.batch_size, seq_len=config.data.seq_len,
+                partitioner=partitioner, rows_consumed=rows_consumed,
+            ),
+            rng=jax.random.key(config.seed + 1),
+            start_step=start_step,
+            schedule=schedule,
+            checkpointer=checkpointer,
+            metadata=record,
+            writers=writers,
+            callbacks=[(config.eval.every or config.train.num_steps, log_validation(validate))] if validate else [],
+        )  # fmt: skip
+    for writer in writers:
+        writer.close()
+    checkpointer.close()
+    if step < config.train.num_steps:
+        logger.info('stopped at step %d and saved; run the same command to go on', step)
+        return
+
+    # ---- Report -----------------------------------------------------------------------------------------------------
+    report = final_report(config, data, state, step, validate, tokenizer, llama.vocab_size)
+    report['sample'] = sample(config, model, state, tokenizer)
+    if runtime.is_main_process():
+        (workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+        lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
+        plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
+        print(describe(report, workdir))
+
+
+def check_batch(config: ConfigDict, partitioner) -> None:
+    """The batch must divide over microbatches, and each of them over the devices."""
+    size, parts = config.train.batch_size, config.train.num_microbatches
+    if parts < 1 or size < 1 or size % parts:
+        raise InputError(
+            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
+        )
+    partitioner.batch_sharding(size // parts, config.data.seq_len)
+
+
+def describe_devices(partitioner) -> str:
+    axes = ', '.join(f'{name} {size}' for name, size in partitioner.mesh.shape.items())
+    return f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
+
+
+def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
+    """The workdir's tokenizer: copied there from `data.tokenizer` or the base checkpoint, or trained on the data."""
+    file = workdir / 'tokenizer.model'
+    source = config.data.tokenizer or _CHECKPOINT.value
+    if not file.exists():
+        given = load_tokenizer(source) if source else None
+        if runtime.is_main_process():
+            workdir.mkdir(parents=True, exist_ok=True)
+            if given:
+                file.write_bytes(epath.Path(given.path).read_bytes())
+            else:
+                logger.info('training a tokenizer of %d ids', config.data.vocab_size)
+                train_tokenizer(
+                    launch.split_list(config.data.train), config.data.vocab_size, file,
+                    text_key=config.data.text_key, separator=config.data.separator,
+                )  # fmt: skip
+        runtime.sync_processes('tokenizer')
+    return load_tokenizer(file)
+
+
+def read_data(config: ConfigDict, tokenizer: Tokenizer) -> PretrainData:
+    """Reads, tokenises, packs and mixes the sources."""
+    weights = launch.split_list(config.data.weights)
+    try:
+        numbers = [float(weight) for weight in weights]
+    except ValueError as error:
+        raise InputError(f'--config.data.weights={config.data.weights!r}: {error}; give numbers, or nothing') from error
+    data = pretrain_dataset(
+        launch.split_list(config.data.train), tokenizer, config.data.seq_len,
+        weights=numbers or None, validation=launch.split_list(config.data.validation),
+        validation_fraction=config.data.validation_fraction, text_key=config.data.text_key,
+        separator=config.data.separator, seed=config.seed,
+        progress=lambda documents, size: logger.info('tokenised %s documents, %.1f MB', f'{documents:,}', size / 1e6),
+    )  # fmt: skip
+    logger.info(
+        'training data: %s documents, %.1f MB, %s tokens, %s rows of %d',
+        f'{data.num_train_documents:,}', data.num_train_bytes / 1e6, f'{data.num_train_tokens:,}',
+        f'{data.num_train_rows:,}', config.data.seq_len,
+    )  # fmt: skip
+    return data
+
+
+def initial_state(
+    config: ConfigDict,
+    checkpointer: Checkpointer,
+    target: TrainState,
+    model: LlamaForCausalLM,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, int, int]:
+    """(state, updates done, rows consumed): resumed, continued from --checkpoint, or fresh; born sharded."""
+    if restored := checkpointer.restore_latest(target):
+        step, state, metadata = restored
+        logger.info('resuming at step %d of %d', step, config.train.num_steps)
+        return state, step, metadata['rows_consumed']
+    if _CHECKPOINT.value:
+        base, params, _ = pretrained.load(_CHECKPOINT.value, mesh=model.partitioner.mesh)
+        for name, value in vars(base).items():
+            if name not in ('max_seq_len', 'rope_theta', 'rope_scaling') and value != getattr(model.config, name):
+                raise InputError(
+                    f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
+                    f'{getattr(model.config, name)}; choose the preset that the checkpoint was trained with'
+                )
+        start = jax.jit(functools.partial(state_from_params, tx=tx), out_shardings=shardings_of(target))
+        return start(params), 0, 0
+    start = jax.jit(
+        functools.partial(init_state, model, tx), out_shardings=shardings_of(target)
+    )
+    return start(jax.random.key(config.seed)), 0, 0
+
+
+def make_writers(
+    config: ConfigDict, workdir: epath.Path, metrics_file: epath.Path, start_step: int, record: dict[str, Any]
+) -> list[Writer]:
+    """Where the main process writes figures to."""
+    if not runtime.is_main_process():
+        return []
+    writers: list[Writer] = [JsonlWriter(metrics_file, start_step)]
+    if config.log.tensorboard:
+        writers.append(TensorBoardWriter(workdir / 'tensorboard'))
+    if config.log.wandb:
+        writers.append(WandbWriter(config.log.wandb, workdir.name, record))
+    return writers
+
+
+def loop_config(config: ConfigDict, model: LlamaForCausalLM, workdir: epath.Path) -> LoopConfig:
+    return LoopConfig(
+        num_steps=config.train.num_steps,
+        batch_size=config.train.batch_size,
+        tokens_per_step=config.train.batch_size * config.data.seq_len,
+        flops_per_token=training_flops_per_token(model.config, config.data.seq_len),
+        peak_flops=peak_flops_per_device(),
+        log_every=config.log.every,
+        checkpoint_every=config.checkpoint.every,
+        profile=(config.log.profile_start, config.log.profile_steps),
+        profile_dir=str(workdir / 'profile'),
+    )
+
+
+def make_validation(config: ConfigDict, data: PretrainData, loss_fn, partitioner):
+    """params -> Perplexity on the validation rows, or None where there are none."""
+    if data.validation is None:
+        return None
+    return functools.partial(
+        evaluate_rows, evaluate_loss(loss_fn), rows=data.validation, batch_size=config.train.batch_size,
+        partitioner=partitioner, max_rows=config.eval.max_rows,
+    )  # fmt: skip
+
+
+def log_validation(validate):
+    """A callback of the loop that adds the validation loss to the step's figures."""
+
+    def callback(state: TrainState, step: int) -> dict[str, float]:
+        found: Perplexity = validate(params=state.params)
+        logger.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, found.nats_per_token, found.bits_per_byte)
+        return {'validation_loss': found.nats_per_token, 'validation_bits_per_byte': found.bits_per_byte}
+
+    return callback
+
+
+def final_report(
+    config: ConfigDict, data: PretrainData, state: TrainState, step: int, validate, tokenizer: Tokenizer, vocab_size: int
+) -> dict[str, Any]:
+    """Validation loss beside those of count models fitted on the rows that the run was trained on."""
+    report: dict[str, Any] = {'step': step}
+    if validate is None:
+        return report
+    found = validate(params=state.params)
+    per_byte = found.bits_per_byte / found.nats_per_token
+    used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
+    rows = data.validation
+    count = min(len(rows), config.eval.max_rows or len(rows))
+    baselines = fit_baselines((data.train[i] for i in range(used)), (rows[i] for i in range(count)), vocab_size)
+    return report | {
+        'validation_tokens': found.num_tokens,
+        'validation_loss': found.nats_per_token,
+        'validation_bits_per_byte': found.bits_per_byte,
+        'bigram': baselines.bigram,
+        'bigram_bits_per_byte': baselines.bigram * per_byte,
+        'unigram': baselines.unigram,
+        'unigram_bits_per_byte': baselines.unigram * per_byte,
+    }
+
+
+def sample(config: ConfigDict, model: LlamaForCausalLM, state: TrainState, tokenizer: Tokenizer) -> str:
+    """A completion of `eval.prompt` by the trained weights, at temperature 0.8."""
+    if not config.eval.sample_tokens or jax.process_count() > 1:
+        return ''
+    device = jax.devices()[0]
+    params = jax.device_put(state.params, device)
+    completion = generate(
+        model.clone(partitioner=None), params, tokenizer, [config.eval.prompt],
+        max_new_tokens=config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed,
+    )  # fmt: skip
+    return config.eval.prompt + completion[0]
+
+
+def describe(report: dict[str, Any], workdir: epath.Path) -> str:
+    """The report as people read it."""
+    lines = [f'\ntrained {report["step"]} steps']
+    if 'validation_loss' in report:
+        lines.append(f'{"validation":22}{"nats/token":>12}{"bits/byte":>12}')
+        rows = (('this model', 'validation_loss', 'validation_bits_per_byte'),) + tuple(
+            (label, name, f'{name}_bits_per_byte')
+            for label, name in (('interpolated bigram', 'bigram'), ('unigram', 'unigram'))
+        )
+        lines += [f'{label:22}{report[loss]:12.4f}{report[bits]:12.4f}' for label, loss, bits in rows]
+    if report['sample']:
+        lines += ['', 'sample:', report['sample']]
+    return '\n'.join([*lines, '', f'loss curve: {workdir / "loss.png"}'])
+
+
+if __name__ == '__main__':
+    launch.run(main)

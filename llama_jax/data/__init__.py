@@ -1,0 +1,1 @@
+"""From files to rows: tokenizers, documents, packing, mixing, loading."""

@@ -1,0 +1,155 @@
+"""From source strings to what a training run reads: endless mixed rows, and rows to validate on."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import grain
+
+from llama_jax.data.mixture import mix
+from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents
+from llama_jax.data.prepared import PreparedRows, is_prepared
+from llama_jax.data.sources import read_documents
+from llama_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from llama_jax.types import InputError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainData:
+    """What pretraining reads.
+
+    Attributes:
+      train: endless; row `i` depends on the sources, the weights, the seed and `i` only.
+      validation: rows in order, or None where nothing was given or held out.
+      train_rows: the rows of each training source.
+      fingerprint: hash of the training rows, their weights, their length and the tokenizer; not of the seed.
+      num_train_tokens: tokens in one pass over all training sources; so for documents, bytes and rows.
+    """
+
+    train: grain.MapDataset
+    validation: Rows | None
+    train_rows: tuple[Rows, ...]
+    fingerprint: str
+    num_train_tokens: int
+    num_train_documents: int
+    num_train_bytes: int
+    num_train_rows: int
+
+
+def pretrain_dataset(
+    train: Sequence[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    weights: Sequence[float | int] | None = None,
+    validation: Sequence[str] = (),
+    validation_fraction: float = 0.01,
+    text_key: str = 'text',
+    separator: str = '',
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PretrainData:
+    """Reads, tokenises, packs and mixes the sources of a run; folders of prepared rows are just opened.
+
+    Args:
+      train: source strings (see `sources`), or folders that `write_prepared` wrote.
+      tokenizer: must be the one that prepared folders were written with.
+      seq_len: T; rows have T + 1 tokens.
+      weights: one for each training source, or None: by size.
+      validation: source strings, or one prepared folder. Empty: hold documents out of the training sources
+        that are text; which ones depends on their text alone, and the first document of a source always
+        trains.
+      validation_fraction: how much to hold out then; 0: nothing.
+      text_key: field of the text in JSON lines and TFDS.
+      separator: where text files are cut into documents.
+      seed: of the shuffling.
+      progress: called after each batch of a source, counting from its start.
+
+    Raises:
+      InputError: a source cannot be read, or prepared rows do not fit the tokenizer or seq_len.
+    """
+    train = _as_sources(train)
+    if not train:
+        raise InputError('no training data: name at least one source')
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f'validation_fraction is {validation_fraction}; it must be from 0 to below 1')
+    validation = _as_sources(validation)
+    fraction = 0.0 if validation else validation_fraction
+    held_out: list[str] = []
+    rows: list[Rows] = []
+    for source in train:
+        if is_prepared(source):
+            rows.append(_open_prepared(source, tokenizer, seq_len))
+            continue
+        documents = read_documents(source, text_key=text_key, separator=separator)
+        documents = _hold_out(documents, fraction, held_out)
+        rows.append(PackedRows(tokenize_documents(documents, tokenizer, progress), seq_len))
+    prepared = [source for source in validation if is_prepared(source)]
+    if prepared and len(validation) > 1:
+        raise InputError(f'validation mixes the prepared folder {prepared[0]} with others; give it alone')
+    validation_rows = None
+    if prepared:
+        validation_rows = _open_prepared(prepared[0], tokenizer, seq_len)
+    elif validation or held_out:
+        texts = (read_documents(source, text_key=text_key, separator=separator) for source in validation)
+        texts = itertools.chain(held_out, *texts)
+        validation_rows = PackedRows(tokenize_documents(texts, tokenizer), seq_len)
+    elif fraction:
+        _log.warning('no validation: none of the training documents falls in the %g held out', fraction)
+    identity = [[r.fingerprint for r in rows], list(map(float, weights or [])), seq_len, tokenizer.sha256]
+    return PretrainData(
+        train=mix(rows, weights, seed),
+        validation=validation_rows,
+        train_rows=tuple(rows),
+        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        num_train_tokens=sum(r.num_tokens for r in rows),
+        num_train_documents=sum(r.num_documents for r in rows),
+        num_train_bytes=sum(r.num_bytes for r in rows),
+        num_train_rows=sum(len(r) for r in rows),
+    )
+
+
+def train_tokenizer(
+    sources: Sequence[str],
+    vocab_size: int,
+    path: str | os.PathLike,
+    *,
+    text_key: str = 'text',
+    separator: str = '',
+) -> Tokenizer:
+    """Trains a sentencepiece tokenizer on text sources, writes it to `path` and opens it."""
+    texts = (
+        read_documents(source, text_key=text_key, separator=separator) for source in _as_sources(sources)
+    )
+    train_sentencepiece(itertools.chain.from_iterable(texts), vocab_size, path)
+    return load_tokenizer(path)
+
+
+def _as_sources(sources: Sequence[str] | str) -> tuple[str, ...]:
+    return (sources,) * bool(sources) if isinstance(sources, str) else tuple(sources)
+
+
+def _hold_out(documents: Iterable[str], fraction: float, held_out: list[str]) -> Iterator[str]:
+    """Passes documents on, but for `fraction` of them by the hash of their text, which go to `held_out`."""
+    for number, text in enumerate(documents):
+        digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
+        if number and int.from_bytes(digest[:8], 'big') < fraction * 2**64:
+            held_out.append(text)
+        else:
+            yield text
+
+
+def _open_prepared(directory: str, tokenizer: Tokenizer, seq_len: int) -> PreparedRows:
+    rows = PreparedRows(directory, seq_len)
+    if rows.tokenizer_sha256 != tokenizer.sha256:
+        raise InputError(
+            f'{directory} was prepared with another tokenizer (sha256 {rows.tokenizer_sha256[:12]}) than '
+            f'{tokenizer.path} ({tokenizer.sha256[:12]}); use that one or prepare the data again'
+        )
+    return rows

@@ -1,0 +1,82 @@
+"""From rows to global arrays: each host reads the rows that its own devices hold, and nothing else.
+
+Which rows those are follows from the batch's sharding, not from the process's number, so it is right also when `tensor`
+or `context` spans hosts. The state of the whole pipeline is one integer, the rows consumed.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+
+from llama_jax.data.packing import lm_batch
+from llama_jax.partitioning import Partitioner, make_global_array
+from llama_jax.types import LMBatch
+
+
+class _HostBatches:
+    """Batch i as this host's rows of it: a random-access source, so that grain's threads can read ahead."""
+
+    def __init__(self, rows, local_rows: list[int], batch_size: int, first_row: int):
+        self._rows, self._local_rows = rows, local_rows
+        self._batch_size, self._first_row = batch_size, first_row
+
+    def __len__(self) -> int:
+        return max(0, len(self._rows) - self._first_row) // self._batch_size
+
+    def __getitem__(self, index: int) -> LMBatch:
+        start = self._first_row + int(index) * self._batch_size
+        rows = [self._rows[start + row] for row in self._local_rows]
+        return lm_batch(
+            np.stack([row['tokens'] for row in rows]), np.stack([row['segment_ids'] for row in rows])
+        )
+
+
+def batches(
+    rows,
+    *,
+    batch_size: int,
+    seq_len: int,
+    partitioner: Partitioner,
+    rows_consumed: int = 0,
+    num_threads: int = 2,
+) -> Iterator[LMBatch]:
+    """Global batches in order, from the row after those already consumed.
+
+    Args:
+      rows: random access by index: what `mixture.mix` gives, or a plain source.
+      batch_size: rows in a global batch.
+      seq_len: tokens in a row.
+      partitioner: places the batch.
+      rows_consumed: where to go on.
+      num_threads: that read ahead.
+
+    Raises:
+      InputError: the batch does not divide over the mesh.
+    """
+    sharding = partitioner.batch_sharding(batch_size, seq_len)
+    indices = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
+    local_rows = sorted({row for index in indices for row in range(*index[0].indices(batch_size))})
+    row_of = {row: place for place, row in enumerate(local_rows)}
+    source = grain.MapDataset.source(_HostBatches(rows, local_rows, batch_size, rows_consumed))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    for host_batch in source.to_iter_dataset(options):
+        yield jax.tree.map(lambda x: make_global_array(x, row_of, batch_size, sharding), host_batch)
+
+
+class PaddedRows:
+    """Rows followed by empty ones (segment 0 counts for nothing), so that the last batch is whole."""
+
+    def __init__(self, rows, batch_size: int, max_rows: int = 0):
+        self._rows = rows
+        self._used = min(len(rows), max_rows or len(rows))
+        self._length = -(-self._used // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index < self._used:
+            return self._rows[index]
+        return {name: np.zeros_like(value) for name, value in self._rows[0].items()}

@@ -1,0 +1,282 @@
+"""Packed rows on disk: ArrayRecord shards and a manifest that is written last.
+
+A record is the row's tokens in the manifest's dtype, then its segment ids as uint32. The manifest makes the
+folder readable, so a run that was cut off leaves nothing that passes for data.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+from etils import epath
+
+from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
+from llama_jax.data.tokenizer import Tokenizer, write_atomically
+from llama_jax.types import InputError
+
+MANIFEST = 'manifest.json'
+_FORMAT = 'llama_jax packed rows 1'
+_KEYS = {
+    'seq_len': int,
+    'vocab_size': int,
+    'dtype': str,
+    'num_rows': int,
+    'num_documents': int,
+    'num_tokens': int,
+    'num_bytes': int,
+    'fingerprint': str,
+    'tokenizer_sha256': str,
+    'shards': list,
+}
+
+
+def is_prepared(source: str) -> bool:
+    """Whether `source` is a folder that `write_prepared` finished."""
+    return bool(source) and ':' not in source.replace('://', '') and (epath.Path(source) / MANIFEST).exists()
+
+
+def write_prepared(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    directory: str | os.PathLike,
+    *,
+    rows_per_shard: int = 1 << 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokenises, packs and writes documents as they come; memory does not grow with the corpus.
+
+    Args:
+      documents: texts, read once.
+      tokenizer: gives the ids.
+      seq_len: T; a row has T + 1 tokens.
+      directory: made where missing; shards of a run that was cut off are replaced.
+      rows_per_shard: rows in each file but the last.
+      progress: called after each batch.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      InputError: the directory already holds prepared data, or there are fewer than 2 tokens.
+    """
+    from array_record.python import array_record_module
+
+    folder = epath.Path(directory)
+    if seq_len < 1:
+        raise InputError(f'seq_len is {seq_len}; it must be 1 or more')
+    if (folder / MANIFEST).exists():
+        raise InputError(f'{directory} already holds prepared data; delete it or write elsewhere')
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob('rows-*.array_record'):
+        stale.unlink()
+    totals = {'num_rows': 0, 'num_documents': 0, 'num_tokens': 0, 'num_bytes': 0}
+    fingerprint = StreamFingerprint()
+    shards: list[dict[str, Any]] = []
+    writer = None
+    dtype = token_dtype(tokenizer)
+    try:
+        for row in _stream_rows(documents, tokenizer, seq_len, totals, fingerprint, progress):
+            if writer is None:
+                file = folder / f'rows-{len(shards):05d}.array_record'
+                writer = array_record_module.ArrayRecordWriter(os.fspath(file), 'group_size:1,zstd:1')
+                shards.append({'file': file.name, 'rows': 0})
+            writer.write(row['tokens'].astype(dtype).tobytes() + row['segment_ids'].astype('<u4').tobytes())
+            totals['num_rows'] += 1
+            shards[-1]['rows'] += 1
+            if shards[-1]['rows'] == rows_per_shard:
+                writer.close()
+                writer = None
+    finally:
+        if writer is not None:
+            writer.close()
+    if not shards:
+        raise InputError(
+            f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'
+        )
+    for shard in shards:
+        file = folder / shard['file']
+        shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
+    manifest = {
+        'format': _FORMAT,
+        'seq_len': seq_len,
+        'vocab_size': tokenizer.vocab_size,
+        'dtype': dtype.name,
+        **totals,
+        'fingerprint': fingerprint.hexdigest(),
+        'tokenizer_sha256': tokenizer.sha256,
+        'shards': shards,
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _stream_rows(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    totals: dict[str, int],
+    fingerprint: StreamFingerprint,
+    progress: Progress | None,
+) -> Iterator[Row]:
+    """The rows of `PackedRows`, one after another; adds to `totals` and `fingerprint` on the way."""
+    tokens = np.zeros(0, token_dtype(tokenizer))  # not yet in a row, or shared with the next one
+    numbers = np.zeros(0, np.int64)  # of the documents that they belong to
+    for chunk in tokenized_chunks(documents, tokenizer, progress):
+        fingerprint.update(chunk.tokens, chunk.starts + totals['num_tokens'])
+        is_start = np.zeros(len(chunk.tokens), np.int64)
+        is_start[chunk.starts] = 1
+        tokens = np.concatenate([tokens, chunk.tokens])
+        numbers = np.concatenate([numbers, totals['num_documents'] + np.cumsum(is_start)])
+        totals['num_documents'] += len(chunk.starts)
+        totals['num_tokens'] += len(chunk.tokens)
+        totals['num_bytes'] += chunk.num_bytes
+        begin = 0
+        while begin + seq_len < len(tokens):
+            row = slice(begin, begin + seq_len + 1)
+            yield pad_row(tokens[row], 1 + numbers[row] - numbers[begin], seq_len)
+            begin += seq_len
+        tokens, numbers = tokens[begin:], numbers[begin:]
+    if len(tokens) > 1:
+        yield pad_row(tokens, 1 + numbers - numbers[0], seq_len)
+
+
+class _ShardFile(NamedTuple):
+    """Tells the reader how many rows a shard has, so that it opens the file when a row is asked for."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class PreparedRows:
+    """Rows that `write_prepared` wrote; the same contract, and the same rows, as `packing.PackedRows`.
+
+    Attributes:
+      tokenizer_sha256: hash of the tokenizer file that made the tokens.
+      vocab_size: of that tokenizer.
+    """
+
+    def __init__(self, directory: str | os.PathLike, seq_len: int | None = None):
+        """Opens a folder and checks its files against the manifest: presence and size, not content.
+
+        Args:
+          directory: what `write_prepared` wrote.
+          seq_len: T wanted; rows are cut into whole parts, so it must divide the folder's own, which is the
+            default.
+
+        Raises:
+          InputError: no manifest, or a broken one; a shard is missing or cut short; seq_len does not divide.
+        """
+        from array_record.python import array_record_data_source
+
+        self._folder = epath.Path(directory)
+        manifest = _read_manifest(self._folder)
+        stored = manifest['seq_len']
+        self.seq_len = stored if seq_len is None else seq_len
+        if self.seq_len > stored:
+            raise InputError(
+                f'seq_len {seq_len} is longer than the rows of {directory}, {stored}: '
+                f'prepare it again with seq_len {seq_len}, or train with {stored} or less'
+            )
+        if self.seq_len < 1 or stored % self.seq_len:
+            raise InputError(
+                f'seq_len {seq_len} does not divide the rows of {directory}, {stored}; use a divisor'
+            )
+        self._parts, self._stored = stored // self.seq_len, stored
+        self._dtype = np.dtype(manifest['dtype']).newbyteorder('<')
+        self.fingerprint = manifest['fingerprint']
+        self.num_documents = manifest['num_documents']
+        self.num_tokens = manifest['num_tokens']
+        self.num_bytes = manifest['num_bytes']
+        self.tokenizer_sha256 = manifest['tokenizer_sha256']
+        self.vocab_size = manifest['vocab_size']
+        self._shards = manifest['shards']
+        for shard in self._shards:
+            file = self._folder / shard['file']
+            if not file.exists():
+                raise InputError(f'{file} is missing; copy {directory} again or prepare it again')
+            if file.stat().length != shard['bytes']:
+                raise InputError(
+                    f'{file} has {file.stat().length} bytes where its manifest says {shard["bytes"]}; '
+                    'it is cut short or changed: copy or prepare it again'
+                )
+        files = [
+            _ShardFile(os.fspath(self._folder / shard['file']), 0, shard['rows'], shard['rows'])
+            for shard in self._shards
+        ]
+        self._source = array_record_data_source.ArrayRecordDataSource(files)
+
+    def __len__(self) -> int:
+        return -(-(self.num_tokens - 1) // self.seq_len)
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        number, part = divmod(range(len(self))[index], self._parts)
+        try:
+            record = self._source[number]
+        except (RuntimeError, IndexError) as error:
+            ends = np.cumsum([shard['rows'] for shard in self._shards])
+            file = self._folder / self._shards[np.searchsorted(ends, number, side='right')]['file']
+            raise InputError(f'{file} is damaged at row {number}; copy or prepare it again') from error
+        width = (self._stored + 1) * self._dtype.itemsize
+        if len(record) != width + (self._stored + 1) * 4:
+            raise InputError(f'row {number} of {self._folder} has {len(record)} bytes; prepare it again')
+        cut = slice(part * self.seq_len, (part + 1) * self.seq_len + 1)
+        tokens = np.frombuffer(record[:width], self._dtype)[cut]
+        segment_ids = np.frombuffer(record[width:], '<u4')[cut].astype(np.int32)
+        offset = segment_ids[0] - 1
+        return pad_row(tokens, np.where(segment_ids > 0, segment_ids - offset, 0), self.seq_len)
+
+    def verify(self) -> None:
+        """Compares every shard with its hash; raises InputError naming the first that differs."""
+        for shard in self._shards:
+            file = self._folder / shard['file']
+            if _sha256(file) != shard['sha256']:
+                raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
+
+
+def _read_manifest(folder: epath.Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            f'{folder} has no {MANIFEST}: nothing was prepared there, or it was cut off'
+        ) from error
+    except ValueError as error:
+        raise InputError(f'{file} is not JSON; copy or prepare it again') from error
+    if not isinstance(manifest, dict) or manifest.get('format') != _FORMAT:
+        raise InputError(f'{file} is not a manifest of {_FORMAT!r}; prepare it again')
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if not wrong:
+        num_rows = -(-(manifest['num_tokens'] - 1) // max(manifest['seq_len'], 1))
+        is_right = {
+            'dtype': manifest['dtype'] in ('uint16', 'uint32'),
+            'num_rows': manifest['num_rows'] == num_rows > 0,
+            'shards': all(map(_is_shard, manifest['shards']))
+            and sum(shard['rows'] for shard in manifest['shards']) == num_rows,
+        }
+        wrong = [key for key, right in is_right.items() if not right]
+    if wrong:
+        raise InputError(f'{file} lacks or spoils {", ".join(wrong)}; copy or prepare it again')
+    return manifest
+
+
+def _is_shard(shard: object) -> bool:
+    """Whether an entry describes a file of the folder itself."""
+    if not isinstance(shard, dict):
+        return False
+    kinds = {'file': str, 'rows': int, 'bytes': int, 'sha256': str}
+    return all(isinstance(shard.get(key), kind) for key, kind in kinds.items()) and '/' not in shard['file']
+
+
+def _sha256(file: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with file.open('rb') as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Measuring a model: perplexity, and beside it what the simplest models reach."""

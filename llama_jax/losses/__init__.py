@@ -1,0 +1,1 @@
+"""Objectives: (params, frozen, batch, rng) -> sums."""

@@ -1,0 +1,1 @@
+"""The architecture: the only place that imports flax.linen."""

@@ -1,0 +1,269 @@
+"""The Llama architecture: Attention, MLP, Block, Transformer, and the language-model head.
+
+Linen modules over plain-dict parameters: `apply({'params': params}, tokens) -> (logits, cache)`. All mathematics is in
+`ops`; here stand only the weights (shape, logical axes and initialiser on one line each) and the order of the layers.
+The layers are one scanned block, their weights stacked on a leading `layers` axis whatever the unrolling or remat.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.kv_cache import KVCache
+from llama_jax.ops.activations import swiglu
+from llama_jax.ops.attention import attention
+from llama_jax.ops.linear import einsum
+from llama_jax.ops.normalization import rms_norm
+from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
+from llama_jax.partitioning import LogicalAxes, Partitioner
+from llama_jax.types import InputError, Params, PyTree
+
+# What the backward pass finds saved, from least memory to most; all else it recomputes from the block's input.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names('attention_output'),
+    'projections': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'none': None,  # no recomputation: everything is saved
+}
+
+RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
+
+# Meta publishes no initialisation. Normal(0.02) is the convention (Hugging Face's `initializer_range`); the two
+# projections that write to the residual stream are scaled down with its depth, as in GPT-2.
+_INIT_STDDEV = 0.02
+
+
+class _Layer(nn.Module):
+    """What every layer knows: sizes, compute dtype, kernel, placement."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    attention_implementation: str
+    partitioner: Partitioner | None
+
+    def weight(self, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Callable) -> Array:
+        """A master weight (fp32) that carries its logical axes."""
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+    def shard(self, x: Array, *axes: str) -> Array:
+        return x if self.partitioner is None else self.partitioner.shard(x, axes, f'{self.name} activation')
+
+    @property
+    def residual_init(self) -> Callable:
+        return nn.initializers.normal(_INIT_STDDEV / (2 * self.config.num_layers) ** 0.5)
+
+
+_normal = nn.initializers.normal(_INIT_STDDEV)
+_ones = nn.initializers.ones_init()
+
+
+class Attention(_Layer):
+    """Grouped-query self-attention with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        rope: RopeTables,
+        segment_ids: Int[Array, 'B T'] | None,
+        cache: KVCache | None,
+        layer: Int[Array, ''],
+    ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+        c = self.config
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        w_q = self.weight('q', (D, N, H), ('embed', 'heads', 'head_dim'), _normal)
+        w_k = self.weight('k', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
+        w_v = self.weight('v', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
+        w_o = self.weight('o', (N, H, D), ('heads', 'head_dim', 'embed'), self.residual_init)
+
+        q = self.shard(einsum('btd,dnh->btnh', x, w_q), 'batch', 'length', 'heads', 'head_dim')
+        k = self.shard(einsum('btd,dkh->btkh', x, w_k), 'batch', 'length', 'kv_heads', 'head_dim')
+        v = self.shard(einsum('btd,dkh->btkh', x, w_v), 'batch', 'length', 'kv_heads', 'head_dim')
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+
+        if cache is None:
+            attended = attention(
+                q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
+                implementation=self.attention_implementation,
+            )  # fmt: skip
+        else:
+            cache = cache.write(layer, k, v)
+            k, v = cache.layer(layer)
+            attended = attention(
+                q, k.astype(q.dtype), v.astype(q.dtype), q_start=cache.length,
+                implementation=self.attention_implementation,
+            )  # fmt: skip
+        attended = checkpoint_name(attended, 'attention_output')
+        out = einsum('btnh,nhd->btd', attended, w_o)
+        return self.shard(out, 'batch', 'length', 'act_embed'), cache
+
+
+class MLP(_Layer):
+    """The SwiGLU feed-forward layer."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+        D, F = self.config.embed_dim, self.config.mlp_dim
+        w_gate = self.weight('gate', (D, F), ('embed', 'mlp'), _normal)
+        w_up = self.weight('up', (D, F), ('embed', 'mlp'), _normal)
+        w_down = self.weight('down', (F, D), ('mlp', 'embed'), self.residual_init)
+        gate = self.shard(einsum('btd,df->btf', x, w_gate), 'batch', 'length', 'mlp')
+        up = self.shard(einsum('btd,df->btf', x, w_up), 'batch', 'length', 'mlp')
+        return self.shard(einsum('btf,fd->btd', swiglu(gate, up), w_down), 'batch', 'length', 'act_embed')
+
+
+class Block(_Layer):
+    """One layer: x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)). The signature is that of a scan's body."""
+
+    @nn.compact
+    def __call__(self, carry, layer: Int[Array, ''], rope: RopeTables, segment_ids: Int[Array, 'B T'] | None):
+        x, cache = carry
+        knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner)
+        attention_norm = self.weight('attention_norm', (self.config.embed_dim,), ('norm',), _ones)
+        mlp_norm = self.weight('mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
+        normed = rms_norm(x, attention_norm, self.config.norm_eps)
+        attended, cache = Attention(*knobs, name='attention')(normed, rope, segment_ids, cache, layer)
+        x = x + attended
+        x = x + MLP(*knobs, name='mlp')(rms_norm(x, mlp_norm, self.config.norm_eps))
+        return (x, cache), None
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm: the trunk under every head.
+
+    Attributes:
+      config: the architecture.
+      dtype: of the computation; weights stay fp32, as do softmax, norms, RoPE and logits.
+      remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      unroll: layers per step of the scan; changes speed and compile time, never the weights' layout.
+      attention_implementation: see `ops.attention.attention`.
+      partitioner: where activations are constrained to; None leaves placement to the compiler.
+    """
+
+    config: LlamaConfig
+    dtype: jnp.dtype = jnp.bfloat16
+    remat: str = 'none'
+    unroll: int = 1
+    attention_implementation: str = 'auto'
+    partitioner: Partitioner | None = None
+
+    def setup(self):
+        V, D = self.config.vocab_size, self.config.embed_dim
+        self.embed = self.param('embed', nn.with_logical_partitioning(_normal, ('vocab', 'embed')), (V, D))
+        self.final_norm = self.param('final_norm', nn.with_logical_partitioning(_ones, ('norm',)), (D,))
+        self.blocks = self._scanned_block()(
+            self.config, self.dtype, self.attention_implementation, self.partitioner
+        )
+
+    def _scanned_block(self):
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f'unknown remat policy {self.remat!r}; choose from {sorted(REMAT_POLICIES)}')
+        block = Block
+        if (policy := REMAT_POLICIES[self.remat]) is not None:
+            # Inside a scan nothing can be merged across the two passes, so XLA needs no barrier against it.
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        return nn.scan(
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.config.num_layers,
+            unroll=min(self.unroll, self.config.num_layers),
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+
+    def hidden(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'] | None = None,
+        segment_ids: Int[Array, 'B T'] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+        """The normalised output of the last layer, and the cache with these tokens written but not yet counted."""
+        if positions is None:
+            start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
+            positions = jnp.broadcast_to(start[:, None] + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        c, s = self.config, self.config.rope_scaling
+        scaling = () if s is None else (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len)
+        rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, *scaling))
+        x = self.embed_tokens(tokens)
+        layers = jnp.arange(c.num_layers)
+        (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)
+        return rms_norm(x, self.final_norm, c.norm_eps), cache
+
+    def embed_tokens(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+        table = self.embed.astype(self.dtype)
+        if self.partitioner is None:
+            return jnp.take(table, tokens, axis=0)
+        # Looking up in a table split along `embed` makes XLA replicate the result first ("involuntary full
+        # rematerialization"); with the table's rows whole it gathers from the shard that has them.
+        table = self.partitioner.shard(table, ('vocab', 'act_embed'), 'embed')
+        return self.partitioner.shard(jnp.take(table, tokens, axis=0), ('batch', 'length', 'act_embed'))
+
+
+class LlamaForCausalLM(Transformer):
+    """The trunk with its next-token head."""
+
+    def setup(self):
+        super().setup()
+        if not self.config.tie_embeddings:
+            V, D = self.config.vocab_size, self.config.embed_dim
+            self.head = self.param('head', nn.with_logical_partitioning(_normal, ('vocab', 'embed')), (V, D))
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'] | None = None,
+        segment_ids: Int[Array, 'B T'] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, 'B T V'], KVCache | None]:
+        """Next-token logits.
+
+        Args:
+          tokens: ids.
+          positions: what RoPE rotates by; by default consecutive, after those in the cache.
+          segment_ids: documents packed in a row do not see each other; not to be combined with a cache.
+          cache: tokens read before; T new ones are appended to it.
+
+        Returns:
+          fp32 logits, and the cache with the new tokens counted (None where none was given).
+        """
+        hidden, cache = self.hidden(tokens, positions, segment_ids, cache)
+        head = self.embed if self.config.tie_embeddings else self.head
+        logits = einsum('btd,vd->btv', hidden, head, output_dtype=jnp.float32)
+        if self.partitioner is not None:
+            logits = self.partitioner.shard(logits, ('batch', 'length', 'vocab'), 'logits')
+        return logits, None if cache is None else cache.advance(tokens.shape[1])
+
+
+def head_weight(params: Params) -> Float[Array, 'V D']:
+    """The weight that makes logits of hidden states: the head, or the embedding where the two are tied."""
+    return params['head'] if 'head' in params else params['embed']
+
+
+def init_params(model: Transformer, rng: Array) -> Params:
+    """Freshly drawn fp32 weights as a plain nested dict (under `jax.jit`, born with its output shardings)."""
+    return nn.meta.unbox(_init_boxed(model, rng))
+
+
+def abstract_params(model: Transformer) -> Params:
+    """Shapes and dtypes of the weights, without memory."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def param_axes(model: Transformer) -> PyTree:
+    """Logical axes of every weight: a tree like the params with a tuple of names at each leaf."""
+    boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+def _init_boxed(model: Transformer, rng: Array) -> PyTree:
+    # One token tells the shapes of all weights; no mesh, as that token would not divide over it.
+    return model.clone(partitioner=None).init(rng, jnp.zeros((1, 1), jnp.int32))['params']

@@ -1,0 +1,200 @@
+"""The training loop: launch a step, and while it runs look at the one before."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from llama_jax.checkpoint import Checkpointer
+from llama_jax.runtime import PreemptionSignal, is_main_process
+from llama_jax.train.metrics import Writer
+from llama_jax.train.state import TrainState
+from llama_jax.types import Array, Metrics, PyTree
+
+# (state after `step` updates, step) -> figures to log with that step.
+Callback = Callable[[TrainState, int], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Attributes:
+    num_steps: updates after which training ends.
+    batch_size: rows in a step, for the count of rows consumed.
+    tokens_per_step: of a global batch, for the rates.
+    flops_per_token: (causal, full), of one token's training.
+    peak_flops: of one device.
+    log_every: steps between logged steps.
+    checkpoint_every: steps between checkpoints; the last step is always one.
+    profile: (first step, number of steps) to trace; (0, 0) traces none.
+    profile_dir: where the trace goes.
+    """
+
+    num_steps: int
+    batch_size: int
+    tokens_per_step: int
+    flops_per_token: tuple[float, float]
+    peak_flops: float
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    profile: tuple[int, int] = (0, 0)
+    profile_dir: str = ''
+
+
+def train(
+    state: TrainState,
+    *,
+    config: LoopConfig,
+    step_fn: Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]],
+    frozen: PyTree,
+    batches: Iterator[PyTree],
+    rng: Array,
+    start_step: int,
+    schedule: Callable[[int], Any],
+    checkpointer: Checkpointer,
+    metadata: dict[str, Any],
+    writers: Sequence[Writer] = (),
+    callbacks: Sequence[tuple[int, Callback]] = (),
+) -> tuple[TrainState, int]:
+    """Runs until `num_steps`, or until a preemption signal has been answered with a checkpoint.
+
+    Args:
+      state: at `start_step`; donated.
+      config: lengths and intervals.
+      step_fn: from `step.compile_train_step`.
+      frozen: passed through to the loss.
+      batches: global batches from the row after those consumed.
+      rng: the run's key.
+      start_step: updates already done.
+      schedule: update count -> learning rate, for the log.
+      checkpointer: saves state with the rows consumed.
+      metadata: saved with every checkpoint.
+      writers: take each logged step, on process 0.
+      callbacks: (every, function), called after every that many updates and after the last.
+
+    Returns:
+      The last state, and the number of updates it has had (below `num_steps` after a preemption).
+
+    Raises:
+      FloatingPointError: a metric is not finite; the message names it and the step. Nothing later than the last
+        checkpoint is saved.
+    """
+    preemption = PreemptionSignal()
+    timer = _Timer(config, start_step)
+    bar = tqdm.tqdm(total=config.num_steps, initial=start_step, unit='step', disable=not is_main_process())
+    done = saved = start_step
+
+    def report(step: int, metrics: Metrics, extra: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f'{name} is {value} at step {step}; the last checkpoint is of step {saved}. Lower '
+                    '--config.optimizer.learning_rate, or look at the data of this step'
+                )
+        logged = extra or step % config.log_every == 0 or step == config.num_steps
+        if not logged and step > start_step + 1:
+            return
+        rates = timer.rates(step)  # also after the first step, which compiles: the next rates are without it
+        bar.set_postfix_str(f'loss {values["loss"]:.3f}, {rates["tokens_per_second"]:,.0f} tok/s')
+        if logged and is_main_process():
+            values |= {'learning_rate': float(schedule(step - 1)), **rates, **extra}
+            for writer in writers:
+                writer.write(step, values)
+
+    def save() -> None:
+        nonlocal saved
+        # The figures of every saved step must survive a kill: resuming keeps them, and computes only later ones.
+        for writer in writers if is_main_process() else ():
+            writer.flush()
+        checkpointer.save(done, state, metadata | {'rows_consumed': done * config.batch_size})
+        saved = done
+
+    # The loop reads one step behind: fetching a metric waits for its step, and the devices must not wait for us.
+    pending: tuple[int, Metrics] | None = None
+    with contextlib.closing(preemption), contextlib.closing(_Profiler(config)) as profiler, bar:
+        while done < config.num_steps and not preemption.received(done):
+            profiler.before_step(done)
+            batch = next(batches)
+            with jax.profiler.StepTraceAnnotation('train', step_num=done):
+                state, metrics = step_fn(state, frozen, batch, rng)
+            done += 1
+            bar.update()
+            if pending:
+                report(*pending, {})
+            pending = (done, metrics)
+            last = done == config.num_steps
+            due = [callback for every, callback in callbacks if every > 0 and (done % every == 0 or last)]
+            save_due = last or done % config.checkpoint_every == 0
+            if due or save_due:
+                jax.block_until_ready(metrics)
+                with timer.paused():
+                    extra = functools.reduce(dict.__or__, (callback(state, done) for callback in due), {})
+                report(*pending, extra)
+                pending = None
+            if save_due:
+                with timer.paused():
+                    save()
+        if pending:
+            report(*pending, {})
+        if done > saved:
+            save()
+        checkpointer.wait()
+    return state, done
+
+
+class _Profiler:
+    """The profiler's trace of a range of steps."""
+
+    def __init__(self, config: LoopConfig):
+        self._first, self._count = config.profile
+        self._directory = config.profile_dir
+        self._running = False
+
+    def before_step(self, done: int) -> None:
+        if self._count and done == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif self._running and done == self._first + self._count:
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+class _Timer:
+    """Rates between logged steps, without the time that evaluation, sampling and saving took."""
+
+    def __init__(self, config: LoopConfig, start_step: int):
+        self._config = config
+        self._step = start_step
+        self._mark = time.perf_counter()
+        self._paused = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Tokens per second and utilisations since the last call."""
+        now = time.perf_counter()
+        seconds = now - self._mark - self._paused
+        per_second = (step - self._step) * self._config.tokens_per_step / max(seconds, 1e-9)
+        per_device = per_second / jax.device_count()
+        self._mark, self._step, self._paused = now, step, 0.0
+        causal, full = (flops * per_device / self._config.peak_flops for flops in self._config.flops_per_token)
+        return {
+            'tokens_per_second': per_second,
+            'tokens_per_second_per_device': per_device,
+            'mfu_causal': causal,
+            'mfu_full': full,
+        }

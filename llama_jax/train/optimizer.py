@@ -1,0 +1,108 @@
+"""The optimiser by name, and the schedule of its learning rate, as the LLaMA papers set them."""
+
+import dataclasses
+
+import jax
+import optax
+
+from llama_jax.types import InputError, Params, PyTree
+
+OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """LLaMA's recipe by default (LLaMA paper section 2.3; Llama 2 paper section 2.2).
+
+    Attributes:
+      name: one of `OPTIMIZERS`.
+      learning_rate: the peak.
+      warmup_steps: of linear warm-up from 0.
+      final_fraction: the cosine ends at this share of the peak.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      eps: added to the root of the second moment. LLaMA 1 does not publish its own; Llama 2 uses 1e-5.
+      weight_decay: decoupled; not on norms.
+      clip_norm: global gradient norm above which gradients are scaled down; 0 does not clip.
+    """
+
+    name: str = 'adamw'
+    learning_rate: float = 3e-4
+    warmup_steps: int = 2000
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine that reaches `final_fraction` of the peak at `num_steps`.
+
+    Raises:
+      InputError: the warm-up does not end before training does.
+    """
+    if config.warmup_steps >= num_steps:
+        raise InputError(
+            f'warmup_steps {config.warmup_steps} does not end before num_steps {num_steps}; '
+            'lower --config.optimizer.warmup_steps'
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+    # optax counts from 0: without the shift the first update would have learning rate 0.
+    return lambda count: schedule(count + 1)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) -> optax.GradientTransformation:
+    """Clipping, the update rule, and decoupled weight decay on all but norms.
+
+    Raises:
+      InputError: the name is unknown.
+    """
+    decay = dict(weight_decay=config.weight_decay, mask=decayed)
+    if config.name == 'adamw':
+        update = optax.adamw(schedule, config.beta1, config.beta2, config.eps, **decay)
+    elif config.name == 'adafactor':
+        update = optax.adafactor(
+            schedule, multiply_by_parameter_scale=False,
+            weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed,
+        )  # fmt: skip
+    elif config.name == 'lion':
+        update = optax.lion(schedule, config.beta1, config.beta2, **decay)
+    elif config.name == 'muon':
+        update = optax.contrib.muon(
+            schedule, weight_decay=config.weight_decay, weight_decay_mask=decayed, adam_b1=config.beta1,
+            adam_b2=config.beta2, muon_weight_dimension_numbers=_muon_dimensions,
+        )  # fmt: skip
+    else:
+        raise InputError(f'unknown optimizer {config.name!r}; choose from {OPTIMIZERS}')
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def decayed(params: Params) -> PyTree:
+    """True for every weight that decays: all but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith('norm'), params)
+
+
+def _muon_dimensions(params: Params) -> PyTree:
+    """Which axes of a weight Muon's matrix is made of; None (embedding, head, norms) is left to Adam.
+
+    The weights are stacked [L, in..., out...]: `o` reduces over heads and head_dim, all others over their first axis.
+    """
+    dimensions = optax.contrib.MuonDimensionNumbers
+
+    def of(path, leaf):
+        name = path[-1].key
+        if name in ('embed', 'head') or name.endswith('norm'):
+            return None
+        if name == 'o':
+            return dimensions(reduction_axis=(1, 2), output_axis=(3,))
+        return dimensions(reduction_axis=(1,), output_axis=tuple(range(2, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(of, params)

@@ -1,0 +1,55 @@
+"""The structs that flow between rooms, and the legend of axis letters.
+
+Shapes stand in signatures as jaxtyping strings. One letter means the same thing in the whole code base:
+
+    B batch      T query length   S key length     D embed      F mlp          V vocab
+    N query heads   K kv heads    G = N / K        H head_dim   L layers
+
+The annotations are checked (by beartype) in tests only; in production they cost nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array
+PyTree = Any
+Params = dict[str, Any]  # a plain nested dict of arrays
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is the one line that they read.
+
+    It says what is wrong, the value, what is allowed and what to do. Commands print it and exit with status 2;
+    every other exception is a defect of ours and keeps its traceback.
+    """
+
+
+@flax.struct.dataclass
+class LMBatch:
+    """Packed rows for next-token prediction.
+
+    Attributes:
+      tokens: what the model reads.
+      targets: `targets[b, t]` is the token that follows `tokens[b, t]`.
+      positions: place of each token in its own document piece, from 0; what RoPE rotates by.
+      segment_ids: which document of the row a token belongs to, from 1; 0 is padding.
+      loss_mask: 1 where the target counts, 0 across document ends and in padding.
+    """
+
+    tokens: Int[Array | np.ndarray, 'B T']
+    targets: Int[Array | np.ndarray, 'B T']
+    positions: Int[Array | np.ndarray, 'B T']
+    segment_ids: Int[Array | np.ndarray, 'B T']
+    loss_mask: Bool[Array | np.ndarray, 'B T']
+
+
+Metrics = dict[str, Float[Array, '']]
+
+# (params, frozen, batch, rng) -> (sum of losses, sum of weights, further sums by name).
+# Losses are sums: the division by the weight happens once, over the global batch and all its microbatches.
+LossFn = Callable[[Params, PyTree, Any, Array], tuple[Float[Array, ''], Float[Array, ''], Metrics]]

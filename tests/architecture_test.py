@@ -1,0 +1,242 @@
+"""The house rules that a program can check: floors, fences, file sizes, what an import costs and loads.
+
+A room is a module or package directly under `llama_jax`. It imports from lower floors only. Files inside a package
+import each other one way only. The third-party column is cumulative; a name covers its submodules.
+"""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+MAX_LINES = 400
+FLOORS: list[tuple[set[str], set[str]]] = [
+    ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
+    ({'partitioning', 'runtime'}, set()),
+    ({'ops'}, set()),
+    ({'models'}, {'flax.linen'}),
+    (
+        {'lora', 'quantize', 'checkpoint', 'convert', 'data', 'losses'},
+        {
+            *('optax', 'orbax', 'tensorstore', 'etils', 'ml_dtypes', 'flax.traverse_util'),
+            *('grain', 'tensorflow_datasets', 'pyarrow', 'array_record', 'zstandard'),
+            *('sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'),
+            *('safetensors', 'gguf'),
+        },
+    ),
+    ({'pretrained'}, {'huggingface_hub'}),
+    ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'tqdm'}),
+    ({'rl', 'eval', 'preflight'}, {'lm_eval'}),
+]
+FLOOR_OF = {room: floor for floor, (rooms, _) in enumerate(FLOORS) for room in rooms}
+LINEN_ROOM = 'models'
+
+
+def _modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Every file of the library by its dotted name; a package's name stands for its `__init__.py`."""
+    files = sorted((root / 'llama_jax').rglob('*.py'))
+    return {
+        '.'.join(file.relative_to(root).with_suffix('').parts).removesuffix('.__init__'): file
+        for file in files
+    }
+
+
+def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that is imported, inside functions too; `from a import b` gives `a.b`."""
+    parents = module.split('.') if is_package else module.split('.')[:-1]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                base = (
+                    '.'.join([*parents[: len(parents) + 1 - level], *filter(None, [source])])
+                    if level
+                    else source
+                )
+                yield from ((node.lineno, f'{base}.{alias.name}') for alias in names)
+            case ast.Call(
+                func=ast.Attribute(attr='import_module') | ast.Name(id='import_module' | '__import__'),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
+
+
+def _covers(names: set[str], imported: str) -> bool:
+    return any(f'{imported}.'.startswith(f'{name}.') for name in names)
+
+
+def _import_violation(module: str, imported: str, modules: dict[str, pathlib.Path]) -> str | None:
+    """What is wrong with this import in a file of this name, or None."""
+    room = '.'.join(module.split('.')[1:2])  # '' is `llama_jax/__init__.py`, the face: above all floors
+    floor = FLOOR_OF[room] if room else len(FLOORS) - 1
+    top, _, rest = imported.partition('.')
+    if top in sys.stdlib_module_names:
+        return None
+    if top == 'llama_jax':
+        target = rest.split('.')[0]
+        if f'llama_jax.{target}' not in modules:
+            return f'imports {imported}, a name of the face; import it from its own file'
+        if target != room and room and FLOOR_OF.get(target, floor) >= floor:
+            return f'imports {target}, which is not on a lower floor'
+        return None
+    if _covers({'flax.linen'}, imported) and room != LINEN_ROOM:
+        return f'imports {imported}; flax.linen stays in models'
+    if not _covers(set().union(*(allowed for _, allowed in FLOORS[: floor + 1])), imported):
+        return f'imports {imported}, which {room or "the face"} may not'
+    return None
+
+
+def _fence_violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id='print')) | ast.Attribute(value=ast.Name(id='sys'), attr='stdout'):
+                yield node.lineno, 'prints; return the text or log it'
+            case ast.Name(id='ConfigDict') | ast.Attribute(attr='ConfigDict'):
+                yield node.lineno, 'uses ConfigDict; take a frozen dataclass'
+
+
+def violations(root: pathlib.Path) -> list[str]:
+    """Every breach of the house rules by the library under `root`, as `file:line: what`."""
+    found = []
+    modules = _modules(root)
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module, file in modules.items():
+        name = file.relative_to(root)
+        room = '.'.join(module.split('.')[1:2])
+        if room and room not in FLOOR_OF:
+            found.append(f'{name}:1: room {room} is on no floor; give it one in FLOORS and in the design')
+            continue
+        source = file.read_text()
+        if (count := len(source.splitlines())) > MAX_LINES:
+            found.append(f'{name}:{count}: longer than {MAX_LINES} lines; split it by meaning')
+        tree = ast.parse(source)
+        found += [f'{name}:{line}: {what}' for line, what in _fence_violations(tree)]
+        for line, imported in _imports(tree, module, file.name == '__init__.py'):
+            if what := _import_violation(module, imported, modules):
+                found.append(f'{name}:{line}: {what}')
+            # `from package import x` leads to the file x where there is one, else to the package's own file.
+            target = next((m for m in (imported, imported.rpartition('.')[0]) if m in modules), None)
+            if target and target != module:
+                graph[module].add(target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f'import cycle: {" -> ".join(error.args[1])}')
+    return found
+
+
+def test_library_keeps_the_house_rules():
+    assert _modules(REPOSITORY), f'no library under {REPOSITORY}'
+    assert not violations(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ('file', 'source', 'message'),
+    [
+        (
+            'ops/rope.py',
+            'from llama_jax.models.llama import Block',
+            'imports models, which is not on a lower floor',
+        ),
+        ('ops/rope.py', 'from llama_jax import models', 'imports models, which is not on a lower floor'),
+        ('ops/rope.py', 'from ..models import llama', 'imports models, which is not on a lower floor'),
+        (
+            'ops/rope.py',
+            'def f():\n    import llama_jax.models',
+            'imports models, which is not on a lower floor',
+        ),
+        (
+            'ops/rope.py',
+            'import importlib\nimportlib.import_module("llama_jax.models")',
+            'not on a lower floor',
+        ),
+        (
+            'runtime.py',
+            'from llama_jax import partitioning',
+            'imports partitioning, which is not on a lower floor',
+        ),
+        ('ops/rope.py', 'from llama_jax import load', 'a name of the face'),
+        ('ops/rope.py', 'import optax', 'imports optax, which ops may not'),
+        ('ops/rope.py', 'from flax import traverse_util', 'which ops may not'),
+        ('train/step.py', 'import torch', 'imports torch, which train may not'),
+        ('train/step.py', 'from absl import flags', 'imports absl.flags, which train may not'),
+        ('train/step.py', 'import ml_collections', 'imports ml_collections, which train may not'),
+        ('train/step.py', 'import experiments.launch', 'imports experiments.launch, which train may not'),
+        ('train/step.py', 'from flax import linen as nn', 'flax.linen stays in models'),
+        ('train/step.py', 'import flax.linen as nn', 'flax.linen stays in models'),
+        ('train/step.py', 'def f():\n    print(1)', 'prints'),
+        ('train/step.py', 'import sys\nsys.stdout.write("x")', 'prints'),
+        ('train/step.py', 'def f(c: "x", d=ConfigDict): ...', 'uses ConfigDict'),
+        ('train/step.py', '\n' * 401, 'longer than 400 lines'),
+        ('helpers.py', '', 'room helpers is on no floor'),
+        ('__init__.py', 'import torch', 'imports torch, which the face may not'),
+        ('models/llama.py', 'from llama_jax.models import config', 'import cycle'),
+    ],
+)
+def test_planted_violation_is_found(tmp_path, file, source, message):
+    sound = {
+        '__init__.py': 'from llama_jax.train.step import train_step',
+        'types.py': 'import flax.struct\nimport jax.numpy as jnp',
+        'partitioning.py': 'from llama_jax.types import InputError',
+        'ops/__init__.py': '',
+        'ops/rope.py': 'from llama_jax.types import Array',
+        'models/__init__.py': '',
+        'models/config.py': 'from llama_jax.models.llama import Block',
+        'models/llama.py': 'import flax.linen as nn\nfrom llama_jax.ops import rope',
+        'train/__init__.py': '',
+        'train/step.py': 'import optax\nfrom llama_jax.models import llama\nfrom llama_jax import ops',
+    }
+
+    def write(file, source):
+        path = tmp_path / 'llama_jax' / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+
+    for name, text in sound.items():
+        write(name, text)
+    assert not violations(tmp_path)
+    write(file, source)
+    assert [
+        line
+        for line in violations(tmp_path)
+        if message in line and line.startswith((f'llama_jax/{file}:', 'import'))
+    ]
+
+
+def _python(code: str) -> str:
+    """Standard output of a fresh interpreter in the checkout."""
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_fast():
+    """Under 2 s; on a busy machine, where JAX alone takes longer than 1 s, within 1 s of that."""
+    seconds = {'jax': [], 'llama_jax': []}
+    for _ in range(3):
+        for name, timings in seconds.items():
+            code = (
+                f'import time; start = time.perf_counter(); import {name}; print(time.perf_counter() - start)'
+            )
+            timings.append(float(_python(code)))
+    jax, ours = (min(timings) for timings in seconds.values())  # other load only ever adds
+    assert ours < max(2.0, jax + 1.0), f'import llama_jax takes {ours:.2f} s, import jax alone {jax:.2f} s'
+
+
+def test_no_module_loads_torch_or_tensorflow():
+    """Of use where they are installed, as on CI (torch); elsewhere it still proves that every module imports."""
+    loaded = _python(
+        'import importlib, pkgutil, sys, llama_jax\n'
+        'for module in pkgutil.walk_packages(llama_jax.__path__, "llama_jax."):\n'
+        '    importlib.import_module(module.name)\n'
+        'print(*{"torch", "tensorflow"} & set(sys.modules))'
+    )
+    assert not loaded.split()

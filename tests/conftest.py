@@ -1,0 +1,83 @@
+"""What every test runs under: 8 emulated CPU devices, checked shapes, no silent broadcasting, a compilation cache.
+
+JAX reads its environment when it is first imported, so that is set at the top, for the commands that tests start as
+subprocesses too. What is set already is left alone: `JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import pytest
+
+
+def _cache_dir() -> pathlib.Path:
+    """One folder a user and kind of processor: compiled code may not run on another."""
+    cpuinfo = pathlib.Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    kind = next((line for line in lines if line.startswith(('flags', 'Features'))), platform.processor())
+    root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    return root / 'llama_jax' / f'tests-{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}'
+
+
+_flags = os.environ.get('XLA_FLAGS', '').split()
+for _flag in (
+    '--xla_force_host_platform_device_count=8',
+    # Eight devices on two busy cores: a device that waits 40 s for the others is slow, not stuck.
+    '--xla_cpu_collective_call_terminate_timeout_seconds=300',
+):
+    if not any(flag.startswith(_flag.split('=')[0]) for flag in _flags):
+        _flags.append(_flag)
+os.environ['XLA_FLAGS'] = ' '.join(_flags)
+for _name, _value in {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUMPY_RANK_PROMOTION': 'raise',
+    'JAX_COMPILATION_CACHE_DIR': str(_cache_dir()),
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**30),  # also makes its reads and writes hold a lock
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    'MPLBACKEND': 'agg',
+    'HF_HUB_OFFLINE': '1',  # a test never reaches for the network
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import flax.struct  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+_struct_dataclass = flax.struct.dataclass
+
+
+def _unchecked_struct(cls=None, **kwargs):
+    """A struct whose fields are not checked when it is made.
+
+    Structs are pytrees: `jax.tree.map`, `eval_shape` and `scan` rebuild them with shardings, shapes or one more axis
+    in their fields. Functions that take one are checked as all others are.
+    """
+    if cls is None:
+        return lambda cls: _unchecked_struct(cls, **kwargs)
+    struct = _struct_dataclass(cls, **kwargs)
+    struct.__no_type_check__ = True
+    return struct
+
+
+flax.struct.dataclass = _unchecked_struct
+jaxtyping.install_import_hook('llama_jax', 'beartype.beartype')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator where there is none."""
+    marked = [item for item in items if item.get_closest_marker('accelerator')]
+    if marked and jax.default_backend() == 'cpu':
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason='needs an accelerator (GPU or TPU)'))
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+    """Folder of public data and small real weights: $LLAMA_JAX_SHARED_DATA, or ../shared/data beside the checkout."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
+    path = pathlib.Path(os.environ.get('LLAMA_JAX_SHARED_DATA') or beside)
+    if not path.is_dir():
+        pytest.skip(f'no shared data at {path}; set LLAMA_JAX_SHARED_DATA to its folder')
+    return path

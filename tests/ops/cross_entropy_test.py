@@ -1,0 +1,106 @@
+"""Cross-entropy against float64, from logits and folded into the head's product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.ops.cross_entropy import head_cross_entropy, token_losses
+from llama_jax.types import InputError
+
+BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40
+
+
+def reference(logits: np.ndarray, targets: np.ndarray, z_loss: float) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [B, T] and the gradient of their sum by the logits [B, T, V], in float64."""
+    largest = logits.max(-1, keepdims=True)
+    log_normalizer = largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    losses = log_normalizer - np.take_along_axis(logits, targets[..., None], -1) + z_loss * log_normalizer**2
+    gradient = np.exp(logits - log_normalizer) * (1 + 2 * z_loss * log_normalizer)
+    gradient -= np.eye(logits.shape[-1])[targets]
+    return losses[..., 0], gradient
+
+
+def random_inputs(dtype=np.float32) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(BATCH, LENGTH, EMBED_DIM)).astype(dtype)
+    head = rng.normal(size=(VOCAB_SIZE, EMBED_DIM)).astype(np.float32)
+    targets = rng.integers(VOCAB_SIZE, size=(BATCH, LENGTH)).astype(np.int32)
+    return hidden, head, targets, rng.random(size=targets.shape) < 0.7
+
+
+@pytest.mark.parametrize('z_loss', [0.0, 1e-2])
+@pytest.mark.parametrize('offset', [0.0, 5000.0, -5000.0])  # exp of any of the two would leave fp32
+def test_token_losses(offset, z_loss):
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.normal(size=(BATCH, LENGTH, VOCAB_SIZE)) + offset).astype(np.float32)
+    targets = rng.integers(VOCAB_SIZE, size=(BATCH, LENGTH)).astype(np.int32)
+
+    losses, vjp = jax.vjp(lambda logits: token_losses(logits, jnp.asarray(targets), z_loss), logits)
+
+    expected, gradient = reference(logits.astype(np.float64), targets, z_loss)
+    # The loss is a difference of logits: an fp32 rounding of those bounds it (5e-4 at 5000).
+    atol = 2e-6 + 2e-7 * abs(offset)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=atol)
+    np.testing.assert_allclose(vjp(jnp.ones_like(losses))[0], gradient, rtol=3 * atol, atol=atol)
+
+
+@pytest.mark.parametrize('z_loss', [0.0, 1e-2])
+@pytest.mark.parametrize('num_chunks', [1, 3, 12])
+def test_head_cross_entropy(num_chunks, z_loss):
+    hidden, head, targets, mask = random_inputs()
+
+    def loss(hidden, head):
+        return 2.0 * head_cross_entropy(
+            hidden, head, jnp.asarray(targets), jnp.asarray(mask), num_chunks, z_loss
+        )
+
+    weights = (jnp.asarray(hidden), jnp.asarray(head))
+    value, (hidden_gradient, head_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(*weights)
+
+    hidden64, head64 = hidden.astype(np.float64), head.astype(np.float64)
+    losses, gradient = reference(hidden64 @ head64.T, targets, z_loss)
+    gradient = 2 * gradient * mask[..., None]
+    np.testing.assert_allclose(value, 2 * (losses * mask).sum(), rtol=1e-6)
+    np.testing.assert_allclose(loss(*weights), value, rtol=1e-6)  # the path without a gradient is another one
+    # fp32 sums of up to 40 terms of size 10.
+    np.testing.assert_allclose(hidden_gradient, gradient @ head64, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        head_gradient, np.einsum('btv,btd->vd', gradient, hidden64), rtol=1e-5, atol=2e-5
+    )
+    assert (np.asarray(hidden_gradient)[~mask] == 0).all()
+
+
+def test_bf16_activations_leave_loss_and_master_gradient_in_fp32():
+    hidden, head, targets, mask = random_inputs(jnp.bfloat16)
+
+    args = [jnp.asarray(a) for a in (hidden, head, targets, mask)]
+    value, gradients = jax.value_and_grad(head_cross_entropy, argnums=(0, 1))(*args, 3)
+
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+    rounded_head = head.astype(jnp.bfloat16).astype(np.float64)
+    losses, gradient = reference(hidden.astype(np.float64) @ rounded_head.T, targets, 0.0)
+    np.testing.assert_allclose(value, (losses * mask).sum(), rtol=1e-6)  # logits are not rounded to bf16
+    expected = np.einsum('btv,btd->vd', gradient * mask[..., None], hidden.astype(np.float64))
+    np.testing.assert_allclose(
+        gradients[1], expected, atol=0.02
+    )  # a few terms of size 3, each rounded by 2^-9
+
+
+def test_chunks_save_the_memory_of_the_logits():
+    shapes = [(2, 256, 32), (8192, 32), (2, 256), (2, 256)]
+    dtypes = [jnp.float32, jnp.float32, jnp.int32, jnp.bool_]
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+    def temporary_bytes(num_chunks: int) -> int:
+        gradient = jax.grad(lambda *args: head_cross_entropy(*args, num_chunks), argnums=(0, 1))
+        return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    logits_bytes = 2 * 256 * 8192 * 4
+    assert temporary_bytes(1) >= logits_bytes
+    assert temporary_bytes(16) < logits_bytes / 2
+
+
+def test_length_must_divide_into_chunks():
+    with pytest.raises(InputError, match='12.*5'):
+        head_cross_entropy(*(jnp.asarray(a) for a in random_inputs()), 5)
