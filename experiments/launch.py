@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
@@ -23,14 +23,20 @@ CONFIG_FILE = 'config.json'
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
-_COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0, to join several processes by hand')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'host:port of process 0, to join several processes by hand'
+)
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
 
 
 def define_config() -> flags.FlagHolder:
     """--config=configs/TASK.py:MODEL, with --config.SECTION.KEY=VALUE for any of its keys."""
-    return config_flags.DEFINE_config_file('config', None, 'configuration file, and the model as its argument')
+    holder = config_flags.DEFINE_config_file(
+        'config', None, 'configuration file, and the model as its argument'
+    )
+    flags.mark_flag_as_required('config')
+    return holder
 
 
 def run(main: Callable[[], None]) -> None:
@@ -39,6 +45,7 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f'unexpected argument {argv[1]!r}; every option is given as --name=value', 2)
+        logging.set_verbosity(logging.ERROR)  # JAX and Orbax narrate through absl at INFO
         try:
             runtime.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             runtime.setup_logging()
@@ -53,9 +60,16 @@ def run(main: Callable[[], None]) -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if 'config' in flags.FLAGS:
+            flags.FLAGS.config.to_dict()  # a file that failed to load says so only when it is looked at
+        return rest
+    except flags.IllegalFlagValueError as error:
+        name = str(error).removeprefix('flag --').partition('=')[0]
+        missing = 'must have a value other than None' in str(error)
+        _fail(f'--{name} is required' if missing else str(error), 2)
     except flags.Error as error:
-        _fail(str(error).removeprefix('FATAL Flags parsing error: '), 2)
+        _fail(str(error), 2)
     except (KeyError, AttributeError, ValueError, TypeError, OSError) as error:
         _fail(_describe_config_error(error, argv), 2)
 
@@ -63,10 +77,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
     """ml_collections names a bad key deep in a traceback: find the argument, and the keys it might have meant."""
     path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
+    file = path.partition(':')[0]
+    if not epath.Path(file).exists():
+        return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
     try:
         known = _flat(_load_config_file(path))
-    except Exception:  # the configuration file itself is what failed
-        return f'cannot load --config={path}: {_first_line(error)}; name a file such as configs/pretrain.py:tiny'
+    except Exception as cause:
+        return f'--config={path} cannot be loaded: {type(cause).__name__}: {_first_line(cause)}'
     for arg in argv:
         if arg.startswith('--config.'):
             key, _, value = arg.removeprefix('--config.').partition('=')
@@ -194,7 +211,9 @@ def check_data(workdir: epath.Path, fingerprint: str) -> None:
         )
 
 
-def record_run(workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str) -> dict[str, Any]:
+def record_run(
+    workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str
+) -> dict[str, Any]:
     """Writes config.json and returns what it holds."""
     record = {
         'config': json.loads(config.to_json()),
@@ -202,6 +221,5 @@ def record_run(workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fi
         'data_fingerprint': fingerprint,
     }
     if runtime.is_main_process():
-        (workdir / CONFIG_FILE).write_text(json.dumps(record, indent=2) + '\n')
+        runtime.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
     return record
-

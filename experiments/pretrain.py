@@ -46,7 +46,9 @@ from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run, local or gs://...', required=True)
-_CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'a checkpoint whose weights to continue from, with a new optimiser')
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', '', 'a checkpoint whose weights to continue from, with a new optimiser'
+)
 
 logger = logging.getLogger('llama_jax.pretrain')
 
@@ -80,7 +82,9 @@ def main() -> None:
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
     llama = launch.fit_vocabulary(config, preset, tokenizer.vocab_size)
     model = launch.make_model(config, llama, partitioner)
-    logger.info('%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner))
+    logger.info(
+        '%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner)
+    )
     record = launch.record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
         pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
@@ -124,7 +128,7 @@ def main() -> None:
     report = final_report(config, data, state, step, validate, tokenizer, llama.vocab_size)
     report['sample'] = sample(config, model, state, tokenizer)
     if runtime.is_main_process():
-        (workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+        runtime.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
         lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
         plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
         print(describe(report, workdir))
@@ -152,9 +156,8 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     if not file.exists():
         given = load_tokenizer(source) if source else None
         if runtime.is_main_process():
-            workdir.mkdir(parents=True, exist_ok=True)
             if given:
-                file.write_bytes(epath.Path(given.path).read_bytes())
+                runtime.write_atomically(file, epath.Path(given.path).read_bytes())
             else:
                 logger.info('training a tokenizer of %d ids', config.data.vocab_size)
                 train_tokenizer(
@@ -171,7 +174,9 @@ def read_data(config: ConfigDict, tokenizer: Tokenizer) -> PretrainData:
     try:
         numbers = [float(weight) for weight in weights]
     except ValueError as error:
-        raise InputError(f'--config.data.weights={config.data.weights!r}: {error}; give numbers, or nothing') from error
+        raise InputError(
+            f'--config.data.weights={config.data.weights!r}: {error}; give numbers, or nothing'
+        ) from error
     data = pretrain_dataset(
         launch.split_list(config.data.train), tokenizer, config.data.seq_len,
         weights=numbers or None, validation=launch.split_list(config.data.validation),
@@ -202,16 +207,16 @@ def initial_state(
     if _CHECKPOINT.value:
         base, params, _ = pretrained.load(_CHECKPOINT.value, mesh=model.partitioner.mesh)
         for name, value in vars(base).items():
-            if name not in ('max_seq_len', 'rope_theta', 'rope_scaling') and value != getattr(model.config, name):
+            if name not in ('max_seq_len', 'rope_theta', 'rope_scaling') and value != getattr(
+                model.config, name
+            ):
                 raise InputError(
                     f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
                     f'{getattr(model.config, name)}; choose the preset that the checkpoint was trained with'
                 )
         start = jax.jit(functools.partial(state_from_params, tx=tx), out_shardings=shardings_of(target))
         return start(params), 0, 0
-    start = jax.jit(
-        functools.partial(init_state, model, tx), out_shardings=shardings_of(target)
-    )
+    start = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))
     return start(jax.random.key(config.seed)), 0, 0
 
 
@@ -258,14 +263,25 @@ def log_validation(validate):
 
     def callback(state: TrainState, step: int) -> dict[str, float]:
         found: Perplexity = validate(params=state.params)
-        logger.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, found.nats_per_token, found.bits_per_byte)
+        logger.info(
+            'step %d: validation %.4f nats/token, %.4f bits/byte',
+            step,
+            found.nats_per_token,
+            found.bits_per_byte,
+        )
         return {'validation_loss': found.nats_per_token, 'validation_bits_per_byte': found.bits_per_byte}
 
     return callback
 
 
 def final_report(
-    config: ConfigDict, data: PretrainData, state: TrainState, step: int, validate, tokenizer: Tokenizer, vocab_size: int
+    config: ConfigDict,
+    data: PretrainData,
+    state: TrainState,
+    step: int,
+    validate,
+    tokenizer: Tokenizer,
+    vocab_size: int,
 ) -> dict[str, Any]:
     """Validation loss beside those of count models fitted on the rows that the run was trained on."""
     report: dict[str, Any] = {'step': step}
@@ -276,7 +292,9 @@ def final_report(
     used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
     rows = data.validation
     count = min(len(rows), config.eval.max_rows or len(rows))
-    baselines = fit_baselines((data.train[i] for i in range(used)), (rows[i] for i in range(count)), vocab_size)
+    baselines = fit_baselines(
+        (data.train[i] for i in range(used)), (rows[i] for i in range(count)), vocab_size
+    )
     return report | {
         'validation_tokens': found.num_tokens,
         'validation_loss': found.nats_per_token,

@@ -56,7 +56,8 @@ class Checkpointer:
         self._manager.wait_until_finished()
         self._saving = step
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)),
         )
 
     def _record_sizes(self) -> None:
@@ -109,7 +110,9 @@ class Checkpointer:
         return damage
 
     def _pass_over(self, step: int, damage: str) -> None:
-        logger.warning('checkpoint of step %d is damaged (%s); passing over it for the one before', step, damage)
+        logger.warning(
+            'checkpoint of step %d is damaged (%s); passing over it for the one before', step, damage
+        )
         if is_main_process():
             target = self._directory / f'{step}.damaged'
             if target.exists():
@@ -161,7 +164,9 @@ def restore_params(directory: epath.PathLike, abstract_params: Params) -> tuple[
       InputError: the directory holds no checkpoint, or weights of other shapes.
     """
     folder = epath.Path(directory)
-    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    steps = (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    )
     if not steps:
         raise InputError(f'no checkpoint under {folder}: it should hold folders named by step')
     undamaged = [step for step in steps if not _compare_sizes(folder / str(step))]

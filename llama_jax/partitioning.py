@@ -52,8 +52,8 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[jax.Device] | Non
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f'impossible mesh ({shown}): it needs {abs(math.prod(sizes)) or "more"} devices and there are '
-            f'{len(devices)}; change --config.mesh.* so that the product is {len(devices)} (-1 takes the rest)'
+            f'impossible mesh ({shown}): there are {len(devices)} devices; change --config.mesh.* so that the sizes '
+            f'multiply to {len(devices)} (-1 takes what the others leave)'
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
@@ -65,10 +65,14 @@ def parse_rules(overrides: str) -> Rules:
     for item in filter(None, (part.strip() for part in overrides.split(','))):
         axis, _, mesh_axes = item.partition('=')
         if axis not in rules:
-            raise InputError(f'axis rule {item!r}: unknown logical axis {axis!r}; known axes: {sorted(rules)}')
+            raise InputError(
+                f'axis rule {item!r}: unknown logical axis {axis!r}; known axes: {sorted(rules)}'
+            )
         rules[axis] = tuple(filter(None, mesh_axes.split('+')))
         if unknown := set(rules[axis]) - set(MESH_AXES):
-            raise InputError(f'axis rule {item!r}: unknown mesh axes {sorted(unknown)}; the axes are {MESH_AXES}')
+            raise InputError(
+                f'axis rule {item!r}: unknown mesh axes {sorted(unknown)}; the axes are {MESH_AXES}'
+            )
     return tuple(rules.items())
 
 
@@ -84,7 +88,9 @@ class Partitioner:
     mesh: Mesh
     rules: Rules = DEFAULT_RULES
 
-    def spec(self, axes: LogicalAxes, shape: Sequence[int] | None = None, name: str = 'array') -> PartitionSpec:
+    def spec(
+        self, axes: LogicalAxes, shape: Sequence[int] | None = None, name: str = 'array'
+    ) -> PartitionSpec:
         """The mesh axes of an array with these logical axes.
 
         Args:
@@ -99,7 +105,9 @@ class Partitioner:
         if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
             raise InputError(f'{name}: unknown logical axes {unknown} in {axes}; known axes: {sorted(rules)}')
         if shape is not None and len(shape) != len(axes):
-            raise InputError(f'{name}: shape {tuple(shape)} has {len(shape)} dimensions, its axes {axes} {len(axes)}')
+            raise InputError(
+                f'{name}: shape {tuple(shape)} has {len(shape)} dimensions, its axes {axes} {len(axes)}'
+            )
         entries: list[tuple[str, ...]] = [() if axis is None else rules[axis] for axis in axes]
         # A mesh axis of size 1 splits nothing, so it may stand in any number of dimensions.
         entries = [tuple(a for a in entry if self.mesh.shape[a] > 1) for entry in entries]
@@ -136,7 +144,9 @@ class Partitioner:
         """Shardings of a tree of arrays from the tree of their logical axes, errors named by path."""
 
         def leaf_sharding(path, leaf, leaf_axes):
-            return self.sharding(leaf_axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator='/'))
+            return self.sharding(
+                leaf_axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator='/')
+            )
 
         return jax.tree_util.tree_map_with_path(leaf_sharding, abstract, axes)
 
@@ -160,7 +170,9 @@ class Partitioner:
         return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in dict(self.rules)[axis])
 
 
-def make_global_array(host_rows: np.ndarray, row_of: Mapping[int, int], global_rows: int, sharding: NamedSharding):
+def make_global_array(
+    host_rows: np.ndarray, row_of: Mapping[int, int], global_rows: int, sharding: NamedSharding
+):
     """A global array [global_rows, ...] from the rows that this host read.
 
     Args:

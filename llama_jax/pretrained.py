@@ -14,6 +14,7 @@ from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.runtime import write_atomically
 from llama_jax.types import InputError, Params
 
 MODEL_FILE = 'model.json'
@@ -53,7 +54,9 @@ def load_config(folder: epath.Path) -> LlamaConfig:
     """The architecture that a workdir's `model.json` holds."""
     file = folder / MODEL_FILE
     if not file.exists():
-        raise InputError(f'{folder} is not a checkpoint: a workdir has a {MODEL_FILE}, a tokenizer and {CHECKPOINTS}/')
+        raise InputError(
+            f'{folder} is not a checkpoint: a workdir has a {MODEL_FILE}, a tokenizer and {CHECKPOINTS}/'
+        )
     try:
         return LlamaConfig.from_dict(json.loads(file.read_text())['config'])
     except (ValueError, TypeError, KeyError) as error:
@@ -63,4 +66,4 @@ def load_config(folder: epath.Path) -> LlamaConfig:
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
     """Writes `model.json`: the architecture, and where the weights started from."""
     text = json.dumps({'config': dataclasses.asdict(config), **provenance}, indent=2)
-    (folder / MODEL_FILE).write_text(text + '\n')
+    write_atomically(folder / MODEL_FILE, text + '\n')

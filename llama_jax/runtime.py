@@ -70,7 +70,11 @@ def enable_compilation_cache(directory: str = '') -> None:
     if directory == 'off':
         return
     user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    chosen = directory or os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(Path(user_cache) / 'llama_jax' / 'xla')
+    chosen = (
+        directory
+        or os.environ.get('JAX_COMPILATION_CACHE_DIR')
+        or str(Path(user_cache) / 'llama_jax' / 'xla')
+    )
     jax.config.update('jax_compilation_cache_dir', chosen)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
@@ -80,6 +84,26 @@ def sync_processes(name: str) -> None:
     """Waits until every process is here; `name` tells the meeting points apart."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def write_atomically(path, data: bytes | str) -> None:
+    """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half.
+
+    Args:
+      path: an `epath.Path`, local or `gs://...`; folders above it are made.
+      data: bytes, or text to write as UTF-8.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if '://' in os.fspath(path):
+        path.write_bytes(data)
+        return
+    beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class PreemptionSignal:

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
-from llama_jax.data.tokenizer import Tokenizer, write_atomically
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.runtime import write_atomically
 from llama_jax.types import InputError
 
 MANIFEST = 'manifest.json'

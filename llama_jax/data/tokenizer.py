@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
+from llama_jax.runtime import write_atomically
 from llama_jax.types import InputError
 
 
@@ -210,20 +211,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     except RuntimeError as error:
         raise InputError(_why_training_failed(str(error), vocab_size)) from error
     write_atomically(epath.Path(path), model.getvalue())
-
-
-def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if '://' in os.fspath(path):
-        path.write_bytes(data)
-        return
-    beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 _MAX_LINE = 1_000  # characters; sentencepiece silently drops a sentence over its limit, which is in bytes

@@ -28,12 +28,16 @@ class KVCache:
         shape = (config.num_layers, batch_size, max_len, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
 
-    def write(self, layer: Int[Array, ''], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']) -> 'KVCache':
+    def write(
+        self, layer: Int[Array, ''], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']
+    ) -> 'KVCache':
         """Puts T new tokens of one layer after those each row has; `length` moves only by `advance`."""
 
         def put(cache, new):  # one row: [L, S, K, H], [T, K, H]
             return jax.vmap(
-                lambda row, tokens, start: jax.lax.dynamic_update_slice(row, tokens[None], (layer, start, 0, 0)),
+                lambda row, tokens, start: jax.lax.dynamic_update_slice(
+                    row, tokens[None], (layer, start, 0, 0)
+                ),
                 in_axes=(1, 0, 0),
                 out_axes=1,
             )(cache, new.astype(cache.dtype), self.length)

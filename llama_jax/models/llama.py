@@ -189,7 +189,9 @@ class Transformer(nn.Module):
             start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
             positions = jnp.broadcast_to(start[:, None] + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         c, s = self.config, self.config.rope_scaling
-        scaling = () if s is None else (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len)
+        scaling = (
+            () if s is None else (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len)
+        )
         rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, *scaling))
         x = self.embed_tokens(tokens)
         layers = jnp.arange(c.num_layers)

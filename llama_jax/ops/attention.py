@@ -38,14 +38,18 @@ def attention(
       The attended values in the dtype of `q`; the softmax itself is fp32.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise InputError(f'unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}')
+        raise InputError(
+            f'unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}'
+        )
     mask = causal_mask(q.shape[1], k.shape[1], q_start)
     if q_segment_ids is not None and kv_segment_ids is not None:
         mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
     return reference_attention(q, k, v, mask)
 
 
-def causal_mask(num_queries: int, num_keys: int, q_start: Int[Array, 'B'] | None = None) -> Bool[Array, '_ T S']:
+def causal_mask(
+    num_queries: int, num_keys: int, q_start: Int[Array, 'B'] | None = None
+) -> Bool[Array, '_ T S']:
     """True where a key's slot is not after the query's; the leading axis is B, or 1 where all rows start at 0."""
     start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
     q_slot = start[:, None] + jnp.arange(num_queries)[None, :]
@@ -53,7 +57,10 @@ def causal_mask(num_queries: int, num_keys: int, q_start: Int[Array, 'B'] | None
 
 
 def reference_attention(
-    q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K H'], mask: Bool[Array, '_ T S']
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    mask: Bool[Array, '_ T S'],
 ) -> Float[Array, 'B T N H']:
     """Plain attention that holds the scores [B, K, G, T, S] in fp32: exact on any platform, O(T S) memory."""
     batch, num_queries, num_heads, head_dim = q.shape

@@ -51,7 +51,9 @@ def head_cross_entropy(
 def _chunks(hidden, targets, mask, num_chunks):
     """[B, T, ...] -> [num_chunks, B, T / num_chunks, ...] of each argument: whole rows of devices stay in place."""
     if hidden.shape[1] % num_chunks:
-        raise InputError(f'sequence length {hidden.shape[1]} is not a multiple of the {num_chunks} loss chunks')
+        raise InputError(
+            f'sequence length {hidden.shape[1]} is not a multiple of the {num_chunks} loss chunks'
+        )
 
     def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)

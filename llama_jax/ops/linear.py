@@ -5,7 +5,11 @@ from jaxtyping import Array, Float
 
 
 def einsum(
-    equation: str, x: Float[Array, '...'], weight: Float[Array, '...'], *, output_dtype: jnp.dtype | None = None
+    equation: str,
+    x: Float[Array, '...'],
+    weight: Float[Array, '...'],
+    *,
+    output_dtype: jnp.dtype | None = None,
 ) -> Float[Array, '...']:
     """Contracts `x` with `weight` in the dtype of `x`.
 

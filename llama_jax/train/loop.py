@@ -191,7 +191,9 @@ class _Timer:
         per_second = (step - self._step) * self._config.tokens_per_step / max(seconds, 1e-9)
         per_device = per_second / jax.device_count()
         self._mark, self._step, self._paused = now, step, 0.0
-        causal, full = (flops * per_device / self._config.peak_flops for flops in self._config.flops_per_token)
+        causal, full = (
+            flops * per_device / self._config.peak_flops for flops in self._config.flops_per_token
+        )
         return {
             'tokens_per_second': per_second,
             'tokens_per_second_per_device': per_device,

@@ -4,18 +4,16 @@ metrics.jsonl has one object per logged step and no step twice: resuming cuts it
 store cannot append or rename, so there the file is written whole, before each checkpoint and at the end.
 """
 
+import io
 import json
-import logging
 import math
-import os
 import tempfile
 from typing import Any, Protocol
 
 from etils import epath
 
+from llama_jax.runtime import write_atomically
 from llama_jax.types import InputError
-
-logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
@@ -43,13 +41,7 @@ class JsonlWriter:
         self._file = open(self._path, 'a', encoding='utf-8') if self._appends else None  # noqa: SIM115
 
     def _rewrite(self) -> None:
-        text = ''.join(f'{line}\n' for line in self._lines)
-        if self._appends:
-            beside = self._path.with_name(f'{self._path.name}.tmp')
-            beside.write_text(text)
-            os.replace(beside, self._path)
-        else:
-            self._path.write_text(text)
+        write_atomically(self._path, ''.join(f'{line}\n' for line in self._lines))
         self._written = len(self._lines)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -116,7 +108,9 @@ class WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise InputError("--config.log.wandb needs the package wandb: pip install 'llama_jax[wandb]'") from error
+            raise InputError(
+                "--config.log.wandb needs the package wandb: pip install 'llama_jax[wandb]'"
+            ) from error
         self._run = wandb.init(project=project, id=run_id, resume='allow', config=config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -131,8 +125,6 @@ class WandbWriter:
 
 def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     """Draws training and validation loss over steps, with horizontal lines to beat, as a PNG."""
-    import io
-
     import matplotlib
 
     matplotlib.use('Agg')
@@ -151,4 +143,4 @@ def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: di
     image = io.BytesIO()
     figure.savefig(image, format='png', dpi=120)
     pyplot.close(figure)
-    epath.Path(path).write_bytes(image.getvalue())
+    write_atomically(epath.Path(path), image.getvalue())

@@ -35,7 +35,9 @@ def state_from_params(params: Params, tx: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def abstract_state(model: Transformer, tx: optax.GradientTransformation, partitioner: Partitioner) -> TrainState:
+def abstract_state(
+    model: Transformer, tx: optax.GradientTransformation, partitioner: Partitioner
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without memory: what a checkpoint is restored into.
 
     An optimiser's moments lie as their weights do; what has another shape (factored moments, counters) is replicated.
@@ -48,7 +50,9 @@ def abstract_state(model: Transformer, tx: optax.GradientTransformation, partiti
     def place_moment(path, leaf):
         keys = _dict_path(path)  # an optimiser may keep its states by label, a dict around the params'
         param = next((by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path), None)
-        return _placed(leaf, param.sharding if param is not None and param.shape == leaf.shape else replicated)
+        return _placed(
+            leaf, param.sharding if param is not None and param.shape == leaf.shape else replicated
+        )
 
     opt_state = jax.tree_util.tree_map_with_path(place_moment, state.opt_state)
     return TrainState(_placed(state.step, replicated), params, opt_state)

@@ -77,7 +77,11 @@ def _split(batch: PyTree, num_microbatches: int) -> tuple[PyTree, PyTree]:
 
 
 def compile_train_step(
-    abstract_state: TrainState, *, loss_fn: LossFn, tx: optax.GradientTransformation, num_microbatches: int = 1
+    abstract_state: TrainState,
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    num_microbatches: int = 1,
 ) -> Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]]:
     """`train_step` as one jitted function: the state keeps its shardings and gives its buffers to the next."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, num_microbatches=num_microbatches)

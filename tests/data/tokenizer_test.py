@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 def _python_sources():
     return [inspect.getsource(module) for module in (inspect, json, pickle, tokenize)] + [
-        '\tx = "é"\r\n' * 50
+        '\tx = "é", 2024\r\n' * 50
     ]
 
 
@@ -91,7 +91,8 @@ def test_training_follows_llama_and_round_trips_source_code(trained):
     for text in _python_sources():
         assert trained.decode(trained.encode(text)) == text
     assert trained.encode('\n')[-1:] == [3 + ord('\n')]  # newline is its byte token, as in Llama's vocabulary
-    assert len(trained.encode('12')) == len(trained.encode('1')) + 1  # digits stay single
+    pieces = trained._processor.IdToPiece(list(range(259, 1024)))
+    assert not [piece for piece in pieces if sum(map(str.isdigit, piece)) > 1]  # digits stay single
     assert trained.decode(trained.encode('語\x00\t')) == '語\x00\t'  # unseen characters fall back to bytes
 
 

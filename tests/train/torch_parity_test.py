@@ -48,7 +48,9 @@ def make_batches() -> list[LMBatch]:
     return batches
 
 
-def our_losses(name: str, params: dict, batches: list[LMBatch], num_microbatches: int, num_chunks: int) -> np.ndarray:
+def our_losses(
+    name: str, params: dict, batches: list[LMBatch], num_microbatches: int, num_chunks: int
+) -> np.ndarray:
     model = LlamaForCausalLM(small_config(name), dtype=jnp.float32, remat='full')
     recipe = OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
     tx = make_optimizer(recipe, LEARNING_RATE)
@@ -103,7 +105,8 @@ def torch_losses(
 
 
 @pytest.mark.parametrize(
-    ('name', 'num_microbatches', 'num_chunks'), [('llama2_7b', 1, 1), ('llama3_8b', 4, 1), ('llama3_2_1b', 2, 4)]
+    ('name', 'num_microbatches', 'num_chunks'),
+    [('llama2_7b', 1, 1), ('llama3_8b', 4, 1), ('llama3_2_1b', 2, 4)],
 )
 def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')

@@ -1,0 +1,48 @@
+"""Tokenises and packs text once, before training: ArrayRecord shards of fixed-length rows, and a manifest.
+
+    python -m experiments.prepare_data --input=GLOB[,GLOB] --tokenizer=FILE --seq_len=T --output=DIR
+
+Point --config.data.train at the folder.
+"""
+
+import itertools
+
+import tqdm
+from absl import flags
+
+from experiments import launch
+from llama_jax.data.prepared import write_prepared
+from llama_jax.data.sources import read_documents
+from llama_jax.data.tokenizer import load_tokenizer
+
+_INPUT = flags.DEFINE_string(
+    'input', None, 'sources, comma-separated: files, globs, tfds:NAME', required=True
+)
+_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'sentencepiece or tiktoken file', required=True)
+_SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'folder to write, local or gs://...', required=True)
+_TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the field of JSONL and TFDS records that holds the text')
+_SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a text file')
+
+
+def main() -> None:
+    tokenizer = load_tokenizer(_TOKENIZER.value)
+    sources = launch.split_list(_INPUT.value)
+    documents = itertools.chain.from_iterable(
+        read_documents(source, text_key=_TEXT_KEY.value, separator=_SEPARATOR.value) for source in sources
+    )
+    with tqdm.tqdm(unit='B', unit_scale=True) as bar:
+
+        def progress(num_documents: int, num_bytes: int) -> None:
+            bar.set_postfix_str(f'{num_documents:,} documents')
+            bar.update(num_bytes - bar.n)
+
+        manifest = write_prepared(documents, tokenizer, _SEQ_LEN.value, _OUTPUT.value, progress=progress)
+    print(
+        f'{_OUTPUT.value}: {manifest["num_rows"]:,} rows of {_SEQ_LEN.value} tokens from '
+        f'{manifest["num_documents"]:,} documents, {manifest["num_bytes"] / 1e6:.1f} MB'
+    )
+
+
+if __name__ == '__main__':
+    launch.run(main)
