@@ -18,12 +18,14 @@ from tests.reference import numpy_llama
 
 NUM_STEPS, BATCH, LENGTH = 50, 4, 64
 LEARNING_RATE = 1e-3  # the decay of 0.1 then takes 0.5 % off the weights: enough to see what it applies to
-# fp32 gradients differ by 1e-6 of their size; Adam makes steps of full size of those that are nearly nothing.
+# Large embeddings keep training from being chaotic: at the 0.01 of released weights a step changes one by a tenth, and
+# two torch runs whose weights differ by an ulp part by up to 1e-2. Here by less than 1e-5.
+RESIDUAL_SCALE = 0.3
 TOLERANCE = 1e-4
 
 
 def make_batches() -> list[LMBatch]:
-    """Packed rows of a language to be learnt: after x comes 3 x, 3 x + 1 or 3 x + 2. A tenth of the targets count not."""
+    """Packed rows of a language to learn: after x comes 3 x, 3 x + 1 or 3 x + 2. A tenth of targets do not count."""
     rng = np.random.default_rng(0)
     batches = []
     for _ in range(NUM_STEPS):
@@ -112,7 +114,7 @@ def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
     release, batches = RELEASES[name], make_batches()
-    params = random_params(release, np.random.default_rng(0))
+    params = random_params(release, np.random.default_rng(0), RESIDUAL_SCALE)
 
     ours = our_losses(name, params, batches, num_microbatches, num_chunks)
 
@@ -129,9 +131,10 @@ def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
 def test_another_optimiser_is_seen(mutation):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
-    batches = make_batches()
-    params = random_params(RELEASES['llama2_7b'], np.random.default_rng(0))
+    name, batches = 'llama2_7b', make_batches()
+    params = random_params(RELEASES[name], np.random.default_rng(0), RESIDUAL_SCALE)
 
-    plain, mutated = (torch_losses('llama2_7b', params, batches, **kwargs) for kwargs in ({}, mutation))
+    mutated = torch_losses(name, params, batches, **mutation)
 
-    assert np.abs(mutated / plain - 1).max() > 3 * TOLERANCE
+    ours = our_losses(name, params, batches, num_microbatches=1, num_chunks=1)
+    assert np.abs(ours / mutated - 1).max() > 5 * TOLERANCE
