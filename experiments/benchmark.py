@@ -2,9 +2,10 @@
 
     python -m experiments.benchmark --suite=train [--json=FILE]
 
-`train`: tokens per second of a whole update (forward, backward, clipping, AdamW) on the same model, batch and precision,
-ours and, where torch and transformers are installed, Hugging Face's Llama run eagerly and through `torch.compile`. The
-contenders take turns, so that a machine whose speed drifts is equally unkind to all; the figure of each is its median.
+`train`: tokens per second of a whole update (forward, backward, clipping, AdamW) on the same model, batch and
+precision: ours and, where torch and transformers are installed, Hugging Face's Llama run eagerly and through
+`torch.compile`. The contenders take turns, so that a machine whose speed drifts is equally unkind to all; the figure of
+each is its median.
 """
 
 import functools
@@ -56,6 +57,7 @@ Step = Callable[[], float]  # one update; the loss before it
 
 
 def main() -> None:
+    """Runs the suite; --json keeps its figures."""
     runtime.enable_compilation_cache('off')  # compile time is one of the figures
     figures = benchmark_train()
     if _JSON.value:
@@ -187,11 +189,11 @@ def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compi
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
             max_position_embeddings=config.max_seq_len, tie_word_embeddings=config.tie_embeddings,
-            attn_implementation='sdpa',
         )
     )  # fmt: skip
+    model.set_attn_implementation('sdpa')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model.to(device)
+    model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     c = _OPTIMIZER
     decayed = [weight for name, weight in model.named_parameters() if not name.endswith('norm.weight')]
     norms = [weight for name, weight in model.named_parameters() if name.endswith('norm.weight')]

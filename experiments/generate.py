@@ -35,6 +35,7 @@ _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard ou
 
 
 def main() -> None:
+    """Loads, generates, prints."""
     runtime.enable_compilation_cache()
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]

@@ -4,14 +4,14 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from llama_jax import runtime
+from llama_jax import pretrained, runtime
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
@@ -46,16 +46,40 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(f'unexpected argument {argv[1]!r}; every option is given as --name=value', 2)
         logging.set_verbosity(logging.ERROR)  # JAX and Orbax narrate through absl at INFO
+        new_folders: list[epath.Path] = []
         try:
+            new_folders = _new_folders()
             runtime.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             runtime.setup_logging()
             main()
         except InputError as error:
+            if runtime.is_main_process():
+                _discard(new_folders)
             _fail(str(error), 2)
         except FloatingPointError as error:
             _fail(str(error), 1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _new_folders() -> list[epath.Path]:
+    """What --workdir and --output name, where nothing is there yet."""
+    named = [flags.FLAGS[name].value for name in ('workdir', 'output') if name in flags.FLAGS]
+    for name in filter(None, named):
+        runtime.enable_bucket(name)
+    folders = [epath.Path(name) for name in named if name]
+    return [
+        folder for folder in folders if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    ]
+
+
+def _discard(new_folders: Sequence[epath.Path]) -> None:
+    """Takes away what a refused command began, unless a checkpoint is among it."""
+    for folder in new_folders:
+        checkpoints = folder / pretrained.CHECKPOINTS
+        saved = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        if folder.is_dir() and not saved:
+            folder.rmtree()
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -66,11 +90,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         return rest
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix('flag --').partition('=')[0]
-        missing = 'must have a value other than None' in str(error)
-        _fail(f'--{name} is required' if missing else str(error), 2)
+        if 'must have a value other than None' in str(error):
+            _fail(f'--{name} is required', 2)
+        _fail(_describe_config_error(error, argv) if name.startswith('config.') else str(error), 2)
     except flags.Error as error:
         _fail(str(error), 2)
-    except (KeyError, AttributeError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # a configuration file may raise anything
         _fail(_describe_config_error(error, argv), 2)
 
 
@@ -84,14 +109,21 @@ def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
         known = _flat(_load_config_file(path))
     except Exception as cause:
         return f'--config={path} cannot be loaded: {type(cause).__name__}: {_first_line(cause)}'
-    for arg in argv:
-        if arg.startswith('--config.'):
-            key, _, value = arg.removeprefix('--config.').partition('=')
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)[:5]
-                return f'unknown config key --config.{key}; did you mean {" or ".join(near)}?'
-            if type(known[key]).__name__ in str(error) or repr(value) in str(error):
-                return f'--config.{key}={value}: the value must be a {type(known[key]).__name__}, like {known[key]!r}'
+    settings = {
+        arg: arg.removeprefix('--config.').split('=', 1) for arg in argv if arg.startswith('--config.')
+    }
+    for key, *_ in settings.values():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)[:5]
+            return f'unknown config key --config.{key}; did you mean {" or ".join(near)}?'
+    text = str(error)
+    for arg in sorted(
+        settings, key=lambda arg: f'flag {arg}:' not in text
+    ):  # the one that is named comes first
+        key, *value = settings[arg]
+        kind = type(known[key]).__name__
+        if f'flag {arg}:' in text or kind in text or repr(''.join(value)) in text:
+            return f'{arg}: the value must be of type {kind}, as {known[key]!r} is'
     return f'configuration: {_first_line(error)}'
 
 
@@ -107,7 +139,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip('\'"').splitlines()[0]
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
     # Threads that read ahead or compile must not keep a failed run alive, nor print over its last line.
     sys.stderr.flush()
@@ -176,29 +208,31 @@ def split_list(text: str) -> tuple[str, ...]:
 
 # What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
 _IDENTITY = (
-    'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size', 'train.z_loss', 'optimizer.',
+    'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
+    'train.z_loss', 'optimizer.',
 )  # fmt: skip
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
     """Refuses a workdir of another run, naming the first key that differs."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
     file = workdir / CONFIG_FILE
     if not file.exists():
         return
     try:
         recorded = json.loads(file.read_text())
-    except ValueError as error:
+        before = _flat(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f'{file} is damaged ({_first_line(error)}); start in a new --workdir') from error
-    before = _flat(recorded['config']) | {'checkpoint': recorded['base_checkpoint']}
-    now = _flat(json.loads(config.to_json())) | {'checkpoint': base_checkpoint}
+    now = _flat(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
     for key in sorted(set(before) | set(now)):
-        if key.startswith(_IDENTITY) or key == 'checkpoint':
-            if before.get(key) != now.get(key):
-                flag = '--checkpoint' if key == 'checkpoint' else f'--config.{key}'
-                raise InputError(
-                    f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
-                    f'{now.get(key)!r}; restore it, or choose a new --workdir'
-                )
+        if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
+            flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
+            raise InputError(
+                f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
+                f'{now.get(key)!r}; restore it, or choose a new --workdir'
+            )
 
 
 def check_data(workdir: epath.Path, fingerprint: str) -> None:

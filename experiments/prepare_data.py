@@ -26,6 +26,7 @@ _SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a t
 
 
 def main() -> None:
+    """Reads, tokenises, packs, writes."""
     tokenizer = load_tokenizer(_TOKENIZER.value)
     sources = launch.split_list(_INPUT.value)
     documents = itertools.chain.from_iterable(

@@ -7,13 +7,11 @@ metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
 """
 
 import functools
-import itertools
 import json
 import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from absl import flags
 from etils import epath
@@ -29,6 +27,7 @@ from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
 from llama_jax.inference.generate import generate
 from llama_jax.losses.language_model import evaluate_loss, language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.partitioning import Partitioner
 from llama_jax.train.loop import LoopConfig, train
 from llama_jax.train.metrics import (
     JsonlWriter,
@@ -57,6 +56,7 @@ _MAX_BASELINE_ROWS = 100_000
 
 
 def main() -> None:
+    """One run from start to report; the banners are its chapters."""
     config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
     runtime.enable_compilation_cache(config.log.compilation_cache)
 
@@ -90,7 +90,9 @@ def main() -> None:
         pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
     target = abstract_state(model, tx, partitioner)
     checkpointer = Checkpointer(workdir / pretrained.CHECKPOINTS, config.checkpoint.keep)
-    state, start_step, rows_consumed = initial_state(config, checkpointer, target, model, tx)
+    state, start_step, rows_consumed = initial_state(
+        config, checkpointer, target, model, tx, partitioner.mesh
+    )
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
@@ -134,7 +136,7 @@ def main() -> None:
         print(describe(report, workdir))
 
 
-def check_batch(config: ConfigDict, partitioner) -> None:
+def check_batch(config: ConfigDict, partitioner: Partitioner) -> None:
     """The batch must divide over microbatches, and each of them over the devices."""
     size, parts = config.train.batch_size, config.train.num_microbatches
     if parts < 1 or size < 1 or size % parts:
@@ -144,7 +146,8 @@ def check_batch(config: ConfigDict, partitioner) -> None:
     partitioner.batch_sharding(size // parts, config.data.seq_len)
 
 
-def describe_devices(partitioner) -> str:
+def describe_devices(partitioner: Partitioner) -> str:
+    """'8 cpu (data 1, fsdp 8, ...)'."""
     axes = ', '.join(f'{name} {size}' for name, size in partitioner.mesh.shape.items())
     return f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
 
@@ -198,6 +201,7 @@ def initial_state(
     target: TrainState,
     model: LlamaForCausalLM,
     tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, int, int]:
     """(state, updates done, rows consumed): resumed, continued from --checkpoint, or fresh; born sharded."""
     if restored := checkpointer.restore_latest(target):
@@ -205,7 +209,7 @@ def initial_state(
         logger.info('resuming at step %d of %d', step, config.train.num_steps)
         return state, step, metadata['rows_consumed']
     if _CHECKPOINT.value:
-        base, params, _ = pretrained.load(_CHECKPOINT.value, mesh=model.partitioner.mesh)
+        base, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
         for name, value in vars(base).items():
             if name not in ('max_seq_len', 'rope_theta', 'rope_scaling') and value != getattr(
                 model.config, name
@@ -235,6 +239,7 @@ def make_writers(
 
 
 def loop_config(config: ConfigDict, model: LlamaForCausalLM, workdir: epath.Path) -> LoopConfig:
+    """`config` as the dataclass that the loop takes."""
     return LoopConfig(
         num_steps=config.train.num_steps,
         batch_size=config.train.batch_size,
@@ -249,7 +254,7 @@ def loop_config(config: ConfigDict, model: LlamaForCausalLM, workdir: epath.Path
 
 
 def make_validation(config: ConfigDict, data: PretrainData, loss_fn, partitioner):
-    """params -> Perplexity on the validation rows, or None where there are none."""
+    """A function of the params: Perplexity on the validation rows, or None where there are none."""
     if data.validation is None:
         return None
     return functools.partial(
@@ -285,12 +290,12 @@ def final_report(
 ) -> dict[str, Any]:
     """Validation loss beside those of count models fitted on the rows that the run was trained on."""
     report: dict[str, Any] = {'step': step}
-    if validate is None:
+    rows = data.validation
+    if rows is None:
         return report
     found = validate(params=state.params)
     per_byte = found.bits_per_byte / found.nats_per_token
     used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
-    rows = data.validation
     count = min(len(rows), config.eval.max_rows or len(rows))
     baselines = fit_baselines(
         (data.train[i] for i in range(used)), (rows[i] for i in range(count)), vocab_size

@@ -35,7 +35,7 @@ _HOME = {
     'InputError': 'types',
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 __version__ = '0.1.0'
 
 

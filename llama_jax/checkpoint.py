@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: written in the background, kept N at a time, restored onto any mesh.
 
-A step's folder is complete or absent: Orbax writes beside and renames. What it cannot see is a folder damaged *after*
+A step's folder is complete or absent: Orbax writes beside and renames, and in a bucket, which cannot rename, it marks
+the step with `commit_success.txt` and passes over those without. What it cannot see is a folder damaged *after*
 its commit (a full disk, a broken copy), so each commit carries a list of its files' sizes, and restoring passes over a
 step that no longer matches, for the one before.
 """
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llama_jax.runtime import is_main_process, sync_processes
+from llama_jax.runtime import enable_bucket, is_main_process, sync_processes
 from llama_jax.types import InputError, Params, PyTree
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Checkpointer:
           directory: local or `gs://...`.
           keep: how many of the newest steps stay.
         """
+        enable_bucket(directory)
         self._directory = epath.Path(directory)
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -77,7 +79,7 @@ class Checkpointer:
           (step, state, metadata), or None where nothing was saved yet.
 
         Raises:
-          InputError: steps were saved and all of them are damaged.
+          InputError: steps were saved and all of them are damaged, or the newest holds another state than asked for.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -91,8 +93,14 @@ class Checkpointer:
                         ),
                     )
                     return step, restored['state'], restored['metadata']
-                except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
-                    damage = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}'
+                except Exception as error:  # Orbax and TensorStore raise many kinds
+                    reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+                    if not _is_damage(error):
+                        if isinstance(error, ValueError):
+                            folder = self._directory / str(step)
+                            raise InputError(f'checkpoint {folder} cannot be restored: {reason}') from error
+                        raise
+                    damage = reason
             self._pass_over(step, damage)
         if steps:
             raise InputError(
@@ -131,6 +139,12 @@ class Checkpointer:
         self._manager.close()
 
 
+def _is_damage(error: BaseException) -> bool:
+    """Whether it tells of broken content; what failed for another reason (memory, network, shapes) is still good."""
+    broken = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or 'DATA_LOSS' in str(error)
+    return broken or (error.__cause__ is not None and _is_damage(error.__cause__))
+
+
 def _file_sizes(step_folder: epath.Path) -> dict[str, int]:
     """Bytes of every file of a step's items, by path. Files beside the items are Orbax's own and still change."""
     sizes = {}
@@ -164,9 +178,8 @@ def restore_params(directory: epath.PathLike, abstract_params: Params) -> tuple[
       InputError: the directory holds no checkpoint, or weights of other shapes.
     """
     folder = epath.Path(directory)
-    steps = (
-        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
-    )
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    steps = sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
     if not steps:
         raise InputError(f'no checkpoint under {folder}: it should hold folders named by step')
     undamaged = [step for step in steps if not _compare_sizes(folder / str(step))]
@@ -182,7 +195,11 @@ def restore_params(directory: epath.PathLike, abstract_params: Params) -> tuple[
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             restored = checkpointer.restore(step_folder / 'state', args=restore)
-        except (ValueError, FileNotFoundError, KeyError) as error:
+        except (ValueError, TypeError, FileNotFoundError, KeyError) as error:
             reason = str(error).splitlines()[0][:300]
             raise InputError(f'checkpoint {step_folder} cannot be restored: {reason}') from error
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored['params']):
+        if not isinstance(leaf, jax.Array):  # Orbax leaves what it does not find as it was
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            raise InputError(f'checkpoint {step_folder} cannot be restored: it has no weight {name}')
     return undamaged[-1], restored['params']

@@ -6,6 +6,7 @@ Every array of the program names its axes ('batch', 'embed', 'heads', ...); one 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -15,8 +16,8 @@ from llama_jax.types import Array, InputError, PyTree
 
 MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 
-LogicalAxes = tuple[str | None, ...]
-Rules = tuple[tuple[str, tuple[str, ...]], ...]
+LogicalAxes: TypeAlias = tuple[str | None, ...]
+Rules: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
 # Weights are split over `fsdp` along embed and over `tensor` along the axis that heads or mlp units live on;
 # activations over `data` and `fsdp` along the batch, `context` along the sequence, `tensor` as the weights.
@@ -35,7 +36,7 @@ DEFAULT_RULES: Rules = (
 )
 
 
-def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes of `MESH_AXES`; one size may be -1: what the other axes leave.
 
     Raises:
@@ -60,10 +61,18 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[jax.Device] | Non
 
 
 def parse_rules(overrides: str) -> Rules:
-    """`DEFAULT_RULES` with some replaced: 'kv_heads=,embed=fsdp+data' replicates kv_heads and splits embed two ways."""
+    """`DEFAULT_RULES` with some replaced: 'kv_heads=,embed=fsdp+data' replicates kv_heads and splits embed two ways.
+
+    Raises:
+      InputError: a rule without '=', or an axis that is unknown.
+    """
     rules = dict(DEFAULT_RULES)
     for item in filter(None, (part.strip() for part in overrides.split(','))):
-        axis, _, mesh_axes = item.partition('=')
+        axis, equals, mesh_axes = item.partition('=')
+        if not equals:
+            raise InputError(
+                f"axis rule {item!r}: write '{axis}=fsdp' to split an axis, '{axis}=' to replicate it"
+            )
         if axis not in rules:
             raise InputError(
                 f'axis rule {item!r}: unknown logical axis {axis!r}; known axes: {sorted(rules)}'
@@ -182,7 +191,7 @@ def make_global_array(
       sharding: of the global array.
     """
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         rows = range(*index[0].indices(global_rows))
         return host_rows[np.array([row_of[row] for row in rows])][(slice(None), *index[1:])]
 

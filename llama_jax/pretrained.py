@@ -14,7 +14,7 @@ from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.runtime import write_atomically
+from llama_jax.runtime import enable_bucket, write_atomically
 from llama_jax.types import InputError, Params
 
 MODEL_FILE = 'model.json'
@@ -25,7 +25,7 @@ def load(
     path: epath.PathLike,
     *,
     mesh: Mesh | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     tokenizer: str = '',
 ) -> tuple[LlamaConfig, Params, Tokenizer]:
     """Reads a run's workdir: the newest weights, the architecture and the tokenizer.
@@ -39,6 +39,7 @@ def load(
     Raises:
       InputError: the path is no workdir, or what it holds is damaged.
     """
+    enable_bucket(path)
     folder = epath.Path(path)
     config = load_config(folder)
     partitioner = Partitioner(mesh or make_mesh({}, jax.devices()[:1]))

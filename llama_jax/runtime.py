@@ -1,5 +1,6 @@
 """The process: multi-host start-up, logging on process 0, the compilation cache, host sync, preemption."""
 
+import importlib.util
 import logging
 import os
 import signal
@@ -86,6 +87,23 @@ def sync_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def enable_bucket(path: str | os.PathLike) -> None:
+    """Call before `path` is first looked at; does nothing where it is local.
+
+    Raises:
+      InputError: it is in a bucket, and the package that reaches it is missing.
+    """
+    if not os.fspath(path).startswith('gs://'):
+        return
+    if importlib.util.find_spec('gcsfs') is None:
+        raise InputError(f"{os.fspath(path)} needs the package gcsfs: pip install 'llama_jax[gcs]'")
+    import fsspec
+
+    # Otherwise gcsfs answers from what a folder held at first; TensorStore and other processes write there too.
+    for protocol in ('gs', 'gcs'):
+        fsspec.config.conf.setdefault(protocol, {})['use_listings_cache'] = False
+
+
 def write_atomically(path, data: bytes | str) -> None:
     """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half.
 
@@ -94,10 +112,10 @@ def write_atomically(path, data: bytes | str) -> None:
       data: bytes, or text to write as UTF-8.
     """
     data = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
     if '://' in os.fspath(path):
         path.write_bytes(data)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
     try:
         beside.write_bytes(data)

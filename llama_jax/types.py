@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.struct
 import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
@@ -31,7 +30,7 @@ class InputError(ValueError):
 
 @flax.struct.dataclass
 class LMBatch:
-    """Packed rows for next-token prediction.
+    """Packed rows for next-token prediction, in NumPy on the host and JAX arrays on the devices.
 
     Attributes:
       tokens: what the model reads.
@@ -41,11 +40,11 @@ class LMBatch:
       loss_mask: 1 where the target counts, 0 across document ends and in padding.
     """
 
-    tokens: Int[Array | np.ndarray, 'B T']
-    targets: Int[Array | np.ndarray, 'B T']
-    positions: Int[Array | np.ndarray, 'B T']
-    segment_ids: Int[Array | np.ndarray, 'B T']
-    loss_mask: Bool[Array | np.ndarray, 'B T']
+    tokens: Int[Any, 'B T']
+    targets: Int[Any, 'B T']
+    positions: Int[Any, 'B T']
+    segment_ids: Int[Any, 'B T']
+    loss_mask: Bool[Any, 'B T']
 
 
 Metrics = dict[str, Float[Array, '']]

@@ -5,6 +5,7 @@ or `context` spans hosts. The state of the whole pipeline is one integer, the ro
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -56,7 +57,7 @@ def batches(
       InputError: the batch does not divide over the mesh.
     """
     sharding = partitioner.batch_sharding(batch_size, seq_len)
-    indices = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
+    indices: Any = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
     local_rows = sorted({row for index in indices for row in range(*index[0].indices(batch_size))})
     row_of = {row: place for place, row in enumerate(local_rows)}
     source = grain.MapDataset.source(_HostBatches(rows, local_rows, batch_size, rows_consumed))

@@ -4,9 +4,11 @@ A record is the row's tokens in the manifest's dtype, then its segment ids as ui
 folder readable, so a run that was cut off leaves nothing that passes for data.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -15,7 +17,7 @@ from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.runtime import write_atomically
+from llama_jax.runtime import enable_bucket, write_atomically
 from llama_jax.types import InputError
 
 MANIFEST = 'manifest.json'
@@ -36,6 +38,7 @@ _KEYS = {
 
 def is_prepared(source: str) -> bool:
     """Whether `source` is a folder that `write_prepared` finished."""
+    enable_bucket(source)
     return bool(source) and ':' not in source.replace('://', '') and (epath.Path(source) / MANIFEST).exists()
 
 
@@ -66,6 +69,7 @@ def write_prepared(
     """
     from array_record.python import array_record_module
 
+    enable_bucket(directory)
     folder = epath.Path(directory)
     if seq_len < 1:
         raise InputError(f'seq_len is {seq_len}; it must be 1 or more')
@@ -79,28 +83,43 @@ def write_prepared(
     shards: list[dict[str, Any]] = []
     writer = None
     dtype = token_dtype(tokenizer)
-    try:
-        for row in _stream_rows(documents, tokenizer, seq_len, totals, fingerprint, progress):
-            if writer is None:
-                file = folder / f'rows-{len(shards):05d}.array_record'
-                writer = array_record_module.ArrayRecordWriter(os.fspath(file), 'group_size:1,zstd:1')
-                shards.append({'file': file.name, 'rows': 0})
-            writer.write(row['tokens'].astype(dtype).tobytes() + row['segment_ids'].astype('<u4').tobytes())
-            totals['num_rows'] += 1
-            shards[-1]['rows'] += 1
-            if shards[-1]['rows'] == rows_per_shard:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
+    with contextlib.ExitStack() as at_exit:
+        local = folder
+        if '://' in os.fspath(folder):  # ArrayRecord reads buckets and does not write to them
+            local = epath.Path(at_exit.enter_context(tempfile.TemporaryDirectory()))
+
+        def finish(shard: dict[str, Any]) -> None:
+            nonlocal writer
             writer.close()
+            writer = None
+            file = local / shard['file']
+            shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
+            if local != folder:
+                file.copy(folder / file.name, overwrite=True)
+                file.unlink()
+
+        try:
+            for row in _stream_rows(documents, tokenizer, seq_len, totals, fingerprint, progress):
+                if writer is None:
+                    file = local / f'rows-{len(shards):05d}.array_record'
+                    writer = array_record_module.ArrayRecordWriter(os.fspath(file), 'group_size:1,zstd:1')
+                    shards.append({'file': file.name, 'rows': 0})
+                writer.write(
+                    row['tokens'].astype(dtype).tobytes() + row['segment_ids'].astype('<u4').tobytes()
+                )
+                totals['num_rows'] += 1
+                shards[-1]['rows'] += 1
+                if shards[-1]['rows'] == rows_per_shard:
+                    finish(shards[-1])
+            if writer is not None:
+                finish(shards[-1])
+        finally:
+            if writer is not None:
+                writer.close()
     if not shards:
         raise InputError(
             f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'
         )
-    for shard in shards:
-        file = folder / shard['file']
-        shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
     manifest = {
         'format': _FORMAT,
         'seq_len': seq_len,
@@ -175,6 +194,7 @@ class PreparedRows:
         """
         from array_record.python import array_record_data_source
 
+        enable_bucket(directory)
         self._folder = epath.Path(directory)
         manifest = _read_manifest(self._folder)
         stored = manifest['seq_len']

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from llama_jax.runtime import enable_bucket
 from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def _find_files(source: str) -> list[epath.Path]:
     """Files of a path or glob, sorted by name."""
     if not source:
         raise InputError('a data source is empty: give a path, a glob, tfds:NAME or python_stdlib')
+    enable_bucket(source)
     path = epath.Path(source)
     if magic := re.search(r'[*?[]', source):
         if '://' not in source:  # epath knows no `**`
@@ -164,7 +166,7 @@ def _find_files(source: str) -> list[epath.Path]:
     if path.is_dir():
         raise InputError(
             f'{source} is a directory without a manifest of prepared rows: finish preparing it, or name its files, '
-            f'as in {source.rstrip("/")}/**/*.jsonl'
+            f'as in {source.rstrip("/")}{"" if "://" in source else "/**"}/*.jsonl'
         )
     if not path.exists():
         raise InputError(f'no file {source!r}; give a path, a glob, tfds:NAME or python_stdlib')
@@ -179,7 +181,7 @@ def _read_file(path: epath.Path, text_key: str, separator: str) -> Iterator[str]
     kind = pathlib.PurePosixPath(name.removesuffix('.gz')).suffix
     try:
         with path.open('rb') as raw:
-            file = gzip.GzipFile(fileobj=raw) if name.endswith('.gz') else raw
+            file = gzip.GzipFile(fileobj=raw) if name.endswith('.gz') else io.BufferedReader(raw)
             if kind in ('.jsonl', '.json'):
                 yield from _read_json_lines(file, name, text_key)
             else:

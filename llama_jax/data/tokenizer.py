@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from llama_jax.runtime import write_atomically
+from llama_jax.runtime import enable_bucket, write_atomically
 from llama_jax.types import InputError
 
 
@@ -41,12 +41,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts (int32 or uint32, no BOS, no EOS), on all cores."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        ...
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -58,6 +61,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       InputError: nothing is there, several files fit, or the file is neither format.
     """
+    enable_bucket(path)
     file = epath.Path(path)
     if file.is_dir():
         models = sorted(p for p in file.iterdir() if p.name.endswith('.model'))
@@ -101,6 +105,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
+        ...
         ids = self._processor.Encode(_without_surrogates(text))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -152,6 +157,7 @@ class TiktokenTokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
+        ...
         return [self.bos_id] * bos + self._encode(text).tolist() + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -15,10 +15,12 @@ from llama_jax.types import Array, LMBatch, Params
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Attributes:
-    nats_per_token: mean negative log-likelihood of the predicted tokens.
-    bits_per_byte: the same per byte of text, which compares across tokenizers.
-    num_tokens: predicted.
+    """How well text is predicted.
+
+    Attributes:
+      nats_per_token: mean negative log-likelihood of the predicted tokens.
+      bits_per_byte: the same per byte of text, which compares across tokenizers.
+      num_tokens: predicted.
     """
 
     nats_per_token: float

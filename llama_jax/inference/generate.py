@@ -1,5 +1,6 @@
 """Completing prompts: one prefill, then one token a step for all rows at once, compiled as a single loop."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -115,8 +116,9 @@ def _generate(
     rows = jnp.arange(batch)
     cache = KVCache.create(model.config, batch, tokens.shape[1] + num_steps, model.dtype)
     logits, cache = model.apply({'params': params}, tokens, cache=cache)
+    assert isinstance(cache, KVCache)
     # The padding behind a short prompt was read too: count only the prompt, and the rest is overwritten.
-    cache = cache.replace(length=lengths)
+    cache = dataclasses.replace(cache, length=lengths)
     first = sampler(logits[rows, lengths - 1], jax.random.fold_in(rng, 0))
     is_stop = lambda token: jnp.isin(token, jnp.array(stop_ids))  # noqa: E731
 

@@ -1,6 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f'temperature is {self.temperature}; it must be 0 (greedy) or more')
         if self.top_k < 0:
             raise InputError(f'top_k is {self.top_k}; it must be 0 (all tokens) or more')

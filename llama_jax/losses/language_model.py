@@ -14,7 +14,7 @@ def language_model_loss(model: LlamaForCausalLM, *, z_loss: float = 0.0, num_chu
     Args:
       model: applied to the batch's tokens, positions and segments.
       z_loss: weight of the squared log-normaliser; the LLaMA papers use none.
-      num_chunks: pieces that the sequence is taken in, so that one piece's logits are the peak (see `ops.cross_entropy`).
+      num_chunks: pieces that the sequence is taken in; one piece's logits are held at a time (`ops.cross_entropy`).
     """
 
     def loss_fn(params: Params, frozen: PyTree, batch: LMBatch, rng: Array) -> tuple[Array, Array, Metrics]:

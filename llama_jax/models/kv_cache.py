@@ -1,5 +1,7 @@
 """The keys and values of the tokens already read: an explicit argument and return value, never hidden state."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,12 @@ class KVCache:
     def write(
         self, layer: Int[Array, ''], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']
     ) -> 'KVCache':
-        """Puts T new tokens of one layer after those each row has; `length` moves only by `advance`."""
+        """Puts T new tokens of one layer after those each row has; `length` moves only by `advance`.
+
+        That a row has room for them is for the caller to see to: its length is known on the device only.
+        """
+        if k.shape[1] > self.keys.shape[2]:
+            raise ValueError(f'{k.shape[1]} tokens do not fit into a cache of {self.keys.shape[2]} slots')
 
         def put(cache, new):  # one row: [L, S, K, H], [T, K, H]
             return jax.vmap(
@@ -42,7 +49,7 @@ class KVCache:
                 out_axes=1,
             )(cache, new.astype(cache.dtype), self.length)
 
-        return self.replace(keys=put(self.keys, k), values=put(self.values, v))
+        return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
 
     def layer(self, layer: Int[Array, '']) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
         """One layer's keys and values."""
@@ -50,4 +57,4 @@ class KVCache:
 
     def advance(self, num_tokens: Int[Array, 'B'] | int) -> 'KVCache':
         """Counts tokens as read. A row whose last tokens were padding counts only its own: the rest is overwritten."""
-        return self.replace(length=self.length + num_tokens)
+        return dataclasses.replace(self, length=self.length + num_tokens)

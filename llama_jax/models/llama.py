@@ -6,6 +6,7 @@ The layers are one scanned block, their weights stacked on a leading `layers` ax
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,17 +39,19 @@ RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
 _INIT_STDDEV = 0.02
 
 
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Callable) -> Array:
+    """A master weight (fp32) that carries its logical axes; Linen takes it out of its box."""
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
+
+
 class _Layer(nn.Module):
     """What every layer knows: sizes, compute dtype, kernel, placement."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
+    dtype: jax.typing.DTypeLike
     attention_implementation: str
     partitioner: Partitioner | None
-
-    def weight(self, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Callable) -> Array:
-        """A master weight (fp32) that carries its logical axes."""
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
     def shard(self, x: Array, *axes: str) -> Array:
         return x if self.partitioner is None else self.partitioner.shard(x, axes, f'{self.name} activation')
@@ -76,10 +79,10 @@ class Attention(_Layer):
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        w_q = self.weight('q', (D, N, H), ('embed', 'heads', 'head_dim'), _normal)
-        w_k = self.weight('k', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
-        w_v = self.weight('v', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
-        w_o = self.weight('o', (N, H, D), ('heads', 'head_dim', 'embed'), self.residual_init)
+        w_q = weight(self, 'q', (D, N, H), ('embed', 'heads', 'head_dim'), _normal)
+        w_k = weight(self, 'k', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
+        w_v = weight(self, 'v', (D, K, H), ('embed', 'kv_heads', 'head_dim'), _normal)
+        w_o = weight(self, 'o', (N, H, D), ('heads', 'head_dim', 'embed'), self.residual_init)
 
         q = self.shard(einsum('btd,dnh->btnh', x, w_q), 'batch', 'length', 'heads', 'head_dim')
         k = self.shard(einsum('btd,dkh->btkh', x, w_k), 'batch', 'length', 'kv_heads', 'head_dim')
@@ -109,9 +112,9 @@ class MLP(_Layer):
     @nn.compact
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         D, F = self.config.embed_dim, self.config.mlp_dim
-        w_gate = self.weight('gate', (D, F), ('embed', 'mlp'), _normal)
-        w_up = self.weight('up', (D, F), ('embed', 'mlp'), _normal)
-        w_down = self.weight('down', (F, D), ('mlp', 'embed'), self.residual_init)
+        w_gate = weight(self, 'gate', (D, F), ('embed', 'mlp'), _normal)
+        w_up = weight(self, 'up', (D, F), ('embed', 'mlp'), _normal)
+        w_down = weight(self, 'down', (F, D), ('mlp', 'embed'), self.residual_init)
         gate = self.shard(einsum('btd,df->btf', x, w_gate), 'batch', 'length', 'mlp')
         up = self.shard(einsum('btd,df->btf', x, w_up), 'batch', 'length', 'mlp')
         return self.shard(einsum('btf,fd->btd', swiglu(gate, up), w_down), 'batch', 'length', 'act_embed')
@@ -124,8 +127,8 @@ class Block(_Layer):
     def __call__(self, carry, layer: Int[Array, ''], rope: RopeTables, segment_ids: Int[Array, 'B T'] | None):
         x, cache = carry
         knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner)
-        attention_norm = self.weight('attention_norm', (self.config.embed_dim,), ('norm',), _ones)
-        mlp_norm = self.weight('mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
+        attention_norm = weight(self, 'attention_norm', (self.config.embed_dim,), ('norm',), _ones)
+        mlp_norm = weight(self, 'mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
         normed = rms_norm(x, attention_norm, self.config.norm_eps)
         attended, cache = Attention(*knobs, name='attention')(normed, rope, segment_ids, cache, layer)
         x = x + attended
@@ -146,7 +149,7 @@ class Transformer(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: jnp.dtype = jnp.bfloat16
+    dtype: jax.typing.DTypeLike = jnp.bfloat16
     remat: str = 'none'
     unroll: int = 1
     attention_implementation: str = 'auto'
@@ -154,8 +157,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         V, D = self.config.vocab_size, self.config.embed_dim
-        self.embed = self.param('embed', nn.with_logical_partitioning(_normal, ('vocab', 'embed')), (V, D))
-        self.final_norm = self.param('final_norm', nn.with_logical_partitioning(_ones, ('norm',)), (D,))
+        self.embed = weight(self, 'embed', (V, D), ('vocab', 'embed'), _normal)
+        self.final_norm = weight(self, 'final_norm', (D,), ('norm',), _ones)
         self.blocks = self._scanned_block()(
             self.config, self.dtype, self.attention_implementation, self.partitioner
         )
@@ -167,11 +170,12 @@ class Transformer(nn.Module):
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             # Inside a scan nothing can be merged across the two passes, so XLA needs no barrier against it.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
+        in_axes: Any = (0, nn.broadcast, nn.broadcast)  # layer numbers one by one, the rest to all
         return nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=self.config.num_layers,
             unroll=min(self.unroll, self.config.num_layers),
             metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -185,14 +189,16 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         """The normalised output of the last layer, and the cache with these tokens written but not yet counted."""
+        if segment_ids is not None and cache is not None:
+            raise ValueError(
+                'segment_ids with a cache: the cache does not know the segments of the tokens it holds'
+            )
         if positions is None:
             start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
             positions = jnp.broadcast_to(start[:, None] + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         c, s = self.config, self.config.rope_scaling
-        scaling = (
-            () if s is None else (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len)
-        )
-        rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, *scaling))
+        scaling: dict[str, Any] = {} if s is None else dataclasses.asdict(s)
+        rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling))
         x = self.embed_tokens(tokens)
         layers = jnp.arange(c.num_layers)
         (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)
@@ -215,7 +221,7 @@ class LlamaForCausalLM(Transformer):
         super().setup()
         if not self.config.tie_embeddings:
             V, D = self.config.vocab_size, self.config.embed_dim
-            self.head = self.param('head', nn.with_logical_partitioning(_normal, ('vocab', 'embed')), (V, D))
+            self.head = weight(self, 'head', (V, D), ('vocab', 'embed'), _normal)
 
     def __call__(
         self,
@@ -237,7 +243,7 @@ class LlamaForCausalLM(Transformer):
         """
         hidden, cache = self.hidden(tokens, positions, segment_ids, cache)
         head = self.embed if self.config.tie_embeddings else self.head
-        logits = einsum('btd,vd->btv', hidden, head, output_dtype=jnp.float32)
+        logits = einsum('btd,vd->btv', hidden, head, jnp.float32)
         if self.partitioner is not None:
             logits = self.partitioner.shard(logits, ('batch', 'length', 'vocab'), 'logits')
         return logits, None if cache is None else cache.advance(tokens.shape[1])

@@ -5,28 +5,49 @@ Sources: LLaMA paper Table 2, Llama 2 paper Table 1, Llama 3 paper Table 3, and 
 """
 
 import dataclasses
+from typing import Any
 
 from llama_jax.models.config import LlamaConfig, RopeScaling
 
-_7B = dict(embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128)
-_13B = dict(embed_dim=5120, mlp_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128)
-_33B = dict(embed_dim=6656, mlp_dim=17920, num_layers=60, num_heads=52, num_kv_heads=52, head_dim=128)
-_65B = dict(embed_dim=8192, mlp_dim=22016, num_layers=80, num_heads=64, num_kv_heads=64, head_dim=128)
-_34B = dict(embed_dim=8192, mlp_dim=22016, num_layers=48, num_heads=64, num_kv_heads=8, head_dim=128)
-_70B = dict(embed_dim=8192, mlp_dim=28672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128)
-_8B = dict(embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
-_405B = dict(embed_dim=16384, mlp_dim=53248, num_layers=126, num_heads=128, num_kv_heads=8, head_dim=128)
-_1B = dict(embed_dim=2048, mlp_dim=8192, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64)
-_3B = dict(embed_dim=3072, mlp_dim=8192, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128)
+_7B: dict[str, Any] = dict(
+    embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128
+)
+_13B: dict[str, Any] = dict(
+    embed_dim=5120, mlp_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
+)
+_33B: dict[str, Any] = dict(
+    embed_dim=6656, mlp_dim=17920, num_layers=60, num_heads=52, num_kv_heads=52, head_dim=128
+)
+_65B: dict[str, Any] = dict(
+    embed_dim=8192, mlp_dim=22016, num_layers=80, num_heads=64, num_kv_heads=64, head_dim=128
+)
+_34B: dict[str, Any] = dict(
+    embed_dim=8192, mlp_dim=22016, num_layers=48, num_heads=64, num_kv_heads=8, head_dim=128
+)
+_70B: dict[str, Any] = dict(
+    embed_dim=8192, mlp_dim=28672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128
+)
+_8B: dict[str, Any] = dict(
+    embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
+)
+_405B: dict[str, Any] = dict(
+    embed_dim=16384, mlp_dim=53248, num_layers=126, num_heads=128, num_kv_heads=8, head_dim=128
+)
+_1B: dict[str, Any] = dict(
+    embed_dim=2048, mlp_dim=8192, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64
+)
+_3B: dict[str, Any] = dict(
+    embed_dim=3072, mlp_dim=8192, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128
+)
 
-_LLAMA_1 = dict(vocab_size=32_000, max_seq_len=2048, norm_eps=1e-6)
-_LLAMA_2 = dict(vocab_size=32_000, max_seq_len=4096)
+_LLAMA_1: dict[str, Any] = dict(vocab_size=32_000, max_seq_len=2048, norm_eps=1e-6)
+_LLAMA_2: dict[str, Any] = dict(vocab_size=32_000, max_seq_len=4096)
 # Code Llama trains at 16,384 tokens and is used up to 100,000; 7B and 13B have four infilling tokens, padded to 16.
-_CODE = dict(max_seq_len=16_384, rope_theta=1_000_000.0)
-_LLAMA_3 = dict(vocab_size=128_256, max_seq_len=8192, rope_theta=500_000.0)
-_LLAMA_3_1 = {**_LLAMA_3, 'max_seq_len': 131_072, 'rope_scaling': RopeScaling(factor=8.0)}
+_CODE: dict[str, Any] = dict(max_seq_len=16_384, rope_theta=1_000_000.0)
+_LLAMA_3: dict[str, Any] = dict(vocab_size=128_256, max_seq_len=8192, rope_theta=500_000.0)
+_LLAMA_3_1: dict[str, Any] = {**_LLAMA_3, 'max_seq_len': 131_072, 'rope_scaling': RopeScaling(factor=8.0)}
 # Meta's code hard-codes factor 8; 32 is right for these two, as its maintainers confirmed (llama-models issue 241).
-_LLAMA_3_2 = {**_LLAMA_3_1, 'rope_scaling': RopeScaling(factor=32.0), 'tie_embeddings': True}
+_LLAMA_3_2: dict[str, Any] = {**_LLAMA_3_1, 'rope_scaling': RopeScaling(factor=32.0), 'tie_embeddings': True}
 
 PRESETS: dict[str, LlamaConfig] = {
     'tiny': LlamaConfig(

@@ -41,6 +41,8 @@ def attention(
         raise InputError(
             f'unknown attention implementation {implementation!r}; choose from {IMPLEMENTATIONS}'
         )
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError('q_segment_ids and kv_segment_ids are given together or not at all')
     mask = causal_mask(q.shape[1], k.shape[1], q_start)
     if q_segment_ids is not None and kv_segment_ids is not None:
         mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])

@@ -20,7 +20,6 @@ def token_losses(
     return log_normalizer - target_logits + z_loss * jnp.square(log_normalizer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def head_cross_entropy(
     hidden: Float[Array, 'B T D'],
     head: Float[Array, 'V D'],
@@ -38,11 +37,16 @@ def head_cross_entropy(
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
+    return _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss):
     chunks = _chunks(hidden, targets, mask, num_chunks)
 
     def chunk_loss(total, chunk):
         x, target, keep = chunk
-        logits = einsum('btd,vd->btv', x, head, output_dtype=jnp.float32)
+        logits = einsum('btd,vd->btv', x, head, jnp.float32)
         return total + jnp.sum(token_losses(logits, target, z_loss), where=keep), None
 
     return jax.lax.scan(chunk_loss, jnp.float32(0.0), chunks)[0]
@@ -67,7 +71,7 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss):
     def chunk_gradients(carry, chunk):
         total, head_gradient = carry
         x, target, keep = chunk
-        logits = einsum('btd,vd->btv', x, weight, output_dtype=jnp.float32)
+        logits = einsum('btd,vd->btv', x, weight, jnp.float32)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
         losses = log_normalizer - target_logits + z_loss * jnp.square(log_normalizer)
@@ -78,7 +82,7 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss):
         logits_gradient = probabilities * scale - jnp.where(is_target & keep[:, :, None], 1.0, 0.0)
         logits_gradient = logits_gradient.astype(hidden.dtype)
         x_gradient = einsum('btv,vd->btd', logits_gradient, weight)
-        head_gradient = head_gradient + einsum('btv,btd->vd', logits_gradient, x, output_dtype=jnp.float32)
+        head_gradient = head_gradient + einsum('btv,btd->vd', logits_gradient, x, jnp.float32)
         return (total + jnp.sum(losses, where=keep), head_gradient), x_gradient
 
     start = (jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32))
@@ -99,4 +103,4 @@ def _backward(num_chunks, z_loss, residuals, cotangent):
     )
 
 
-head_cross_entropy.defvjp(_forward, _backward)
+_head_cross_entropy.defvjp(_forward, _backward)

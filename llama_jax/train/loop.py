@@ -23,16 +23,18 @@ Callback = Callable[[TrainState, int], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Attributes:
-    num_steps: updates after which training ends.
-    batch_size: rows in a step, for the count of rows consumed.
-    tokens_per_step: of a global batch, for the rates.
-    flops_per_token: (causal, full), of one token's training.
-    peak_flops: of one device.
-    log_every: steps between logged steps.
-    checkpoint_every: steps between checkpoints; the last step is always one.
-    profile: (first step, number of steps) to trace; (0, 0) traces none.
-    profile_dir: where the trace goes.
+    """How long and how often.
+
+    Attributes:
+      num_steps: updates after which training ends.
+      batch_size: rows in a step, for the count of rows consumed.
+      tokens_per_step: of a global batch, for the rates.
+      flops_per_token: (causal, full), of one token's training.
+      peak_flops: of one device.
+      log_every: steps between logged steps; 0: the last only.
+      checkpoint_every: steps between checkpoints; 0: the last only, which is always one.
+      profile: (first step, number of steps) to trace; (0, 0) traces none.
+      profile_dir: where the trace goes.
     """
 
     num_steps: int
@@ -75,7 +77,7 @@ def train(
       checkpointer: saves state with the rows consumed.
       metadata: saved with every checkpoint.
       writers: take each logged step, on process 0.
-      callbacks: (every, function), called after every that many updates and after the last.
+      callbacks: (every, function), called after every that many updates (0: none) and after the last.
 
     Returns:
       The last state, and the number of updates it has had (below `num_steps` after a preemption).
@@ -97,7 +99,7 @@ def train(
                     f'{name} is {value} at step {step}; the last checkpoint is of step {saved}. Lower '
                     '--config.optimizer.learning_rate, or look at the data of this step'
                 )
-        logged = extra or step % config.log_every == 0 or step == config.num_steps
+        logged = extra or _is_due(step, config.log_every) or step == config.num_steps
         if not logged and step > start_step + 1:
             return
         rates = timer.rates(step)  # also after the first step, which compiles: the next rates are without it
@@ -117,7 +119,15 @@ def train(
 
     # The loop reads one step behind: fetching a metric waits for its step, and the devices must not wait for us.
     pending: tuple[int, Metrics] | None = None
-    with contextlib.closing(preemption), contextlib.closing(_Profiler(config)) as profiler, bar:
+    with (
+        contextlib.closing(preemption),
+        contextlib.ExitStack() as at_exit,
+        contextlib.closing(_Profiler(config)) as profiler,
+        bar,
+    ):
+        at_exit.callback(
+            checkpointer.wait
+        )  # also after an error: a save cut off by the end of Python is lost
         while done < config.num_steps and not preemption.received(done):
             profiler.before_step(done)
             batch = next(batches)
@@ -129,8 +139,8 @@ def train(
                 report(*pending, {})
             pending = (done, metrics)
             last = done == config.num_steps
-            due = [callback for every, callback in callbacks if every > 0 and (done % every == 0 or last)]
-            save_due = last or done % config.checkpoint_every == 0
+            due = [callback for every, callback in callbacks if last or _is_due(done, every)]
+            save_due = last or _is_due(done, config.checkpoint_every)
             if due or save_due:
                 jax.block_until_ready(metrics)
                 with timer.paused():
@@ -144,8 +154,12 @@ def train(
             report(*pending, {})
         if done > saved:
             save()
-        checkpointer.wait()
     return state, done
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether `step` is one of every so many; 0 makes none due."""
+    return every > 0 and step % every == 0
 
 
 class _Profiler:

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import tempfile
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -16,6 +16,7 @@ from llama_jax.runtime import write_atomically
 from llama_jax.types import InputError
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A sink for figures."""
 
@@ -131,10 +132,12 @@ def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: di
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
-    for key, style in (('loss', {'linewidth': 1.0}), ('validation_loss', {'marker': 'o'})):
-        points = [(item['step'], item[key]) for item in metrics if key in item]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=key.replace('_', ' '), **style)
+    styles: dict[str, dict[str, Any]] = {'loss': {'linewidth': 1.0}, 'validation_loss': {'marker': 'o'}}
+    for key, style in styles.items():
+        logged = [item for item in metrics if key in item]
+        if logged:
+            steps, losses = [item['step'] for item in logged], [item[key] for item in logged]
+            axes.plot(steps, losses, label=key.replace('_', ' '), **style)
     for index, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, linestyle='--', color=f'C{index + 2}', label=f'{name} {value:.3f}')
     axes.set(xlabel='step', ylabel='nats per token', title='Loss')

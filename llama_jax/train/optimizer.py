@@ -69,17 +69,17 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) ->
     if config.name == 'adamw':
         update = optax.adamw(schedule, config.beta1, config.beta2, config.eps, **decay)
     elif config.name == 'adafactor':
-        update = optax.adafactor(
-            schedule, multiply_by_parameter_scale=False,
-            weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed,
-        )  # fmt: skip
+        # optax.adafactor takes decay off undiminished by the learning rate: a tenth of every weight, each update.
+        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        update = optax.chain(rule, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(schedule))
     elif config.name == 'lion':
         update = optax.lion(schedule, config.beta1, config.beta2, **decay)
     elif config.name == 'muon':
-        update = optax.contrib.muon(
-            schedule, weight_decay=config.weight_decay, weight_decay_mask=decayed, adam_b1=config.beta1,
-            adam_b2=config.beta2, muon_weight_dimension_numbers=_muon_dimensions,
-        )  # fmt: skip
+        # optax.contrib.muon can mask decay, or apply it to the embedding and head, not both: so decay comes after.
+        rule = optax.contrib.muon(
+            -1.0, adam_b1=config.beta1, adam_b2=config.beta2, muon_weight_dimension_numbers=_muon_dimensions
+        )
+        update = optax.chain(rule, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(schedule))
     else:
         raise InputError(f'unknown optimizer {config.name!r}; choose from {OPTIMIZERS}')
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update

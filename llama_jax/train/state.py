@@ -1,5 +1,7 @@
 """What training changes: step, params, optimiser state; born with its shardings."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,12 @@ from llama_jax.types import Array, Params, PyTree
 
 @flax.struct.dataclass
 class TrainState:
-    """Attributes:
-    step: updates done.
-    params: fp32 master weights.
-    opt_state: of the optimiser.
+    """Everything that an update changes.
+
+    Attributes:
+      step: updates done.
+      params: fp32 master weights.
+      opt_state: of the optimiser.
     """
 
     step: Int[Array, '']
@@ -55,7 +59,8 @@ def abstract_state(
         )
 
     opt_state = jax.tree_util.tree_map_with_path(place_moment, state.opt_state)
-    return TrainState(_placed(state.step, replicated), params, opt_state)
+    step: Any = _placed(state.step, replicated)
+    return TrainState(step, params, opt_state)
 
 
 def _dict_path(path) -> tuple[str, ...]:

@@ -252,6 +252,7 @@ def hugging_face_model(release: Release, params: dict):
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # the matrices are small, and the cores busy with other tests
     rope = {'rope_type': 'default', 'rope_theta': release.rope_theta}
     if release.scaling_factor:
         rope |= {

@@ -131,10 +131,9 @@ def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
 def test_another_optimiser_is_seen(mutation):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
-    name, batches = 'llama2_7b', make_batches()
+    name, batches = 'llama3_8b', make_batches()
     params = random_params(RELEASES[name], np.random.default_rng(0), RESIDUAL_SCALE)
 
-    mutated = torch_losses(name, params, batches, **mutation)
+    plain, mutated = (torch_losses(name, params, batches, **kwargs) for kwargs in ({}, mutation))
 
-    ours = our_losses(name, params, batches, num_microbatches=1, num_chunks=1)
-    assert np.abs(ours / mutated - 1).max() > 5 * TOLERANCE
+    assert np.abs(mutated / plain - 1).max() > 5 * TOLERANCE

@@ -1,0 +1,159 @@
+"""Runs the commands as a user does: each in a process of its own, of which only the outside is seen.
+
+Starting Python and importing JAX takes longer than most of these runs. So one process imports what all commands import,
+and forks (before JAX has a device or a thread) for each run, which then is `python -m experiments.NAME`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+_SERVER = """
+import json, os, runpy, sys
+import matplotlib.pyplot, tensorboardX
+import experiments.launch, llama_jax.data.datasets, llama_jax.eval.perplexity, llama_jax.inference.generate
+import llama_jax.train.loop, llama_jax.train.state, llama_jax.train.step
+from array_record.python import array_record_data_source
+for line in sys.stdin:
+    request = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        for descriptor, file in enumerate((os.devnull, request['stdout'], request['stderr'])):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.environ.update(request['environment'])
+        sys.argv = request['argv']
+        runpy.run_module(f'experiments.{sys.argv[0]}', run_name='__main__', alter_sys=True)
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclasses.dataclass
+class Finished:
+    """How a command ended: its exit status (minus the signal that killed it) and what it printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def succeeded(self) -> 'Finished':
+        assert self.status == 0, self.stderr
+        assert 'Traceback' not in self.stderr, self.stderr
+        return self
+
+    def error(self, status: int = 2) -> str:
+        """The one line of a refusal; above it there may be the log and a progress bar, and nothing else."""
+        *above, last = self.stderr.splitlines()
+        assert self.status == status, self.stderr
+        assert last.startswith('error: '), self.stderr
+        assert all(re.match(r'\d\d:\d\d:\d\d | *\d+%\||$', line) for line in above), self.stderr
+        assert not self.stdout
+        return last
+
+
+class CommandLine:
+    """Runs one command at a time, with `num_devices` emulated devices where the run does not say otherwise."""
+
+    def __init__(self, folder: pathlib.Path, num_devices: int = 1, **environment: str):
+        self._folder, self._num_devices, self._environment = folder, num_devices, environment
+        self._server = subprocess.Popen(
+            [sys.executable, '-c', _SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
+
+    def start(self, name: str, *arguments: str, num_devices: int = 0) -> int:
+        """Starts `python -m experiments.NAME ARGUMENTS` and returns its process id; `wait` must follow."""
+        request = {
+            'argv': [name, *map(str, arguments)],
+            'environment': self._environment | _devices(num_devices or self._num_devices),
+            'stdout': str(self._folder / 'stdout'),
+            'stderr': str(self._folder / 'stderr'),
+        }
+        self._server.stdin.write(json.dumps(request) + '\n')
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> Finished:
+        status = int(self._server.stdout.readline())
+        return Finished(
+            status, *((self._folder / name).read_text(errors='replace') for name in ('stdout', 'stderr'))
+        )
+
+    def run(self, name: str, *arguments: str, num_devices: int = 0) -> Finished:
+        self.start(name, *arguments, num_devices=num_devices)
+        return self.wait()
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+        self._server.stdout.close()
+
+
+def _devices(count: int) -> dict[str, str]:
+    return {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} '
+        '--xla_cpu_collective_call_terminate_timeout_seconds=300'
+    }
+
+
+def run_python(name: str, *arguments: str) -> Finished:
+    """`python -m experiments.NAME ARGUMENTS`, without the short cut."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'experiments.{name}', *map(str, arguments)],
+        cwd=REPOSITORY, env=os.environ | _devices(1), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def write_corpus(file: pathlib.Path, num_documents: int = 400) -> pathlib.Path:
+    """Documents of made-up words, the same on every machine, divided by `<|endoftext|>`."""
+    words = [f'{a}{b}{c}' for a in 'bdfgklm' for b in ('a', 'e', 'io', 'u') for c in ('', 'n', 'rst', 'lly')]
+    number, documents = 1, []
+    for _ in range(num_documents):
+        text = []
+        for _ in range(40):
+            number = number * 48271 % 0x7FFFFFFF
+            text.append(words[number % len(words) * (number % 7) // 6])
+        documents.append(' '.join(text) + '.')
+    file.write_text('\n<|endoftext|>\n'.join(documents))
+    return file
+
+
+def tiny_run(workdir: pathlib.Path, corpus: pathlib.Path, **overrides) -> list[str]:
+    """Arguments of a `pretrain` that takes seconds; `overrides` are config keys with `__` for the dot."""
+    config = {
+        'data__train': corpus,
+        'data__validation': '',
+        'data__validation_fraction': 0.02,
+        'data__separator': '<|endoftext|>',
+        'data__vocab_size': 320,
+        'model__vocab_size': 320,
+        'data__seq_len': 64,
+        'train__batch_size': 8,
+        'train__num_steps': 12,
+        'optimizer__warmup_steps': 2,
+        'checkpoint__every': 4,
+        'eval__sample_tokens': 0,
+        'log__every': 1,
+        'log__tensorboard': False,
+    } | overrides
+    return [
+        '--config=configs/pretrain.py:tiny', f'--workdir={workdir}',
+        *(f'--config.{key.replace("__", ".")}={value}' for key, value in config.items()),
+    ]  # fmt: skip
+
+
+def figures(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every logged step."""
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [(item['step'], item['loss'], item['grad_norm']) for item in map(json.loads, lines)]
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())

@@ -1,0 +1,251 @@
+"""The commands, run as a user runs them: what a workdir holds, what goes in and comes out, and what is refused."""
+
+import gzip
+import json
+import re
+import shutil
+
+import pytest
+
+import llama_jax
+from llama_jax.models.llama import LlamaForCausalLM
+from tests.command_line import CommandLine, figures, run_python, saved_steps, tiny_run, write_corpus
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('commands')
+
+
+@pytest.fixture(scope='module')
+def commands(folder):
+    commands = CommandLine(folder)
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope='module')
+def corpus(folder):
+    return write_corpus(folder / 'corpus.txt')
+
+
+SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba'}
+
+
+@pytest.fixture(scope='module')
+def run(folder, corpus):
+    """The workdir of a finished run, of twelve steps."""
+    workdir = folder / 'run'
+    finished = run_python('pretrain', *tiny_run(workdir, corpus, **SHOWN)).succeeded()
+    assert all(text in finished.stdout for text in ('this model', 'unigram', 'sample:', 'loss.png'))
+    return workdir
+
+
+def test_what_a_workdir_holds(run, corpus):
+    wanted = (
+        'config.json model.json tokenizer.model metrics.jsonl report.json loss.png checkpoints tensorboard'
+    )
+    assert {path.name for path in run.iterdir()} == set(wanted.split())
+    assert saved_steps(run) == [4, 8, 12]
+    assert len(list((run / 'tensorboard').iterdir())) == 1
+    assert (run / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    assert json.loads((run / 'config.json').read_text())['config']['data']['train'] == str(corpus)
+    assert json.loads((run / 'model.json').read_text())['config']['vocab_size'] == 320
+    metrics = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert [item['step'] for item in metrics] == list(range(1, 13))
+    keys = {'step', 'loss', 'learning_rate', 'grad_norm', 'weight', 'tokens_per_second'}
+    keys |= {'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
+    validated = {'validation_loss', 'validation_bits_per_byte'}
+    assert [set(item) - keys for item in metrics] == [set()] * 11 + [validated]
+    assert all(keys <= set(item) for item in metrics)
+    assert metrics[-1]['loss'] < 0.8 * metrics[0]['loss']
+    report = json.loads((run / 'report.json').read_text())
+    assert report['step'] == 12 and report['sample'].startswith('ba') and report['bigram'] < report['unigram']
+    assert report['validation_loss'] == metrics[-1]['validation_loss']
+
+
+def test_generate_prints_the_completion_alone(commands, run):
+    prompts = ['ba', 'dio kurst']
+    config, params, tokenizer = llama_jax.load(run)
+    greedy = llama_jax.generate(LlamaForCausalLM(config), params, tokenizer, prompts, max_new_tokens=12)
+    arguments = [f'--checkpoint={run}', '--max_new_tokens=12', '--prompt=ba']
+    assert run_python('generate', *arguments).succeeded().stdout == f'{greedy[0]}\n'
+    finished = commands.run('generate', *arguments, '--prompt=dio kurst', '--format=jsonl').succeeded()
+    lines = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert lines == [dict(prompt=p, completion=c) for p, c in zip(prompts, greedy, strict=True)]
+
+
+def test_the_same_command_again_changes_nothing(commands, run, corpus):
+    before = contents(run)
+    finished = commands.run('pretrain', *tiny_run(run, corpus, **SHOWN)).succeeded()
+    assert 'resuming at step 12 of 12' in finished.stderr
+    after = contents(run)
+    assert before == {path: after[path] for path in before}
+    assert all(path.parent.name == 'tensorboard' for path in set(after) - set(before))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_more_steps_go_on_from_the_last(commands, run, corpus, tmp_path):
+    shutil.copytree(run, tmp_path / 'longer')
+    commands.run('pretrain', *tiny_run(tmp_path / 'longer', corpus, train__num_steps=15)).succeeded()
+    longer = figures(tmp_path / 'longer')
+    assert longer[:12] == figures(run) and [step for step, *_ in longer] == list(range(1, 16))
+    assert saved_steps(tmp_path / 'longer') == [8, 12, 15]
+
+
+def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, tmp_path):
+    arguments = tiny_run(tmp_path / 'run', corpus, train__num_steps=4)
+    commands.run('pretrain', *arguments, f'--checkpoint={run}').succeeded()
+    before, after = figures(run), figures(tmp_path / 'run')
+    assert [step for step, *_ in after] == [1, 2, 3, 4]
+    assert (
+        after[0][1] < before[-1][1] + 0.2 < before[0][1] - 1.0
+    )  # no start from scratch; batches differ by 0.1
+    assert (tmp_path / 'run/tokenizer.model').read_bytes() == (run / 'tokenizer.model').read_bytes()
+    other = commands.run('pretrain', *arguments).error()
+    assert '--checkpoint was' in other
+
+
+def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_path):
+    from array_record.python import array_record_module
+
+    documents = corpus.read_text().split('\n<|endoftext|>\n')
+    with gzip.open(tmp_path / 'corpus.jsonl.gz', 'wt') as file:
+        file.writelines(json.dumps({'text': text}) + '\n' for text in documents)
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / 'corpus.array_record'), 'group_size:1')
+    for text in documents:
+        writer.write(text.encode())
+    writer.close()
+    prepared = tmp_path / 'prepared'
+    finished = commands.run(
+        'prepare_data', f'--input={corpus}', '--separator=<|endoftext|>', f'--tokenizer={run}', '--seq_len=64',
+        f'--output={prepared}',
+    ).succeeded()  # fmt: skip
+    assert f'{len(documents):,} documents' in finished.stdout
+    trained = []
+    for source in (corpus, tmp_path / 'corpus.jsonl.gz', tmp_path / 'corpus.array_record', prepared):
+        workdir = tmp_path / f'run_{source.name}'
+        settings = {'data__tokenizer': run, 'data__validation_fraction': 0.0, 'train__num_steps': 3}
+        commands.run('pretrain', *tiny_run(workdir, source, **settings)).succeeded()
+        trained.append(figures(workdir))
+    assert trained == [trained[0]] * 4 and len(trained[0]) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(commands, run, corpus, tmp_path):
+    settings = {'optimizer__learning_rate': 1e30, 'checkpoint__every': 1, 'data__tokenizer': run}
+    finished = commands.run('pretrain', *tiny_run(tmp_path / 'run', corpus, **settings))
+    assert finished.status == 1 and 'Traceback' not in finished.stderr and not finished.stdout
+    line = finished.stderr.splitlines()[-1]
+    found = re.match(
+        r'error: (loss|grad_norm) is (nan|inf) at step (\d+); the last checkpoint is of step (\d+)\.', line
+    )
+    assert found, line
+    # The save that was under way is finished, and nothing later is saved.
+    assert [path.name for path in (tmp_path / 'run/checkpoints').iterdir()] == [found[4]]
+
+
+# What is refused: config keys that differ from a good run's (or arguments, as a list), and what the line says.
+REFUSED = {
+    'unknown key': (['--config.optimizer.lerning_rate=1'], 'lerning_rate; did you mean optimizer.learning_rate'),
+    'wrong type': ({'train__num_steps': 'abc'}, 'train.num_steps=abc: the value must be of type int, as 600 is'),
+    'no configuration': (['--config=configs/none.py:tiny', '--workdir=x'], 'there is no file configs/none.py'),
+    'failing configuration': (['--config=configs/pretrain.py:llama3', '--workdir=x'], 'cannot be loaded: IndexError'),
+    'no workdir': (['--config=configs/pretrain.py:tiny'], '--workdir is required'),
+    'stray argument': (['stray', '--config=configs/pretrain.py:tiny', '--workdir=x'], "unexpected argument 'stray'"),
+    'unknown preset': ({'model__preset': 'lama2_7b'}, "unknown model 'lama2_7b'; did you mean llama2_7b"),
+    'unknown dtype': ({'model__dtype': 'f16'}, 'dtype=f16; choose from'),
+    'unknown attention': ({'model__attention': 'flush'}, "attention implementation 'flush'; choose from"),
+    'unknown optimizer': ({'optimizer__name': 'sgd'}, "unknown optimizer 'sgd'; choose from"),
+    'impossible mesh': ({'mesh__tensor': 3}, 'impossible mesh .* tensor=3.* 8 devices'),
+    'indivisible heads': ({'mesh__tensor': 8}, "axis '(kv_)?heads' of size 4 does not divide over mesh axes tensor=8"),
+    'indivisible batch': ({'train__batch_size': 12}, 'batch size 12 does not divide over the 8 devices'),
+    'microbatches': ({'train__num_microbatches': 3}, 'batch_size=8 does not divide into .*num_microbatches=3'),
+    'loss chunks': ({'train__loss_chunks': 7}, 'length 64 is not a multiple of the 7 loss chunks'),
+    'long sequence': ({'data__seq_len': 257}, 'seq_len=257 is longer than tiny reads: at most 256'),
+    'weights': ({'data__weights': '1,2'}, '2 weights for 1 data sources'),
+    'small vocabulary': ({'model__vocab_size': 100}, 'vocab_size=100 is less than the tokenizer needs: 320'),
+    'no tokenizer': ({'data__tokenizer': 'none.model'}, 'no tokenizer at none.model'),
+    'no corpus': ({'data__train': 'none.txt'}, "no file 'none.txt'"),
+    'empty corpus': ({'data__train': 'empty.txt'}, "empty.txt' holds no text"),
+    'not UTF-8': ({'data__train': 'latin.txt'}, 'latin.txt is not UTF-8: byte 0xe9 at offset 3'),
+    'truncated ArrayRecord': ({'data__train': 'short.array_record'}, 'short.array_record is cut short'),
+    'short prepared rows': ({'data__train': 'prepared'}, 'seq_len 64 is longer than the rows of .*prepared, 16'),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def broken(folder, commands, run, corpus):
+    """Files that cannot be trained on, by name."""
+    from array_record.python import array_record_module
+
+    (folder / 'empty.txt').write_text('')
+    (folder / 'latin.txt').write_bytes(b'caf\xe9 ' * 100)
+    short = folder / 'short.array_record'
+    writer = array_record_module.ArrayRecordWriter(str(short), 'group_size:1')
+    for number in range(100):
+        writer.write(b'document %d' % number)
+    writer.close()
+    short.write_bytes(short.read_bytes()[: short.stat().st_size // 2])
+    commands.run(
+        'prepare_data',
+        f'--input={corpus}',
+        f'--tokenizer={run}',
+        '--seq_len=16',
+        f'--output={folder}/prepared',
+    ).succeeded()
+    return {name: folder / name for name in ('empty.txt', 'latin.txt', 'short.array_record', 'prepared')}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, run, corpus, broken, tmp_path, case):
+    wrong, message = REFUSED[case]
+    workdir = tmp_path / 'run'
+    if isinstance(wrong, list):
+        arguments = (
+            wrong
+            if any(item.startswith('--config=') for item in wrong)
+            else tiny_run(workdir, corpus) + wrong
+        )
+    else:
+        wrong = {key: broken.get(value, value) for key, value in wrong.items()}
+        arguments = tiny_run(workdir, corpus, **{'data__tokenizer': run} | wrong)
+    assert re.search(message, commands.run('pretrain', *arguments, num_devices=8).error())
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [('model.preset', 'stories_15m'), ('data.train', 'latin.txt'), ('seed', 1), ('train.batch_size', 16),
+     ('optimizer.beta1', 0.8)],
+)  # fmt: skip
+def test_the_workdir_of_another_run_is_refused(commands, run, corpus, key, value):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob('*')}
+    arguments = tiny_run(run, corpus, **{key.replace('.', '__'): value})
+    line = commands.run('pretrain', *arguments).error()
+    assert f'belongs to another run: --config.{key} was' in line and str(value) in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob('*')} == before
+
+
+def test_changed_documents_are_refused(commands, run, tmp_path, folder, corpus):
+    text = corpus.read_text()
+    try:
+        corpus.write_text(text + ' more')
+        assert 'have changed since it was started' in commands.run('pretrain', *tiny_run(run, corpus)).error()
+    finally:
+        corpus.write_text(text)
+
+
+def test_other_commands_refuse_in_one_line(commands, run, broken, corpus, tmp_path):
+    # Once without the short cut: the status and the output are those of the command itself.
+    assert 'is not a checkpoint' in run_python('generate', f'--checkpoint={tmp_path}', '--prompt=a').error()
+    assert '--prompt is required' in commands.run('generate', f'--checkpoint={run}').error()
+    sources = f'--input={corpus},{broken["latin.txt"]}'
+    output = tmp_path / 'out'
+    line = commands.run(
+        'prepare_data', sources, f'--tokenizer={run}', '--seq_len=64', f'--output={output}'
+    ).stderr
+    assert 'latin.txt is not UTF-8' in line.splitlines()[-1] and 'Traceback' not in line
+    assert not output.exists()

@@ -1,0 +1,112 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.inference.generate import generate, generate_tokens
+from llama_jax.inference.sampling import Sampler
+from llama_jax.types import InputError
+from tests import toy
+
+PROMPTS = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1]]
+
+
+class Letters:
+    """A tokenizer of 60 ASCII characters; after the first token of a text, a space comes before each capital."""
+
+    vocab_size, bos_id, eos_id, path, sha256 = 64, 1, 2, '', ''
+
+    def encode(self, text, bos=False, eos=False):
+        return [1] * bos + [ord(letter) - 64 + 4 for letter in text] + [2] * eos
+
+    def encode_batch(self, texts):
+        return [np.array(self.encode(text)) for text in texts]
+
+    def decode(self, ids):
+        text = ''.join(chr(i - 4 + 64) for i in ids if i >= 4)
+        return text[:1] + ''.join(f' {letter}' if letter.isupper() else letter for letter in text[1:])
+
+
+@pytest.fixture(scope='module')
+def model():
+    return toy.make_model()
+
+
+@pytest.fixture(scope='module')
+def params(model):
+    return toy.make_params(model)
+
+
+def complete(model, params, prompts, max_new_tokens=8, sampler=None, stop_ids=(), seed=0):
+    return generate_tokens(
+        model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler or Sampler(), stop_ids=stop_ids,
+        seed=seed,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def greedy(model, params):
+    """The most likely continuations, by reading everything anew for each token."""
+    continuations = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(8):
+            # Padding comes after all that is read, so one shape serves.
+            row = jnp.array([tokens + [0] * (16 - len(tokens))], jnp.int32)
+            logits, _ = model.apply({'params': params}, row)
+            tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+        continuations.append(tokens[len(prompt) :])
+    return continuations
+
+
+def test_greedy_is_the_most_likely_token_each_time_in_rows_of_any_length(model, params, greedy):
+    assert complete(model, params, PROMPTS) == greedy
+    assert [complete(model, params, [prompt])[0] for prompt in PROMPTS] == greedy
+    assert complete(model, params, PROMPTS, max_new_tokens=3) == [row[:3] for row in greedy]
+
+
+def test_a_stop_token_ends_its_row_and_is_left_out(model, params, greedy):
+    stops = (greedy[0][2], 63)
+    wanted = [row[: next((i for i, token in enumerate(row) if token in stops), 8)] for row in greedy]
+    assert len(wanted[0]) < 8
+    assert complete(model, params, PROMPTS, stop_ids=stops) == wanted
+
+
+def test_a_row_ends_at_the_context(model, params):
+    context = toy.CONFIG.max_seq_len
+    prompts = [[3] * (context - 2), [3] * 4, [3] * (context - 1)]
+    rows = complete(model, params, prompts, max_new_tokens=500)
+    assert [len(row) for row in rows] == [2, context - 4, 1]
+    assert complete(model, params, prompts[:1], max_new_tokens=1)[0] == rows[0][:1]
+
+
+def test_draws_depend_on_the_seed_alone(model, params):
+    sampler = Sampler(temperature=1.0, top_p=0.95)
+    first = complete(model, params, PROMPTS, sampler=sampler, seed=3)
+    assert complete(model, params, PROMPTS, sampler=sampler, seed=3) == first
+    assert complete(model, params, PROMPTS, sampler=sampler, seed=4) != first
+    twins = complete(model, params, PROMPTS[:1] * 2, sampler=sampler)
+    assert twins[0] != twins[1]  # rows of one batch are drawn apart
+
+
+def test_texts_are_continued_without_their_prompt(model, params):
+    tokenizer, prompts = Letters(), ['abc', 'Q', '']
+    texts = generate(model, params, tokenizer, prompts, max_new_tokens=6)
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    rows = complete(model, params, ids, max_new_tokens=6, stop_ids=(2,))
+    for prompt, prompt_ids, row, text in zip(prompts, ids, rows, texts, strict=True):
+        assert prompt + text == tokenizer.decode(prompt_ids + row)
+    assert generate(model, params, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ('prompts', 'max_new_tokens', 'words'),
+    [
+        ([[1]], 0, ['max_new_tokens is 0', 'at least 1']),
+        ([[1], []], 4, ['no token', 'BOS']),
+        ([[1], [1] * 64], 4, ['prompt 1 has 64 tokens', 'at most 63']),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_in_one_line(model, params, prompts, max_new_tokens, words):
+    with pytest.raises(InputError) as error:
+        complete(model, params, prompts, max_new_tokens)
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)

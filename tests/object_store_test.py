@@ -1,0 +1,178 @@
+"""A bucket in the place of a folder: objects are written whole, and nothing is appended or renamed."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from llama_jax import pretrained
+from llama_jax.checkpoint import Checkpointer, restore_params
+from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
+from llama_jax.data.sources import read_documents
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.runtime import enable_bucket
+from llama_jax.types import InputError
+from tests.command_line import CommandLine, tiny_run, write_corpus
+from tests.reference.fake_gcs import FakeGCS
+
+RUN = 'gs://bucket/run'
+SMALL = {'train__num_steps': 6, 'checkpoint__every': 2, 'checkpoint__keep': 2, 'log__tensorboard': True}
+RATES = {'tokens_per_second', 'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
+
+
+@pytest.fixture(scope='module')
+def gcs():
+    with FakeGCS() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        enable_bucket('gs://bucket')
+        yield server
+
+
+@pytest.fixture(scope='module')
+def commands(gcs, tmp_path_factory):
+    del gcs  # its environment is handed on
+    commands = CommandLine(tmp_path_factory.mktemp('commands'))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp('corpus') / 'corpus.txt')
+
+
+@pytest.fixture(scope='module')
+def local_run(commands, corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('local') / 'run'
+    commands.run('pretrain', *tiny_run(workdir, corpus, **SMALL)).succeeded()
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def run(gcs, commands, corpus):
+    """The same from bucket to bucket; killed when all of step 4 but its commit is written, and started again."""
+    epath.Path('gs://bucket/data/corpus.txt').write_bytes(corpus.read_bytes())
+    arguments = tiny_run(RUN, 'gs://bucket/data/corpus.txt', **SMALL)
+    gcs.counts.clear()
+    pid = commands.start('pretrain', *arguments)
+
+    def kill_at_commit(kind: str, name: str) -> None:
+        if kind == 'insert' and name == 'run/checkpoints/4/commit_success.txt':
+            os.kill(pid, signal.SIGKILL)
+            raise ConnectionError
+
+    gcs.before = kill_at_commit
+    try:
+        assert commands.wait().status == -9
+    finally:
+        gcs.before = lambda kind, name: None
+    killed = gcs.names('bucket/run/')
+    shape = (pretrained.load_config(epath.Path(RUN)).embed_dim,)
+    norm = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_one_device())
+    newest, _ = restore_params(f'{RUN}/checkpoints', {'final_norm': norm})
+    resumed = commands.run('pretrain', *arguments).succeeded()
+    return killed, newest, resumed.stderr
+
+
+def on_one_device():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def figures(text: str) -> list[dict]:
+    """Of metrics.jsonl, those that are the same on every day."""
+    return [{key: v for key, v in json.loads(line).items() if key not in RATES} for line in text.splitlines()]
+
+
+def test_a_step_without_its_commit_is_not_restored(run):
+    killed, newest, log = run
+    assert 'bucket/run/checkpoints/2/commit_success.txt' in killed
+    assert 'bucket/run/checkpoints/4/file_sizes.json' in killed  # all is there, but
+    assert 'bucket/run/checkpoints/4/commit_success.txt' not in killed
+    assert newest == 2
+    assert 'resuming at step 2 of 6' in log
+
+
+def test_a_killed_run_in_a_bucket_equals_one_on_disk(run, local_run):
+    here, there = epath.Path(local_run), epath.Path(RUN)
+    for name in ('model.json', 'report.json', 'tokenizer.model'):
+        assert (there / name).read_bytes() == (here / name).read_bytes(), name
+    assert figures((there / 'metrics.jsonl').read_text()) == figures((here / 'metrics.jsonl').read_text())
+    assert len(figures((there / 'metrics.jsonl').read_text())) == 6
+
+
+def test_what_a_bucket_holds(run, gcs):
+    names = [name.removeprefix('bucket/run/') for name in gcs.names('bucket/run/')]
+    assert {name.split('/')[0] for name in names} == {
+        'checkpoints', 'config.json', 'loss.png', 'metrics.jsonl', 'model.json', 'report.json', 'tensorboard',
+        'tokenizer.model',
+    }  # fmt: skip
+    assert {name.split('/')[1] for name in names if name.startswith('checkpoints/')} == {'4', '6'}
+    assert len([name for name in names if name.startswith('tensorboard/')]) == 2  # one a launch
+    for step in ('4', '6'):
+        sizes = json.loads(gcs.objects['bucket', f'run/checkpoints/{step}/file_sizes.json'])
+        for name, size in sizes.items():
+            assert len(gcs.objects['bucket', f'run/checkpoints/{step}/{name}']) == size
+        data = [name for name in names if name.startswith(f'checkpoints/{step}/state/') and '/d/' in name]
+        assert len(data) == sum('/d/' in name for name in sizes)
+    assert gcs.refused == []
+    assert gcs.counts['copy'] == 0
+
+
+def test_generate_reads_a_bucket(run, commands, local_run):
+    options = ('--prompt=ba do', '--prompt=ga', '--max_new_tokens=8', '--format=jsonl')
+    from_bucket = commands.run('generate', f'--checkpoint={RUN}', *options).succeeded()
+    assert from_bucket.stdout == commands.run('generate', f'--checkpoint={local_run}', *options).stdout
+    assert len(from_bucket.stdout.splitlines()) == 2
+
+
+def test_a_damaged_step_is_passed_over(gcs):
+    folder = 'gs://bucket/damaged'
+    state = {'w': jnp.arange(4.0)}
+    checkpointer = Checkpointer(folder)
+    for step in (1, 2):
+        checkpointer.save(step, {'w': state['w'] + step}, {'rows_consumed': step})
+    checkpointer.close()
+    data = max(name for name in gcs.names('bucket/damaged/2/state/d/')).partition('/')[2]
+    gcs.objects['bucket', data] = gcs.objects['bucket', data][:-1]
+    checkpointer = Checkpointer(folder)
+    target = {'w': jax.ShapeDtypeStruct((4,), jnp.float32, sharding=on_one_device())}
+    step, restored, metadata = checkpointer.restore_latest(target)
+    checkpointer.close()
+    assert (step, metadata) == (1, {'rows_consumed': 1})
+    np.testing.assert_array_equal(restored['w'], state['w'] + 1)
+    assert gcs.names('bucket/damaged/2/') == []
+    assert 'bucket/damaged/2.damaged/file_sizes.json' in gcs.names()
+
+
+def test_prepared_rows_in_a_bucket(run, gcs, corpus, tmp_path):
+    tokenizer = load_tokenizer(RUN)
+    documents = list(read_documents('gs://bucket/data/*.txt', separator='<|endoftext|>'))
+    assert documents == list(read_documents(str(corpus), separator='<|endoftext|>'))
+    here = write_prepared(documents[:40], tokenizer, 64, tmp_path / 'rows', rows_per_shard=20)
+    assert not is_prepared('gs://bucket/rows')
+    assert write_prepared(documents[:40], tokenizer, 64, 'gs://bucket/rows', rows_per_shard=20) == here
+    assert is_prepared('gs://bucket/rows')
+    wanted, found = PreparedRows(tmp_path / 'rows'), PreparedRows('gs://bucket/rows')
+    assert len(found) == len(wanted) > 20
+    for index in (0, 19, 20, len(wanted) - 1):
+        np.testing.assert_array_equal(found[index]['tokens'], wanted[index]['tokens'])
+    found.verify()
+
+
+@pytest.mark.parametrize(
+    'use',
+    [pretrained.load, load_tokenizer, Checkpointer, PreparedRows, lambda path: next(read_documents(path))],
+    ids=['load', 'load_tokenizer', 'Checkpointer', 'PreparedRows', 'read_documents'],
+)
+def test_without_gcsfs_one_line_says_what_to_install(monkeypatch, use):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(
+        InputError, match=r"^gs://bucket/x needs the package gcsfs: pip install 'llama_jax\[gcs\]'$"
+    ):
+        use('gs://bucket/x')

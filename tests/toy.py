@@ -1,0 +1,57 @@
+"""A Llama of some 30,000 weights that divides over eight devices, and packed rows for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llama_jax.data.packing import lm_batch
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.train.optimizer import decayed
+from llama_jax.types import LMBatch, Params
+
+CONFIG = LlamaConfig(
+    vocab_size=64, embed_dim=32, mlp_dim=64, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8, max_seq_len=64
+)  # fmt: skip
+
+# An optimiser that changes nothing and keeps the gradients as its state.
+KEEP_GRADIENTS = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradients, _, params: (jax.tree.map(jnp.zeros_like, params), gradients),
+)
+
+
+def make_model(**knobs) -> LlamaForCausalLM:
+    """In fp32 where nothing else is asked for."""
+    return LlamaForCausalLM(CONFIG, **({'dtype': jnp.float32} | knobs))
+
+
+def make_params(model: LlamaForCausalLM, seed: int = 0) -> Params:
+    """Fresh weights made 8 times larger, so that scores have unit variance and attention is far from uniform."""
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
+    return jax.tree.map(lambda w, is_matrix: 8 * w if is_matrix else w, params, decayed(params))
+
+
+def packed_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids [B, T + 1]: two documents a row; odd rows are padded after these, the more the later."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(CONFIG.vocab_size, size=(num_rows, seq_len + 1), dtype=np.int32)
+    slots = np.arange(seq_len + 1)[None, :]
+    segment_ids = 1 + (slots >= rng.integers(1, seq_len // 2, size=(num_rows, 1)))
+    rows = np.arange(num_rows)[:, None]
+    used = np.where(rows % 2, seq_len + 1 - rows * seq_len // (2 * num_rows), seq_len + 1)
+    return tokens, np.where(slots < used, segment_ids, 0).astype(np.int32)
+
+
+def packed_batch(num_rows: int, seq_len: int, seed: int = 0) -> LMBatch:
+    """The batch that these rows make."""
+    return jax.tree.map(jnp.asarray, lm_batch(*packed_rows(num_rows, seq_len, seed)))
+
+
+def compile_fast(function, *args):
+    """`function` jitted for these arguments in half the time, to code that is half as fast."""
+    jitted = function if hasattr(function, 'lower') else jax.jit(function)
+    return jitted.lower(*args).compile(compiler_options={'xla_backend_optimization_level': 0})

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+from etils import epath
+
+from llama_jax.train.metrics import JsonlWriter, TensorBoardWriter, plot_loss, read_metrics
+
+
+def steps(path):
+    return [item['step'] for item in read_metrics(path)]
+
+
+def test_resuming_cuts_back_to_the_restored_step(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    writer = JsonlWriter(path)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {'loss': 1 / step})
+        assert steps(path) == list(range(1, step + 1))  # a kill loses nothing that was written
+    with path.open('a') as file:
+        file.write('{"step": 5, "lo')  # a kill while it wrote
+    assert steps(path) == [1, 2, 3, 4]
+    writer.close()
+    writer = JsonlWriter(path, restored_step=2)
+    assert steps(path) == [1, 2]
+    writer.write(3, {'loss': 0.25})
+    writer.close()
+    assert read_metrics(path) == [
+        {'step': 1, 'loss': 1.0},
+        {'step': 2, 'loss': 0.5},
+        {'step': 3, 'loss': 0.25},
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def test_a_fresh_start_empties_the_file(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1, "loss": 2.0}\n')
+    JsonlWriter(path).close()
+    assert path.read_text() == ''
+    assert read_metrics(tmp_path / 'none.jsonl') == []
+
+
+def test_an_object_store_gets_the_whole_file_at_each_flush(tmp_path, monkeypatch):
+    local, writes = epath.Path(tmp_path / 'metrics.jsonl'), []
+    monkeypatch.setattr('llama_jax.train.metrics.epath.Path', lambda path: local)  # what gs:// would lead to
+    monkeypatch.setattr(
+        'llama_jax.train.metrics.write_atomically',
+        lambda path, data: (writes.append(data), path.write_text(data)),
+    )
+    url = 'gs://bucket/run/metrics.jsonl'
+    writer = JsonlWriter(url)
+    for step in (1, 2):
+        writer.write(step, {'loss': 1.0})
+    assert writes == ['']
+    writer.flush()
+    writer.flush()  # nothing new: nothing written
+    assert steps(url) == [1, 2] and len(writes) == 2
+    writer.write(3, {'loss': 1.0})
+    writer.close()
+    assert steps(url) == [1, 2, 3]
+    JsonlWriter(url, restored_step=1).close()
+    assert steps(url) == [1]
+
+
+def test_tensorboard_gets_what_is_finite(tmp_path):
+    writer = TensorBoardWriter(tmp_path / 'tensorboard')
+    writer.write(1, {'loss': 2.5, 'broken': float('nan')})
+    writer.close()
+    (events,) = (tmp_path / 'tensorboard').iterdir()
+    assert b'loss' in events.read_bytes() and b'broken' not in events.read_bytes()
+
+
+@pytest.mark.parametrize('baselines', [{}, {'unigram': 3.0}])
+def test_the_loss_is_drawn(tmp_path, baselines):
+    metrics = [{'step': 1, 'loss': 4.0}, {'step': 2, 'loss': 3.5, 'validation_loss': 3.75}]
+    plot_loss(tmp_path / 'loss.png', json.loads(json.dumps(metrics)), baselines)
+    assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
