@@ -5,6 +5,7 @@ Linen modules over plain-dict parameters: `apply({'params': params}, tokens) -> 
 The layers are one scanned block, their weights stacked on a leading `layers` axis whatever the unrolling or remat.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,13 @@ from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
 from llama_jax.types import InputError, Params, PyTree
 
+_save = jax.checkpoint_policies.save_only_these_names
+
 # What the backward pass finds saved, from least memory to most; all else it recomputes from the block's input.
 REMAT_POLICIES: dict[str, Callable | None] = {
     'full': jax.checkpoint_policies.nothing_saveable,
-    'attention': jax.checkpoint_policies.save_only_these_names('attention_output'),
-    'projections': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'attention': _save('attention_output'),
+    'projections': _save('attention_output', 'projection'),  # so that no product with a weight is done twice
     'none': None,  # no recomputation: everything is saved
 }
 

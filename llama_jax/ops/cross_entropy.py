@@ -82,14 +82,15 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss):
         logits_gradient = probabilities * scale - jnp.where(is_target & keep[:, :, None], 1.0, 0.0)
         logits_gradient = logits_gradient.astype(hidden.dtype)
         x_gradient = einsum('btv,vd->btd', logits_gradient, weight)
-        head_gradient = head_gradient + einsum('btv,btd->vd', logits_gradient, x, jnp.float32)
+        head_gradient = head_gradient + einsum('btd,btv->dv', x, logits_gradient, jnp.float32)
         return (total + jnp.sum(losses, where=keep), head_gradient), x_gradient
 
-    start = (jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32))
+    # Summed as [D, V] and turned once: the other way round XLA would turn the far larger logits of every chunk.
+    start = (jnp.float32(0.0), jnp.zeros(head.shape[::-1], jnp.float32))
     (total, head_gradient), x_gradients = jax.lax.scan(
         chunk_gradients, start, _chunks(hidden, targets, mask, num_chunks)
     )
-    return total, (jnp.moveaxis(x_gradients, 0, 1).reshape(hidden.shape), head_gradient.astype(head.dtype))
+    return total, (jnp.moveaxis(x_gradients, 0, 1).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
 
 
 def _backward(num_chunks, z_loss, residuals, cotangent):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -24,7 +25,8 @@ def einsum(
       weight: master weight, cast to the dtype of `x`.
       output_dtype: of the accumulator and the result where it must not be rounded to that of `x` (the logits).
     """
-    return _einsum(equation, x, weight, output_dtype)
+    # The name is what remat policies know the result by: they do not look inside a custom gradient.
+    return checkpoint_name(_einsum(equation, x, weight, output_dtype), 'projection')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
