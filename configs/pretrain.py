@@ -159,7 +159,7 @@ def _tiny(config: ConfigDict, model: str) -> None:
     config.data.seq_len = 256
     config.model.dtype = 'float32'  # a CPU has no fast bfloat16
     config.model.remat = 'attention'  # faster than none: fresh memory costs a CPU more than recomputing
-    config.train.num_steps = 500
+    config.train.num_steps = 600
     config.train.loss_chunks = 4
     config.train.batch_size = 8
     config.optimizer.learning_rate = 3e-3

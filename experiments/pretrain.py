@@ -26,7 +26,9 @@ from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
 from llama_jax.inference.generate import generate
 from llama_jax.losses.language_model import evaluate_loss, language_model_loss
+from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
 from llama_jax.train.loop import LoopConfig, train
 from llama_jax.train.metrics import (
@@ -61,9 +63,10 @@ def main() -> None:
     runtime.enable_compilation_cache(config.log.compilation_cache)
 
     # ---- What is refused before anything is written -----------------------------------------------------------------
-    preset = launch.find_preset(config.model.preset)
+    preset = starting_architecture(config)
     partitioner = launch.make_partitioner(config)
     check_batch(config, partitioner)
+    weights = parse_weights(config)
     if config.data.seq_len > preset.max_seq_len:
         raise InputError(
             f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
@@ -72,11 +75,14 @@ def main() -> None:
     optimizer = launch.make_optimizer_config(config)
     schedule = make_schedule(optimizer, config.train.num_steps)
     tx = make_optimizer(optimizer, schedule)
+    abstract_state(
+        launch.make_model(config, preset, partitioner), tx, partitioner
+    )  # names and shapes fit the mesh
     launch.check_workdir(workdir, config, _CHECKPOINT.value)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     tokenizer = find_tokenizer(config, workdir)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, weights)
     launch.check_data(workdir, data.fingerprint)
 
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
@@ -144,6 +150,38 @@ def check_batch(config: ConfigDict, partitioner: Partitioner) -> None:
             f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
         )
     partitioner.batch_sharding(size // parts, config.data.seq_len)
+    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} does not divide into '
+            f'--config.train.loss_chunks={config.train.loss_chunks}'
+        )
+
+
+def starting_architecture(config: ConfigDict) -> LlamaConfig:
+    """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
+    preset = launch.find_preset(config.model.preset)
+    if not _CHECKPOINT.value:
+        return preset
+    base = pretrained.load_config(epath.Path(_CHECKPOINT.value))
+    for name, value in vars(base).items():
+        # What changes no weight may change: this is how a context is lengthened.
+        may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
+        if name not in may_differ and value != getattr(preset, name):
+            raise InputError(
+                f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
+                f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
+            )
+    return with_vocab_size(preset, base.vocab_size)
+
+
+def parse_weights(config: ConfigDict) -> list[float] | None:
+    """`data.weights` as numbers; None weighs the sources by their size."""
+    try:
+        return [float(weight) for weight in launch.split_list(config.data.weights)] or None
+    except ValueError as error:
+        raise InputError(
+            f'--config.data.weights={config.data.weights!r}: {error}; give numbers or none'
+        ) from error
 
 
 def describe_devices(partitioner: Partitioner) -> str:
@@ -156,7 +194,8 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     """The workdir's tokenizer: copied there from `data.tokenizer` or the base checkpoint, or trained on the data."""
     file = workdir / 'tokenizer.model'
     source = config.data.tokenizer or _CHECKPOINT.value
-    if not file.exists():
+    # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
+    if not file.exists() or not (workdir / launch.CONFIG_FILE).exists():
         given = load_tokenizer(source) if source else None
         if runtime.is_main_process():
             if given:
@@ -171,18 +210,11 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     return load_tokenizer(file)
 
 
-def read_data(config: ConfigDict, tokenizer: Tokenizer) -> PretrainData:
+def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | None) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources."""
-    weights = launch.split_list(config.data.weights)
-    try:
-        numbers = [float(weight) for weight in weights]
-    except ValueError as error:
-        raise InputError(
-            f'--config.data.weights={config.data.weights!r}: {error}; give numbers, or nothing'
-        ) from error
     data = pretrain_dataset(
         launch.split_list(config.data.train), tokenizer, config.data.seq_len,
-        weights=numbers or None, validation=launch.split_list(config.data.validation),
+        weights=weights, validation=launch.split_list(config.data.validation),
         validation_fraction=config.data.validation_fraction, text_key=config.data.text_key,
         separator=config.data.separator, seed=config.seed,
         progress=lambda documents, size: logger.info('tokenised %s documents, %.1f MB', f'{documents:,}', size / 1e6),
@@ -209,15 +241,7 @@ def initial_state(
         logger.info('resuming at step %d of %d', step, config.train.num_steps)
         return state, step, metadata['rows_consumed']
     if _CHECKPOINT.value:
-        base, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
-        for name, value in vars(base).items():
-            if name not in ('max_seq_len', 'rope_theta', 'rope_scaling') and value != getattr(
-                model.config, name
-            ):
-                raise InputError(
-                    f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
-                    f'{getattr(model.config, name)}; choose the preset that the checkpoint was trained with'
-                )
+        _, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
         start = jax.jit(functools.partial(state_from_params, tx=tx), out_shardings=shardings_of(target))
         return start(params), 0, 0
     start = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))

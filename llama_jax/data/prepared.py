@@ -90,6 +90,7 @@ def write_prepared(
 
         def finish(shard: dict[str, Any]) -> None:
             nonlocal writer
+            assert writer is not None
             writer.close()
             writer = None
             file = local / shard['file']

@@ -96,8 +96,8 @@ def train(
         for name, value in values.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f'{name} is {value} at step {step}; the last checkpoint is of step {saved}. Lower '
-                    '--config.optimizer.learning_rate, or look at the data of this step'
+                    f'{name} is {value} at step {step}; the last checkpoint is of step {saved}. Look at the data of '
+                    'this step, or start a new --workdir with a lower --config.optimizer.learning_rate'
                 )
         logged = extra or _is_due(step, config.log_every) or step == config.num_steps
         if not logged and step > start_step + 1:
