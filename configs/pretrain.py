@@ -35,9 +35,7 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.model.attention = 'auto'  # kernel
 
     config.data = ConfigDict()
-    config.data.train = ','.join(
-        LLAMA_MIXTURE
-    )  # sources, comma-separated: files, globs, tfds:NAME, prepared folders
+    config.data.train = ','.join(LLAMA_MIXTURE)  # sources: files, globs, tfds:NAME, prepared folders
     config.data.weights = ','.join(map(str, LLAMA_MIXTURE.values()))  # of the sources; '': by size
     config.data.validation = ''  # sources to validate on; '': hold out a part of the training documents
     config.data.validation_fraction = 0.001  # of the documents, where `validation` is ''
@@ -67,9 +65,7 @@ def get_config(model: str = 'tiny') -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = 1  # copies of the model
-    config.mesh.fsdp = (
-        -1
-    )  # parts that weights, optimiser state and batch are split into; -1: all other devices
+    config.mesh.fsdp = -1  # parts of weights, optimiser state and batch; -1: all other devices
     config.mesh.context = 1  # parts of the sequence
     config.mesh.tensor = 1  # parts of heads and mlp units
     config.mesh.axis_rules = ''  # overrides such as 'kv_heads=' (replicate), 'vocab=tensor'

@@ -1,6 +1,7 @@
 """The commands, run as a user runs them: what a workdir holds, what goes in and comes out, and what is refused."""
 
 import gzip
+import importlib.util
 import json
 import re
 import shutil
@@ -249,3 +250,26 @@ def test_other_commands_refuse_in_one_line(commands, run, broken, corpus, tmp_pa
     ).stderr
     assert 'latin.txt is not UTF-8' in line.splitlines()[-1] and 'Traceback' not in line
     assert not output.exists()
+
+
+def test_benchmark_writes_its_figures(commands, tmp_path):
+    file = tmp_path / 'figures.json'
+    small = ['--model=tiny', '--batch_size=2', '--seq_len=64', '--rounds=1', '--steps=1', '--nopeer']
+    finished = commands.run('benchmark', '--suite=train', *small, f'--json={file}').succeeded()
+    figures = json.loads(file.read_text())
+    assert all(not isinstance(value, dict | list) for value in figures.values())
+    assert figures['llama_jax_tokens_per_second'] > 0 and 0 < figures['mfu_causal'] < figures['mfu_full']
+    assert 'llama_jax' in finished.stdout and figures['device'] in finished.stdout
+
+
+def test_chosen_steps_are_traced(commands, corpus, tmp_path):
+    traced = dict(log__profile_start=1, log__profile_steps=2, train__num_steps=4)
+    commands.run('pretrain', *tiny_run(tmp_path / 'run', corpus, **traced)).succeeded()
+    assert list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
+
+
+def test_wandb_is_asked_for_by_name(commands, corpus, tmp_path):
+    if importlib.util.find_spec('wandb'):
+        return  # then the run would reach for its service
+    finished = commands.run('pretrain', *tiny_run(tmp_path / 'run', corpus, log__wandb='project'))
+    assert "pip install 'llama_jax[wandb]'" in finished.error()

@@ -1,0 +1,81 @@
+"""Every configuration loads, explains its keys, and says what the papers say."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+from configs import pretrain
+from experiments import launch
+from llama_jax.models.presets import PRESETS
+from llama_jax.train.optimizer import make_schedule
+
+CONFIGS = pathlib.Path(pretrain.__file__).parent
+
+
+def flat(config) -> dict:
+    return launch._flat(config)
+
+
+@pytest.mark.parametrize('model', sorted(PRESETS))
+def test_every_preset_has_a_recipe_that_fits_it(model):
+    config = pretrain.get_config(model)
+    assert config.model.preset == model
+    preset = launch.find_preset(model)
+    assert config.data.seq_len <= preset.max_seq_len
+    assert config.data.seq_len % config.train.loss_chunks == 0
+    optimizer = launch.make_optimizer_config(config)
+    schedule = make_schedule(optimizer, config.train.num_steps)
+    assert float(schedule(config.train.num_steps - 1)) == pytest.approx(
+        optimizer.learning_rate * optimizer.final_fraction, rel=1e-5
+    )
+
+
+# Tokens of a batch, peak learning rate, tokens in all: LLaMA paper Table 2, Llama 2 paper Table 1, Llama 3 paper
+# section 3.4 and Table 4.
+@pytest.mark.parametrize(
+    ('model', 'batch_tokens', 'learning_rate', 'total_tokens'),
+    [
+        ('llama_7b', 4 << 20, 3e-4, 1.0e12),
+        ('llama_65b', 4 << 20, 1.5e-4, 1.4e12),
+        ('llama2_7b', 4 << 20, 3e-4, 2.0e12),
+        ('llama2_70b', 4 << 20, 1.5e-4, 2.0e12),
+        ('code_llama_34b', 4 << 20, 1.5e-4, 0.5e12),
+        ('llama3_1_405b', 16 << 20, 8e-5, None),
+        ('llama3_8b', 16 << 20, 3e-4, None),
+    ],
+)
+def test_recipes_are_the_papers(model, batch_tokens, learning_rate, total_tokens):
+    config = pretrain.get_config(model)
+    tokens = config.train.batch_size * config.data.seq_len
+    assert tokens == batch_tokens
+    assert config.optimizer.learning_rate == learning_rate
+    if total_tokens:
+        # To one step: the papers give whole trillions.
+        assert config.train.num_steps * tokens == pytest.approx(total_tokens, abs=tokens)
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
+
+
+def test_the_mixture_is_llamas():
+    config = pretrain.get_config('llama_7b')
+    assert [float(w) for w in config.data.weights.split(',')] == [67, 15, 4.5, 4.5, 4.5, 2.5, 2]
+    assert len(config.data.train.split(',')) == 7
+
+
+@pytest.mark.parametrize('file', sorted(CONFIGS.glob('[a-z]*.py')), ids=lambda path: path.name)
+def test_fewer_than_60_keys_and_each_explained(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert len(flat(module.get_config())) < 60
+    body = file.read_text().split('def get_config')[1].split('\ndef ')[0]
+    for line in body.splitlines():
+        key = re.match(r'\s+config\.(\w+(\.\w+)?) = ', line)
+        # A name that is the usual symbol of its paper needs no more words.
+        if (
+            key
+            and 'ConfigDict()' not in line
+            and key[1] not in ('optimizer.beta1', 'optimizer.beta2', 'log.tensorboard')
+        ):
+            assert '#' in line, f'{key[1]} is not explained'
