@@ -141,8 +141,6 @@ def _first_line(error: Exception) -> str:
 
 def _fail(message: str, status: int) -> NoReturn:
     print(f'error: {" ".join(message.split())}', file=sys.stderr)
-    # Threads that read ahead or compile must not keep a failed run alive, nor print over its last line.
-    sys.stderr.flush()
     sys.exit(status)
 
 

@@ -65,13 +65,13 @@ def main() -> None:
     # ---- What is refused before anything is written -----------------------------------------------------------------
     preset = starting_architecture(config)
     partitioner = launch.make_partitioner(config)
-    check_batch(config, partitioner)
-    weights = parse_weights(config)
     if config.data.seq_len > preset.max_seq_len:
         raise InputError(
             f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
             f'{preset.max_seq_len} tokens'
         )
+    check_batch(config, partitioner)
+    weights = parse_weights(config)
     optimizer = launch.make_optimizer_config(config)
     schedule = make_schedule(optimizer, config.train.num_steps)
     tx = make_optimizer(optimizer, schedule)

@@ -164,7 +164,7 @@ REFUSED = {
     'indivisible heads': ({'mesh__tensor': 8}, "axis '(kv_)?heads' of size 4 does not divide over mesh axes tensor=8"),
     'indivisible batch': ({'train__batch_size': 12}, 'batch size 12 does not divide over the 8 devices'),
     'microbatches': ({'train__num_microbatches': 3}, 'batch_size=8 does not divide into .*num_microbatches=3'),
-    'loss chunks': ({'train__loss_chunks': 7}, 'length 64 is not a multiple of the 7 loss chunks'),
+    'loss chunks': ({'train__loss_chunks': 7}, 'seq_len=64 does not divide into --config.train.loss_chunks=7'),
     'long sequence': ({'data__seq_len': 257}, 'seq_len=257 is longer than tiny reads: at most 256'),
     'weights': ({'data__weights': '1,2'}, '2 weights for 1 data sources'),
     'small vocabulary': ({'model__vocab_size': 100}, 'vocab_size=100 is less than the tokenizer needs: 320'),

@@ -125,9 +125,7 @@ def train(
         contextlib.closing(_Profiler(config)) as profiler,
         bar,
     ):
-        at_exit.callback(
-            checkpointer.wait
-        )  # also after an error: a save cut off by the end of Python is lost
+        at_exit.callback(checkpointer.wait)  # after an error too: what Python's end cuts off is lost
         while done < config.num_steps and not preemption.received(done):
             profiler.before_step(done)
             batch = next(batches)
