@@ -75,9 +75,8 @@ def main() -> None:
     optimizer = launch.make_optimizer_config(config)
     schedule = make_schedule(optimizer, config.train.num_steps)
     tx = make_optimizer(optimizer, schedule)
-    abstract_state(
-        launch.make_model(config, preset, partitioner), tx, partitioner
-    )  # names and shapes fit the mesh
+    # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
+    abstract_state(launch.make_model(config, preset, partitioner), tx, partitioner)
     launch.check_workdir(workdir, config, _CHECKPOINT.value)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
