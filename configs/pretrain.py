@@ -146,10 +146,9 @@ def _small(config: ConfigDict, model: str) -> None:
 
 def _tiny(config: ConfigDict, model: str) -> None:
     del model
-    config.data.train = 'python_stdlib:train'
-    config.data.validation = 'python_stdlib:validation'
+    config.data.train = 'python_stdlib'
     config.data.weights = ''
-    config.data.validation_fraction = 0.05  # of other text, where `data.validation` is emptied
+    config.data.validation_fraction = 0.05
     config.data.tokenizer = ''
     config.data.vocab_size = 2048
     config.data.seq_len = 256

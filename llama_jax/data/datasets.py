@@ -64,7 +64,7 @@ def pretrain_dataset(
       weights: one for each training source, or None: by size.
       validation: source strings, or one prepared folder. Empty: hold documents out of the training sources
         that are text; which ones depends on their text alone, and the first document of a source always
-        trains.
+        trains, but for its end where it is the only one.
       validation_fraction: how much to hold out then; 0: nothing.
       text_key: field of the text in JSON lines and TFDS.
       separator: where text files are cut into documents.
@@ -136,8 +136,20 @@ def _as_sources(sources: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def _hold_out(documents: Iterable[str], fraction: float, held_out: list[str]) -> Iterator[str]:
-    """Passes documents on, but for `fraction` of them by the hash of their text, which go to `held_out`."""
-    for number, text in enumerate(documents):
+    """Passes documents on, but for `fraction` of them by the hash of their text, which go to `held_out`.
+
+    Of a single document, such as one book in a file, it is the end that is held out, from the beginning of a line.
+    """
+    documents = iter(documents)
+    first_two = list(itertools.islice(documents, 2))
+    if fraction and len(first_two) == 1:
+        text = first_two[0]
+        middle = int(len(text) * (1 - fraction))
+        cut = text.rfind('\n', 0, middle) + 1 or middle
+        if cut:
+            held_out.append(text[cut:])
+            first_two = [text[:cut]]
+    for number, text in enumerate(itertools.chain(first_two, documents)):
         digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
         if number and int.from_bytes(digest[:8], 'big') < fraction * 2**64:
             held_out.append(text)

@@ -40,18 +40,20 @@ class OptimizerConfig:
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine that reaches `final_fraction` of the peak at `num_steps`.
 
+    A run that would end within its warm-up, as a first try of a few steps does, warms up over its first tenth.
+
     Raises:
-      InputError: the warm-up does not end before training does.
+      InputError: there is no step, or a negative number of them.
     """
-    if config.warmup_steps >= num_steps:
+    if num_steps < 1 or config.warmup_steps < 0:
         raise InputError(
-            f'warmup_steps {config.warmup_steps} does not end before num_steps {num_steps}; '
-            'lower --config.optimizer.warmup_steps'
+            f'num_steps is {num_steps} and warmup_steps {config.warmup_steps}; there must be at least 1 and 0'
         )
+    warmup_steps = config.warmup_steps if config.warmup_steps < num_steps else num_steps // 10
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_steps,
         decay_steps=num_steps,
         end_value=config.learning_rate * config.final_fraction,
     )

@@ -84,3 +84,13 @@ def test_a_prepared_folder_gives_the_same_training(corpus, tokenizer, tmp_path):
         pretrain_dataset([], tokenizer, 64)
     with pytest.raises(InputError, match='validation_fraction is 1'):
         pretrain_dataset([source], tokenizer, 64, validation_fraction=1.0)
+
+
+def test_of_a_single_document_the_end_is_held_out(corpus, tokenizer, tmp_path):
+    lines = [json.loads(line)['text'] for line in (corpus / 'a.jsonl').read_text().splitlines()]
+    (tmp_path / 'book.txt').write_text('\n'.join(lines))
+    data = pretrain_dataset([str(tmp_path / 'book.txt')], tokenizer, 64, validation_fraction=0.1)
+    head, tail = (tokenizer.decode(_documents(rows)[0]) for rows in (data.train_rows[0], data.validation))
+    assert (head + tail).replace('\n', '') == ''.join(lines)
+    assert len(tail) == pytest.approx(0.1 * len(head + tail), abs=len(lines[0]) + 60)  # to the nearest line
+    assert tail.split('\n')[0] in lines

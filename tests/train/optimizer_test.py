@@ -33,9 +33,17 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     )
 
 
+@pytest.mark.parametrize('num_steps', [1, 2, 10])
+def test_a_run_shorter_than_its_warmup_still_reaches_the_peak(num_steps):
+    rates = [float(make_schedule(RECIPE, num_steps)(count)) for count in range(num_steps)]
+    # The cosine is already one step down from the peak where there is no step of warm-up.
+    assert max(rates) == (pytest.approx(1.0) if num_steps == 10 else max(rates)) and min(rates) > 0
+    assert rates[-1] == pytest.approx(0.1)
+
+
 def test_what_cannot_be_is_refused_in_one_line():
-    with pytest.raises(InputError, match=r'warmup_steps 10 .* num_steps 10; lower --config'):
-        make_schedule(RECIPE, 10)
+    with pytest.raises(InputError, match=r'num_steps is 0 and warmup_steps 10; there must be at least 1'):
+        make_schedule(RECIPE, 0)
     with pytest.raises(InputError, match=r"unknown optimizer 'sgd'; choose from \('adamw'"):
         make_optimizer(dataclasses.replace(RECIPE, name='sgd'), 1.0)
 
