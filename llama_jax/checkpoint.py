@@ -8,6 +8,7 @@ step that no longer matches, for the one before.
 
 import json
 import logging
+import os
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class Checkpointer:
           keep: how many of the newest steps stay.
         """
         enable_bucket(directory)
-        self._directory = epath.Path(directory)
+        self._directory = _absolute(directory)
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -139,6 +140,12 @@ class Checkpointer:
         self._manager.close()
 
 
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """The directory as Orbax takes it: from the root, where it is local."""
+    text = os.fspath(directory)
+    return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
 def _is_damage(error: BaseException) -> bool:
     """Whether it tells of broken content; what failed for another reason (memory, network, shapes) is still good."""
     broken = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or 'DATA_LOSS' in str(error)
@@ -177,7 +184,7 @@ def restore_params(directory: epath.PathLike, abstract_params: Params) -> tuple[
     Raises:
       InputError: the directory holds no checkpoint, or weights of other shapes.
     """
-    folder = epath.Path(directory)
+    folder = _absolute(directory)
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     steps = sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
     if not steps:

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
 
@@ -10,7 +11,15 @@ import pytest
 
 import llama_jax
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.command_line import CommandLine, figures, run_python, saved_steps, tiny_run, write_corpus
+from tests.command_line import (
+    REPOSITORY,
+    CommandLine,
+    figures,
+    run_python,
+    saved_steps,
+    tiny_run,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +46,9 @@ SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba
 def run(folder, corpus):
     """The workdir of a finished run, of twelve steps."""
     workdir = folder / 'run'
-    finished = run_python('pretrain', *tiny_run(workdir, corpus, **SHOWN)).succeeded()
+    # As the README gives it: from where the command is run.
+    relative = os.path.relpath(workdir, REPOSITORY)
+    finished = run_python('pretrain', *tiny_run(relative, corpus, **SHOWN)).succeeded()
     assert all(text in finished.stdout for text in ('this model', 'unigram', 'sample:', 'loss.png'))
     return workdir
 
@@ -70,7 +81,8 @@ def test_generate_prints_the_completion_alone(commands, run):
     config, params, tokenizer = llama_jax.load(run)
     greedy = llama_jax.generate(LlamaForCausalLM(config), params, tokenizer, prompts, max_new_tokens=12)
     arguments = [f'--checkpoint={run}', '--max_new_tokens=12', '--prompt=ba']
-    assert run_python('generate', *arguments).succeeded().stdout == f'{greedy[0]}\n'
+    relative = f'--checkpoint={os.path.relpath(run, REPOSITORY)}'
+    assert run_python('generate', relative, *arguments[1:]).succeeded().stdout == f'{greedy[0]}\n'
     finished = commands.run('generate', *arguments, '--prompt=dio kurst', '--format=jsonl').succeeded()
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     assert lines == [dict(prompt=p, completion=c) for p, c in zip(prompts, greedy, strict=True)]
