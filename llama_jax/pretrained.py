@@ -1,6 +1,5 @@
 """load(): any checkpoint of a Llama as (config, params, tokenizer), placed on a mesh."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -66,5 +65,5 @@ def load_config(folder: epath.Path) -> LlamaConfig:
 
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
     """Writes `model.json`: the architecture, and where the weights started from."""
-    text = json.dumps({'config': dataclasses.asdict(config), **provenance}, indent=2)
+    text = json.dumps({'config': config.to_dict(), **provenance}, indent=2)
     write_atomically(folder / MODEL_FILE, text + '\n')

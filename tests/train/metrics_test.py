@@ -1,9 +1,11 @@
 import json
+import sys
+import types
 
 import pytest
 from etils import epath
 
-from llama_jax.train.metrics import JsonlWriter, TensorBoardWriter, plot_loss, read_metrics
+from llama_jax.train.metrics import JsonlWriter, TensorBoardWriter, WandbWriter, plot_loss, read_metrics
 
 
 def steps(path):
@@ -75,3 +77,28 @@ def test_the_loss_is_drawn(tmp_path, baselines):
     metrics = [{'step': 1, 'loss': 4.0}, {'step': 2, 'loss': 3.5, 'validation_loss': 3.75}]
     plot_loss(tmp_path / 'loss.png', json.loads(json.dumps(metrics)), baselines)
     assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_wandb_gets_each_step_and_the_run_of_before(monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append('finished')
+
+    def init(**settings):
+        calls.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    writer = WandbWriter('project', 'run-1', {'seed': 0})
+    writer.write(3, {'loss': 2.0})
+    writer.close()
+    assert calls == [
+        {'project': 'project', 'id': 'run-1', 'resume': 'allow', 'config': {'seed': 0}},
+        (3, {'loss': 2.0}),
+        'finished',
+    ]
