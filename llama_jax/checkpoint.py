@@ -201,12 +201,30 @@ def restore_params(directory: epath.PathLike, abstract_params: Params) -> tuple[
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
+            # Before anything is read: where shapes differ Orbax would stop half-way, its other reads left hanging.
+            saved = checkpointer.metadata(step_folder / 'state').item_metadata.tree['params']
+            if difference := _compare_shapes(saved, abstract_params):
+                raise InputError(f'checkpoint {step_folder} cannot be restored: {difference}')
             restored = checkpointer.restore(step_folder / 'state', args=restore)
+        except InputError:
+            raise
         except (ValueError, TypeError, FileNotFoundError, KeyError) as error:
-            reason = str(error).splitlines()[0][:300]
+            reason = (str(error).splitlines() or [''])[0][:300]
             raise InputError(f'checkpoint {step_folder} cannot be restored: {reason}') from error
-    for path, leaf in jax.tree_util.tree_leaves_with_path(restored['params']):
-        if not isinstance(leaf, jax.Array):  # Orbax leaves what it does not find as it was
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
-            raise InputError(f'checkpoint {step_folder} cannot be restored: it has no weight {name}')
     return undamaged[-1], restored['params']
+
+
+def _compare_shapes(saved: PyTree, wanted: PyTree) -> str:
+    """The first weight that is missing or of another shape; '' where there is none."""
+    shapes = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        name = _name(path)
+        if name not in shapes:
+            return f'it has no weight {name}'
+        if shapes[name] != tuple(leaf.shape):
+            return f'its weight {name} has shape {shapes[name]}, the model {tuple(leaf.shape)}'
+    return ''
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')

@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import shutil
@@ -150,6 +151,7 @@ def test_content_that_breaks_a_checksum_is_passed_over(saved, tmp_path):
         file.write_bytes(bytes(file.stat().st_size))
     assert restore(folder)[0] == 3
     assert (folder / '7.damaged').is_dir()
+    gc.collect()  # so that what is left behind warns here, where it is expected, and not in a later test
 
 
 def test_a_good_checkpoint_of_another_state_is_left_alone(saved):
@@ -187,8 +189,7 @@ def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
         restore_params(tmp_path / 'none', {})
     wrong_shape = {'w': jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding())}
     more = {'v': jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding())}
-    for target, message in ((wrong_shape, 'stored shape'), (more, 'it has no weight v')):
-        with pytest.raises(
-            InputError, match=f'cannot be restored: .*{message}|cannot be restored: {message}'
-        ):
+    differs = r'its weight w has shape \(16, 4\), the model \(8, 4\)'
+    for target, message in ((wrong_shape, differs), (more, 'it has no weight v')):
+        with pytest.raises(InputError, match=f'cannot be restored: {message}'):
             restore_params(saved, target)
