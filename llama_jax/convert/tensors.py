@@ -1,0 +1,190 @@
+"""A weight that stays on disk until a piece of it is read.
+
+Nothing here ever holds a whole checkpoint: a piece is a block of rows and columns of one matrix, and a file is mapped
+only as long as its piece is used, so that memory stays small however large the model.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from llama_jax.types import InputError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ALL = slice(None)
+_BLOCK_BYTES = (
+    32 << 20
+)  # of a piece: large enough for a disk, small enough for a cache of the operating system
+
+T = TypeVar('T')
+
+
+class Tensor(Protocol):
+    """A vector or matrix whose pieces are read on demand, each by any number of threads.
+
+    Attributes:
+      shape: one or two sizes.
+      dtype: of the pieces; a quantised tensor reads as float32.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """The block [rows, columns], slices of step 1; a vector has rows only. The array may be read-only."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """Values that lie in row-major order at one place of a file, which may be in a bucket.
+
+    Attributes:
+      path: the file. The caller has checked that it is long enough.
+      offset: of the first value, in bytes.
+      shape: one or two sizes.
+      dtype: little-endian.
+    """
+
+    path: epath.Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        shape = (max(stop - start, 0), *self.shape[1:])
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        block = read_array(self.path, self.offset + start * row_bytes, shape, self.dtype)
+        return block if len(shape) == 1 else block[:, columns]
+
+
+def read_array(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array at `offset` bytes of a file: mapped where the file is local, so that only what is used is read."""
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    if '://' not in os.fspath(path):
+        return np.memmap(path, dtype, mode='r', offset=offset, shape=shape).view(np.ndarray)
+    with path.open('rb') as file:
+        file.seek(offset)
+        data = file.read(math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Concatenated:
+    """Parts of one tensor, side by side along an axis, as model-parallel shards hold it."""
+
+    parts: Sequence[Tensor]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        index = [rows, columns]
+        start, stop, _ = index[self.axis].indices(self.shape[self.axis])
+        blocks, begin = [], 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            inside = slice(max(start - begin, 0), min(stop - begin, size))
+            if inside.start < inside.stop:
+                blocks.append(part.read(*(inside if axis == self.axis else index[axis] for axis in (0, 1))))
+            begin += size
+        if not blocks:
+            return self.parts[0].read(*(slice(0, 0) if axis == self.axis else index[axis] for axis in (0, 1)))
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfSplit:
+    """The query or key rows of Meta's order, each head's RoPE pairs side by side, as half-split: pairs H/2 rows apart.
+
+    Source of the permutation: Meta's row 2j + p of a head is Hugging Face's row p * H/2 + j
+    (transformers' convert_llama_weights_to_hf.py).
+    """
+
+    interleaved: Tensor
+    head_dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.interleaved.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.interleaved.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        first, last = start // self.head_dim, -(-stop // self.head_dim)  # whole heads that cover the rows
+        heads = self.interleaved.read(slice(first * self.head_dim, last * self.head_dim), columns)
+        begin = start - first * self.head_dim
+        return to_half_split(heads, self.head_dim)[begin : begin + max(stop - start, 0)]
+
+
+def to_half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows [n * H, D] of whole heads, from interleaved to half-split."""
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows [n * H, D] of whole heads, from half-split to interleaved."""
+    return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The values in another floating-point type.
+
+    Raises:
+      InputError: a finite value is beyond the type's range; `name` says where.
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over='ignore'):
+        converted = values.astype(dtype)
+    if dtype == np.float16 and (lost := np.isinf(converted) & np.isfinite(values)).any():
+        raise InputError(
+            f'{name} holds {values[lost][0]}, which float16 cannot (at most 65504); convert to bfloat16 or float32'
+        )
+    return converted
+
+
+def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> list[slice]:
+    """Ranges of rows that together cover a tensor, each of some 32 MiB and of whole multiples of `multiple` rows."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    step = max(_BLOCK_BYTES // (row_bytes * multiple), 1) * multiple
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
+    """Results of the jobs in their order, the next few computed while one is used."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[Future[T]] = []
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > threads:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
