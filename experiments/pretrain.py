@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import launch
 from llama_jax import pretrained, runtime
-from llama_jax.checkpoint import Checkpointer
+from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
 from llama_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint import restore_params
+from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
@@ -46,7 +46,7 @@ def load(
     shapes = abstract_params(model)
     shardings = partitioner.tree_shardings(shapes, param_axes(model))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
-    _, params = restore_params(folder / CHECKPOINTS, target)
+    params = restore_params(latest_step(folder / CHECKPOINTS), target)
     return config, params, load_tokenizer(tokenizer or str(folder))
 
 

@@ -1,4 +1,4 @@
-"""The process: multi-host start-up, logging on process 0, the compilation cache, host sync, preemption."""
+"""The process: multi-host start-up, logging, compilation cache, host sync, whole files, threads, preemption."""
 
 import importlib.util
 import logging
@@ -6,7 +6,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,6 +17,8 @@ from jax.experimental import multihost_utils
 from llama_jax.types import InputError
 
 logger = logging.getLogger('llama_jax')
+
+T = TypeVar('T')
 
 
 def initialize_distributed(coordinator: str = '', num_processes: int = 0, process_id: int = -1) -> None:
@@ -122,6 +127,22 @@ def write_atomically(path, data: bytes | str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
+    """Results of the jobs in their order, the next few computed while one is used."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[Future[T]] = []
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > threads:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class PreemptionSignal:

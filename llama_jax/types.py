@@ -9,10 +9,11 @@ The annotations are checked (by beartype) in tests only; in production they cost
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
@@ -26,6 +27,26 @@ class InputError(ValueError):
     It says what is wrong, the value, what is allowed and what to do. Commands print it and exit with status 2;
     every other exception is a defect of ours and keeps its traceback.
     """
+
+
+@runtime_checkable
+class LazyArray(Protocol):
+    """A weight that stays in its file until a block of it is read, by any number of threads.
+
+    Attributes:
+      shape: of the whole.
+      dtype: of the blocks.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The block of these slices, one an axis, each of step 1. It may be read-only."""
+        ...
 
 
 @flax.struct.dataclass

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.checkpoint import Checkpointer
-from llama_jax.data.tokenizer import train_sentencepiece
+from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.data.tokenizer_training import train_sentencepiece
 from llama_jax.models.llama import init_params
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.pretrained import save_config

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from llama_jax import runtime
-from llama_jax.checkpoint import Checkpointer
+from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.loader import batches
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.partitioning import Partitioner, make_mesh

@@ -11,7 +11,8 @@ import pytest
 from etils import epath
 
 from llama_jax import pretrained
-from llama_jax.checkpoint import Checkpointer, restore_params
+from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
 from llama_jax.data.sources import read_documents
 from llama_jax.data.tokenizer import load_tokenizer
@@ -75,7 +76,9 @@ def run(gcs, commands, corpus):
     killed = gcs.names('bucket/run/')
     shape = (pretrained.load_config(epath.Path(RUN)).embed_dim,)
     norm = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_one_device())
-    newest, _ = restore_params(f'{RUN}/checkpoints', {'final_norm': norm})
+    step = latest_step(f'{RUN}/checkpoints')
+    restore_params(step, {'final_norm': norm})
+    newest = int(step.name)
     resumed = commands.run('pretrain', *arguments).succeeded()
     return killed, newest, resumed.stderr
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax.checkpoint import Checkpointer
-from llama_jax.data.tokenizer import train_sentencepiece
+from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.data.tokenizer_training import train_sentencepiece
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load, load_config, save_config

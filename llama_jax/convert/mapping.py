@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.convert.tensors import ALL, HalfSplit, Tensor
 from llama_jax.models.config import LlamaConfig
-from llama_jax.types import InputError
+from llama_jax.types import InputError, LazyArray
 
 Naming = Literal['meta', 'huggingface', 'gguf']
 
@@ -175,61 +175,105 @@ def assemble(
     return Source(config, tensors, origin)
 
 
-# Between a matrix [out, in] and one layer of our leaf: the transpose, with its axes split into ours.
+# Between a matrix [out, in] and one layer of our leaf stands a transpose, with its axes split into ours.
 
 
-def to_matrix(leaf: np.ndarray, weight: Weight) -> np.ndarray:
-    """One whole layer of our leaf as the matrix; a view where that is possible."""
-    if not weight.num_in:
-        return leaf
-    size_in = math.prod(leaf.shape[: weight.num_in])
-    return leaf.reshape(size_in, -1).T
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of our params, out of a source's matrices.
 
-
-def read_leaf(source: Source, weight: Weight, index: tuple[slice, ...]) -> np.ndarray:
-    """A block of our leaf, reading only what it needs.
-
-    Args:
+    Attributes:
       source: an opened checkpoint.
       weight: which leaf.
-      index: slices of step 1 along the leaf's axes, the stacked layers first.
     """
-    shape = leaf_shape(weight, source.config)
-    spans = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
-    tensors = source.tensors[weight.path]
-    if not weight.stacked:
-        return tensors[0].read(*spans)
-    blocks = [_read_layer(tensor, weight, spans[1:], shape[1:]) for tensor in tensors[spans[0]]]
-    return np.stack(blocks)
+
+    source: Source
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return leaf_shape(self.weight, self.source.config)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.tensors[self.weight.path][0].dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The block of these slices, the stacked layers first; only the rows and columns it needs are read."""
+        spans = [slice(*s.indices(size)[:2]) for s, size in zip(index, self.shape, strict=True)]
+        tensors = self.source.tensors[self.weight.path]
+        if not self.weight.stacked:
+            return tensors[0].read(*spans)
+        block = np.empty([max(span.stop - span.start, 0) for span in spans], self.dtype)
+        for slot, tensor in zip(block, tensors[spans[0]], strict=True):
+            slot[...] = self._read_layer(tensor, spans[1:])
+        return block
+
+    def _read_layer(self, tensor: Tensor, spans: list[slice]) -> np.ndarray:
+        cut = self.weight.num_in
+        if not cut:
+            return tensor.read(*spans)
+        shape = self.shape[1:]
+        columns, rows = _cover(spans[:cut], shape[:cut]), _cover(spans[cut:], shape[cut:])
+        widths = [span.stop - span.start for span in (spans[0], spans[cut])]
+        block = transpose(tensor.read(rows, columns))
+        block = block.reshape(widths[0], *shape[1:cut], widths[1], *shape[cut + 1 :])
+        return block[(ALL, *spans[1:cut], ALL, *spans[cut + 1 :])]
 
 
-def _read_layer(tensor: Tensor, weight: Weight, spans: list[slice], shape: tuple[int, ...]) -> np.ndarray:
-    if not weight.num_in:
-        return tensor.read(*spans)
-    cut = weight.num_in
-    columns, inner_columns = _flatten(spans[:cut], shape[:cut])
-    rows, inner_rows = _flatten(spans[cut:], shape[cut:])
-    block = transpose(tensor.read(rows, columns))
-    outer_in = (columns.stop - columns.start) // math.prod(shape[1:cut])
-    outer_out = (rows.stop - rows.start) // math.prod(shape[cut + 1 :])
-    block = block.reshape(outer_in, *shape[1:cut], outer_out, *shape[cut + 1 :])
-    return block[(ALL, *inner_columns, ALL, *inner_rows)]
+@dataclasses.dataclass(frozen=True)
+class LeafMatrix:
+    """One layer of a leaf of our params as the matrix [out, in]."""
+
+    leaf: LazyArray
+    weight: Weight
+    layer: int
+    config: LlamaConfig
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.matrix_shape(self.config)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        layer = (slice(self.layer, self.layer + 1),) if self.weight.stacked else ()
+        cut = self.weight.num_in
+        if not cut:
+            index = (*layer, *(rows, columns)[: len(self.shape)])
+            block = self.leaf.read(index)
+            return block[0] if layer else block
+        shape = self.leaf.shape[1:]
+        ins, columns = _whole(columns, shape[:cut])
+        outs, rows = _whole(rows, shape[cut:])
+        block = self.leaf.read((*layer, *ins, *outs))[0]
+        matrix = block.reshape(math.prod(block.shape[:cut]), math.prod(block.shape[cut:]))
+        return transpose(matrix[columns, rows])
 
 
-def _flatten(spans: Sequence[slice], shape: Sequence[int]) -> tuple[slice, Sequence[slice]]:
-    """One range over flattened axes that covers the spans, and what to cut from the axes after the first."""
-    size = math.prod(shape[1:])
-    return slice(spans[0].start * size, spans[0].stop * size), spans[1:]
+def native_source(config: LlamaConfig, leaves: Mapping[str, LazyArray], origin: str) -> Source:
+    """Our own params as a source, to be written in another format.
 
-
-def transpose(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous transpose, made in strips that stay in the processor's cache: twice as fast as NumPy's own."""
-    result = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, matrix.shape[0], 256):
-        for begin in range(0, matrix.shape[1], 256):
-            tile = slice(start, start + 256), slice(begin, begin + 256)
-            result[tile[::-1]] = matrix[tile].T
-    return result
+    Raises:
+      InputError: a leaf is missing, of another shape, or left over.
+    """
+    weights = weights_of(config)
+    tensors: dict[str, list[Tensor]] = {}
+    for weight in weights:
+        shape = leaf_shape(weight, config)
+        if weight.path not in leaves:
+            raise InputError(f'{origin} has no weight {weight.path}')
+        leaf = leaves[weight.path]
+        if tuple(leaf.shape) != shape:
+            raise InputError(
+                f'{origin}: weight {weight.path} has shape {tuple(leaf.shape)}, the model {shape}'
+            )
+        tensors[weight.path] = [LeafMatrix(leaf, weight, i, config) for i in layers_of(weight, config)]
+    if left := set(leaves) - {weight.path for weight in weights}:
+        raise InputError(f'{origin} holds {min(left)}, which this model has not')
+    return Source(config, tensors, origin)
 
 
 def leaf_shape(weight: Weight, config: LlamaConfig) -> tuple[int, ...]:
@@ -242,3 +286,27 @@ def leaf_shape(weight: Weight, config: LlamaConfig) -> tuple[int, ...]:
     words = weight.shape[::-1] if weight.num_in else weight.shape
     shape = tuple(size for word in words for size in heads.get(word, (sizes[word],)))
     return (config.num_layers, *shape) if weight.stacked else shape
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+    """A contiguous transpose, made tile by tile within the processor's cache: twice as fast as NumPy's own."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, matrix.shape[0], 256):
+        for begin in range(0, matrix.shape[1], 256):
+            tile = slice(start, start + 256), slice(begin, begin + 256)
+            result[tile[::-1]] = matrix[tile].T
+    return result
+
+
+def _cover(spans: Sequence[slice], shape: Sequence[int]) -> slice:
+    """The range over the flattened axes that holds the spans, whatever they leave out of the inner axes."""
+    size = math.prod(shape[1:])
+    return slice(spans[0].start * size, spans[0].stop * size)
+
+
+def _whole(span: slice, shape: Sequence[int]) -> tuple[tuple[slice, ...], slice]:
+    """Slices of the axes that hold a range over them flattened, and the range within what they hold."""
+    start, stop, _ = span.indices(math.prod(shape))
+    size = math.prod(shape[1:])
+    first, last = start // size, -(-stop // size)
+    return (slice(first, last), *([ALL] * (len(shape) - 1))), slice(start - first * size, stop - first * size)

@@ -7,14 +7,14 @@ only as long as its piece is used, so that memory stays small however large the 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from llama_jax.runtime import prefetch as prefetch
 from llama_jax.types import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -23,9 +23,8 @@ _BLOCK_BYTES = (
     32 << 20
 )  # of a piece: large enough for a disk, small enough for a cache of the operating system
 
-T = TypeVar('T')
 
-
+@runtime_checkable
 class Tensor(Protocol):
     """A vector or matrix whose pieces are read on demand, each by any number of threads.
 
@@ -172,19 +171,3 @@ def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> li
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     step = max(_BLOCK_BYTES // (row_bytes * multiple), 1) * multiple
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-
-def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
-    """Results of the jobs in their order, the next few computed while one is used."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: list[Future[T]] = []
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > threads:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import tqdm
 
-from llama_jax.checkpoint import Checkpointer
+from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.runtime import PreemptionSignal, is_main_process
 from llama_jax.train.metrics import Writer
 from llama_jax.train.state import TrainState

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.checkpoint import Checkpointer
+from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.train.loop import LoopConfig, train
 from llama_jax.train.state import TrainState
 

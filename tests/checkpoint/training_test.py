@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.checkpoint import Checkpointer, restore_params
+from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.partitioning import make_mesh
 from llama_jax.types import InputError
 
@@ -110,7 +111,7 @@ def test_a_missing_file_and_one_of_another_size_are_noticed(saved, tmp_path):
         shutil.copytree(saved, tmp_path / name)
         change(tmp_path / name / data.relative_to(saved))
         assert restore(tmp_path / name)[0] == 3
-        assert restore_params(tmp_path / name, abstract(make_state(0))['params'])[0] == 3
+        assert latest_step(tmp_path / name).name == '3'
 
 
 def test_after_a_damaged_step_its_number_is_saved_again(saved, tmp_path):
@@ -133,7 +134,7 @@ def test_only_damaged_steps_are_an_error(saved, tmp_path):
     for step in (3, 7):
         (folder / f'{step}/file_sizes.json').unlink()
     with pytest.raises(InputError, match='damaged'):
-        restore_params(folder, abstract(make_state(0))['params'])
+        latest_step(folder)
     with pytest.raises(InputError, match=r'all checkpoints under .* are damaged \(steps \[3, 7\]'):
         restore(folder)
 
@@ -168,7 +169,7 @@ def test_a_save_that_was_cut_off_is_cleared_away(saved, tmp_path):
     folder = tmp_path / 'checkpoints'
     shutil.copytree(saved, folder)
     shutil.copytree(saved / '7/state', folder / '9.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp')
-    assert restore_params(folder, abstract(make_state(0))['params'])[0] == 7
+    assert latest_step(folder).name == '7'
     assert restore(folder)[0] == 7
     assert sorted(path.name for path in folder.iterdir()) == ['3', '7']
 
@@ -178,18 +179,17 @@ def test_weights_alone_are_restored_cast_and_placed(saved):
         'w': jax.ShapeDtypeStruct((16, 4), jnp.bfloat16, sharding=sharding(2, 'fsdp')),
         'b': jax.ShapeDtypeStruct((4,), jnp.bfloat16, sharding=sharding(2)),
     }
-    step, params = restore_params(saved, target)
-    assert step == 7
+    params = restore_params(latest_step(saved), target)
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(7)['params']))
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target)
 
 
 def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
     with pytest.raises(InputError, match='no checkpoint under'):
-        restore_params(tmp_path / 'none', {})
+        latest_step(tmp_path / 'none')
     wrong_shape = {'w': jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding())}
     more = {'v': jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding())}
     differs = r'its weight w has shape \(16, 4\), the model \(8, 4\)'
     for target, message in ((wrong_shape, differs), (more, 'it has no weight v')):
         with pytest.raises(InputError, match=f'cannot be restored: {message}'):
-            restore_params(saved, target)
+            restore_params(latest_step(saved), target)

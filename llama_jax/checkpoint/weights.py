@@ -1,0 +1,249 @@
+"""The weights alone: restored onto a mesh, and read and written in blocks where they are larger than memory."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax import traverse_util
+
+from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
+from llama_jax.runtime import enable_bucket, prefetch
+from llama_jax.types import InputError, LazyArray, Params, PyTree
+
+CHUNK_BYTES = 64 << 20  # of an array on disk: what is read and written at once
+
+
+def latest_step(directory: epath.PathLike) -> epath.Path:
+    """The folder of the newest undamaged step.
+
+    Raises:
+      InputError: the directory holds no step, or all of them are damaged.
+    """
+    folder = absolute(directory)
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    steps = sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+    if not steps:
+        raise InputError(f'no checkpoint under {folder}: it should hold folders named by step')
+    undamaged = [step for step in steps if not find_damage(folder / str(step))]
+    if not undamaged:
+        raise InputError(f'all checkpoints under {folder} are damaged (steps {steps})')
+    return folder / str(undamaged[-1])
+
+
+def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Params:
+    """The weights alone of a step, cast and placed as `abstract_params` says.
+
+    Raises:
+      InputError: the step cannot be read, or holds weights of other shapes.
+    """
+    state = absolute(step_folder) / 'state'
+    target = {'params': abstract_params}
+    restore = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            # Before anything is read: where shapes differ Orbax would stop half-way, its other reads left hanging.
+            saved = checkpointer.metadata(state).item_metadata.tree['params']
+            if difference := _compare_shapes(saved, abstract_params):
+                raise InputError(f'checkpoint {state.parent} cannot be restored: {difference}')
+            restored = checkpointer.restore(state, args=restore)
+        except InputError:
+            raise
+        except (ValueError, TypeError, FileNotFoundError, KeyError) as error:
+            raise InputError(f'checkpoint {state.parent} cannot be restored: {_first_line(error)}') from error
+    return restored['params']
+
+
+def _compare_shapes(saved: PyTree, wanted: PyTree) -> str:
+    """The first weight that is missing or of another shape; '' where there is none."""
+    shapes = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        name = _name(path)
+        if name not in shapes:
+            return f'it has no weight {name}'
+        if shapes[name] != tuple(leaf.shape):
+            return f'its weight {name} has shape {shapes[name]}, the model {tuple(leaf.shape)}'
+    return ''
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+# Weights that are larger than memory: written and read block by block, through TensorStore, in Orbax's own layout.
+
+
+def save_params(
+    directory: epath.PathLike,
+    leaves: Mapping[str, LazyArray],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes weights as step 0 of `directory`; Orbax, and so `restore_params`, reads them as any others.
+
+    One file a block (a layer, or a part of one that is large), uncompressed; a few blocks are in memory at a time.
+
+    Args:
+      directory: a workdir's folder of checkpoints, local or `gs://...`.
+      leaves: by path in our params.
+      progress: called with the number of bytes of each block written.
+    """
+    enable_bucket(directory)
+    folder = absolute(directory)
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler()))
+    tree = {path: _Streamed(leaf, progress) for path, leaf in leaves.items()}
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        item = {'params': traverse_util.unflatten_dict(tree, sep='/')}
+        checkpointer.save(folder / '0/state', args=ocp.args.PyTreeSave(item))
+    record_sizes(folder, 0)
+    if '://' in os.fspath(folder):  # where a folder cannot be renamed, this file is what makes it whole
+        (folder / '0/commit_success.txt').write_text('')
+
+
+def open_params(step_folder: epath.PathLike) -> dict[str, LazyArray]:
+    """The weights of a step by path, to read in blocks.
+
+    Raises:
+      InputError: the folder is no step of ours.
+    """
+    state = absolute(step_folder) / 'state'
+    try:
+        metadata = json.loads((state / '_METADATA').read_text())
+        keys = [
+            [entry['key'] for entry in value['key_metadata']] for value in metadata['tree_metadata'].values()
+        ]
+        driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
+        is_database = (state / 'manifest.ocdbt').exists()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{state} holds no weights that Orbax wrote: {type(error).__name__}') from error
+    # Blocks of rows of one stored chunk are read one after another; the cache keeps the chunk between them.
+    context = ts.Context({'cache_pool': {'total_bytes_limit': 4 * CHUNK_BYTES}})
+    leaves = {}
+    for key in keys:
+        if key[:1] != ['params']:
+            continue
+        name = '.'.join(map(str, key))
+        kvstore = (
+            {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'}
+            if is_database
+            else _url(state / name)
+        )
+        try:
+            store = ts.open({'driver': driver, 'kvstore': kvstore}, context=context, open=True).result()
+        except (ValueError, OSError) as error:
+            raise InputError(f'{state}: weight {name} cannot be read: {_first_line(error)}') from error
+        leaves['/'.join(map(str, key[1:]))] = _Stored(store, f'{state}: weight {name}')
+    if not leaves:
+        raise InputError(f'{state} holds no weights under params')
+    return leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A leaf on disk."""
+
+    store: Any
+    origin: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.store.dtype.numpy_dtype)
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        try:
+            return self.store[index].read().result()
+        except (ValueError, OSError) as error:
+            raise InputError(f'{self.origin} cannot be read: {_first_line(error)}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamed:
+    """A leaf as Orbax is given it to save."""
+
+    leaf: LazyArray
+    progress: Callable[[int], None]
+
+
+class _StreamHandler(ocp.type_handlers.TypeHandler):
+    """Writes `_Streamed` leaves where Orbax says, as the uncompressed zarr arrays that it reads back as any others."""
+
+    def typestr(self) -> str:
+        return 'jax.Array'
+
+    async def metadata(self, infos):
+        raise NotImplementedError('for saving only')
+
+    async def deserialize(self, infos, args=None):
+        raise NotImplementedError('for saving only')
+
+    async def serialize(self, values: Sequence[_Streamed], infos: Sequence[Any], args=None):
+        del args
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            leaf = value.leaf
+            chunks = chunk_shape(leaf.shape, leaf.dtype)
+            store = await ts.open(
+                {
+                    'driver': 'zarr',
+                    'kvstore': _url(info.path),
+                    'metadata': {
+                        'shape': leaf.shape,
+                        'chunks': chunks,
+                        'compressor': None,
+                        'dtype': leaf.dtype.name if leaf.dtype.kind == 'V' else leaf.dtype.str,
+                    },
+                    'store_data_equal_to_fill_value': True,  # so that a missing file is damage, never zeros
+                },
+                create=True,
+            )
+            indices = list(_chunk_indices(leaf.shape, chunks))
+            blocks = prefetch(functools.partial(leaf.read, index) for index in indices)
+            for index, block in zip(indices, blocks, strict=True):
+                await store[index].write(block)
+                value.progress(block.nbytes)
+        return []
+
+
+def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """Of what is stored as one piece: a layer of a stacked leaf, some rows of a table, cut where still too large."""
+    first = 1 if len(shape) > 2 else 0  # the axis to cut along; stacked layers before it are apart anyway
+    row_bytes = math.prod(shape[first + 1 :]) * dtype.itemsize
+    rows = min(shape[first], max(CHUNK_BYTES // row_bytes, 1)) if shape else 0
+    return (*[1] * first, rows, *shape[first + 1 :]) if shape else ()
+
+
+def _chunk_indices(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Slices of every chunk of an array, in row-major order."""
+    ranges = [range(0, size, step) for size, step in zip(shape, chunks, strict=True)]
+    for start in itertools.product(*ranges):
+        yield tuple(
+            slice(begin, min(begin + step, size))
+            for begin, step, size in zip(start, chunks, shape, strict=True)
+        )
+
+
+def _url(path: epath.Path) -> str:
+    text = os.fspath(path)
+    return f'{text if "://" in text else f"file://{text}"}/'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [''])[0][:300]
