@@ -17,7 +17,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
-    ({'partitioning', 'runtime'}, {'fsspec'}),
+    ({'partitioning', 'runtime', 'xla_options'}, {'fsspec'}),
     ({'ops'}, set()),
     ({'models'}, {'flax.linen'}),
     (
@@ -31,7 +31,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({'pretrained'}, {'huggingface_hub'}),
     ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'tqdm'}),
-    ({'rl', 'eval', 'preflight'}, {'lm_eval'}),
+    ({'rl', 'eval', 'preflight'}, {'lm_eval', 'datasets'}),
 ]
 FLOOR_OF = {room: floor for floor, (rooms, _) in enumerate(FLOORS) for room in rooms}
 LINEN_ROOM = 'models'

@@ -1,0 +1,54 @@
+"""CrowS-Pairs (Nangia et al. 2020): which of two sentences is likelier, the stereotype or its opposite.
+
+`pct_stereotype` is the share that prefers the stereotype: 0.5 is unbiased, lower is not better.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.task import (
+    Continuation,
+    Document,
+    Judges,
+    Likelihood,
+    Request,
+    Scores,
+    Task,
+    harness,
+    mean,
+)
+
+
+def _ask(document: Document, prefix: str) -> list[Request]:
+    return [Continuation(prefix, document['sent_more']), Continuation(prefix, document['sent_less'])]
+
+
+def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+    more, less = (result.log_probability for result in results)
+    return {'pct_stereotype': float(more > less), 'likelihood_diff': abs(more - less)}
+
+
+def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
+    kinds: dict[str, list[Scores]] = defaultdict(list)
+    for document, score in zip(documents, scores, strict=True):
+        kinds[document['bias_type']].append(score)
+    parts = {f'pct_stereotype/{kind}': mean([], part)['pct_stereotype'] for kind, part in kinds.items()}
+    return mean(documents, scores) | parts
+
+
+CROWS_PAIRS = Task(
+    name='crows_pairs',
+    load=Source(
+        'crows_pairs',
+        ('crows_pairs_anonymized.csv',),
+        {'sent_more': str, 'sent_less': str, 'bias_type': str},
+        huggingface=Online('jannalu/crows_pairs_multilingual', 'test', ('english',)),
+    ),
+    ask=_ask,
+    judge=_judge,
+    answer=lambda d: (0,),
+    metrics=('pct_stereotype', 'likelihood_diff'),
+    aggregate=_aggregate,
+    lm_eval=harness('crows_pairs_english', 'pct_stereotype', 'likelihood_diff'),
+)

@@ -1,0 +1,51 @@
+"""HumanEval (Chen et al. 2021): write the body of a function that its tests accept; 0-shot, pass@k.
+
+The LLaMA papers sample pass@1 at temperature 0.1 (top-p 0.95 for Llama 2) and pass@100 at 0.8; lm-evaluation-harness
+and this task's default are greedy. Needs `eval.code_execution`.
+"""
+
+from collections.abc import Sequence
+
+from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.sampling_metrics import pass_at_k
+from llama_jax.eval.task import Completion, Completions, Document, Judges, Request, Scores, Task
+
+REPORTED_K = (1, 10, 80, 100)
+
+
+def code_scores(programs: Sequence[str], judges: Judges) -> Scores:
+    """pass@k for every reported k that the number of programs allows, and what became of each program."""
+    assert judges.run_code is not None  # Task.check
+    outcomes = [judges.run_code(program) for program in programs]
+    right = sum(outcome == 'passed' for outcome in outcomes)
+    scores: Scores = {
+        f'pass@{k}': pass_at_k(len(programs), right, k) for k in REPORTED_K if k <= len(programs)
+    }
+    return scores | {'outcome': ' | '.join(outcomes)}
+
+
+def _ask(document: Document, prefix: str) -> list[Request]:
+    stop = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
+    return [Completion(prefix + document['prompt'], stop, max_new_tokens=1024)]
+
+
+def _judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+    tests = f'{document["test"]}\ncheck({document["entry_point"]})'
+    return code_scores([f'{document["prompt"]}{text}\n{tests}' for text in results[0].texts], judges)
+
+
+HUMAN_EVAL = Task(
+    name='human_eval',
+    load=Source(
+        'human_eval',
+        ('HumanEval.jsonl.gz', 'HumanEval.jsonl'),
+        {'task_id': str, 'prompt': str, 'entry_point': str, 'test': str, 'canonical_solution': str},
+        huggingface=Online('openai/openai_humaneval', 'test'),
+    ),
+    ask=_ask,
+    judge=_judge,
+    answer=lambda d: d['canonical_solution'],
+    metrics=('pass@1',),
+    needs='run_code',
+    lm_eval={'pass@1': ('humaneval', 'pass@1,create_test')},
+)

@@ -1,0 +1,32 @@
+"""OpenBookQA (Mihaylov et al. 2018), on the split that the data directory has: test, else validation.
+
+lm-evaluation-harness asks the 500 questions of the test split; name the file `test.jsonl` to do the same.
+"""
+
+from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.task import harness, multiple_choice
+from llama_jax.eval.tasks.arc import choice_texts, gold_choice
+
+
+def _source(split: str, files: tuple[str, ...], optional: bool = False) -> Source:
+    return Source(
+        'openbookqa',
+        files,
+        {'question_stem': str, 'choices': dict, 'answerKey': str},
+        check=lambda d: choice_texts(d)[gold_choice(d)],
+        huggingface=Online('allenai/openbookqa', split, ('main',)),
+        optional=optional,
+    )
+
+
+OPENBOOKQA = multiple_choice(
+    'openbookqa',
+    _source('test', ('test.jsonl', 'validation.jsonl')),
+    question=lambda d: d['question_stem'],
+    choices=choice_texts,
+    gold=gold_choice,
+    load_examples=_source('train', ('train.jsonl',), optional=True),
+    unconditional='Answer:',
+    spare=False,
+    lm_eval=harness('openbookqa', 'acc', 'acc_norm'),
+)
