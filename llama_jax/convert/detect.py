@@ -1,0 +1,49 @@
+"""Which format a checkpoint is in, told from what it holds, never from its name alone."""
+
+from typing import Literal
+
+from etils import epath
+
+from llama_jax.types import InputError
+
+Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c']
+
+
+def detect(path: epath.Path) -> tuple[Format, epath.Path]:
+    """The format of what is at `path`, and the folder or file to open: that path, or the one checkpoint within it.
+
+    Raises:
+      InputError: nothing is there, or nothing that is a Llama.
+    """
+    if not path.exists():
+        raise InputError(f'no checkpoint at {path}: there is no such file or folder')
+    if not path.is_dir():
+        return _detect_file(path), path
+    names = {file.name for file in path.iterdir()}
+    if 'model.json' in names:
+        return 'orbax', path
+    if 'params.json' in names or any(name.startswith('consolidated.') for name in names):
+        return 'meta', path
+    if 'config.json' in names:
+        return 'huggingface', path
+    models = sorted(name for name in names if name.endswith(('.gguf', '.pt', '.bin')))
+    if len(models) == 1:
+        return _detect_file(path / models[0]), path / models[0]
+    found = ', '.join(sorted(names)[:5]) or 'nothing'
+    raise InputError(
+        f'{path} is not a checkpoint: it holds {found}; a folder of ours has model.json, of Meta params.json, '
+        'of Hugging Face config.json, and a .gguf or a .pt of llama2.c is given by its own path'
+    )
+
+
+def _detect_file(path: epath.Path) -> Format:
+    with path.open('rb') as file:
+        head = file.read(28)
+    if head[:4] == b'GGUF':
+        return 'gguf'
+    is_sized = len(head) == 28 and path.name.endswith('.bin')  # the first version of llama2.c's has no mark
+    if head[:4] == b'PK\x03\x04' or head[:4] == (0x616B3432).to_bytes(4, 'little') or is_sized:
+        return 'llama2c'
+    raise InputError(
+        f'{path} is not a checkpoint: it begins with {head[:4]!r}; a file is a .gguf, or a .pt or .bin of llama2.c'
+    )
