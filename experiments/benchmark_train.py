@@ -1,18 +1,12 @@
-"""Measures what users wait for, beside the peer they would otherwise use, in one run.
+"""Tokens per second of a whole update (forward, backward, clipping, AdamW), ours and Hugging Face's.
 
-    python -m experiments.benchmark --suite=train [--json=FILE]
-
-`train`: tokens per second of a whole update (forward, backward, clipping, AdamW) on the same model, batch and
-precision: ours and, where torch and transformers are installed, Hugging Face's Llama run eagerly and through
-`torch.compile`. The contenders take turns, so that a machine whose speed drifts is equally unkind to all; the figure of
-each is its median.
+Same model, batch and precision; where torch and transformers are installed, Hugging Face's Llama runs eagerly and
+through `torch.compile`. The contenders take turns, so that a machine whose speed drifts is equally unkind to all; the
+figure of each is its median.
 """
 
 import functools
 import importlib.util
-import json
-import os
-import platform
 import resource
 import statistics
 import time
@@ -24,7 +18,6 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
-from llama_jax import runtime
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
@@ -35,8 +28,6 @@ from llama_jax.train.state import abstract_state, init_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 
-_SUITE = flags.DEFINE_enum('suite', 'train', ['train'], 'what to measure')
-_JSON = flags.DEFINE_string('json', '', 'file to write the figures to, as one flat object')
 _MODEL = flags.DEFINE_string('model', 'stories_15m', 'a preset')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update')
 _SEQ_LEN = flags.DEFINE_integer('seq_len', 0, "tokens in a row; 0: the preset's context")
@@ -56,17 +47,7 @@ _OPTIMIZER = OptimizerConfig(learning_rate=1e-4, eps=1e-8)
 Step = Callable[[], float]  # one update; the loss before it
 
 
-def main() -> None:
-    """Runs the suite; --json keeps its figures."""
-    runtime.enable_compilation_cache('off')  # compile time is one of the figures
-    figures = benchmark_train()
-    if _JSON.value:
-        with open(_JSON.value, 'w', encoding='utf-8') as file:
-            json.dump(figures, file, indent=2)
-            file.write('\n')
-
-
-def benchmark_train() -> dict[str, Any]:
+def run() -> dict[str, Any]:
     """Times a training step of every contender in turns, and prints a table."""
     config = launch.find_preset(_MODEL.value)
     seq_len = _SEQ_LEN.value or config.max_seq_len
@@ -87,8 +68,8 @@ def benchmark_train() -> dict[str, Any]:
             huggingface_step, config, rows, dtype, compiled=True
         )
 
-    figures: dict[str, Any] = describe_machine() | {
-        'suite': 'train', 'model': _MODEL.value, 'batch_size': _BATCH_SIZE.value, 'seq_len': seq_len, 'dtype': dtype,
+    figures: dict[str, Any] = {
+        'model': _MODEL.value, 'batch_size': _BATCH_SIZE.value, 'seq_len': seq_len, 'dtype': dtype,
         'remat': _REMAT.value, 'unroll': _UNROLL.value, 'loss_chunks': _LOSS_CHUNKS.value,
     }  # fmt: skip
     steps: dict[str, Step] = {}
@@ -118,7 +99,9 @@ def benchmark_train() -> dict[str, Any]:
     tokens = _BATCH_SIZE.value * seq_len
     causal, full = training_flops_per_token(config, seq_len)
     peak = peak_flops_per_device() * jax.device_count()
-    print(f'\n{_MODEL.value}, {_BATCH_SIZE.value} x {seq_len} tokens, {dtype}, {figures["device"]}')
+    print(
+        f'\n{_MODEL.value}, {_BATCH_SIZE.value} x {seq_len} tokens, {dtype}, {jax.devices()[0].device_kind}'
+    )
     print(f'{"":24}{"tokens/s":>10}{"min":>10}{"max":>10}{"first step s":>14}{"first loss":>12}')
     for name, times in seconds.items():
         rate = tokens / statistics.median(times)
@@ -217,27 +200,8 @@ def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compi
     return step
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    device = jax.devices()[0]
-    versions = {
-        f'{name}_version': importlib.import_module(name).__version__
-        for name in ('jax', 'flax', 'torch', 'transformers')
-        if importlib.util.find_spec(name)
-    }
-    return {
-        'platform': device.platform, 'device': device.device_kind, 'num_devices': jax.device_count(),
-        'cpu_cores': os.cpu_count(), 'python_version': platform.python_version(), 'machine': platform.machine(),
-        **versions,
-    }  # fmt: skip
-
-
 def peak_memory_bytes() -> int:
     """Peak of the fullest device, or of this process where the devices do not say."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [found['peak_bytes_in_use'] for found in stats if found and 'peak_bytes_in_use' in found]
     return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-if __name__ == '__main__':
-    launch.run(main)

@@ -1,4 +1,4 @@
-"""Completes prompts with a checkpoint.
+"""Completes prompts with a checkpoint of any format.
 
     python -m experiments.generate --checkpoint=DIR --prompt='Once upon a time' --max_new_tokens=100 --temperature=0
 
@@ -16,7 +16,12 @@ from llama_jax import pretrained, runtime
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'workdir of a run', required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint',
+    None,
+    'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...',
+    required=True,
+)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _PROMPT = flags.DEFINE_multi_string(
     'prompt', None, 'text to complete; give it several times for several', required=True

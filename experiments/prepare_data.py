@@ -13,7 +13,7 @@ from absl import flags
 from experiments import launch
 from llama_jax.data.prepared import write_prepared
 from llama_jax.data.sources import read_documents
-from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.pretrained import load_tokenizer
 
 _INPUT = flags.DEFINE_string(
     'input', None, 'sources, comma-separated: files, globs, tfds:NAME', required=True

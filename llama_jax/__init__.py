@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.data.tokenizer import load_tokenizer as load_tokenizer
     from llama_jax.inference.generate import generate as generate
     from llama_jax.models.config import LlamaConfig as LlamaConfig
     from llama_jax.models.config import RopeScaling as RopeScaling
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
     from llama_jax.partitioning import Partitioner as Partitioner
     from llama_jax.partitioning import make_mesh as make_mesh
     from llama_jax.pretrained import load as load
+    from llama_jax.pretrained import load_tokenizer as load_tokenizer
     from llama_jax.types import InputError as InputError
 
 _HOME = {
-    'load_tokenizer': 'data.tokenizer',
     'generate': 'inference.generate',
     'LlamaConfig': 'models.config',
     'RopeScaling': 'models.config',
@@ -32,6 +31,7 @@ _HOME = {
     'Partitioner': 'partitioning',
     'make_mesh': 'partitioning',
     'load': 'pretrained',
+    'load_tokenizer': 'pretrained',
     'InputError': 'types',
 }
 

@@ -1,8 +1,10 @@
 """The process: multi-host start-up, logging, compilation cache, host sync, whole files, threads, preemption."""
 
+import contextlib
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.types import InputError
@@ -24,31 +27,80 @@ T = TypeVar('T')
 def initialize_distributed(coordinator: str = '', num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the processes of a multi-host job; does nothing for a single process.
 
+    Without arguments the cluster is asked: TPU pods (Compute Engine, GKE, slices of both), Slurm under `srun`, Open MPI
+    up to 4. Open MPI 5 does not tell where process 0 is: there `coordinator` alone is enough.
+
     Args:
-      coordinator: host:port of process 0; '' asks the cluster (TPU pods, Slurm, Open MPI) where there is one.
-      num_processes: of the job; with `coordinator`.
-      process_id: of this process, from 0; with `coordinator`.
+      coordinator: host:port of process 0.
+      num_processes: of the job.
+      process_id: of this process, from 0.
 
     Raises:
-      InputError: only some of the three are given.
+      InputError: only some of the three are given and the launcher does not tell the others, or there is a TPU whose
+        pod cannot be asked.
     """
+    ranks = _launcher_ranks()
+    if coordinator and num_processes <= 0 and process_id < 0 and ranks:
+        num_processes, process_id = ranks
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=_local_devices())
     elif any(given):
         raise InputError(
             f'coordinator={coordinator!r} num_processes={num_processes} process_id={process_id}: '
             'give all three to join processes by hand, or none'
         )
-    elif _cluster_size() > 1:
-        jax.distributed.initialize()
+    elif ranks and ranks[0] > 1:
+        if 'OMPI_COMM_WORLD_SIZE' in os.environ and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
+            raise InputError(
+                f'Open MPI started {ranks[0]} processes without telling where the first is; give each '
+                '--coordinator=HOST:PORT, the host of rank 0 and a free port'
+            )
+        jax.distributed.initialize(local_device_ids=_local_devices())
+    elif _on_tpu_pod():
+        try:
+            jax.distributed.initialize()
+        except Exception as error:  # of an HTTP client, a parser or a resolver: the metadata server's answers vary
+            raise InputError(
+                f'this machine has a TPU, but its pod cannot be asked ({type(error).__name__}: {error}); give '
+                '--coordinator, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is all there is'
+            ) from error
 
 
-def _cluster_size() -> int:
-    """Processes that the environment announces: TPU pod hosts, Slurm tasks, Open MPI ranks."""
-    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
-    announced = (os.environ.get('SLURM_NTASKS'), os.environ.get('OMPI_COMM_WORLD_SIZE'))
-    return max([len(hosts.split(',')), *(int(size) for size in announced if size)])
+def _launcher_ranks() -> tuple[int, int] | None:
+    """(processes, this one's number) as `srun` or `mpirun` announce them; None where neither started this process."""
+    environment = os.environ
+    # A Slurm batch script has most of these too; only a step of `srun` has its list of nodes.
+    if {'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_JOB_ID'} <= set(environment):
+        return int(environment['SLURM_NTASKS']), int(environment['SLURM_PROCID'])
+    if 'OMPI_COMM_WORLD_SIZE' in environment:
+        return int(environment['OMPI_COMM_WORLD_SIZE']), int(environment['OMPI_COMM_WORLD_RANK'])
+    return None
+
+
+def _local_devices() -> list[int] | None:
+    """All GPUs of the node where a launcher started one process on it: JAX would take one GPU a process.
+
+    None leaves it to JAX: one a process under a launcher, all devices otherwise.
+    """
+    tasks = os.environ.get('SLURM_STEP_TASKS_PER_NODE') or os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') or ''
+    gpus = os.environ.get('SLURM_GPUS_ON_NODE') or ''
+    visible = list(filter(None, os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')))
+    count = len(visible) or (int(gpus) if gpus.isdigit() else 0)
+    alone = tasks.partition('(')[0] == '1' and ',' not in tasks
+    return list(range(count)) if alone and count > 1 else None
+
+
+def _on_tpu_pod() -> bool:
+    """Whether there is a TPU of a host that may be one of several: JAX then knows whom to ask for the others."""
+    platforms = os.environ.get('JAX_PLATFORMS', '').split(',')
+    hosts = os.environ.get('TPU_PROCESS_ADDRESSES') or os.environ.get('TPU_WORKER_HOSTNAMES') or ''
+    if platforms[0] not in ('', 'tpu'):
+        return False
+    if hosts:  # GKE's
+        return ',' in hosts or int(os.environ.get('MEGASCALE_NUM_SLICES') or 1) > 1
+    # On import JAX looks for chips on the PCI bus, and marks the environment where it finds some with libtpu, or none.
+    return os.environ.get('TPU_ML_PLATFORM') == 'JAX' and 'TPU_SKIP_MDS_QUERY' not in os.environ
 
 
 def is_main_process() -> bool:
@@ -92,6 +144,11 @@ def sync_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def from_main_process(array: np.ndarray) -> np.ndarray:
+    """What process 0 holds, on every process; all give an array of one shape and dtype."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
 def enable_bucket(path: str | os.PathLike) -> None:
     """Call before `path` is first looked at; does nothing where it is local.
 
@@ -127,6 +184,37 @@ def write_atomically(path, data: bytes | str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path) -> Iterator:
+    """A folder that appears whole or not at all: filled under another name beside it, and renamed at the end.
+
+    In a bucket, which cannot rename, it is filled in place; write last what makes it complete.
+
+    Args:
+      path: an `epath.Path`, which must not exist yet, or be empty.
+
+    Yields:
+      The folder to write into.
+
+    Raises:
+      InputError: there is something at `path` already.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f'{path} exists; give a new one, or remove it first')
+    if '://' in os.fspath(path):
+        yield path
+        return
+    beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if path.exists():
+            path.rmdir()
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:

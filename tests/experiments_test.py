@@ -285,3 +285,41 @@ def test_wandb_is_asked_for_by_name(commands, corpus, tmp_path):
         return  # then the run would reach for its service
     finished = commands.run('pretrain', *tiny_run(tmp_path / 'run', corpus, log__wandb='project'))
     assert "pip install 'llama_jax[wandb]'" in finished.error()
+
+
+@pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])
+def test_convert_writes_what_generates_the_same_text(commands, run, tmp_path, to):
+    output = tmp_path / ('model.gguf' if to == 'gguf' else 'model')
+    line = commands.run(
+        'convert', f'--input={run}', f'--output={output}', f'--to={to}', '--verify'
+    ).succeeded()
+    assert f'weights as {to}, read back and found equal' in line.stdout
+    prompt = ['--prompt=ba', '--max_new_tokens=16', '--temperature=0']
+    texts = [
+        commands.run('generate', f'--checkpoint={place}', *prompt).succeeded().stdout
+        for place in (run, output)
+    ]
+    assert texts[0] == texts[1] and texts[0].strip()
+
+
+def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path):
+    output = f'--output={tmp_path}/out'
+    for arguments, message in {
+        (f'--input={tmp_path}/none', '--to=meta'): 'no checkpoint at',
+        (f'--input={run}', '--to=meta', '--dtype=q8_0'): 'dtype q8_0 is not one that meta holds',
+        (f'--input={run}', '--to=meta', '--model_parallel=3'): 'model_parallel',
+        (f'--input={run}', '--to=torch'): '--to',
+    }.items():
+        assert message in commands.run('convert', *arguments, output).error()
+        assert not any(tmp_path.iterdir())
+
+
+def test_benchmark_of_conversions_writes_its_figures(commands, tmp_path):
+    file = tmp_path / 'figures.json'
+    commands.run(
+        'benchmark', '--suite=convert', '--convert_models=tiny', f'--scratch={tmp_path}', f'--json={file}'
+    ).succeeded()
+    figures = json.loads(file.read_text())
+    for name in ('meta_to_orbax', 'orbax_to_meta', 'meta_to_huggingface', 'huggingface_to_gguf_q8_0'):
+        assert figures[f'tiny_{name}_times_copy'] > 0 and figures[f'tiny_{name}_peak_rss_mb'] > 50
+    assert [path.name for path in tmp_path.iterdir()] == ['figures.json']

@@ -1,5 +1,10 @@
+import dataclasses
 import gc
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +12,19 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llama_jax import pretrained
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.tokenizer_training import train_sentencepiece
+from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load, load_config, save_config
 from llama_jax.types import InputError
 from tests import toy
 
-CONFIG = toy.CONFIG
+CONFIG = dataclasses.replace(
+    toy.CONFIG, vocab_size=300, head_dim=4
+)  # Meta knows heads of embed_dim / num_heads only
 
 
 def make_workdir(folder, params):
@@ -39,7 +48,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def params():
-    return toy.make_params(toy.make_model())
+    return toy.make_params(LlamaForCausalLM(CONFIG, dtype=jnp.float32))
 
 
 @pytest.fixture(scope='module')
@@ -78,9 +87,12 @@ def refused(path) -> str:
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    for path in (tmp_path, tmp_path / 'nowhere'):
-        message = refused(path)
-        assert str(path) in message and 'model.json' in message and 'is not a checkpoint' in message
+    assert f'{tmp_path} is not a checkpoint: it holds nothing' in refused(tmp_path)
+    assert f'no checkpoint at {tmp_path}/nowhere' in refused(tmp_path / 'nowhere')
+    (tmp_path / 'notes.txt').write_text('shopping')
+    message = refused(tmp_path)
+    assert 'it holds notes.txt' in message and 'model.json' in message and 'params.json' in message
+    assert "notes.txt is not a checkpoint: it begins with b'shop'" in refused(tmp_path / 'notes.txt')
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,7 @@ def test_a_damaged_description_is_refused_in_one_line(tmp_path, text, words):
 
 def test_what_is_missing_is_named(tmp_path, params):
     save_config(epath.Path(tmp_path), CONFIG)
+    (tmp_path / 'tokenizer.model').write_bytes(TOKENIZER.read_bytes())
     assert 'no checkpoint under' in refused(tmp_path)
     workdir = make_workdir(tmp_path / 'run', params)
     (workdir / 'tokenizer.model').unlink()
@@ -119,3 +132,142 @@ def test_the_description_keeps_every_number(tmp_path):
     for config in PRESETS.values():
         save_config(epath.Path(tmp_path), config, base_checkpoint='somewhere')
         assert load_config(epath.Path(tmp_path)) == config
+
+
+def test_a_step_may_be_named(tmp_path, workdir, params):
+    run = make_workdir(tmp_path / 'run', params)
+    checkpointer = Checkpointer(run / 'checkpoints')
+    checkpointer.save(5, {'params': jax.tree.map(jnp.zeros_like, params)}, {})
+    checkpointer.close()
+    newest = load(run)[1]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(newest))
+    jax.tree.map(np.testing.assert_array_equal, load(run / 'checkpoints')[1], newest)
+    jax.tree.map(np.testing.assert_array_equal, load(run / 'checkpoints/3')[1], params)
+    assert pretrained.open_source(run / 'checkpoints/3').tensors['embed'][0].read().any()
+
+
+class Hub:
+    """What `huggingface_hub.snapshot_download` does, from a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def __call__(self, repo_id, *, revision, allow_patterns, ignore_patterns):
+        self.asked.append((repo_id, revision))
+        if repo_id != 'someone/llama':
+            raise OSError(f'404 Client Error: {repo_id}\nmore about it')
+        return str(self.folder)
+
+
+def test_a_model_of_the_hub_is_downloaded_and_read(tmp_path, workdir, params, monkeypatch):
+    source = pretrained.open_source(workdir)
+    pretrained.save(tmp_path / 'hf', source, load(workdir)[2], to='huggingface')
+    hub = Hub(tmp_path / 'hf')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', hub)
+    config, loaded, tokenizer = load('hf://someone/llama@v2')
+    assert config == CONFIG and hub.asked[0] == ('someone/llama', 'v2')
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert tokenizer.decode(tokenizer.encode('green bottles')) == 'green bottles'
+    assert 'hf://someone/else cannot be downloaded: 404 Client Error' in refused('hf://someone/else')
+    assert 'is not hf://ORGANISATION/MODEL' in refused('hf://llama')
+
+
+def test_llama_1_and_2_find_the_tokenizer_above_their_folder(tmp_path, workdir, params):
+    pretrained.save(tmp_path / '7B', pretrained.open_source(workdir), load(workdir)[2], to='meta')
+    (tmp_path / '7B/tokenizer.model').rename(tmp_path / 'tokenizer.model')
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / '7B')[1], params)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'q8_0', 'q4_0'])
+def test_other_types_are_written_and_verified(tmp_path, workdir, dtype):
+    source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
+    formats = ['gguf'] if dtype in pretrained.QUANTISED else ['orbax', 'meta', 'huggingface', 'gguf']
+    for to in formats:
+        pretrained.save(tmp_path / to, source, tokenizer, to=to, dtype=dtype)
+        pretrained.verify(tmp_path / to, source, dtype=dtype)
+
+
+def test_verification_finds_a_changed_value(tmp_path, workdir):
+    source = pretrained.open_source(workdir)
+    pretrained.save(tmp_path / 'model.gguf', source, load(workdir)[2], to='gguf')
+    data = bytearray((tmp_path / 'model.gguf').read_bytes())
+    data[-100] ^= 1
+    (tmp_path / 'model.gguf').write_bytes(data)
+    with pytest.raises(InputError, match='was written wrong: weight .* differ from'):
+        pretrained.verify(tmp_path / 'model.gguf', source)
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_one_that_would_overwrite_is_refused(tmp_path, workdir):
+    source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
+    broken = dataclasses.replace(source, tensors={**source.tensors, 'final_norm': [Unreadable()]})
+    for to in ('orbax', 'meta', 'huggingface', 'gguf'):
+        with pytest.raises(OSError, match='disk on fire'):
+            pretrained.save(tmp_path / 'out', broken, tokenizer, to=to)
+        assert not any(tmp_path.iterdir())
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/precious').write_text('x')
+    for to in ('orbax', 'meta', 'huggingface', 'gguf'):
+        with pytest.raises(InputError, match='out exists; give a new'):
+            pretrained.save(tmp_path / 'out', source, tokenizer, to=to)
+    assert [path.name for path in tmp_path.rglob('*')] == ['out', 'precious']
+    for wrong, message in (
+        (dict(to='meta', dtype='q8_0'), 'dtype q8_0 is not one that meta holds: float32, bfloat16, float16'),
+        (dict(to='gguf', model_parallel=2), 'only files of meta are split'),
+    ):
+        with pytest.raises(InputError, match=message):
+            pretrained.save(tmp_path / 'new', source, tokenizer, **wrong)
+
+
+class Unreadable:
+    shape, dtype = (CONFIG.embed_dim,), np.dtype(np.float32)
+
+    def read(self, rows=slice(None), columns=slice(None)):
+        raise OSError('disk on fire')
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, workdir):
+    other = tmp_path / 'other.model'
+    train_sentencepiece([f'{i} green bottles hanging on the wall' for i in range(200)], 301, other)
+    with pytest.raises(InputError, match='has 301 ids, the model 300; give the one'):
+        load(workdir, tokenizer=str(other))
+
+
+_STUCK = """
+import dataclasses, sys, threading, numpy as np
+from etils import epath
+from llama_jax import pretrained
+
+class Stuck:
+    shape, dtype = (32,), np.dtype(np.float32)
+    def read(self, rows=slice(None), columns=slice(None)):
+        arrived.release()
+        threading.Event().wait()
+
+arrived, folder = threading.Semaphore(0), epath.Path(sys.argv[1])
+source = pretrained.open_source(folder / 'run')
+tokenizer = pretrained.load_tokenizer(folder / 'run')
+source = dataclasses.replace(source, tensors={**source.tensors, 'final_norm': [Stuck()]})
+for to in ('orbax', 'meta', 'huggingface', 'gguf'):
+    arguments = dict(to=to, source=source, tokenizer=tokenizer)
+    threading.Thread(target=pretrained.save, args=(folder / 'out' / to,), kwargs=arguments, daemon=True).start()
+    arrived.acquire()
+print('stuck', flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path, params):
+    make_workdir(tmp_path / 'run', params)
+    environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, '-c', _STUCK, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout and process.stdout.readline() == 'stuck\n'
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    left = list((tmp_path / 'out').iterdir())
+    assert len(left) == 4 and all('.partial' in path.name for path in left)
+    for path in left:
+        with pytest.raises(InputError):
+            pretrained.open_source(epath.Path(path))

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from llama_jax.convert.tensors import ALL, HalfSplit, Tensor
+from llama_jax.convert.tensors import ALL, HalfSplit, Tensor, cast
 from llama_jax.models.config import LlamaConfig
 from llama_jax.types import InputError, LazyArray
 
@@ -185,10 +185,12 @@ class Leaf:
     Attributes:
       source: an opened checkpoint.
       weight: which leaf.
+      cast_to: the type of its blocks; None for the source's own.
     """
 
     source: Source
     weight: Weight
+    cast_to: np.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,17 +198,17 @@ class Leaf:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.source.tensors[self.weight.path][0].dtype
+        return self.cast_to or self.source.tensors[self.weight.path][0].dtype
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The block of these slices, the stacked layers first; only the rows and columns it needs are read."""
         spans = [slice(*s.indices(size)[:2]) for s, size in zip(index, self.shape, strict=True)]
         tensors = self.source.tensors[self.weight.path]
         if not self.weight.stacked:
-            return tensors[0].read(*spans)
+            return cast(tensors[0].read(*spans), self.dtype, self.weight.path)
         block = np.empty([max(span.stop - span.start, 0) for span in spans], self.dtype)
         for slot, tensor in zip(block, tensors[spans[0]], strict=True):
-            slot[...] = self._read_layer(tensor, spans[1:])
+            slot[...] = cast(self._read_layer(tensor, spans[1:]), self.dtype, self.weight.path)
         return block
 
     def _read_layer(self, tensor: Tensor, spans: list[slice]) -> np.ndarray:

@@ -171,3 +171,11 @@ def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> li
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     step = max(_BLOCK_BYTES // (row_bytes * multiple), 1) * multiple
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are the same to the last bit, NaN and the sign of zero included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = f'u{a.dtype.itemsize}'
+    return np.array_equal(a.view(bits), b.view(bits))

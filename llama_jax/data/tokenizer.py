@@ -1,4 +1,4 @@
-"""Text to token ids and back: LLaMA 1/2's sentencepiece and Llama 3's tiktoken files behind one protocol.
+"""Text to token ids and back: LLaMA 1/2's sentencepiece, Llama 3's tiktoken and Hugging Face's files, one protocol.
 
 BOS and EOS come from flags only. Text that spells a special token is encoded as ordinary characters, so no
 input can smuggle one in.
@@ -6,18 +6,20 @@ input can smuggle one in.
 
 import base64
 import binascii
+import codecs
 import hashlib
-import io
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
-from llama_jax.runtime import enable_bucket, write_atomically
+from llama_jax.runtime import enable_bucket
 from llama_jax.types import InputError
 
 
@@ -29,6 +31,7 @@ class Tokenizer(Protocol):
       vocab_size: number of ids, special ones included.
       bos_id: begins every document.
       eos_id: ends every document.
+      stop_ids: any of these ends what a model generates: EOS, and in a chat the end of a message or turn.
       path: the file it was read from.
       sha256: hash of that file, in hexadecimal; two tokenizers with one hash are the same.
     """
@@ -36,6 +39,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    stop_ids: tuple[int, ...]
     path: str
     sha256: str
 
@@ -53,47 +57,58 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Opens a tokenizer file; the content, never the name, tells sentencepiece from tiktoken.
+    """Opens a tokenizer file; the content, never the name, tells sentencepiece, tiktoken and JSON apart.
 
     Args:
-      path: the file, or a directory that holds `tokenizer.model` or exactly one `*.model`.
+      path: the file, or a directory that holds `tokenizer.model`, `tokenizer.json` (the first of them is taken) or
+        exactly one `*.model`.
 
     Raises:
-      InputError: nothing is there, several files fit, or the file is neither format.
+      InputError: nothing is there, several files fit, or the file is none of the three.
     """
     enable_bucket(path)
     file = epath.Path(path)
     if file.is_dir():
-        models = sorted(p for p in file.iterdir() if p.name.endswith('.model'))
-        named = [p for p in models if p.name == 'tokenizer.model']
+        models = sorted(p for p in file.iterdir() if p.name.endswith('.model') or p.name == 'tokenizer.json')
+        named = [p for p in models if p.name == 'tokenizer.model'] or [
+            p for p in models if p.name == 'tokenizer.json'
+        ]
         if len(named or models) != 1:
             found = ', '.join(p.name for p in models) or 'no *.model file'
             raise InputError(
-                f'no tokenizer in {path}: looked for tokenizer.model or a single *.model, found {found}; '
-                'give the file itself'
+                f'no tokenizer in {path}: looked for tokenizer.model, tokenizer.json or a single *.model, '
+                f'found {found}; give the file itself'
             )
         file = (named or models)[0]
-    if _TIKTOKEN_LINE.match(_read(file)[:4096]):
-        return TiktokenTokenizer(os.fspath(file))
-    return SentencePieceTokenizer(os.fspath(file))
+    data = _read(file)
+    if _TIKTOKEN_LINE.match(data[:4096]):
+        return TiktokenTokenizer(os.fspath(file), data)
+    if data[:4096].lstrip().startswith(b'{'):
+        return HuggingFaceTokenizer(os.fspath(file), data)
+    return SentencePieceTokenizer(os.fspath(file), data)
 
 
 class SentencePieceTokenizer:
-    """The LLaMA 1 and Llama 2 tokenizer: sentencepiece BPE with byte fallback."""
+    """The LLaMA 1 and Llama 2 tokenizer: sentencepiece BPE with byte fallback.
 
-    def __init__(self, path: str):
-        """Reads the model at `path`; raises InputError where it is not one, or lacks BOS or EOS."""
+    Attributes:
+      file_bytes: the whole file.
+    """
+
+    def __init__(self, path: str, data: bytes = b''):
+        """Reads the model in `data`, or else at `path`; InputError where it is not one, or lacks BOS or EOS."""
         import sentencepiece
 
-        data = _read(epath.Path(path))
+        data = data or _read(epath.Path(path))
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise InputError(
-                f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file '
-                f'({len(data)} bytes); give the tokenizer.model that came with the weights'
+                f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a '
+                f'tokenizer.json ({len(data)} bytes); give the tokenizer.model that came with the weights'
             ) from error
         self.path = path
+        self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = self._processor.GetPieceSize()
         self.bos_id = self._processor.bos_id()
@@ -102,16 +117,16 @@ class SentencePieceTokenizer:
             raise InputError(
                 f'{path} defines no BOS or EOS (ids {self.bos_id}, {self.eos_id}); Llama needs both'
             )
+        self.stop_ids = (self.eos_id,)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
-        ...
-        ids = self._processor.Encode(_without_surrogates(text))
+        ids = self._processor.Encode(without_surrogates(text))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, without BOS and EOS, on all cores."""
-        texts = [_without_surrogates(text) for text in texts]
+        texts = [without_surrogates(text) for text in texts]
         return self._processor.Encode(texts, return_type='numpy', num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -120,7 +135,7 @@ class SentencePieceTokenizer:
 
 
 # Meta's split pattern: llama3/llama/tokenizer.py, Tokenizer.pat_str.
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
@@ -132,32 +147,43 @@ _SPACE, _NON_SPACE, _RUN = re.compile(r'\s'), re.compile(r'\S'), re.compile(r'\s
 
 
 class TiktokenTokenizer:
-    """The Llama 3 tokenizer: byte-level BPE ranks, then 256 special tokens.
+    """The Llama 3 tokenizer: byte-level BPE ranks, then special tokens.
 
     Attributes:
-      special_tokens: name to id. The ids hold for every release; the names are those of Llama 3.1 and later
-        (3.0 calls some of them reserved).
+      special_tokens: name to id.
+      file_bytes: the whole file.
     """
 
-    def __init__(self, path: str):
-        """Reads the rank file at `path`; raises InputError naming the first line that is wrong."""
+    def __init__(self, path: str, data: bytes = b'', special_names: Sequence[str] = ()):
+        """Reads the rank file in `data`, or else at `path`; raises InputError naming the first line that is wrong.
+
+        Args:
+          path: the file, or the one that `data` was made from.
+          data: lines of `base64(token) rank`.
+          special_names: of the tokens after the ranks; by default `llama3_special_names()`.
+        """
         import tiktoken
 
-        data = _read(epath.Path(path))
+        data = data or _read(epath.Path(path))
         ranks = _parse_ranks(data, path)
         self.path = path
+        self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(_special_names())}
-        self.vocab_size = len(ranks) + _NUM_SPECIAL
+        names = special_names or llama3_special_names()
+        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.vocab_size = len(ranks) + len(names)
+        for name in ('<|begin_of_text|>', '<|end_of_text|>'):
+            if name not in self.special_tokens or len(self.special_tokens) != len(names):
+                raise InputError(f'{path}: its {len(names)} special tokens lack {name} or repeat a name')
         self.bos_id = self.special_tokens['<|begin_of_text|>']
         self.eos_id = self.special_tokens['<|end_of_text|>']
+        self.stop_ids = _stop_ids(self.eos_id, self.special_tokens)
         self._encoding = tiktoken.Encoding(
-            'llama3', pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            'llama3', pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
-        ...
         return [self.bos_id] * bos + self._encode(text).tolist() + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -170,100 +196,118 @@ class TiktokenTokenizer:
         return self._encoding.decode(_checked_ids(ids, self.vocab_size))
 
     def _encode(self, text: str) -> np.ndarray:
-        chunks = list(_chunks(_without_surrogates(text)))
+        chunks = list(_chunks(without_surrogates(text)))
         ids = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in chunks]
         return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.uint32), *ids])
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:
-    """Trains a tokenizer with the settings of Llama 2's own `trainer_spec` and writes it to `path`.
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, through the library `tokenizers`; BOS and EOS are named in the files beside it.
 
-    Trains on at most 4 MiB of lines spread evenly over the texts, so that it takes seconds on any corpus. The
-    same texts give the same file, which appears whole or not at all.
-
-    Args:
-      texts: documents, read once.
-      vocab_size: number of ids, with 259 for unknown, BOS, EOS and the 256 bytes.
-      path: file to write, usually `tokenizer.model`.
-
-    Raises:
-      InputError: the texts are too few for `vocab_size`, which must also have room for bytes and characters.
+    Attributes:
+      special_tokens: name to id.
+      file_bytes: the whole file.
     """
-    import sentencepiece
 
-    model = io.BytesIO()
+    def __init__(self, path: str, data: bytes = b''):
+        """Reads the JSON in `data`, or else at `path`; raises InputError where it is damaged or lacks BOS or EOS."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise InputError(f"{path} needs the package tokenizers: pip install 'llama_jax[hf]'") from error
+        data = data or _read(epath.Path(path))
+        definition = parse_json(data, path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises nothing narrower
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: {reason}') from error
+        self._tokenizer.encode_special_tokens = True  # in text they are ordinary characters
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.path = path
+        self.file_bytes = data
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
+        self.bos_id = self._named('bos_token', ('<|begin_of_text|>', '<s>'))
+        self.eos_id = self._named('eos_token', ('<|end_of_text|>', '</s>', '<|eot_id|>'))
+        self.stop_ids = _stop_ids(self.eos_id, self.special_tokens)
+        self._unk_id = self._tokenizer.token_to_id(definition['model'].get('unk_token') or '')
+        decoder = json.dumps(definition.get('decoder'))
+        self._byte_level = 'ByteLevel' in decoder
+        self._strips = 'Strip' in decoder or 'Metaspace' in decoder
+
+    def __reduce__(self):  # pickled, the library's own object forgets encode_special_tokens
+        return HuggingFaceTokenizer, (self.path, self.file_bytes)
+
+    def _named(self, key: str, usual: Sequence[str]) -> int:
+        """The id of the token that a file beside this one names, else of the first usual name there is."""
+        names = list(usual)
+        for file in ('special_tokens_map.json', 'tokenizer_config.json'):
+            beside = epath.Path(self.path).parent / file
+            if beside.exists():
+                name = parse_json(_read(beside), os.fspath(beside)).get(key)
+                name = name.get('content') if isinstance(name, dict) else name
+                names[:0] = [name] if isinstance(name, str) else []
+        for name in names:
+            if (id := self._tokenizer.token_to_id(name)) is not None:
+                return id
+        raise InputError(f'{self.path} holds none of {", ".join(names)} for its {key}; Llama needs one')
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after where asked for."""
+        ids = self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, on all cores."""
+        texts = [without_surrogates(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens appear by name if the vocabulary is of bytes (Llama 3), else not at all."""
+        ids = _checked_ids(ids, self.vocab_size)
+        if self._byte_level:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
+        special = set(self.special_tokens.values()) - {self._unk_id}
+        pieces = [
+            ' \u2047 ' if i == self._unk_id else self._tokenizer.id_to_token(i) or ''
+            for i in ids
+            if i not in special
+        ]
+        if self._strips and pieces and pieces[0].startswith('▁'):
+            pieces[0] = pieces[0][1:]
+        # As sentencepiece does it; the library would drop the good bytes beside a bad one.
+        data = b''.join(
+            bytes.fromhex(piece[3:5]) if _BYTE_PIECE.fullmatch(piece) else piece.replace('▁', ' ').encode()
+            for piece in pieces
+        )
+        return data.decode(errors='llama_jax.each_byte')
+
+
+_BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
+codecs.register_error('llama_jax.each_byte', lambda e: ('\ufffd', e.start + 1))  # pyright: ignore
+
+
+def parse_json(data: bytes, path: str) -> dict[str, Any]:
+    """The object that a JSON file holds; InputError where it is damaged."""
     try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(_sample_lines(texts, max_chars=4 << 20)),
-            model_writer=model,
-            model_type='bpe',
-            vocab_size=vocab_size,
-            character_coverage=0.99995,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=16,
-            max_sentence_length=_MAX_LINE * 4,
-            normalization_rule_name='identity',
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=os.cpu_count() or 1,
-            minloglevel=4,  # silence
-        )
-    except RuntimeError as error:
-        raise InputError(_why_training_failed(str(error), vocab_size)) from error
-    write_atomically(epath.Path(path), model.getvalue())
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f'{path} is damaged: {reason}; get it again') from error
+    if not isinstance(value, dict):
+        raise InputError(f'{path} holds a {type(value).__name__} where a JSON object belongs')
+    return value
 
 
-_MAX_LINE = 1_000  # characters; sentencepiece silently drops a sentence over its limit, which is in bytes
-
-
-def _sample_lines(texts: Iterable[str], max_chars: int) -> list[str]:
-    """Every n-th line of the texts, n a power of two doubled whenever the sample outgrows `max_chars`."""
-    lines: list[str] = []
-    stride, size, index = 1, 0, -1
-    for line in _training_lines(texts):
-        index += 1
-        if index % stride:
-            continue
-        lines.append(line)
-        size += len(line)
-        if size > max_chars and len(lines) > 1:
-            stride *= 2
-            lines = lines[::2]
-            size = sum(map(len, lines))
-    return lines
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, the longest ones cut; a newline itself is left to its byte token, as in Llama's vocabulary."""
-    for text in texts:
-        for line in _without_surrogates(text).replace('\0', '').split('\n'):
-            if len(line) <= _MAX_LINE:
-                if line:
-                    yield line
-            else:
-                yield from (line[i : i + _MAX_LINE] for i in range(0, len(line), _MAX_LINE))
-
-
-def _why_training_failed(message: str, vocab_size: int) -> str:
-    if largest := re.search(r'too high .*<= (\d+)', message):
-        return (
-            f'vocab_size {vocab_size} is too large for these texts: they give at most {largest[1]} pieces; '
-            f'set it to {largest[1]} or lower, or train on more text'
-        )
-    if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
-        return (
-            f'vocab_size {vocab_size} is too small: these texts need {smallest[1]} ids for the bytes and '
-            f'their characters; set it to more than {smallest[1]}'
-        )
-    return (
-        f'no tokenizer of vocab_size {vocab_size} could be trained on these texts: {message.splitlines()[0]}'
-    )
+def _stop_ids(eos_id: int, special_tokens: dict[str, int]) -> tuple[int, ...]:
+    """EOS and the ends of a message and of a turn: llama-models/models/llama3/tokenizer.py, stop_tokens."""
+    names = ('<|end_of_text|>', '<|eom_id|>', '<|eot_id|>')
+    return tuple(sorted({eos_id, *(special_tokens[name] for name in names if name in special_tokens)}))
 
 
 def _read(file: epath.Path) -> bytes:
@@ -303,27 +347,20 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     return ranks
 
 
-def _special_names() -> list[str]:
-    """Names of the 256 special tokens in id order, as Llama 3.1 to 3.3 have them."""
-    named = {
-        0: 'begin_of_text',
-        1: 'end_of_text',
-        4: 'finetune_right_pad_id',
-        5: 'step_id',
-        6: 'start_header_id',
-        7: 'end_header_id',
-        8: 'eom_id',
-        9: 'eot_id',
-        10: 'python_tag',
-        11: 'image',
-    }
-    names, reserved = [], 0
-    for i in range(_NUM_SPECIAL):
-        if i not in named:
-            named[i] = f'reserved_special_token_{reserved}'
-            reserved += 1
-        names.append(f'<|{named[i]}|>')
-    return names
+def llama3_special_names(naming: Literal['llama3', 'llama3_1', 'huggingface'] = 'llama3_1') -> list[str]:
+    """Names of the 256 special tokens in id order: the ids hold for every release, some names changed.
+
+    Args:
+      naming: of Llama 3.0 (llama3/llama/tokenizer.py), of 3.1 and later (llama-models/models/llama3/tokenizer.py),
+        or of Hugging Face's files of 3.1 and later.
+    """
+    named = {0: 'begin_of_text', 1: 'end_of_text', 6: 'start_header_id', 7: 'end_header_id', 9: 'eot_id'}
+    if naming != 'llama3':
+        named |= {4: 'finetune_right_pad_id', 8: 'eom_id', 10: 'python_tag'}
+    if naming == 'llama3_1':
+        named |= {5: 'step_id', 11: 'image'}
+    reserved = itertools.count()
+    return [f'<|{named.get(i) or f"reserved_special_token_{next(reserved)}"}|>' for i in range(_NUM_SPECIAL)]
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -343,7 +380,7 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk[begin:]
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     r"""Replaces lone surrogates (JSON can spell them, as in "\ud800") by U+FFFD: UTF-8 cannot hold them."""
     try:
         text.encode()

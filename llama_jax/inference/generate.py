@@ -1,19 +1,25 @@
-"""Completing prompts: one prefill, then one token a step for all rows at once, compiled as a single loop."""
+"""Completing prompts: one prefill, then one token a step for all rows at once, in a compiled loop."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.kv_cache import KVCache
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, head_weight
+from llama_jax.ops.linear import einsum
+from llama_jax.partitioning import Partitioner, place_whole
 from llama_jax.types import InputError, Params
+
+# Steps between two looks at what the rows hold, where something but a stop token may end them.
+_ROUND = 32
 
 
 def generate(
@@ -31,11 +37,11 @@ def generate(
     """Completions of the prompts, without the prompts themselves.
 
     Args:
-      model: the architecture and its compute dtype.
+      model: the architecture and its compute dtype; its partitioner, where it has one, places the rows.
       params: its weights.
       tokenizer: that the weights were trained with.
       prompts: any number of texts; '' starts a document.
-      max_new_tokens: at most this many each; a row ends earlier at its end-of-text token or at the model's context.
+      max_new_tokens: at most this many each; a row ends earlier at a stop id of the tokenizer, or at the context.
       temperature: 0 is greedy.
       top_k: see `Sampler`.
       top_p: see `Sampler`.
@@ -47,7 +53,7 @@ def generate(
     ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     completions = generate_tokens(
         model, params, ids, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p),
-        stop_ids=(tokenizer.eos_id,), seed=seed,
+        stop_ids=tokenizer.stop_ids, seed=seed,
     )  # fmt: skip
     # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
     return [
@@ -64,9 +70,27 @@ def generate_tokens(
     max_new_tokens: int,
     sampler: Sampler,
     stop_ids: tuple[int, ...],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    is_complete: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """As `generate`, on token ids; a stop token ends its row and is left out."""
+    """As `generate`, on token ids; a stop token ends its row and is left out.
+
+    Every process of a job makes the same call and gets all rows.
+
+    Args:
+      model: see `generate`.
+      params: its weights.
+      prompts: token ids, each at least one.
+      max_new_tokens: at most this many each.
+      sampler: chooses the tokens.
+      stop_ids: tokens that end a row.
+      seed: of the draws; one a prompt makes a row's draws independent of which rows it is generated with.
+      is_complete: (index of the prompt, its new tokens so far) -> whether they are enough, asked every few steps; the
+        row is then returned as it is.
+
+    Raises:
+      InputError: a prompt is empty or leaves no room in the model's context.
+    """
     context = model.config.max_seq_len
     if max_new_tokens < 1:
         raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
@@ -80,63 +104,158 @@ def generate_tokens(
             f'prompt {lengths.argmax()} has {lengths.max()} tokens; the model reads {context}, so shorten it to '
             f'at most {context - 1}'
         )
+    if model.partitioner is not None:
+        model = model.clone(partitioner=_decode_rules(model.partitioner))
     # Shapes are rounded up to powers of two, so that few programs serve all prompts.
     width = min(_power_of_two(int(lengths.max())), context)
     steps = min(max_new_tokens, context - int(lengths.min()))
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    num_steps = min(_power_of_two(steps), context)
+    of_batch = model.partitioner.axis_size('batch') if model.partitioner else 1
+    num_rows = -(-_power_of_two(len(prompts)) // of_batch) * of_batch
+    tokens = np.zeros((num_rows, width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
-    new, count = _generate(
-        model, params, tokens, lengths, np.minimum(max_new_tokens, context - lengths), jax.random.key(seed),
-        num_steps=min(_power_of_two(steps), context), sampler=sampler, stop_ids=stop_ids,
-    )  # fmt: skip
-    new, count = jax.device_get((new, count))
-    return [row[:n].tolist() for row, n in zip(new, count, strict=True)]
+    one_seed = isinstance(seed, int)
+    seeds = np.array([seed] * len(prompts) if one_seed else seed, np.int64).astype(np.int32)
+    streams = np.arange(len(prompts), dtype=np.int32) * one_seed
+    allowed = np.minimum(max_new_tokens, context - lengths)
+
+    def place(rows):
+        rows = np.pad(rows, ((0, num_rows - len(rows)),) + ((0, 0),) * (rows.ndim - 1))
+        if model.partitioner is None:
+            return rows
+        axes = ('batch', None)[: rows.ndim]
+        return place_whole(rows, model.partitioner.sharding(axes, rows.shape, 'prompts'))
+
+    read = place(np.maximum(lengths, 1)), place(seeds), place(streams)
+    state = _prefill(model, params, place(tokens), *read, num_steps=num_steps, sampler=sampler)
+    allowed, is_done = place(allowed), np.zeros(num_rows, bool)
+    for end in range(_ROUND, num_steps + _ROUND, _ROUND) if is_complete else (num_steps,):
+        state = _decode(
+            model, params, state, allowed, *read[1:], place(is_done), np.int32(min(end, num_steps)),
+            sampler=sampler, stop_ids=stop_ids,
+        )  # fmt: skip
+        new, count, running = jax.device_get((state.new, state.count, state.running))
+        for index in range(len(prompts)):
+            if is_complete and running[index] and is_complete(index, new[index, : count[index]].tolist()):
+                is_done[index] = True
+        if not (running & ~is_done).any():
+            break
+    return [row[:n].tolist() for row, n in zip(new, count, strict=True)][: len(prompts)]
 
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_steps', 'sampler', 'stop_ids'))
-def _generate(
+def _decode_rules(partitioner: Partitioner) -> Partitioner:
+    """Rows are whole on their devices: one new token does not divide."""
+    rules = tuple((axis, () if axis == 'length' else mesh_axes) for axis, mesh_axes in partitioner.rules)
+    return dataclasses.replace(partitioner, rules=rules)
+
+
+@flax.struct.dataclass
+class _Decoding:
+    """Rows that are being completed.
+
+    Attributes:
+      cache: of all tokens read.
+      token: the next one, drawn but not yet looked at.
+      new: tokens so far.
+      count: how many of them count.
+      running: rows that may get more.
+      step: columns of `new` that are written.
+    """
+
+    cache: KVCache
+    token: Int[Array, 'B']
+    new: Int[Array, 'B S']
+    count: Int[Array, 'B']
+    running: Bool[Array, 'B']
+    step: Int[Array, '']
+
+
+def _draw(sampler: Sampler, logits: Array, seeds: Array, streams: Array, step: Array | int) -> Array:
+    """A token a row, each row by a key of its own."""
+
+    def row(logits, seed, stream):
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+        return sampler(logits[None], rng)[0]
+
+    return jax.vmap(row)(logits, seeds, streams).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'num_steps', 'sampler'))
+def _prefill(
     model: LlamaForCausalLM,
     params: Params,
     tokens: Int[Array, 'B T'],
     lengths: Int[Array, 'B'],
-    allowed: Int[Array, 'B'],
-    rng: Array,
+    seeds: Int[Array, 'B'],
+    streams: Int[Array, 'B'],
     *,
     num_steps: int,
     sampler: Sampler,
-    stop_ids: tuple[int, ...],
-) -> tuple[Int[Array, 'B S'], Int[Array, 'B']]:
-    """New tokens of right-padded prompts, and how many of each row count (at most `allowed`, before a stop token)."""
+) -> _Decoding:
+    """Right-padded prompts read, and the first token of each drawn."""
     batch = tokens.shape[0]
-    rows = jnp.arange(batch)
     cache = KVCache.create(model.config, batch, tokens.shape[1] + num_steps, model.dtype)
-    logits, cache = model.apply({'params': params}, tokens, cache=cache)
-    assert isinstance(cache, KVCache)
+    if model.partitioner is not None:
+        axes = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+        shard = functools.partial(model.partitioner.shard, axes=axes, name='cache')
+        cache = dataclasses.replace(cache, keys=shard(cache.keys), values=shard(cache.values))
+    hidden, read = model.apply({'params': params}, tokens, cache=cache, method='hidden')
+    assert isinstance(read, KVCache)
     # The padding behind a short prompt was read too: count only the prompt, and the rest is overwritten.
-    cache = dataclasses.replace(cache, length=lengths)
-    first = sampler(logits[rows, lengths - 1], jax.random.fold_in(rng, 0))
-    is_stop = lambda token: jnp.isin(token, jnp.array(stop_ids))  # noqa: E731
+    cache = dataclasses.replace(read, length=lengths)
+    last = hidden[jnp.arange(batch), lengths - 1]
+    logits = einsum('bd,vd->bv', last, head_weight(params), jnp.float32)
+    first = _draw(sampler, logits, seeds, streams, 0)
+    new = jnp.zeros((batch, num_steps), jnp.int32)
+    return _readable(
+        model, _Decoding(cache, first, new, jnp.zeros_like(first), jnp.ones(batch, bool), jnp.int32(0))
+    )
 
-    def body(loop):
-        step, token, cache, new, count, running = loop
-        new = new.at[:, step].set(token)
-        running = running & ~is_stop(token) & (step < allowed)
-        count = count + running
-        logits, cache = model.apply({'params': params}, token[:, None], cache=cache)
-        token = sampler(logits[:, 0], jax.random.fold_in(rng, step + 1))
-        return step + 1, token, cache, new, count, running
 
-    def unfinished(loop):
-        step, *_, running = loop
-        return (step < num_steps) & jnp.any(running)
+@functools.partial(jax.jit, static_argnames=('model', 'sampler', 'stop_ids'), donate_argnames='state')
+def _decode(
+    model: LlamaForCausalLM,
+    params: Params,
+    state: _Decoding,
+    allowed: Int[Array, 'B'],
+    seeds: Int[Array, 'B'],
+    streams: Int[Array, 'B'],
+    is_done: Bool[Array, 'B'],
+    end: Int[Array, ''],
+    *,
+    sampler: Sampler,
+    stop_ids: tuple[int, ...],
+) -> _Decoding:
+    """Goes on to step `end`, or until every row has its `allowed` tokens, a stop token, or is done as the host says."""
 
-    start = (
-        0, first, cache, jnp.zeros((batch, num_steps), jnp.int32), jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool),
-    )  # fmt: skip
-    _, _, _, new, count, _ = jax.lax.while_loop(unfinished, body, start)
-    return new, count
+    def body(state):
+        is_stop = jnp.isin(state.token, jnp.array(stop_ids))
+        running = state.running & ~is_stop & (state.step < allowed)
+        logits, cache = model.apply({'params': params}, state.token[:, None], cache=state.cache)
+        assert isinstance(cache, KVCache)
+        token = _draw(sampler, logits[:, 0], seeds, streams, state.step + 1)
+        new = state.new.at[:, state.step].set(state.token)
+        return _Decoding(cache, token, new, state.count + running, running, state.step + 1)
+
+    def unfinished(state):
+        return (state.step < end) & jnp.any(state.running)
+
+    state = dataclasses.replace(state, running=state.running & ~is_done)
+    return _readable(model, jax.lax.while_loop(unfinished, body, state))
+
+
+def _readable(model: LlamaForCausalLM, state: _Decoding) -> _Decoding:
+    """The rows' tokens on every process, the cache where it is."""
+    if model.partitioner is None:
+        return state
+    everywhere = model.partitioner.sharding()
+    read = {
+        name: jax.lax.with_sharding_constraint(getattr(state, name), everywhere)
+        for name in ('new', 'count', 'running')
+    }
+    return dataclasses.replace(state, **read)

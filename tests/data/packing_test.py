@@ -16,7 +16,7 @@ from llama_jax.types import InputError
 class Letters:
     """Each byte is a token; BOS 0, EOS 1."""
 
-    bos_id, eos_id, path = 0, 1, 'letters'
+    bos_id, eos_id, stop_ids, path = 0, 1, (1,), 'letters'
 
     def __init__(self, vocab_size=300, sha256='abc'):
         self.vocab_size, self.sha256 = vocab_size, sha256

@@ -1,16 +1,27 @@
-import inspect
 import json
 import pickle
-import tokenize
+import sys
 
 import numpy as np
 import pytest
 
-from llama_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from llama_jax.data.huggingface_tokenizer import huggingface_files
+from llama_jax.data.tokenizer import (
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    llama3_special_names,
+    load_tokenizer,
+)
 from llama_jax.types import InputError
 
 LLAMA2_GOLDEN = {
     'Hello world': [15043, 3186],
+    'Hello, world! 12345': [15043, 29892, 3186, 29991, 29871, 29896, 29906, 29941, 29946, 29945],
+    '日本語': [29871, 30325, 30346, 30968],
+    'I believe the meaning of life is': [306, 4658, 278, 6593, 310, 2834, 338],
+    'a\n\nb': [263, 13, 13, 29890],
+    'naïve café': [1055, 30085, 345, 274, 28059],
+    'Привет': [7203, 7616],
     ' leading': [29871, 8236],
     '  two  spaces': [259, 1023, 29871, 8162],
     '😀': [29871, 243, 162, 155, 131],
@@ -23,6 +34,18 @@ LLAMA2_GOLDEN = {
 }
 LLAMA3_GOLDEN = {
     'Hello world': [9906, 1917],
+    'Hello, world! 12345': [9906, 11, 1917, 0, 220, 4513, 1774],
+    ' leading': [6522],
+    '日本語': [102433, 102158],
+    'This is a test sentence.': [2028, 374, 264, 1296, 11914, 13],
+    '\n': [198],
+    '\n\n': [271],
+    '1984': [3753, 19],
+    'Привет': [54745, 28089, 8341],
+    'system': [9125],
+    'user': [882],
+    'assistant': [78191],
+    'ipython': [23799, 4690],
     '  two  spaces': [220, 1403, 220, 12908],
     '😀': [76460, 222],
     'Hello world!\n\nHow are you?': [9906, 1917, 2268, 4438, 527, 499, 30],
@@ -31,19 +54,6 @@ LLAMA3_GOLDEN = {
     '': [],
     '<|eot_id|>': [27, 91, 68, 354, 851, 91, 29],
 }
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp('trained') / 'tokenizer.model'
-    train_sentencepiece(_python_sources(), 1024, path)
-    return load_tokenizer(path.parent)
-
-
-def _python_sources():
-    return [inspect.getsource(module) for module in (inspect, json, pickle, tokenize)] + [
-        '\tx = "é", 2024\r\n' * 50
-    ]
 
 
 @pytest.mark.parametrize(('name', 'golden'), [('llama2', LLAMA2_GOLDEN), ('llama3', LLAMA3_GOLDEN)])
@@ -86,46 +96,97 @@ def test_long_runs_are_cut_for_tiktoken_and_nothing_is_lost(shared_data):
     assert tokenizer.decode(tokenizer.encode(mixed)) == mixed
 
 
-def test_training_follows_llama_and_round_trips_source_code(trained):
-    assert (trained.vocab_size, trained.bos_id, trained.eos_id) == (1024, 1, 2)
-    for text in _python_sources():
-        assert trained.decode(trained.encode(text)) == text
-    assert trained.encode('\n')[-1:] == [3 + ord('\n')]  # newline is its byte token, as in Llama's vocabulary
-    pieces = trained._processor.IdToPiece(list(range(259, 1024)))
-    assert not [piece for piece in pieces if sum(map(str.isdigit, piece)) > 1]  # digits stay single
-    assert trained.decode(trained.encode('語\x00\t')) == '語\x00\t'  # unseen characters fall back to bytes
+def test_special_tokens_are_named_by_release_and_some_of_them_end_an_answer(shared_data):
+    for naming, expected in {  # offsets from 128000, as each release's own files have them
+        'llama3': {
+            4: 'reserved_special_token_2',
+            8: 'reserved_special_token_4',
+            255: 'reserved_special_token_250',
+        },
+        'llama3_1': {4: 'finetune_right_pad_id', 8: 'eom_id', 11: 'image', 255: 'reserved_special_token_245'},
+        'huggingface': {5: 'reserved_special_token_2', 10: 'python_tag', 255: 'reserved_special_token_247'},
+    }.items():
+        names = llama3_special_names(naming)
+        assert len(set(names)) == 256 and names[:2] == ['<|begin_of_text|>', '<|end_of_text|>']
+        assert names[6:8] == ['<|start_header_id|>', '<|end_header_id|>'] and names[9] == '<|eot_id|>'
+        assert {i: names[i] for i in expected} == {i: f'<|{name}|>' for i, name in expected.items()}
+    llama3 = load_tokenizer(shared_data / 'tokenizers/llama3')
+    assert llama3.stop_ids == (128001, 128008, 128009)
+    older = TiktokenTokenizer(llama3.path, llama3.file_bytes, llama3_special_names('llama3'))
+    assert older.stop_ids == (128001, 128009) and older.vocab_size == 128256
+    assert load_tokenizer(shared_data / 'tokenizers/llama2').stop_ids == (2,)
 
 
-def test_training_is_deterministic_and_uses_long_lines(trained, tmp_path):
-    train_sentencepiece(iter(_python_sources()), 1024, tmp_path / 'again.model')
-    assert load_tokenizer(tmp_path / 'again.model').sha256 == trained.sha256
-    one_line = ' '.join(
-        _python_sources()[0].split()
-    )  # 100 kB: far over what sentencepiece takes as a sentence
-    train_sentencepiece([one_line], 600, tmp_path / 'line.model')
-    assert 'def' in load_tokenizer(tmp_path / 'line.model')._processor.IdToPiece(list(range(600)))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ['again.model', 'line.model']
+@pytest.fixture
+def huggingface(shared_data, tmp_path):
+    """A folder as transformers would have it, of the smallest tokenizer."""
+    native = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    files = huggingface_files(native, max_seq_len=512)
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        (tmp_path / name).write_bytes(files[name])
+    return tmp_path
 
 
-def test_training_takes_an_even_sample_of_a_large_corpus():
-    from llama_jax.data.tokenizer import _sample_lines
+def test_a_tokenizer_json_is_found_and_takes_its_ends_from_the_file_beside_it(shared_data, huggingface):
+    native = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    tokenizer = load_tokenizer(huggingface)
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.path.endswith('tokenizer.json')
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (512, 1, 2, (2,))
+    text = 'One day, <s> Lily\ud800 </s>'  # tags in text are text, and a lone surrogate is none
+    assert tokenizer.encode(text, bos=True, eos=True) == native.encode(text, bos=True, eos=True)
+    assert [ids.tolist() for ids in tokenizer.encode_batch([text, ''])] == [native.encode(text), []]
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(text) == native.encode(text)
+    byte = [3 + 0xE2, 3 + 0x0A, 0]  # half a character, a good byte after it, the unknown token
+    assert tokenizer.decode([1, *native.encode('One day'), *byte[:2], 2]) == 'One day\ufffd\n'
+    assert tokenizer.decode(byte) == '\ufffd\n \u2047 '
+    config = json.loads((huggingface / 'tokenizer_config.json').read_text())
+    config['eos_token'] = {'content': '<unk>', 'lstrip': False}
+    (huggingface / 'tokenizer_config.json').write_text(json.dumps(config))
+    assert load_tokenizer(huggingface / 'tokenizer.json').eos_id == 0
+    (huggingface / 'tokenizer_config.json').unlink()
+    assert load_tokenizer(huggingface).eos_id == 2  # by its usual name
+    (huggingface / 'tokenizer.json').rename(
+        huggingface / 'tokenizer.model'
+    )  # the content tells, not the name
+    assert isinstance(load_tokenizer(huggingface), HuggingFaceTokenizer)
 
-    lines = _sample_lines((f'{i:07d}\n' * 3 for i in range(50_000)), max_chars=7 * 10_000)
-    numbers = np.array([int(line) for line in lines])
-    assert 5_000 <= len(lines) <= 10_000
-    assert numbers.max() > 49_000
-    assert len(set(np.diff(numbers[::3]))) == 1
+
+def test_a_damaged_tokenizer_json_is_refused_in_one_line(huggingface, monkeypatch):
+    good, rng = (huggingface / 'tokenizer.json').read_bytes(), np.random.default_rng(0)
+    messages = []
+    for _ in range(150):
+        data = bytearray(good)
+        for at in rng.integers(0, len(data), 2):
+            data[at] = rng.integers(0, 256)
+        del data[rng.integers(len(data) // 2, 3 * len(data)) :]
+        try:
+            HuggingFaceTokenizer(str(huggingface / 'tokenizer.json'), bytes(data)).encode('Once upon')
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all('\n' not in message and 'tokenizer.json' in message for message in messages)
+    for data, message in (
+        (b'{' * 100_000, 'is damaged'),
+        (b'{"a":' + b'[' * 100_000, 'is damaged'),
+        (b'{}', 'is not a tokenizer.json'),
+        (good.replace(b'</s>', b'</t>'), 'holds none of </s>'),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            HuggingFaceTokenizer(str(huggingface / 'tokenizer.json'), data)
+        assert '\n' not in str(caught.value)
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(InputError, match=r"pip install 'llama_jax\[hf\]'"):
+        load_tokenizer(huggingface)
 
 
-def test_errors_are_one_line(trained, tmp_path, shared_data):
+def test_errors_are_one_line(tmp_path, shared_data):
     def error(call, *args):
         with pytest.raises(InputError) as caught:
             call(*args)
         assert '\n' not in str(caught.value)
         return str(caught.value)
 
-    assert 'they give at most' in error(train_sentencepiece, ['a few words'], 5000, tmp_path / 'x.model')
-    assert 'is too small' in error(train_sentencepiece, ['a few words'], 100, tmp_path / 'x.model')
     assert f'no tokenizer at {tmp_path}/none' in error(load_tokenizer, tmp_path / 'none')
     assert 'no *.model file' in error(load_tokenizer, tmp_path)
     (tmp_path / 'a.model').write_bytes(b'\x00garbage' * 10)

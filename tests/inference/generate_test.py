@@ -13,7 +13,7 @@ PROMPTS = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1]]
 class Letters:
     """A tokenizer of 60 ASCII characters; after the first token of a text, a space comes before each capital."""
 
-    vocab_size, bos_id, eos_id, path, sha256 = 64, 1, 2, '', ''
+    vocab_size, bos_id, eos_id, stop_ids, path, sha256 = 64, 1, 2, (2,), '', ''
 
     def encode(self, text, bos=False, eos=False):
         return [1] * bos + [ord(letter) - 64 + 4 for letter in text] + [2] * eos

@@ -1,0 +1,137 @@
+"""Conversion beside a plain copy: seconds and peak memory of each, on a checkpoint of a model's full size.
+
+The checkpoint is made here, of random bfloat16 values, in Meta's format. Each conversion is the command that users run,
+in a process of its own; the copy (`cp` and `sync` of the same files) is taken just before it in the same run.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from experiments import launch
+from llama_jax.convert import meta
+from llama_jax.convert.mapping import Source, layers_of, weights_of
+from llama_jax.convert.tensors import ALL, BFLOAT16
+from llama_jax.data.sources import read_documents
+from llama_jax.data.tokenizer_training import train_sentencepiece
+
+_MODELS = flags.DEFINE_string(
+    'convert_models', 'llama3_2_1b,llama2_7b', "presets; the last one's memory is set against the first one's"
+)
+_SCRATCH = flags.DEFINE_string(
+    'scratch', '', "folder for the checkpoints, four times the largest; '' for the system's"
+)
+
+# name: (input, output format, further flags); an input is an earlier output. What is no longer needed is removed.
+CONVERSIONS = {
+    'meta_to_orbax': ('meta', 'orbax', []),
+    'orbax_to_meta': ('orbax', 'meta', []),
+    'meta_to_huggingface': ('meta', 'huggingface', []),
+    'huggingface_to_gguf_q8_0': ('huggingface', 'gguf', ['--dtype=q8_0']),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """A matrix of random values that takes no memory: windows on one block of them."""
+
+    shape: tuple[int, ...]
+    values: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        width = self.shape[1] if len(self.shape) == 2 else 1
+        begin = start * 7919 % 65536
+        block = self.values[begin : begin + (stop - start) * width]
+        return block.reshape(-1, width)[:, columns] if len(self.shape) == 2 else block
+
+
+def make_checkpoint(model: str, folder: Path) -> None:
+    """Writes a checkpoint of a preset's full size, in bfloat16, as Meta would, with a small tokenizer."""
+    config = launch.find_preset(model)
+    values = np.random.default_rng(0).normal(0, 0.02, 1 << 25).astype(BFLOAT16)
+    values = np.concatenate([values, values[: 1 << 23]])
+    tensors = {
+        weight.path: [_Noise(weight.matrix_shape(config), values) for _ in layers_of(weight, config)]
+        for weight in weights_of(config)
+    }
+    folder.mkdir(parents=True)
+    train_sentencepiece(read_documents('python_stdlib'), 512, folder / 'tokenizer.model')
+    meta.write(Source(config, tensors, model), epath.Path(folder))
+
+
+def run() -> dict[str, Any]:
+    """Seconds, ratio to the copy, and peak memory of each conversion of each model; prints a line each."""
+    models = launch.split_list(_MODELS.value)
+    figures: dict[str, Any] = {}
+    for model in models:
+        with tempfile.TemporaryDirectory(dir=_SCRATCH.value or None) as temporary:
+            folder = Path(temporary)
+            make_checkpoint(model, folder / 'meta')
+            for name, (source, to, options) in CONVERSIONS.items():
+                figures |= _measure(f'{model}_{name}', folder / source, folder / f'{name}', to, options)
+                kept = folder / to
+                if to != source and not kept.exists():
+                    (folder / name).rename(kept)
+                else:
+                    shutil.rmtree(folder / name)
+    first, last = models[0], models[-1]
+    for name in CONVERSIONS:
+        key = f'{name}_peak_memory_ratio_{last}_to_{first}'
+        figures[key] = round(
+            figures[f'{last}_{name}_peak_rss_mb'] / figures[f'{first}_{name}_peak_rss_mb'], 2
+        )
+    return figures
+
+
+def _measure(name: str, source: Path, target: Path, to: str, options: list[str]) -> dict[str, Any]:
+    copy = target.with_name('copy')
+    copy_seconds, _ = _run(['sh', '-c', f'cp -r {source} {copy} && sync'])
+    shutil.rmtree(copy)
+    os.sync()
+    output = target / 'model.gguf' if to == 'gguf' else target
+    command = [
+        sys.executable, '-m', 'experiments.convert', f'--input={source}', f'--output={output}', f'--to={to}', *options
+    ]  # fmt: skip
+    start = time.perf_counter()
+    _, peak_rss = _run(command)
+    os.sync()
+    seconds = time.perf_counter() - start
+    num_bytes = sum(file.stat().st_size for file in source.rglob('*') if file.is_file())
+    print(
+        f'{name:45} {num_bytes / 1e9:6.2f} GB   {seconds:7.1f} s   {seconds / copy_seconds:5.2f}x of cp + sync '
+        f'({copy_seconds:.1f} s)   peak memory {peak_rss / 1e6:6.0f} MB',
+        flush=True,
+    )
+    return {
+        f'{name}_input_gb': round(num_bytes / 1e9, 3),
+        f'{name}_seconds': round(seconds, 2),
+        f'{name}_copy_seconds': round(copy_seconds, 2),
+        f'{name}_times_copy': round(seconds / copy_seconds, 2),
+        f'{name}_peak_rss_mb': round(peak_rss / 1e6),
+    }
+
+
+def _run(command: list[str]) -> tuple[float, int]:
+    """Seconds, and peak resident bytes of the process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f'{" ".join(command)} ended with status {process.returncode}')
+    return time.perf_counter() - start, usage.ru_maxrss * 1024

@@ -1,0 +1,86 @@
+"""Converts any Llama to another format, streamed: memory stays small however large the model.
+
+    python -m experiments.convert --input=CKPT --output=PATH --to=huggingface
+
+CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, or hf://ORGANISATION/MODEL.
+"""
+
+import json
+from collections.abc import Mapping
+
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+from experiments import launch
+from llama_jax import pretrained
+from llama_jax.convert import huggingface
+from llama_jax.convert.detect import detect
+from llama_jax.convert.gguf import read_metadata
+from llama_jax.convert.mapping import Source
+from llama_jax.data.chat_format import chat_format_for
+
+_INPUT = flags.DEFINE_string('input', None, 'checkpoint of any format', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'folder to make; for gguf, the file', required=True)
+_TO = flags.DEFINE_enum(
+    'to', None, ['orbax', 'meta', 'huggingface', 'gguf'], 'format to write', required=True
+)
+_DTYPE = flags.DEFINE_enum('dtype', '', ['', *pretrained.GGUF_DTYPES], "type to write; '' keeps the input's")
+_MODEL_PARALLEL = flags.DEFINE_integer('model_parallel', 1, "number of files of Meta's format")
+_TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file or folder, instead of the input's own")
+_CHAT = flags.DEFINE_bool(
+    'chat', False, "the weights chat: write their family's chat template along, where the input has none"
+)
+_VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and compare every value')
+
+
+def main() -> None:
+    """Opens, writes, verifies."""
+    path = pretrained.resolve(_INPUT.value)
+    source = pretrained.open_source(path)
+    tokenizer = pretrained.load_tokenizer(_TOKENIZER.value or path)
+    template, files = _carried(path)
+    if _CHAT.value and not template:
+        template = chat_format_for(tokenizer).template
+    with _progress_bar(source, 'writing') as bar:
+        pretrained.save(
+            _OUTPUT.value, source, tokenizer, to=_TO.value, dtype=_DTYPE.value, files=files,
+            model_parallel=_MODEL_PARALLEL.value, chat_template=template, progress=bar.update,
+        )  # fmt: skip
+    if _VERIFY.value:
+        with _progress_bar(source, 'verifying') as bar:
+            pretrained.verify(_OUTPUT.value, source, dtype=_DTYPE.value, progress=bar.update)
+    verified = ', read back and found equal' if _VERIFY.value else ''
+    print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}')
+
+
+def _carried(path: epath.Path) -> tuple[str, dict[str, bytes]]:
+    """The input's chat template, and the files of a Hugging Face folder that go into another one."""
+    kind, found = detect(path)
+    if kind == 'gguf':
+        template = read_metadata(found).get('tokenizer.chat_template')
+        return (template if isinstance(template, str) else ''), {}
+    files = huggingface.carried_files(found) if kind == 'huggingface' else {}
+    template = _template_of(files)
+    return template, ({} if _TOKENIZER.value or (_CHAT.value and not template) else files)
+
+
+def _template_of(files: Mapping[str, bytes]) -> str:
+    """The chat template of a Hugging Face folder: a file of its own, or part of the tokenizer's configuration."""
+    if 'chat_template.jinja' in files:
+        return files['chat_template.jinja'].decode(errors='replace')
+    try:
+        template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
+    except (ValueError, AttributeError):
+        return ''
+    return template if isinstance(template, str) else ''
+
+
+def _progress_bar(source: Source, verb: str) -> tqdm:
+    """Of bytes, as many as the weights have in the source's type; quantised ones end before the bar does."""
+    total = source.config.num_params * source.dtype.itemsize
+    return tqdm(total=total, desc=verb, unit='B', unit_scale=True, disable=None, mininterval=0.5)
+
+
+if __name__ == '__main__':
+    launch.run(main)

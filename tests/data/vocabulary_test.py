@@ -1,0 +1,213 @@
+import json
+import random
+
+import pytest
+
+from llama_jax.data.huggingface_tokenizer import huggingface_files
+from llama_jax.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    llama3_special_names,
+    load_tokenizer,
+)
+from llama_jax.data.tokenizer_training import train_sentencepiece
+from llama_jax.data.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf, vocabulary_of
+from llama_jax.types import InputError
+
+
+def random_texts(count):
+    """Letters of many scripts, runs of spaces, control characters, tags, anything in Unicode; seeded."""
+    draw = random.Random(0)
+    anything = [*range(0xD800), *range(0xE000, 0x110000)]
+    words = [
+        *('the', ' Hello', 'ing', "'s", "'LL", '2024', '▁', '<0x41>', '<s>', '</s>', '<unk>', '[INST]'),
+        *('\n', '\n\n', '\t', '\r\n', '<|eot_id|>', '<|begin_of_text|>', 'ſ', '\u2028', '\u00a0'),
+    ]
+    alphabets = [
+        range(32, 127),
+        range(0x300),
+        range(0x400, 0x500),
+        range(0x4E00, 0x5000),
+        range(0x3040, 0x3100),
+    ]
+    alphabets += [range(0x600, 0x700), range(0x900, 0x980), range(0x1F300, 0x1F600), anything]
+    kinds = [lambda a=a: chr(draw.choice(a)) for a in alphabets]
+    kinds += [lambda: draw.choice(words), lambda: ' ' * draw.randrange(1, 40)]
+    return [
+        ''.join(draw.choice(chosen)() for _ in range(draw.randrange(40)))
+        for chosen in (draw.sample(kinds, draw.randrange(1, 4)) for _ in range(count))
+    ]
+
+
+@pytest.fixture(scope='module', params=['llama2', 'llama3', 'trained'])
+def native(request, tmp_path_factory):
+    """A tokenizer with a file of its own, many texts and what it makes of them, and its vocabulary in GGUF's words."""
+    if request.param == 'trained':
+        folder = tmp_path_factory.mktemp('trained')
+        texts = [f'  {i} green bottles,\t{"é" * (i % 3)} hanging on the wall' for i in range(200)]
+        train_sentencepiece(texts, 330, folder / 'tokenizer.model')
+        vectors = []
+    else:
+        folder = request.getfixturevalue('shared_data') / 'tokenizers' / request.param
+        vectors = json.loads((folder / 'vectors.json').read_text())
+    tokenizer = load_tokenizer(folder)
+    texts = [vector['text'] for vector in vectors] + random_texts(600)
+    ids = [row.tolist() for row in tokenizer.encode_batch(texts)]
+    assert ids[: len(vectors)] == [vector['ids'] for vector in vectors]
+    return tokenizer, texts, ids, gguf_vocabulary(tokenizer)
+
+
+def assert_same(tokenizer, native):
+    expected, texts, ids, _ = native
+    for text, got, want in zip(texts, tokenizer.encode_batch(texts), ids, strict=True):
+        assert got.tolist() == want, repr(text)
+    assert [tokenizer.decode(row) for row in ids] == [expected.decode(row) for row in ids]
+    for name in ('vocab_size', 'bos_id', 'eos_id', 'stop_ids'):
+        assert getattr(tokenizer, name) == getattr(expected, name), name
+
+
+def test_gguf_and_back_gives_the_same_ids(native):
+    keys = native[3]
+    assert {type(value) for value in keys.values()} <= {str, int, bool, list}
+    back = tokenizer_from_gguf(keys, 'model.gguf')
+    assert_same(back, native)
+    if isinstance(back, TiktokenTokenizer):
+        assert back.file_bytes == native[0].file_bytes
+    else:
+        assert gguf_vocabulary(back) == keys
+
+
+def test_a_tokenizer_json_and_back_gives_the_same_ids(native):
+    files = huggingface_files(native[0], max_seq_len=64)
+    tokenizer = HuggingFaceTokenizer('none/tokenizer.json', files['tokenizer.json'])
+    assert_same(tokenizer, native)
+    data = model_file(tokenizer)
+    assert_same(type(native[0])('tokenizer.model', data), native)
+    # Llama 3's file has one form; sentencepiece's own scores are not in a tokenizer.json, only their order is.
+    assert (data == native[0].file_bytes) == isinstance(native[0], TiktokenTokenizer)
+    assert huggingface_files(tokenizer, max_seq_len=64)['tokenizer.json'] == files['tokenizer.json']
+    assert model_file(native[0]) is native[0].file_bytes
+
+
+@pytest.mark.parametrize('native', ['llama3'], indirect=True)
+def test_keys_of_llama3_are_those_of_the_released_files(native):
+    keys = {key.removeprefix('tokenizer.ggml.'): value for key, value in native[3].items()}
+    assert (keys['model'], keys['pre'], keys['bos_token_id'], keys['eos_token_id']) == (
+        'gpt2', 'llama-bpe', 128000, 128001,
+    )  # fmt: skip
+    assert (keys['add_bos_token'], keys['add_eos_token'], 'scores' in keys) == (True, False, False)
+    assert keys['tokens'][220] == 'Ġ' and keys['tokens'][128005] == '<|reserved_special_token_2|>'
+    assert keys['token_type'] == [1] * 128000 + [3] * 256
+    assert len(keys['merges']) == 280147 and keys['merges'][0] == 'Ġ Ġ'
+
+
+def test_keys_of_sentencepiece_are_those_of_a_file_of_llama_cpp(shared_data):
+    gguf = pytest.importorskip('gguf', reason="needs gguf: pip install 'llama_jax[gguf]'")
+    reader = gguf.GGUFReader(shared_data / 'weights/stories260K/stories260K.gguf')
+    theirs = {key: field.contents() for key, field in reader.fields.items() if key.startswith('tokenizer.')}
+    original = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    ours = gguf_vocabulary(original)
+    for key in (
+        'model',
+        'tokens',
+        'token_type',
+        'scores',
+        'bos_token_id',
+        'eos_token_id',
+        'unknown_token_id',
+    ):
+        assert ours[f'tokenizer.ggml.{key}'] == theirs[f'tokenizer.ggml.{key}'], key
+    opened = tokenizer_from_gguf(theirs, 'stories260K.gguf')
+    # That file does not say that extra spaces go, which its tokenizer does and Llama's do not; the rest is the same.
+    for text in random_texts(600):
+        text = '_'.join(text.replace('▁', '').split(' '))
+        assert opened.encode(text) == original.encode(text), repr(text)
+    assert (
+        tokenizer_from_gguf(ours, '').encode(' a  b ') == original.encode(' a  b ') != opened.encode(' a  b ')
+    )
+
+
+def test_ids_that_only_the_model_has_become_unused_tokens(shared_data):
+    tokenizer = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    keys = gguf_vocabulary(tokenizer, vocab_size=514)
+    assert keys['tokenizer.ggml.tokens'][510:] == [
+        *vocabulary_of(tokenizer).tokens[510:],
+        '[PAD512]',
+        '[PAD513]',
+    ]
+    assert keys['tokenizer.ggml.token_type'][-3:] == [1, 5, 5] and len(keys['tokenizer.ggml.scores']) == 514
+    assert tokenizer_from_gguf(keys, '').vocab_size == 512
+
+
+def one_line_error(call, *args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_metadata_that_contradict_themselves_are_refused_in_one_line(shared_data):
+    good = gguf_vocabulary(load_tokenizer(shared_data / 'weights/stories260K/tok512.model'))
+    tokens, types = good['tokenizer.ggml.tokens'], good['tokenizer.ggml.token_type']
+    llama3 = ['!'] + [chr(c) for c in range(34, 127)]
+    for changes, message in (
+        ({'model': None}, 'tokenizer.ggml.model is None'),
+        ({'model': 'bert'}, "'bert'; Llama has llama or gpt2"),
+        ({'tokens': None}, 'tokens is missing'),
+        ({'tokens': 'abc'}, 'tokens is of type str'),
+        ({'tokens': [1, *tokens[1:]]}, 'tokens holds a int'),
+        ({'tokens': [*tokens[:-1], tokens[-2]]}, 'repeats a token'),
+        ({'tokens': ['', *tokens[1:]]}, 'not a tokenizer'),
+        ({'token_type': types[:-1]}, '511 elements for 512 tokens'),
+        ({'token_type': [7, *types[1:]]}, 'holds 7; the types are 1 to 6'),
+        ({'token_type': [True, *types[1:]]}, 'holds a bool'),
+        ({'token_type': [2, 2, *types[2:]]}, 'not a tokenizer'),
+        ({'scores': [float('nan')] * 512}, 'not finite'),
+        ({'scores': [0.0]}, '1 values for 512 tokens'),
+        ({'bos_token_id': 512}, 'bos_token_id is 512; it must be an id, 0 to 511'),
+        ({'bos_token_id': 300}, 'no BOS'),
+        ({'eos_token_id': '2'}, "eos_token_id is '2'"),
+        ({'tokens': [], 'token_type': []}, '0 to -1'),
+        ({'model': 'gpt2', 'pre': 'gpt-2'}, "pre is 'gpt-2'"),
+        ({'model': 'gpt2', 'pre': 'llama-bpe'}, 'merges is missing'),
+        ({'model': 'gpt2', 'pre': 'llama-bpe', 'merges': []}, 'id 0 is not normal'),
+        (
+            {'model': 'gpt2', 'pre': 'llama-bpe', 'merges': [], 'tokens': llama3, 'token_type': [1] * 94},
+            'lacks 162',
+        ),
+        (
+            {
+                'model': 'gpt2',
+                'pre': 'llama-bpe',
+                'merges': ['a b'],
+                'tokens': llama3,
+                'token_type': [1] * 94,
+            },
+            'not in the order',
+        ),
+    ):
+        keys = good | {f'tokenizer.ggml.{key}': value for key, value in changes.items()}
+        error = one_line_error(tokenizer_from_gguf, keys, 'model.gguf')
+        assert message in error and 'model.gguf' in error, (changes, error)
+
+
+def test_what_no_other_format_can_hold_is_refused(shared_data, tmp_path):
+    llama3 = load_tokenizer(shared_data / 'tokenizers/llama3')
+    more = TiktokenTokenizer('more', llama3.file_bytes, [*llama3_special_names(), '<|mine|>'])
+    assert '257 special tokens' in one_line_error(model_file, more)
+    # transformers' newer splitter of Llama 2 differs in texts that begin with a space, and is accepted.
+    small = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    definition = json.loads(huggingface_files(small, max_seq_len=8)['tokenizer.json'])
+    definition['normalizer'] = None
+    definition['pre_tokenizer'] = {
+        'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False,
+    }  # fmt: skip
+    newer = HuggingFaceTokenizer('newer.json', json.dumps(definition).encode())
+    assert SentencePieceTokenizer('', model_file(newer)).encode('Once upon') == small.encode('Once upon')
+    definition['normalizer'] = {'type': 'Lowercase'}
+    lower = HuggingFaceTokenizer('lower.json', json.dumps(definition).encode())
+    assert 'lower.json splits texts differently' in one_line_error(model_file, lower)
+    definition['model']['vocab']['far'] = 700
+    gap = HuggingFaceTokenizer('gap.json', json.dumps(definition).encode())
+    assert 'gap.json leaves out ids' in one_line_error(gguf_vocabulary, gap)
