@@ -126,12 +126,23 @@ def _measure(name: str, source: Path, target: Path, to: str, options: list[str])
     }
 
 
+# A process begins its peak memory with that of the one it was forked from, so a small one stands between.
+_LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(time.perf_counter() - start, peak)
+sys.exit(status)
+"""
+
+
 def _run(command: list[str]) -> tuple[float, int]:
     """Seconds, and peak resident bytes of the process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f'{" ".join(command)} ended with status {process.returncode}')
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    launched = subprocess.run(
+        [sys.executable, '-S', '-c', _LAUNCHER, *command], stdout=subprocess.PIPE, text=True
+    )
+    if launched.returncode:
+        raise RuntimeError(f'{" ".join(command)} ended with status {launched.returncode}')
+    seconds, peak = launched.stdout.split()
+    return float(seconds), int(peak)

@@ -216,10 +216,19 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
             )
             indices = list(_chunk_indices(leaf.shape, chunks))
             blocks = prefetch(functools.partial(leaf.read, index) for index in indices)
+            writing: list[tuple[Any, int]] = []
             for index, block in zip(indices, blocks, strict=True):
-                await store[index].write(block)
-                value.progress(block.nbytes)
+                writing.append((store[index].write(block), block.nbytes))
+                if len(writing) > 2:
+                    await _finish(*writing.pop(0), value.progress)
+            while writing:
+                await _finish(*writing.pop(0), value.progress)
         return []
+
+
+async def _finish(write: Any, num_bytes: int, progress: Callable[[int], None]) -> None:
+    await write
+    progress(num_bytes)
 
 
 def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:

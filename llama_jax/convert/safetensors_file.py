@@ -193,7 +193,7 @@ def write_safetensors(
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    # transformers before 4.46 refuses a file whose metadata does not say which framework wrote it.
+    # Releases 4 of transformers refuse a file that does not say which framework wrote it.
     header: dict[str, object] = {'__metadata__': {'format': 'pt'}}
     end = 0
     for entry in entries:

@@ -194,7 +194,8 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
 def load(data: bytes, open_storage: Callable[[Any], Storage]) -> Any:
     """Runs a pickle on a stack and a memo of its own; both grow by one reference an opcode at most.
 
-    Keys of dicts are plain, because hashing nested tuples can take for ever.
+    Keys of dicts are texts and small numbers, because others can be made to take for ever: nested tuples are hashed
+    piece by piece, and large numbers can all have the same hash.
 
     Args:
       data: the pickle.
@@ -283,8 +284,8 @@ def _update(target: Any, values: list[Any]) -> None:
     keys = values[::2]
     if not isinstance(target, dict) or len(values) % 2:
         raise ValueError('items for what is no dict')
-    if not all(isinstance(key, str | int | float | bool) for key in keys):
-        raise ValueError('a key that is neither text nor a number')
+    if not all(isinstance(key, str) or (type(key) is int and abs(key) < 2**32) for key in keys):
+        raise ValueError('a key that is neither text nor a small number')
     target.update(zip(keys, values[1::2], strict=True))
 
 

@@ -20,6 +20,7 @@ from llama_jax.convert import torch_pickle
 _ZIP32_LIMIT = 2**32 - 1  # sizes and offsets from here on stand in ZIP64's fields
 _ALIGNMENT = 64  # of values, so that a file can be mapped
 _MAX_UNHASHED = 32 << 20  # bytes that wait in memory: one block is hashed while the next is made
+_WRITE_BYTES = 256 << 10  # at once; Linux takes longer for the same bytes in pieces of a megabyte and more
 _DATE = 0x21  # 1 January 1980, the first that a zip file can tell
 
 
@@ -141,7 +142,7 @@ class TorchWriter:
         self._hashed.append((self._hashing.submit(self._md5.update, data), len(data)))
         view = memoryview(data)
         while len(view):
-            view = view[self._file.write(view) :]
+            view = view[self._file.write(view[:_WRITE_BYTES]) :]
         self._offset += len(data)
         self._wait_for_hashing(_MAX_UNHASHED)
 

@@ -219,7 +219,9 @@ class HuggingFaceTokenizer:
         definition = parse_json(data, path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
+        except BaseException as error:  # the library raises nothing narrower, and a panic is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             reason = str(error).splitlines()[0][:200]
             raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: {reason}') from error
         self._tokenizer.encode_special_tokens = True  # in text they are ordinary characters

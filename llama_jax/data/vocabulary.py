@@ -21,6 +21,7 @@ from llama_jax.data.tokenizer import (
     Tokenizer,
     llama3_special_names,
     parse_json,
+    without_surrogates,
 )
 from llama_jax.types import InputError
 
@@ -167,6 +168,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     tokens, types = tokens[:size], types[:size]
     if len(set(tokens)) != size:
         raise InputError(f'{path}: tokenizer.ggml.tokens repeats a token; each has one id')
+    if without_surrogates(joined := ''.join(tokens)) != joined:
+        raise InputError(f'{path}: tokenizer.ggml.tokens holds what is no Unicode; its strings are UTF-8')
     bos_id = _id(metadata, path, 'bos_token_id', size)
     eos_id = _id(metadata, path, 'eos_token_id', size)
     if model == 'llama':

@@ -208,6 +208,7 @@ def test_writing_in_another_type_in_files_of_a_size(tmp_path):
     assert again.config == source.config
     assert_same(matrices(again), {n: v.astype(BFLOAT16) for n, v in matrices(source).items()})
 
+    assert json.loads((ours / 'config.json').read_text())['torch_dtype'] == 'bfloat16'
     index = json.loads((ours / 'model.safetensors.index.json').read_text())
     assert index['metadata']['total_size'] == 2 * source.config.num_params == sum(progress)
     assert list(index['weight_map']) == sorted(index['weight_map']) == sorted(matrices(source))

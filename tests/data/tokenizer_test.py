@@ -170,6 +170,12 @@ def test_a_damaged_tokenizer_json_is_refused_in_one_line(huggingface, monkeypatc
         (b'{' * 100_000, 'is damaged'),
         (b'{"a":' + b'[' * 100_000, 'is damaged'),
         (b'{}', 'is not a tokenizer.json'),
+        (  # the library panics
+            good.replace(
+                b'"continuing_subword_prefix": null', b'"continuing_subword_prefix": "%s"' % (b'x' * 999)
+            ),
+            'is not a tokenizer.json',
+        ),
         (good.replace(b'</s>', b'</t>'), 'holds none of </s>'),
     ):
         with pytest.raises(InputError, match=message) as caught:

@@ -159,6 +159,7 @@ def test_metadata_that_contradict_themselves_are_refused_in_one_line(shared_data
         ({'tokens': [1, *tokens[1:]]}, 'tokens holds a int'),
         ({'tokens': [*tokens[:-1], tokens[-2]]}, 'repeats a token'),
         ({'tokens': ['', *tokens[1:]]}, 'not a tokenizer'),
+        ({'tokens': ['\ud800', *tokens[1:]]}, 'holds what is no Unicode'),
         ({'token_type': types[:-1]}, '511 elements for 512 tokens'),
         ({'token_type': [7, *types[1:]]}, 'holds 7; the types are 1 to 6'),
         ({'token_type': [True, *types[1:]]}, 'holds a bool'),
