@@ -101,8 +101,8 @@ def _open_weights(folder: epath.Path) -> Mapping[str, Tensor]:
 def _open_torch(path: epath.Path) -> dict[str, FileTensor]:
     """The tensors of a file of torch.save, where tied weights are one storage under two names."""
     state = open_torch_file(path)
-    tied = isinstance(state, dict) and _HEAD in state and state[_HEAD] == state.get(_EMBED)
-    if not tied:
+    head = state.get(_HEAD) if isinstance(state, dict) else None
+    if not isinstance(head, FileTensor) or head != state.get(_EMBED):
         return weights(state, str(path))
     found = weights({name: tensor for name, tensor in state.items() if name != _HEAD}, str(path))
     return {**found, _HEAD: found[_EMBED]}

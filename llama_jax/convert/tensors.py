@@ -157,7 +157,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """
     if values.dtype == dtype:
         return values
-    with np.errstate(over='ignore'):
+    with np.errstate(over='ignore', invalid='ignore'):  # the latter for a signalling NaN
         converted = values.astype(dtype)
     if dtype == np.float16 and (lost := np.isinf(converted) & np.isfinite(values)).any():
         raise InputError(

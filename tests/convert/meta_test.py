@@ -275,14 +275,13 @@ def test_half_split_rows_are_interleaved(tmp_path):
     np.testing.assert_array_equal(rows, expected)
 
 
-@pytest.mark.parametrize('ranks', [1, 4])
-def test_writing_holds_a_few_blocks_only(tmp_path, ranks):
+def test_writing_holds_a_few_blocks_only(tmp_path):
     config = dataclasses.replace(
         CONFIG, embed_dim=2048, mlp_dim=16384, num_heads=32, num_kv_heads=32, head_dim=64, num_layers=1, vocab_size=128
     )  # fmt: skip
     source = made_source(config)
     tracemalloc.start()
-    write(source, tmp_path / 'x', model_parallel=ranks)
+    write(source, tmp_path / 'x', model_parallel=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     size = 4 * config.num_params
@@ -397,9 +396,9 @@ def fuzz_folder(tmp_path) -> epath.Path:
 @pytest.mark.usefixtures('unchecked')
 def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
     folder = fuzz_folder(tmp_path)
-    assert fuzz(folder, 'consolidated.00.pth', 500, seed=0) > 250
-    assert fuzz(folder, 'consolidated.00.pth', 300, seed=1, tail=1500) > 150
-    assert fuzz(folder, 'params.json', 400, seed=2) > 200
+    assert fuzz(folder, 'consolidated.00.pth', 400, seed=0) > 200
+    assert fuzz(folder, 'consolidated.00.pth', 200, seed=1, tail=1500) > 100
+    assert fuzz(folder, 'params.json', 300, seed=2) > 150
     shutil.rmtree(folder)
 
 
