@@ -20,7 +20,7 @@ from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.runtime import enable_bucket, prefetch
 from llama_jax.types import InputError, LazyArray, Params, PyTree
 
-CHUNK_BYTES = 64 << 20  # of an array on disk: what is read and written at once
+CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
 
 
 def latest_step(directory: epath.PathLike) -> epath.Path:
@@ -235,8 +235,12 @@ def chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """Of what is stored as one piece: a layer of a stacked leaf, some rows of a table, cut where still too large."""
     first = 1 if len(shape) > 2 else 0  # the axis to cut along; stacked layers before it are apart anyway
     row_bytes = math.prod(shape[first + 1 :]) * dtype.itemsize
-    rows = min(shape[first], max(CHUNK_BYTES // row_bytes, 1)) if shape else 0
-    return (*[1] * first, rows, *shape[first + 1 :]) if shape else ()
+    num_chunks = -(-shape[first] // max(CHUNK_BYTES // row_bytes, 1))
+    return (
+        *[1] * first,
+        -(-shape[first] // num_chunks),
+        *shape[first + 1 :],
+    )  # alike, as the last one is padded
 
 
 def _chunk_indices(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[slice, ...]]:

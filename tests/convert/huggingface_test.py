@@ -422,7 +422,7 @@ def test_folders_without_weights_say_what_to_do(saved, tmp_path):
     assert_refused(tmp_path, 'LoRA adapter')
 
 
-@pytest.mark.parametrize('count', [400, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [400, pytest.param(2_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ('kind', 'name'),
     [('one', 'config.json'), ('one', 'model.safetensors'), ('several', 'model.safetensors.index.json')],
