@@ -64,6 +64,7 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
 
     config.mesh = ConfigDict()
+    config.mesh.dcn_data = 1  # TPU slices joined by the data-centre network, each with a copy of the model
     config.mesh.data = 1  # copies of the model
     config.mesh.fsdp = -1  # parts of weights, optimiser state and batch; -1: all other devices
     config.mesh.context = 1  # parts of the sequence
@@ -79,6 +80,10 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.eval.max_rows = 0  # validate on the first N rows; 0: all
     config.eval.prompt = ''  # completed at the end of the run
     config.eval.sample_tokens = 128  # of the completion; 0: none
+    config.eval.tasks = ''  # benchmarks, as for `experiments.evaluate`: piqa,hellaswag
+    config.eval.tasks_every = 5000  # steps between their evaluations; 0: at the end only
+    config.eval.data_dir = ''  # folder of the benchmarks
+    config.eval.limit = 0  # the first N items of each; 0: all
 
     config.log = ConfigDict()
     config.log.every = 10  # steps

@@ -1,25 +1,39 @@
 """From flags and ConfigDict to dataclasses, mesh and resumption: the only place where the two worlds meet."""
 
 import difflib
+import functools
 import json
+import logging as stdlib_logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
+import optax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from llama_jax import pretrained, runtime
+from llama_jax import pretrained, runtime, xla_options
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.eval.engine import Engine
+from llama_jax.eval.harness import Exam, evaluate, prepare
+from llama_jax.eval.task import Judges
+from llama_jax.eval.tasks import find_task
+from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
 from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.train.loop import Callback
 from llama_jax.train.optimizer import OptimizerConfig
-from llama_jax.types import InputError
+from llama_jax.train.state import TrainState
+from llama_jax.train.step import compile_train_step
+from llama_jax.types import InputError, LossFn
 
 CONFIG_FILE = 'config.json'
+
+logger = stdlib_logging.getLogger('llama_jax.launch')
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
@@ -27,6 +41,9 @@ _COORDINATOR = flags.DEFINE_string(
     'coordinator', '', 'host:port of process 0, to join several processes by hand'
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
+_XLA_OPTIONS = flags.DEFINE_string(
+    'xla_options', '', 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
+)
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
 
 
@@ -106,7 +123,7 @@ def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
     if not epath.Path(file).exists():
         return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
     try:
-        known = _flat(_load_config_file(path))
+        known = flatten(_load_config_file(path))
     except Exception as cause:
         return f'--config={path} cannot be loaded: {type(cause).__name__}: {_first_line(cause)}'
     settings = {
@@ -144,20 +161,20 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _flat(values: Any, prefix: str = '') -> dict[str, Any]:
+def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}
     for key, value in values.items():
         if hasattr(value, 'items'):
-            flat |= _flat(value, f'{prefix}{key}.')
+            flat |= flatten(value, f'{prefix}{key}.')
         else:
             flat[f'{prefix}{key}'] = value
     return flat
 
 
-def make_partitioner(config: ConfigDict) -> Partitioner:
-    """The mesh of all devices with the axis rules of `config.mesh`."""
-    mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES})
+def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -> Partitioner:
+    """The mesh of these devices (all there are) with the axis rules of `config.mesh`."""
+    mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES}, devices)
     return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
 
 
@@ -173,6 +190,48 @@ def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner)
         attention_implementation=config.model.attention,
         partitioner=partitioner,
     )
+
+
+def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) -> None:
+    """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
+    if config.data.seq_len > max_seq_len:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
+            f'{max_seq_len} tokens'
+        )
+    size, parts = config.train.batch_size, config.train.num_microbatches
+    if parts < 1 or size < 1 or size % parts:
+        raise InputError(
+            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
+        )
+    partitioner.batch_sharding(size // parts, config.data.seq_len)
+    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} does not divide into '
+            f'--config.train.loss_chunks={config.train.loss_chunks}'
+        )
+
+
+def make_train_step(
+    config: ConfigDict,
+    model: LlamaForCausalLM,
+    target: TrainState,
+    tx: optax.GradientTransformation,
+) -> tuple[LossFn, Callable]:
+    """(the loss of pretraining, the jitted update) that the config describes, for a state like `target`."""
+    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
+    assert model.partitioner is not None
+    step_fn = compile_train_step(
+        target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches,
+        compiler_options=compiler_options(model.partitioner),
+    )  # fmt: skip
+    return loss_fn, step_fn
+
+
+@functools.cache
+def compiler_options(partitioner: Partitioner) -> dict[str, Any]:
+    """What --xla_options sets, checked with the compiler for these devices."""
+    return xla_options.parse(_XLA_OPTIONS.value, partitioner.mesh)
 
 
 def find_preset(name: str) -> LlamaConfig:
@@ -220,10 +279,10 @@ def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str)
         return
     try:
         recorded = json.loads(file.read_text())
-        before = _flat(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
+        before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f'{file} is damaged ({_first_line(error)}); start in a new --workdir') from error
-    now = _flat(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
+    now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
     for key in sorted(set(before) | set(now)):
         if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
             flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
@@ -255,3 +314,36 @@ def record_run(
     if runtime.is_main_process():
         runtime.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
     return record
+
+
+def prepare_exams(config: ConfigDict) -> list[Exam]:
+    """The benchmarks that `config.eval` names, read before anything is trained."""
+    exams = []
+    for name in split_list(config.eval.tasks):
+        task = find_task(name)
+        task.check(Judges())
+        if not config.eval.data_dir and not name.startswith('perplexity:'):
+            raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
+        exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
+    return exams
+
+
+def take_exams(
+    config: ConfigDict, exams: Sequence[Exam], model: LlamaForCausalLM, tokenizer: Tokenizer
+) -> Callback:
+    """A callback of the loop that evaluates the benchmarks on the training mesh: {'TASK/METRIC': value}."""
+    rows = config.train.batch_size // config.train.num_microbatches
+    model = model.clone(remat='none')
+
+    def callback(state: TrainState, step: int) -> dict[str, float]:
+        engine = Engine(model, state.params, tokenizer, batch_tokens=rows * config.data.seq_len)
+        figures = {}
+        for exam in exams:
+            found = evaluate(exam, engine, progress=False)
+            kept = {metric: found[metric] for metric in exam.task.metrics if metric in found}
+            figures |= {f'{exam.task.name}/{metric}': value for metric, value in kept.items()}
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in figures.items())
+        logger.info('step %d: %s', step, shown)
+        return figures
+
+    return callback

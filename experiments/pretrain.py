@@ -22,15 +22,16 @@ from llama_jax import pretrained, runtime
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
-from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.vocabulary import model_file
 from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
 from llama_jax.inference.generate import generate
-from llama_jax.losses.language_model import evaluate_loss, language_model_loss
+from llama_jax.losses.language_model import evaluate_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
-from llama_jax.train.loop import LoopConfig, train
+from llama_jax.train.loop import Callback, LoopConfig, train
 from llama_jax.train.metrics import (
     JsonlWriter,
     TensorBoardWriter,
@@ -41,7 +42,6 @@ from llama_jax.train.metrics import (
 )
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, init_state, shardings_of, state_from_params
-from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.types import InputError
 
@@ -65,16 +65,13 @@ def main() -> None:
     # ---- What is refused before anything is written -----------------------------------------------------------------
     preset = starting_architecture(config)
     partitioner = launch.make_partitioner(config)
-    if config.data.seq_len > preset.max_seq_len:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
-            f'{preset.max_seq_len} tokens'
-        )
-    check_batch(config, partitioner)
+    launch.check_sizes(config, preset.max_seq_len, partitioner)
+    launch.compiler_options(partitioner)
     weights = parse_weights(config)
     optimizer = launch.make_optimizer_config(config)
     schedule = make_schedule(optimizer, config.train.num_steps)
     tx = make_optimizer(optimizer, schedule)
+    exams = launch.prepare_exams(config)
     # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
     abstract_state(launch.make_model(config, preset, partitioner), tx, partitioner)
     launch.check_workdir(workdir, config, _CHECKPOINT.value)
@@ -100,17 +97,21 @@ def main() -> None:
     )
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
+    loss_fn, step_fn = launch.make_train_step(config, model, target, tx)
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, record['config'])
     validate = make_validation(config, data, loss_fn, partitioner)
+    callbacks: list[tuple[int, Callback]] = []
+    if validate:
+        callbacks.append((config.eval.every or config.train.num_steps, log_validation(validate)))
+    if exams:
+        take = launch.take_exams(config, exams, model, tokenizer)
+        callbacks.append((config.eval.tasks_every or config.train.num_steps, take))
     with jax.set_mesh(partitioner.mesh):
         state, step = train(
             state,
             config=loop_config(config, model, workdir),
-            step_fn=compile_train_step(
-                target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches
-            ),
+            step_fn=step_fn,
             frozen={},
             batches=batches(
                 data.train, batch_size=config.train.batch_size, seq_len=config.data.seq_len,
@@ -122,7 +123,7 @@ def main() -> None:
             checkpointer=checkpointer,
             metadata=record,
             writers=writers,
-            callbacks=[(config.eval.every or config.train.num_steps, log_validation(validate))] if validate else [],
+            callbacks=callbacks,
         )  # fmt: skip
     for writer in writers:
         writer.close()
@@ -141,27 +142,12 @@ def main() -> None:
         print(describe(report, workdir))
 
 
-def check_batch(config: ConfigDict, partitioner: Partitioner) -> None:
-    """The batch must divide over microbatches, and each of them over the devices."""
-    size, parts = config.train.batch_size, config.train.num_microbatches
-    if parts < 1 or size < 1 or size % parts:
-        raise InputError(
-            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
-        )
-    partitioner.batch_sharding(size // parts, config.data.seq_len)
-    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} does not divide into '
-            f'--config.train.loss_chunks={config.train.loss_chunks}'
-        )
-
-
 def starting_architecture(config: ConfigDict) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
     preset = launch.find_preset(config.model.preset)
     if not _CHECKPOINT.value:
         return preset
-    base = pretrained.load_config(epath.Path(_CHECKPOINT.value))
+    base = pretrained.load_config(pretrained.resolve(_CHECKPOINT.value))
     for name, value in vars(base).items():
         # What changes no weight may change: this is how a context is lengthened.
         may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
@@ -195,10 +181,10 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     source = config.data.tokenizer or _CHECKPOINT.value
     # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
     if not file.exists() or not (workdir / launch.CONFIG_FILE).exists():
-        given = load_tokenizer(source) if source else None
+        given = pretrained.load_tokenizer(source) if source else None
         if runtime.is_main_process():
             if given:
-                runtime.write_atomically(file, epath.Path(given.path).read_bytes())
+                runtime.write_atomically(file, model_file(given))
             else:
                 logger.info('training a tokenizer of %d ids', config.data.vocab_size)
                 train_tokenizer(
@@ -206,7 +192,7 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
                     text_key=config.data.text_key, separator=config.data.separator,
                 )  # fmt: skip
         runtime.sync_processes('tokenizer')
-    return load_tokenizer(file)
+    return pretrained.load_tokenizer(file)
 
 
 def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | None) -> PretrainData:
@@ -336,13 +322,11 @@ def final_report(
 
 def sample(config: ConfigDict, model: LlamaForCausalLM, state: TrainState, tokenizer: Tokenizer) -> str:
     """A completion of `eval.prompt` by the trained weights, at temperature 0.8."""
-    if not config.eval.sample_tokens or jax.process_count() > 1:
+    if not config.eval.sample_tokens:
         return ''
-    device = jax.devices()[0]
-    params = jax.device_put(state.params, device)
     completion = generate(
-        model.clone(partitioner=None), params, tokenizer, [config.eval.prompt],
-        max_new_tokens=config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed,
+        model, state.params, tokenizer, [config.eval.prompt], max_new_tokens=config.eval.sample_tokens,
+        temperature=0.8, top_p=0.95, seed=config.seed,
     )  # fmt: skip
     return config.eval.prompt + completion[0]
 

@@ -10,23 +10,25 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.types import Array, InputError, PyTree
 
-MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
+MESH_AXES = ('dcn_data', 'data', 'fsdp', 'context', 'tensor')
 
 LogicalAxes: TypeAlias = tuple[str | None, ...]
 Rules: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Weights are split over `fsdp` along embed and over `tensor` along the axis that heads or mlp units live on;
-# activations over `data` and `fsdp` along the batch, `context` along the sequence, `tensor` as the weights.
+# Weights are split over `fsdp` and `context` along embed, and over `tensor` along the axis that heads or mlp units live
+# on; activations over `data` and `fsdp` along the batch, `context` along the sequence, `tensor` as the weights.
+# `dcn_data` splits the batch once more, over slices that only the data-centre network joins.
 DEFAULT_RULES: Rules = (
-    ('batch', ('data', 'fsdp')),
+    ('batch', ('dcn_data', 'data', 'fsdp')),
     ('length', ('context',)),
     ('act_embed', ()),
     ('vocab', ('tensor',)),
-    ('embed', ('fsdp',)),
+    ('embed', ('fsdp', 'context')),
     ('mlp', ('tensor',)),
     ('heads', ('tensor',)),
     ('kv_heads', ('tensor',)),
@@ -57,6 +59,16 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
             f'multiply to {len(devices)} (-1 takes what the others leave)'
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = {getattr(device, 'slice_index', None) for device in devices}
+    if len(slices) > 1 and devices[0].platform == 'tpu' and sizes[0] != len(slices):
+        raise InputError(
+            f'impossible mesh ({shown}): the devices are in {len(slices)} slices; '
+            f'set --config.mesh.dcn_data={len(slices)}'
+        )
+    if 1 < sizes[0] == len(slices):
+        inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=axis_types)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
@@ -171,6 +183,12 @@ class Partitioner:
                 f'batch size {batch_size} does not divide over the {parts} devices of mesh axes data x fsdp; '
                 f'make --config.train.batch_size a multiple of {parts}'
             )
+        parts = self.axis_size('length')
+        if seq_len is not None and parts > 1 and seq_len % (2 * parts):
+            raise InputError(
+                f'sequence length {seq_len} does not divide into two chunks (ops.context_parallel) for each '
+                f'of the {parts} devices of mesh axis context; make --config.data.seq_len a multiple of {2 * parts}'
+            )
         shape = None if seq_len is None else (batch_size, seq_len)
         return self.sharding(('batch', 'length'), shape, 'batch')
 
@@ -196,3 +214,8 @@ def make_global_array(
         return host_rows[np.array([row_of[row] for row in rows])][(slice(None), *index[1:])]
 
     return jax.make_array_from_callback((global_rows, *host_rows.shape[1:]), sharding, read)
+
+
+def place_whole(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """A global array from one that every process has whole."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -60,7 +60,9 @@ def initialize_distributed(coordinator: str = '', num_processes: int = 0, proces
     elif _on_tpu_pod():
         try:
             jax.distributed.initialize()
-        except Exception as error:  # of an HTTP client, a parser or a resolver: the metadata server's answers vary
+        except (
+            Exception
+        ) as error:  # of an HTTP client, a parser or a resolver: the metadata server's answers vary
             raise InputError(
                 f'this machine has a TPU, but its pod cannot be asked ({type(error).__name__}: {error}); give '
                 '--coordinator, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is all there is'
@@ -71,7 +73,9 @@ def _launcher_ranks() -> tuple[int, int] | None:
     """(processes, this one's number) as `srun` or `mpirun` announce them; None where neither started this process."""
     environment = os.environ
     # A Slurm batch script has most of these too; only a step of `srun` has its list of nodes.
-    if {'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_JOB_ID'} <= set(environment):
+    if {'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_JOB_ID'} <= set(
+        environment
+    ):
         return int(environment['SLURM_NTASKS']), int(environment['SLURM_PROCID'])
     if 'OMPI_COMM_WORLD_SIZE' in environment:
         return int(environment['OMPI_COMM_WORLD_SIZE']), int(environment['OMPI_COMM_WORLD_RANK'])

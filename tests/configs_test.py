@@ -15,7 +15,7 @@ CONFIGS = pathlib.Path(pretrain.__file__).parent
 
 
 def flat(config) -> dict:
-    return launch._flat(config)
+    return launch.flatten(config)
 
 
 @pytest.mark.parametrize('model', sorted(PRESETS))

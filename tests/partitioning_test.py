@@ -29,10 +29,10 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return str(error.value)
 
 
-def test_a_mesh_has_four_auto_axes_and_fills_in_the_rest():
+def test_a_mesh_has_all_auto_axes_and_fills_in_the_rest():
     mesh = make_mesh({'fsdp': -1, 'tensor': 2})
-    assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'context': 1, 'tensor': 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 4
+    assert dict(mesh.shape) == {'dcn_data': 1, 'data': 1, 'fsdp': 4, 'context': 1, 'tensor': 2}
+    assert mesh.axis_types == (AxisType.Auto,) * len(MESH_AXES)
     assert dict(make_mesh({}, jax.devices()[:1]).shape) == dict.fromkeys(MESH_AXES, 1)
 
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.ops.activations import swiglu
-from llama_jax.ops.attention import attention
+from llama_jax.ops.attention import IMPLEMENTATIONS, attention
+from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import einsum
 from llama_jax.ops.normalization import rms_norm
 from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
@@ -27,12 +28,29 @@ from llama_jax.types import InputError, Params, PyTree
 
 _save = jax.checkpoint_policies.save_only_these_names
 
-# What the backward pass finds saved, from least memory to most; all else it recomputes from the block's input.
+
+def _offload(*names: str) -> Callable:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=['block_input', *names],
+        offload_src='device',
+        offload_dst='pinned_host',
+    )
+
+
+# What the backward pass finds saved of a layer, beside its input; all else it recomputes. Numbers of a token and layer
+# are counted in D = embed_dim, F = mlp_dim, N, K heads of H.
 REMAT_POLICIES: dict[str, Callable | None] = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'attention': _save('attention_output'),
-    'projections': _save('attention_output', 'projection'),  # so that no product with a weight is done twice
-    'none': None,  # no recomputation: everything is saved
+    'full': jax.checkpoint_policies.nothing_saveable,  # nothing: D
+    'attention': _save('attention_output'),  # what the attention kernel gives: D + N H
+    # The same and every product with a weight, so that none is done twice: 3 D + 2 (N + K) H + 2 F.
+    'projections': _save('attention_output', 'projection'),
+    'none': None,  # everything there is
+    # As their namesakes, but all that is saved waits in the host's memory, the layer's input too: for TPUs and GPUs
+    # whose own memory is short and whose link to the host has time.
+    'full_offload': _offload(),
+    'attention_offload': _offload('attention_output'),
+    'projections_offload': _offload('attention_output', 'projection'),
 }
 
 RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
@@ -95,16 +113,12 @@ class Attention(_Layer):
         if cache is None:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
-                implementation=self.attention_implementation,
+                implementation=self.attention_implementation, partitioner=self.partitioner,
             )  # fmt: skip
         else:
             cache = cache.write(layer, k, v)
             k, v = cache.layer(layer)
-            attended = attention(
-                q, k.astype(q.dtype), v.astype(q.dtype), q_start=cache.length,
-                implementation=self.attention_implementation,
-            )  # fmt: skip
-        attended = checkpoint_name(attended, 'attention_output')
+            attended = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_start=cache.length)
         out = einsum('btnh,nhd->btd', attended, w_o)
         return self.shard(out, 'batch', 'length', 'act_embed'), cache
 
@@ -129,6 +143,7 @@ class Block(_Layer):
     @nn.compact
     def __call__(self, carry, layer: Int[Array, ''], rope: RopeTables, segment_ids: Int[Array, 'B T'] | None):
         x, cache = carry
+        x = checkpoint_name(x, 'block_input')
         knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner)
         attention_norm = weight(self, 'attention_norm', (self.config.embed_dim,), ('norm',), _ones)
         mlp_norm = weight(self, 'mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
@@ -167,8 +182,7 @@ class Transformer(nn.Module):
         )
 
     def _scanned_block(self):
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(f'unknown remat policy {self.remat!r}; choose from {sorted(REMAT_POLICIES)}')
+        _check_knobs(self)
         block = Block
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             # Inside a scan nothing can be merged across the two passes, so XLA needs no barrier against it.
@@ -199,13 +213,25 @@ class Transformer(nn.Module):
         if positions is None:
             start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
             positions = jnp.broadcast_to(start[:, None] + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        split_over = self.partitioner if context_shard(self.partitioner) is not None else None
+        if split_over is not None:
+            if cache is not None:
+                raise InputError(
+                    'generation with rows split over devices is not supported: use a mesh with context=1'
+                )
+            row = ('batch', 'length')
+            tokens, positions = (to_balanced(x, row, split_over) for x in (tokens, positions))
+            segment_ids = None if segment_ids is None else to_balanced(segment_ids, row, split_over)
         c, s = self.config, self.config.rope_scaling
         scaling: dict[str, Any] = {} if s is None else dataclasses.asdict(s)
         rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling))
         x = self.embed_tokens(tokens)
         layers = jnp.arange(c.num_layers)
         (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)
-        return rms_norm(x, self.final_norm, c.norm_eps), cache
+        x = rms_norm(x, self.final_norm, c.norm_eps)
+        if split_over is not None:
+            x = from_balanced(x, ('batch', 'length', 'act_embed'), split_over)
+        return x, cache
 
     def embed_tokens(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
         table = self.embed.astype(self.dtype)
@@ -276,5 +302,18 @@ def param_axes(model: Transformer) -> PyTree:
 
 
 def _init_boxed(model: Transformer, rng: Array) -> PyTree:
-    # One token tells the shapes of all weights; no mesh, as that token would not divide over it.
-    return model.clone(partitioner=None).init(rng, jnp.zeros((1, 1), jnp.int32))['params']
+    _check_knobs(model)
+    # One token tells the shapes of all weights; no mesh, as that token would not divide over it, and nothing that
+    # some platforms lack.
+    plain = model.clone(partitioner=None, remat='none', attention_implementation='reference')
+    return plain.init(rng, jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def _check_knobs(model: Transformer) -> None:
+    """Refuses names that mean nothing."""
+    for kind, name, known in (
+        ('remat policy', model.remat, sorted(REMAT_POLICIES)),
+        ('attention implementation', model.attention_implementation, IMPLEMENTATIONS),
+    ):
+        if name not in known:
+            raise InputError(f'unknown {kind} {name!r}; choose from {known}')

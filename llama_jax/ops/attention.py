@@ -1,16 +1,40 @@
 """Grouped-query attention: one front, kernels behind it.
 
+    reference   the formula, O(T^2) memory      any platform, and with a cache
+    chunked     plain JAX, O(T) memory          any platform
+    splash      JAX's flash kernel for TPUs     TPU; elsewhere interpreted, which is for tests
+    cudnn       cuDNN's flash kernel            NVIDIA GPU, bf16 or fp16
+    shared_prefix  whose segments see a context too, for `inference.scoring`; never by 'auto'
+
 Causal order and packed segments are part of every kernel's contract: a kernel that cannot honour segment ids must be
 refused here, never left to be silently wrong.
 """
 
+import functools
+import logging
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from llama_jax.ops import attention_cudnn
+from llama_jax.ops.attention_chunked import chunked_attention
+from llama_jax.ops.attention_reference import causal_mask, reference_attention
+from llama_jax.ops.attention_shared_prefix import shared_prefix_attention
+from llama_jax.ops.attention_splash import splash_attention
+from llama_jax.ops.context_parallel import ContextShard, context_shard
+from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
-IMPLEMENTATIONS = ('auto', 'reference', 'chunked')
+IMPLEMENTATIONS = ('auto', 'reference', 'chunked', 'splash', 'cudnn', 'shared_prefix')
+
+# Queries and keys of a tile of `chunked`: a CPU's caches hold this, other devices want larger products.
+_CPU_BLOCK, _BLOCK = 128, 512
+
+logger = logging.getLogger(__name__)
 
 
 def attention(
@@ -22,6 +46,7 @@ def attention(
     kv_segment_ids: Int[Array, 'B S'] | None = None,
     q_start: Int[Array, 'B'] | None = None,
     implementation: str = 'auto',
+    partitioner: Partitioner | None = None,
 ) -> Float[Array, 'B T N H']:
     """softmax(q k^T / sqrt(H)) v, causal, each query head g reading the key/value head g // (N / K).
 
@@ -32,10 +57,17 @@ def attention(
       q_segment_ids: document of each query; a query sees keys of its own document only. None: one document.
       kv_segment_ids: document of each key; given with `q_segment_ids`.
       q_start: slot of row b's first query among the S keys (its tokens already in the cache). None: 0.
-      implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes.
+      implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes. It is for
+        self-attention: with a cache every query may see most keys, little can be skipped, and `reference` serves.
+      partitioner: how the arguments are split over devices. Where rows are split (mesh axis `context`) all of them
+        are in balanced order (`ops.context_parallel`).
 
     Returns:
-      The attended values in the dtype of `q`; the softmax itself is fp32.
+      The attended values in the dtype of `q`; the softmax itself is fp32. Remat policies know them by the name
+      'attention_output'.
+
+    Raises:
+      InputError: the implementation is unknown, or cannot do what is asked of it.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
@@ -43,89 +75,144 @@ def attention(
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError('q_segment_ids and kv_segment_ids are given together or not at all')
-    # With a cache every query may see most keys and there is little to skip.
-    chunkable = q_start is None and q.shape[1] == k.shape[1]
-    if implementation == 'chunked' and not chunkable:
-        raise ValueError('chunked attention needs queries and keys of the same tokens; use auto or reference')
-    if implementation == 'chunked' or (implementation == 'auto' and chunkable):
-        return chunked_attention(q, k, v, q_segment_ids)
-    mask = causal_mask(q.shape[1], k.shape[1], q_start)
-    if q_segment_ids is not None and kv_segment_ids is not None:
-        mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
-    return reference_attention(q, k, v, mask)
+    if q_start is not None or q.shape[1] != k.shape[1]:
+        mask = causal_mask(q.shape[1], k.shape[1], q_start)
+        if q_segment_ids is not None and kv_segment_ids is not None:
+            mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
+        return checkpoint_name(reference_attention(q, k, v, mask), 'attention_output')
+    if implementation == 'shared_prefix' and q_segment_ids is not None and context_shard(partitioner) is None:
+        return shared_prefix_attention(q, k, v, q_segment_ids)
+    kernel = choose(q, k, q_segment_ids is not None, implementation, partitioner)
+    # The compiler splits the plain formula by itself, but for rows.
+    if (
+        partitioner is not None
+        and partitioner.mesh.size > 1
+        and (kernel != 'reference' or context_shard(partitioner))
+    ):
+        return _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner)
+    return _attend(q, k, v, q_segment_ids, kv_segment_ids, kernel, None, platform_of(partitioner))
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, q_start: Int[Array, 'B'] | None = None
-) -> Bool[Array, '_ T S']:
-    """True where a key's slot is not after the query's; the leading axis is B, or 1 where all rows start at 0."""
-    start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
-    q_slot = start[:, None] + jnp.arange(num_queries)[None, :]
-    return q_slot[:, :, None] >= jnp.arange(num_keys)[None, None, :]
+def choose(
+    q: Array | jax.ShapeDtypeStruct,
+    k: Array | jax.ShapeDtypeStruct,
+    packed: bool,
+    implementation: str = 'auto',
+    partitioner: Partitioner | None = None,
+) -> str:
+    """The kernel that serves self-attention of these shapes; logged, once for every reason.
 
-
-def reference_attention(
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B S K H'],
-    v: Float[Array, 'B S K H'],
-    mask: Bool[Array, '_ T S'],
-) -> Float[Array, 'B T N H']:
-    """Plain attention that holds the scores [B, K, G, T, S] in fp32: exact on any platform, O(T S) memory."""
-    batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * head_dim**-0.5
-    # A finite minimum, not -inf: a padding row may see no key at all and must not become NaN.
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum('bkgts,bskh->btkgh', weights, v).reshape(q.shape)
-
-
-# At most this many blocks, so that the unrolled program stays small; none shorter than this many queries.
-_MAX_BLOCKS, _MIN_BLOCK = 8, 64
-
-
-def chunked_attention(
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K H'],
-    segment_ids: Int[Array, 'B T'] | None = None,
-) -> Float[Array, 'B T N H']:
-    """Causal self-attention in blocks of queries, each against only the keys up to its own end.
-
-    Half the work of `reference_attention`. The backward pass recomputes the scores of one block at a time, so memory
-    is O(T x block) rather than O(T^2), and nothing of it is kept from the forward pass but q, k and v.
+    Raises:
+      InputError: `implementation` names one that cannot.
     """
-    batch, length, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    # Heads before tokens: the products of a block are then plain batched matrix products, without a transposition.
-    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(
-        0, 2, 3, 1, 4
-    )
-    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
-    outputs = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        outputs.append(_attend_block(grouped[:, :, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
-    out = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q.shape)
+    platform = platform_of(partitioner)
+    shard = context_shard(partitioner)
+    batch_parts = 1 if partitioner is None else partitioner.axis_size('batch')
+
+    def reason_against(kernel: str) -> str | None:
+        if kernel == 'splash' and shard is not None and q.shape[1] % (2 * 128 * shard.size):
+            return f'a row of {q.shape[1]} tokens does not divide into chunks of 128 on {shard.size} devices'
+        if kernel == 'shared_prefix':
+            return 'it needs segment ids, and rows that are whole on a device (mesh axis context=1)'
+        if kernel == 'cudnn':
+            if platform not in ('gpu', 'cuda'):
+                return f'it needs an NVIDIA GPU, and this is a {platform}'
+            if shard is not None:
+                return 'it cannot attend with a part of a row (mesh axis context)'
+            return attention_cudnn.unsupported(q, k, packed, max(1, q.shape[0] // batch_parts))
+        return None
+
+    if implementation != 'auto':
+        if reason := reason_against(implementation):
+            raise InputError(
+                f'attention implementation {implementation!r} cannot be used: {reason}; choose auto or chunked'
+            )
+        return implementation
+    best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'chunked')
+    reason = reason_against(best)
+    if reason:
+        _log_once(f'attention: chunked, not {best}: {reason}')
+        return 'chunked'
+    _log_once(f'attention: {best} ({platform})')
+    return best
 
 
-@jax.checkpoint
-def _attend_block(
-    q: Float[Array, 'B K G T H'],
-    k: Float[Array, 'B K S H'],
-    v: Float[Array, 'B K S H'],
-    mask: Bool[Array, '_ T S'],
-) -> Float[Array, 'B K G T H']:
-    scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    # Every query sees itself, so the maximum is finite. The normaliser divides the output, which is smaller.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    attended = jnp.einsum('bkgts,bksh->bkgth', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (attended / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+def platform_of(partitioner: Partitioner | None) -> str:
+    """Of the mesh, which may be one that is only compiled for."""
+    return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    kernel: str,
+    shard: ContextShard | None,
+    platform: str,
+) -> Array:
+    """One kernel on what one device holds; the keys are those of whole rows."""
+    starts = None if shard is None else shard.chunk_starts(k.shape[1])
+    # These two name their residuals themselves, so that with the output saved nothing of them is computed twice.
+    if kernel == 'splash':
+        return splash_attention(
+            q, k, v, q_segment_ids, kv_segment_ids, shard, interpret=platform != 'tpu'
+        )  # fmt: skip
+    if kernel == 'chunked':
+        block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
+        return chunked_attention(q, k, v, q_segment_ids, kv_segment_ids, starts, block)
+    if kernel == 'reference':
+        mask = causal_mask(q.shape[1], k.shape[1])
+        if starts is not None:
+            q_slots = (starts[:, None] + jnp.arange(q.shape[1] // 2)[None, :]).reshape(-1)
+            mask = (q_slots[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
+        if q_segment_ids is not None and kv_segment_ids is not None:
+            mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
+        out = reference_attention(q, k, v, mask)
+    else:
+        out = attention_cudnn.cudnn_attention(q, k, v, q_segment_ids)
+    return checkpoint_name(out, 'attention_output')
+
+
+def _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner) -> Array:
+    """`_attend` on every device, with its rows and heads; keys and values of split rows are gathered first."""
+    shard = context_shard(partitioner)
+    q_spec = partitioner.spec(('batch', 'length', 'heads', 'head_dim'), q.shape, 'queries')
+    kv_spec = partitioner.spec(('batch', 'length', 'kv_heads', 'head_dim'), k.shape, 'keys')
+    ids_spec = partitioner.spec(('batch', 'length'), q.shape[:2], 'segment ids')
+    head_axes = () if q_spec[2] is None else (q_spec[2] if isinstance(q_spec[2], tuple) else (q_spec[2],))
+    head_parts = math.prod(partitioner.mesh.shape[axis] for axis in head_axes)
+    repeated = kv_spec[2] != q_spec[2]
+    if repeated:
+        kv_spec = PartitionSpec(*kv_spec[:2], None, kv_spec[3])
+
+    def attend(q, k, v, q_segment_ids, kv_segment_ids):
+        if repeated:
+            k, v = (_own_kv_heads(x, q.shape[2] * head_parts, head_axes, head_parts) for x in (k, v))
+        if shard is not None:
+            k, v = shard.gather(k), shard.gather(v)
+            kv_segment_ids = None if kv_segment_ids is None else shard.gather(kv_segment_ids)
+        return _attend(q, k, v, q_segment_ids, kv_segment_ids, kernel, shard, platform_of(partitioner))
+
+    return jax.shard_map(
+        attend,
+        mesh=partitioner.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, ids_spec, ids_spec),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q, k, v, q_segment_ids, kv_segment_ids)
+
+
+def _own_kv_heads(x: Array, num_heads: int, axes: tuple[str, ...], parts: int) -> Array:
+    """Of key/value heads that every device has, those that its own query heads read."""
+    group, local = num_heads // x.shape[2], num_heads // parts
+    first = jax.lax.axis_index(axes) * local
+    if local % group == 0 or group % local == 0:
+        return jax.lax.dynamic_slice_in_dim(x, first // group, max(1, local // group), axis=2)
+    return jnp.take(x, (first + jnp.arange(local)) // group, axis=2)  # one for each query head

@@ -53,14 +53,17 @@ def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss):
 
 
 def _chunks(hidden, targets, mask, num_chunks):
-    """[B, T, ...] -> [num_chunks, B, T / num_chunks, ...] of each argument: whole rows of devices stay in place."""
+    """[B, T, ...] -> [num_chunks, B, T / num_chunks, ...] of each argument.
+
+    Token t goes to chunk t % num_chunks: where rows are split over devices, each has its part of every chunk.
+    """
     if hidden.shape[1] % num_chunks:
         raise InputError(
             f'sequence length {hidden.shape[1]} is not a multiple of the {num_chunks} loss chunks'
         )
 
     def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
     return split(hidden), split(targets), split(mask)
 
@@ -90,7 +93,7 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss):
     (total, head_gradient), x_gradients = jax.lax.scan(
         chunk_gradients, start, _chunks(hidden, targets, mask, num_chunks)
     )
-    return total, (jnp.moveaxis(x_gradients, 0, 1).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
+    return total, (jnp.moveaxis(x_gradients, 0, 2).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
 
 
 def _backward(num_chunks, z_loss, residuals, cotangent):

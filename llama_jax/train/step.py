@@ -1,7 +1,8 @@
 """One update, the same for every objective: what differs is the loss function and what is frozen."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,13 @@ def compile_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     num_microbatches: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]]:
     """`train_step` as one jitted function: the state keeps its shardings and gives its buffers to the next."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, num_microbatches=num_microbatches)
-    return jax.jit(step, out_shardings=(shardings_of(abstract_state), None), donate_argnums=0)
+    return jax.jit(
+        step,
+        out_shardings=(shardings_of(abstract_state), None),
+        donate_argnums=0,
+        compiler_options=dict(compiler_options or {}) or None,
+    )

@@ -1,12 +1,17 @@
 """Attention against a loop over heads in float64: values, gradients, order of time, packed documents."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ops.attention import attention
+from llama_jax.ops import attention_cudnn
+from llama_jax.ops.attention import attention, choose
+from llama_jax.ops.attention_cudnn import cudnn_attention
 from llama_jax.types import InputError
+from tests import toy
 
 BATCH, LENGTH, HEAD_DIM = 2, 24, 16
 SEGMENT_IDS = np.stack([np.repeat([1, 2, 3, 0], [5, 1, 12, 6]), np.repeat([1, 2], [20, 4])]).astype(np.int32)
@@ -20,18 +25,18 @@ def random_qkv(num_heads: int, num_kv_heads: int, num_queries: int = LENGTH) -> 
 
 def reference(q, k, v, mask, cotangent):
     """Attention and its gradients in float64, from the formulas: (out, dq, dk, dv)."""
-    q, k, v, cotangent = (a.astype(np.float64) for a in (q, k, v, cotangent))
+    q, k, v, cotangent = (np.asarray(a, np.float64) for a in (q, k, v, cotangent))
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b in range(q.shape[0]):
         for n in range(q.shape[2]):
             kv = n // (q.shape[2] // k.shape[2])
-            scores = np.where(mask[b], q[b, :, n] @ k[b, :, kv].T / np.sqrt(HEAD_DIM), -np.inf)
+            scores = np.where(mask[b], q[b, :, n] @ k[b, :, kv].T / np.sqrt(q.shape[-1]), -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out[b, :, n] = weights @ v[b, :, kv]
             d_weights = cotangent[b, :, n] @ v[b, :, kv].T
             d_scores = (
-                weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / np.sqrt(HEAD_DIM)
+                weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
             )
             dq[b, :, n] = d_scores @ k[b, :, kv]
             dk[b, :, kv] += d_scores.T @ q[b, :, n]
@@ -39,23 +44,124 @@ def reference(q, k, v, mask, cotangent):
     return out, dq, dk, dv
 
 
-@pytest.mark.parametrize('implementation', ['auto', 'reference'])
-@pytest.mark.parametrize('packed', [False, True], ids=['one document', 'packed'])
-@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(4, 4), (8, 2), (3, 1)])
-def test_values_and_gradients(num_heads, num_kv_heads, packed, implementation):
-    q, k, v = random_qkv(num_heads, num_kv_heads)
-    cotangent = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
-    segments = dict.fromkeys(['q_segment_ids', 'kv_segment_ids'], jnp.asarray(SEGMENT_IDS)) if packed else {}
+# Every pair of: heads to a key/value head, head_dim, packed or not, dtype.
+CASES = [
+    (8, 8, 64, True, 'float32'), (8, 8, 128, False, 'bfloat16'), (8, 2, 64, False, 'bfloat16'),
+    (8, 2, 128, True, 'float32'), (8, 1, 64, True, 'bfloat16'), (8, 1, 128, False, 'float32'),
+]  # fmt: skip
+# No multiple of any kernel's block; documents end inside blocks.
+LONG, LONG_IDS = 198, np.stack([np.repeat([1, 2, 3, 0], [70, 1, 99, 28]), np.repeat([1, 2], [130, 68])])
 
-    out, vjp = jax.vjp(lambda *qkv: attention(*qkv, **segments, implementation=implementation), q, k, v)
 
-    mask = np.tril(np.ones((BATCH, LENGTH, LENGTH), bool))
+def run(implementation):
+    """A function of q, k, v and segment ids (or None)."""
+    if implementation == 'cudnn formula':  # what is handed to cuDNN, computed by XLA
+        return lambda q, k, v, ids: cudnn_attention(q, k, v, ids, implementation='xla')
+    return lambda q, k, v, ids: attention(
+        q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation=implementation
+    )
+
+
+def kernels(*others):
+    """All of them; cuDNN itself where there is a GPU."""
+    cudnn = pytest.param('cudnn', marks=pytest.mark.accelerator)
+    return pytest.mark.parametrize(
+        'implementation', ['reference', 'chunked', 'splash', 'cudnn formula', cudnn, *others]
+    )
+
+
+@kernels()
+@pytest.mark.parametrize(('num_heads', 'num_kv_heads', 'head_dim', 'packed', 'dtype'), CASES)
+def test_values_and_gradients(num_heads, num_kv_heads, head_dim, packed, dtype, implementation):
+    if implementation == 'cudnn' and dtype == 'float32':
+        pytest.skip('cuDNN attends in 16 bits')
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, LONG, n, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    ids = jnp.asarray(LONG_IDS, jnp.int32) if packed else None
+
+    def both(q, k, v, cotangent):
+        out, vjp = jax.vjp(lambda *qkv: run(implementation)(*qkv, ids), q, k, v)
+        return out, *vjp(cotangent)
+
+    found = toy.compile_fast(both, q, k, v, cotangent)(q, k, v, cotangent)
+
+    mask = np.tril(np.ones((BATCH, LONG, LONG), bool))
     if packed:
-        mask &= SEGMENT_IDS[:, :, None] == SEGMENT_IDS[:, None, :]
-    for actual, expected in zip(
-        (out, *vjp(jnp.asarray(cotangent))), reference(q, k, v, mask, cotangent), strict=True
+        mask &= LONG_IDS[:, :, None] == LONG_IDS[:, None, :]
+    # fp32: sums of some hundred roundings of 6e-8. bf16: weights, their gradient and the result keep 8 bits (2^-9).
+    tolerance = 5e-6 if dtype == 'float32' else 1e-2
+    for actual, expected in zip(found, reference(q, k, v, mask, cotangent), strict=True):
+        assert actual.dtype == dtype
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            np.asarray(actual, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
+        )
+
+
+@kernels()
+def test_a_packed_document_does_not_leak(implementation):
+    """Document 2 neither sees document 1 nor teaches it anything; a kernel that ignores the ids is found out."""
+    rng = np.random.default_rng(0)
+    dtype = 'bfloat16' if implementation == 'cudnn' else 'float32'
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(1, LONG, 2, 64)), dtype) for _ in range(4))
+    ids = np.repeat([1, 2], [70, LONG - 70])[None].astype(np.int32)
+    first = jnp.asarray(ids == 1)[:, :, None, None]
+
+    def leak(kernel) -> tuple[float, float]:
+        """By how much the output of document 2 follows the keys and values of document 1, and the gradients back."""
+
+        def both(k, v):
+            out, vjp = jax.vjp(lambda k, v: kernel(q, k, v, jnp.asarray(ids)), k, v)
+            return out, *vjp(jnp.where(first, 0, cotangent))
+
+        both = toy.compile_fast(both, k, v)
+        out, by_k, by_v = both(k, v)
+        changed, *_ = both(jnp.where(first, 5 * v, k), jnp.where(first, -3 * k, v))
+        forward = jnp.where(first, 0, jnp.abs(changed - out)).max()
+        return float(forward), float(jnp.where(first, jnp.abs(by_k) + jnp.abs(by_v), 0).max())
+
+    assert leak(run(implementation)) == (0, 0)
+    ignores_the_ids = leak(lambda q, k, v, ids: run(implementation)(q, k, v, None))
+    assert min(ignores_the_ids) > 0.1
+
+
+def test_auto_takes_what_the_platform_and_shapes_allow(caplog):
+    q = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
+    with caplog.at_level(logging.INFO, 'llama_jax'):
+        for _ in range(2):
+            assert choose(q, q, packed=True) in ('chunked', 'splash', 'cudnn')
+    assert len(caplog.messages) <= 1  # once for a reason, over the whole process
+    unsupported = attention_cudnn.unsupported
+    assert unsupported(q, q, True, 2) is None
+    assert 'float32' in unsupported(jax.ShapeDtypeStruct(q.shape, jnp.float32), q, False, 2)
+    assert 'head_dim 20' in unsupported(jax.ShapeDtypeStruct((2, 256, 8, 20), q.dtype), q, False, 2)
+    long = jax.ShapeDtypeStruct((2, 65_536, 8, 64), q.dtype)
+    assert unsupported(long, long, False, 2) is None
+    assert 'mask of 16.0 GiB' in unsupported(long, long, True, 2)
+
+
+def test_a_kernel_of_another_platform_is_refused_in_one_line():
+    if jax.default_backend() != 'cpu':
+        pytest.skip('needs a platform without cuDNN')
+    with pytest.raises(
+        InputError, match="'cudnn' cannot be used: it needs an NVIDIA GPU, and this is a cpu; choose"
     ):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)  # fp32 sums of up to 100 products
+        attention(*(jnp.asarray(a) for a in random_qkv(2, 2)), implementation='cudnn')
+
+
+def test_memory_is_linear_in_the_length():
+    def temporary_bytes(length: int) -> int:
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def total(q, k, v, ids):
+            return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation='chunked').sum()
+
+        compiled = toy.compile_fast(jax.grad(total, argnums=(0, 1, 2)), shape, shape, shape, ids)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(32_768) < 2.2 * temporary_bytes(16_384)
 
 
 @pytest.mark.parametrize('num_queries', [1, 4])

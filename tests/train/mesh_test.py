@@ -16,7 +16,13 @@ from llama_jax.train.state import abstract_state, shardings_of, state_from_param
 from llama_jax.train.step import compile_train_step
 from tests import toy
 
-MESHES = [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 4}]
+MESHES = [
+    {'dcn_data': 2, 'data': 4},
+    {'fsdp': 8},
+    {'data': 2, 'fsdp': 2, 'tensor': 2},
+    {'fsdp': 2, 'tensor': 4},
+    {'fsdp': 2, 'context': 2, 'tensor': 2},
+]
 ROWS, LENGTH = 16, 16
 KNOBS = {'remat': 'full', 'num_chunks': 2, 'num_microbatches': 2}
 

@@ -1,0 +1,232 @@
+"""Whether a run fits on a TPU topology, what it communicates and how fast it can be: from a machine without a TPU.
+
+    python -m experiments.preflight --config=configs/pretrain.py:llama2_70b --topology=v5p:4x4x8 [--json=FILE]
+
+Compiles the very step that `experiments.pretrain` would run with the same --config keys. Where it does not fit, tries
+changes that leave what is learnt as it is, and names those that help.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import resource
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import launch
+from llama_jax import runtime
+from llama_jax.models.config import LlamaConfig
+from llama_jax.partitioning import Partitioner
+from llama_jax.preflight import compile as ahead
+from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
+from llama_jax.preflight.chips import GIB, Topology
+from llama_jax.preflight.decode import decode_arguments, decode_step
+from llama_jax.preflight.report import Work, describe, device_bytes, stacked_weight_shapes, step_report
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import abstract_state
+from llama_jax.train.throughput import training_flops_per_token
+from llama_jax.types import LMBatch
+
+_CONFIG = launch.define_config()
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, '[SLICESx]CHIP:AxB[xC], as v5e:4x4 or 2xv5p:4x4x8', required=True
+)
+_JSON = flags.DEFINE_string('json', '', 'file for the report')
+_DECODE_BATCH = flags.DEFINE_integer(
+    'decode_batch', 0, 'rows of a decode step to compile too; 0: none', lower_bound=0
+)
+_MAX_TRIES = flags.DEFINE_integer(
+    'max_tries', 6, 'compilations in search of what fits; 0: none', lower_bound=0
+)
+
+logger = logging.getLogger('llama_jax.preflight')
+
+
+def main() -> None:
+    """Compiles, reports, and looks for what fits where it does not."""
+    ahead.require_libtpu()
+    topology = Topology.parse(_TOPOLOGY.value)
+    devices = ahead.topology_devices(topology)
+    config = _CONFIG.value
+    llama = launch.fit_vocabulary(config, launch.find_preset(config.model.preset), 0)
+    logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
+    compiled, work, partitioner = compile_training(config, llama, devices)
+    report = {
+        'model': config.model.preset,
+        'topology': str(topology),
+        'chips': topology.num_chips,
+        'devices': len(devices),
+        'chip': dataclasses.asdict(topology.chip),
+        'mesh': dict(partitioner.mesh.shape),
+        'settings': settings(config),
+        'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')},
+        'train': step_report(compiled, work, topology, ahead.places(partitioner.mesh)),
+    }
+    title = f'{config.model.preset} on {topology}'
+    print(
+        describe(f'{title}, train step of {settings_line(report["settings"])}', report['train']), flush=True
+    )
+    if compiled.memory is None and _MAX_TRIES.value:
+        report['search'] = search(config, llama, devices, compiled, work, partitioner)
+    if _DECODE_BATCH.value:
+        decode = compile_decode(config, llama, partitioner)
+        report['decode'] = step_report(*decode, topology, ahead.places(partitioner.mesh))
+        print(describe(f'{title}, decode step of {_DECODE_BATCH.value} rows', report['decode']))
+    report['process_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if _JSON.value:
+        runtime.write_atomically(epath.Path(_JSON.value), json.dumps(report, indent=2) + '\n')
+
+
+def compile_training(
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any]
+) -> tuple[ahead.Compiled, Work, Partitioner]:
+    """The train step of `experiments.pretrain`, compiled for these devices, and what it is to do."""
+    partitioner = launch.make_partitioner(config, devices)
+    launch.check_sizes(config, llama.max_seq_len, partitioner)
+    model = launch.make_model(config, llama, partitioner)
+    optimizer = launch.make_optimizer_config(config)
+    tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
+    target = abstract_state(model, tx, partitioner)
+    _, step_fn = launch.make_train_step(config, model, target, tx)
+    shape = config.train.batch_size, config.data.seq_len
+    sharding = partitioner.batch_sharding(*shape)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    batch = LMBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    parameters = device_bytes(target.params)
+    tokens = shape[0] * shape[1]
+    causal, full = training_flops_per_token(llama, shape[1])
+    work = Work(
+        tokens=tokens,
+        flops=(causal * tokens, full * tokens),
+        parameters=parameters,
+        optimizer=device_bytes(target.opt_state),
+        gradients=parameters,
+        num_layers=llama.num_layers,
+        weight_shapes=stacked_weight_shapes(model),
+    )
+    return ahead.compile_ahead(step_fn, target, {}, batch, rng), work, partitioner
+
+
+def compile_decode(
+    config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner
+) -> tuple[ahead.Compiled, Work]:
+    """One token more for --decode_batch rows, with a cache of data.seq_len tokens, on the same mesh."""
+    model = launch.make_model(config, llama, partitioner)
+    params, cache, tokens = decode_arguments(model, _DECODE_BATCH.value, config.data.seq_len)
+    compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens)
+    # A forward pass is a third of training's FLOPs; on average half of the cache is full.
+    causal, full = (
+        flops / 3 * _DECODE_BATCH.value for flops in training_flops_per_token(llama, config.data.seq_len)
+    )
+    return compiled, Work(_DECODE_BATCH.value, (causal, full), device_bytes(params))
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """What memory and speed depend on, by config key."""
+    keys = (
+        'train.batch_size', 'data.seq_len', 'train.num_microbatches', 'train.loss_chunks', 'model.remat',
+        'model.attention', 'model.dtype', 'model.unroll', 'optimizer.name', 'mesh.axis_rules',
+    )  # fmt: skip
+    flat = launch.flatten(config)
+    return {key: flat[key] for key in keys}
+
+
+def settings_line(values: dict[str, Any]) -> str:
+    """The settings in a few words."""
+    return (
+        f'{values["train.batch_size"]} x {values["data.seq_len"]} tokens in {values["train.num_microbatches"]} '
+        f'microbatches, remat {values["model.remat"]}'
+    )
+
+
+def search(
+    config: ConfigDict,
+    llama: LlamaConfig,
+    devices: list[Any],
+    compiled: ahead.Compiled,
+    work: Work,
+    partitioner: Partitioner,
+) -> dict[str, Any]:
+    """Compiles with other settings until one fits; says which flags that are."""
+    start = Knobs(
+        config.model.remat, config.train.num_microbatches, config.train.loss_chunks, partitioner.mesh.shape['data'],
+        partitioner.mesh.shape['fsdp'],
+    )  # fmt: skip
+    logits = config.data.seq_len * llama.vocab_size * 4
+    bounds = Bounds(
+        config.train.batch_size, partitioner.axis_size('batch'), config.data.seq_len,
+        logits // (partitioner.axis_size('vocab') * partitioner.axis_size('length')),
+    )  # fmt: skip
+
+    def attempt(knobs: Knobs) -> Attempt:
+        logger.info('trying %s', ' '.join(changes(start, knobs)))
+        tried = config.copy_and_resolve_references()
+        tried.model.remat, tried.train.num_microbatches = knobs.remat, knobs.num_microbatches
+        tried.train.loss_chunks, tried.mesh.data, tried.mesh.fsdp = knobs.loss_chunks, knobs.data, knobs.fsdp
+        found = outcome(knobs, *compile_training(tried, llama, devices)[:2], batch_bytes(config, bounds))
+        room = found.state + found.temporaries
+        logger.info(
+            '  %s: %.2f of %.2f GiB',
+            'fits' if found.fits else 'does not fit',
+            room / GIB,
+            found.available / GIB,
+        )
+        return found
+
+    failed = outcome(start, compiled, work, batch_bytes(config, bounds))
+    tried, fitting = find_fit(failed, bounds, attempt, _MAX_TRIES.value)
+    flags_that_fit = changes(start, fitting.knobs) if fitting else []
+    if fitting:
+        room = fitting.state + fitting.temporaries
+        print(f'  it fits in {room / GIB:.2f} GiB with {" ".join(flags_that_fit)}')
+    elif failed.state + failed.gradients > failed.available:
+        print(
+            f'  state and gradients alone take {(failed.state + failed.gradients) / GIB:.2f} GiB of '
+            f'{failed.available / GIB:.2f}: more chips, or weights split further (--config.mesh.*), are needed'
+        )
+    else:
+        print(f'  nothing fitted in {len(tried)} tries; more chips, fewer rows or shorter ones are needed')
+    return {
+        'tried': [dataclasses.asdict(one) for one in tried],
+        'fits_with': flags_that_fit,
+        'total': fitting.state + fitting.temporaries if fitting else 0,
+    }
+
+
+def batch_bytes(config: ConfigDict, bounds: Bounds) -> int:
+    """Bytes of one device's part of a batch: four arrays of int32 and one of bool."""
+    return config.train.batch_size * config.data.seq_len * 17 // bounds.batch_parts
+
+
+def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int) -> Attempt:
+    """A compilation as the search sees it."""
+    memory = compiled.memory
+    temporaries = memory.temporaries + memory.outputs if memory else compiled.needed
+    available = compiled.available or Topology.parse(_TOPOLOGY.value).chip.hbm_bytes
+    state = memory.arguments if memory else work.parameters + work.optimizer + batch
+    return Attempt(knobs, memory is not None, state, work.gradients, temporaries, available)
+
+
+def changes(start: Knobs, knobs: Knobs) -> list[str]:
+    """The flags that lead from one to the other."""
+    keys = {
+        'remat': 'model.remat', 'num_microbatches': 'train.num_microbatches', 'loss_chunks': 'train.loss_chunks',
+        'data': 'mesh.data', 'fsdp': 'mesh.fsdp',
+    }  # fmt: skip
+    return [
+        f'--config.{key}={getattr(knobs, name)}'
+        for name, key in keys.items()
+        if getattr(knobs, name) != getattr(start, name)
+    ]
+
+
+if __name__ == '__main__':
+    ahead.isolate_process()
+    launch.run(main)

@@ -1,0 +1,120 @@
+"""Writes docs/preflight.md: preflight of well-known runs, each beside the speed that others have published for it.
+
+    python -m experiments.preflight_table [--only=TEXT]
+
+Each row is one `experiments.preflight` in a process of its own, minutes on two cores. --only renews the rows whose
+model or topology has TEXT in it and keeps the others.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+_ONLY = flags.DEFINE_string('only', '', 'renew only the rows with this in their model or topology')
+
+GIB = 2**30
+PAGE = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'preflight.md'
+_BEGIN, _END = '<!-- table: python -m experiments.preflight_table -->', '<!-- end of table -->'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A run to compile.
+
+    Attributes:
+      model: preset.
+      topology: chips.
+      settings: config keys that differ from the recipe's.
+      published: MFU with causal attention that others measured, in per cent, and who; None where nobody did.
+    """
+
+    model: str
+    topology: str
+    settings: dict[str, object]
+    published: tuple[float, str] | None = None
+
+
+_8K = {'data.seq_len': 8192, 'train.loss_chunks': 16}
+_LONG = {'data.seq_len': 131_072, 'train.loss_chunks': 64}
+
+ROWS = (
+    Row('llama2_7b', 'v5e:4x4', {'train.batch_size': 32}),
+    Row(
+        'llama2_70b',
+        'v5p:4x4x8',
+        {'train.batch_size': 256, 'train.loss_chunks': 8},
+        (64.6, 'MaxText, 512 chips'),
+    ),
+    Row('llama2_70b', 'v6e:16x16', {'train.batch_size': 512, 'train.loss_chunks': 4}, (42.2, 'MaxText')),
+    Row('llama3_8b', 'v6e:2x4', {'train.batch_size': 16, **_8K}, (40.0, 'tpu-recipes, 3.1 8B')),
+    Row('llama3_8b', 'v5p:2x2x2', {'train.batch_size': 32, **_8K}),
+    Row('llama3_1_70b', 'v6e:16x16', {'train.batch_size': 512, **_8K}, (47.0, 'tpu-recipes')),
+    Row('llama3_1_405b', 'v5p:8x8x8', {'train.batch_size': 512, **_8K}, (68.5, 'tpu-recipes')),
+    Row(
+        'llama3_1_405b',
+        '2xv6e:16x16',
+        {'train.batch_size': 512, 'mesh.dcn_data': 2, 'mesh.axis_rules': 'embed=dcn_data+fsdp', **_8K},
+        (41.1, 'tpu-recipes'),
+    ),  # fmt: skip
+    Row('llama3_1_70b', 'tpu7x:4x4x4', {'train.batch_size': 256, **_8K}, (52.0, 'tpu-recipes')),
+    Row('llama3_1_8b', 'v5p:4x4x4', {'train.batch_size': 8, 'mesh.context': 8, **_LONG}),
+)
+
+_HEADER = (
+    '| model | topology | tokens a step | HBM a device, GiB | bound by | step at least | tokens/s a device at most '
+    '| MFU at most, causal | published | involuntary remat. | trace + compile |\n' + '|---' * 11 + '|'
+)
+
+
+def key(row: Row) -> str:
+    """The beginning of a row's line."""
+    return f'| {row.model} | {row.topology} |'
+
+
+def line(row: Row) -> str:
+    """Runs preflight and returns the row's line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / 'report.json'
+        command = [sys.executable, '-m', 'experiments.preflight', f'--config=configs/pretrain.py:{row.model}',
+                   f'--topology={row.topology}', f'--json={file}', '--max_tries=0']  # fmt: skip
+        command += [f'--config.{name}={value}' for name, value in row.settings.items()]
+        print(' '.join(command[1:]), flush=True)
+        subprocess.run(command, check=True)
+        report = json.loads(file.read_text())
+    train, values = report['train'], report['settings']
+    size = f'{values["train.batch_size"]} x {values["data.seq_len"]:,}'
+    remat = len(train['involuntary_rematerializations']) or 'none'
+    if not train['fits']:
+        return f'{key(row)} {size} | does not fit | | | | | | {remat} | |'
+    hbm, roof = train['hbm'], train['roofline']
+    published = '' if row.published is None else f'{row.published[0]:.1f} % ({row.published[1]})'
+    return (
+        f'{key(row)} {size} | {hbm["total"] / GIB:.1f} of {hbm["available"] / GIB:.0f} | {roof["bound"]} '
+        f'| {roof["seconds"]:.2f} s | {roof["tokens_per_second_per_device"]:,.0f} | {roof["mfu_causal"]:.1%} '
+        f'| {published} | {remat} | {train["trace_seconds"] + train["compile_seconds"]:.0f} s |'
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Renews the table, a row at a time, so that what is done is kept."""
+    del argv
+    for row in ROWS:
+        if _ONLY.value not in f'{row.model} {row.topology}':
+            continue
+        new = line(row)
+        before, rest = PAGE.read_text().split(_BEGIN)
+        table, after = rest.split(_END)
+        lines = {text for text in table.splitlines() if text.startswith('| llama')}
+        lines = {text for text in lines if not text.startswith(key(row))} | {new}
+        order = [key(one) for one in ROWS]
+        known = [text for start in order for text in lines if text.startswith(start)]
+        PAGE.write_text('\n'.join([before + _BEGIN, _HEADER, *known, _END]) + after)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,216 @@
+"""Answers the requests of `eval.task` with one model, tokenised as lm-evaluation-harness does."""
+
+import functools
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
+from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.scoring import Pair, score
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.types import InputError, Params
+
+
+class Engine:
+    """A model that is asked; every process of a job asks the same and gets all answers."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 8192,
+        seed: int = 0,
+        decode_alone: bool = False,
+    ):
+        """Nothing is computed yet.
+
+        Args:
+          model: its partitioner, where it has one, places the batches.
+          params: its weights.
+          tokenizer: that they were trained with.
+          batch_tokens: of a batch, padding included; what fits into memory.
+          seed: of sampled completions.
+          decode_alone: completions are decoded without their prompt, as lm-evaluation-harness does; sentencepiece then
+            drops a space in front.
+        """
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.batch_tokens, self.seed, self.decode_alone = batch_tokens, seed, decode_alone
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart: of architecture, dtype, tokenizer and weights, wherever they are placed."""
+        sums = [int(total) for total in jax.device_get(_sums(self.params))]
+        known = [self.model.config.to_dict(), jnp.dtype(self.model.dtype).name, self.tokenizer.sha256, sums]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
+        """Every distinct request with its result, in the order in which they are found (long ones first).
+
+        Raises:
+          InputError: a continuation has no token of its own.
+        """
+        distinct = list(dict.fromkeys(requests))
+        yield from self._likelihoods([r for r in distinct if not isinstance(r, Completion)])
+        yield from self._completions([r for r in distinct if isinstance(r, Completion)])
+
+    def _likelihoods(
+        self, requests: Sequence[Continuation | Rolling]
+    ) -> Iterator[tuple[Request, Likelihood]]:
+        parts = self._tokenise(requests)
+        pairs = [pair for pieces, _ in parts for pair in pieces]
+        owner = [index for index, (pieces, _) in enumerate(parts) for _ in pieces]
+        found = defaultdict(list)
+        for index, (pieces, _) in enumerate(parts):
+            if not pieces:  # an empty text
+                yield requests[index], Likelihood(0.0, is_greedy=True)
+        for place, scored in score(self.model, self.params, pairs, batch_tokens=self.batch_tokens):
+            index = owner[place]
+            pieces, truncated = parts[index]
+            found[index].append(scored)
+            if len(found[index]) == len(pieces):
+                scores = found.pop(index)
+                yield (
+                    requests[index],
+                    Likelihood(
+                        sum(s.log_probability for s in scores),
+                        all(s.is_greedy for s in scores),
+                        sum(len(continuation) for _, continuation in pieces),
+                        truncated,
+                    ),
+                )
+
+    def _tokenise(self, requests: Sequence[Continuation | Rolling]) -> list[tuple[list[Pair], bool]]:
+        """What each request has scored, and whether it lost its left end."""
+        contexts, texts = [], []
+        for request in requests:
+            if isinstance(request, Rolling):
+                contexts.append('')
+                texts.append(request.text)
+            else:
+                # White space belongs to the word behind it.
+                contexts.append(request.context.rstrip())
+                texts.append(request.context + request.continuation)
+        names = list(dict.fromkeys([*contexts, *texts]))
+        encoded = {
+            text: tuple(ids.tolist())
+            for text, ids in zip(names, self.tokenizer.encode_batch(names), strict=True)
+        }
+        bos, length = (self.tokenizer.bos_id,), self.model.config.max_seq_len
+        parts = []
+        for request, context_text, text in zip(requests, contexts, texts, strict=True):
+            context, whole = encoded[context_text], encoded[text]
+            if isinstance(request, Rolling):
+                parts.append((rolling_windows(whole, bos[0], length), False))
+            elif not (continuation := whole[len(context) :]):
+                raise InputError(
+                    f'the continuation {request.continuation[:40]!r} of {request.context[-40:]!r} encodes to no '
+                    'token of its own, so it has no probability; a choice needs text'
+                )
+            else:
+                parts.append(left_truncated(bos + context, continuation, length))
+        return parts
+
+    def _completions(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
+        alike = defaultdict(list)  # what one call generates with
+        for request in requests:
+            alike[request.stop, request.max_new_tokens, request.temperature, request.top_p].append(request)
+        for group in alike.values():
+            yield from self._complete(group)
+
+    def _complete(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
+        """Requests that differ in prompt and number of samples only."""
+        length, wanted = self.model.config.max_seq_len, requests[0].max_new_tokens
+        kept = length - wanted if length > wanted else length // 2  # tokens of a prompt
+        prompts = [self.tokenizer.encode(request.prompt, bos=True) for request in requests]
+        # Greedy samples are all alike.
+        counts = [request.num_samples if request.temperature else 1 for request in requests]
+        rows = [
+            (i, s)
+            for i in sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
+            for s in range(counts[i])
+        ]
+        found = defaultdict(list)
+        start = 0
+        while start < len(rows):
+            width = min(len(prompts[rows[start][0]]), kept) + wanted
+            size = 1 << max(self.batch_tokens // width, 1).bit_length() - 1
+            batch = rows[start : start + size]
+            start += size
+            texts = self._generate(
+                [prompts[i][-kept:] for i, _ in batch],
+                [_seed(self.seed, requests[i].prompt, s) for i, s in batch],
+                requests[0],
+            )
+            for (index, _), text in zip(batch, texts, strict=True):
+                found[index].append(text)
+                if len(found[index]) == counts[index]:
+                    texts = found.pop(index) * (requests[index].num_samples // counts[index])
+                    yield requests[index], Completions(tuple(texts), len(prompts[index]) > kept)
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int], request: Completion) -> list[str]:
+        # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
+        before = [[] if self.decode_alone else prompt for prompt in prompts]
+        offsets = [len(self.tokenizer.decode(prompt)) for prompt in before]
+
+        def text_of(index: int, tokens: list[int]) -> str:
+            return self.tokenizer.decode(before[index] + tokens)[offsets[index] :]
+
+        def is_complete(index: int, tokens: list[int]) -> bool:
+            text = text_of(index, tokens)
+            return any(stop in text for stop in request.stop)
+
+        rows = generate_tokens(
+            self.model, self.params, prompts, max_new_tokens=request.max_new_tokens,
+            sampler=Sampler(request.temperature, top_p=request.top_p), stop_ids=self.tokenizer.stop_ids, seed=seeds,
+            is_complete=is_complete if request.stop else None,
+        )  # fmt: skip
+        return [before_stop(text_of(index, row), request.stop) for index, row in enumerate(rows)]
+
+
+def left_truncated(
+    context: tuple[int, ...], continuation: tuple[int, ...], length: int
+) -> tuple[list[Pair], bool]:
+    """The pair as far as the model can read it: all but its last token fit into `length`; and whether it was cut."""
+    path = (context + continuation)[-(length + 1) :]
+    predicted = min(len(continuation), length)
+    return [(path[:-predicted], path[-predicted:])], len(path) < len(context) + len(continuation)
+
+
+def rolling_windows(tokens: tuple[int, ...], bos_id: int, length: int) -> list[Pair]:
+    """Windows in which every token is predicted once, the last with as much context as fits (lm-evaluation-harness)."""
+    windows: list[Pair] = [((bos_id,), tokens[:length])] if tokens else []
+    for start in range(length, len(tokens), length):
+        end = min(start + length, len(tokens))
+        windows.append((tokens[end - length - 1 : start], tokens[start:end]))
+    return windows
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def _seed(seed: int, prompt: str, sample: int) -> int:
+    """Of one draw: the same whatever else is generated, before or beside it."""
+    digest = hashlib.sha256(json.dumps([seed, prompt, sample]).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+@jax.jit
+def _sums(params: Params) -> list[jax.Array]:
+    """Of the bits of each weight, modulo 2^32: exact in any order, so placement does not matter."""
+
+    def total(x):
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return [total(leaf) for leaf in jax.tree.leaves(params)]

@@ -1,0 +1,214 @@
+"""Runs tasks: documents become requests, an engine answers them, the task scores them, and a log lets it go on.
+
+exam = prepare(find_task('piqa'), data_dir, limit=100)
+metrics = evaluate(exam, Engine(model, params, tokenizer))
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import tqdm
+
+from llama_jax.eval.sample_log import SampleLog
+from llama_jax.eval.task import Completion, Document, Judges, Request, Result, Scores, Task
+from llama_jax.runtime import from_main_process, is_main_process
+from llama_jax.types import InputError
+
+# Programs that are executed, and texts that are rated, beside the devices' work.
+_SCORING_THREADS = 4
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Who answers requests: `eval.engine.Engine`."""
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
+        """Every distinct request with its result, in any order."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What replaces a task's own sampling of completions; None keeps it."""
+
+    num_samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """A task with the documents it is evaluated on and what is asked about each."""
+
+    task: Task
+    num_fewshot: int
+    documents: list[Document]
+    requests: list[list[Request]]
+
+
+def prepare(
+    task: Task,
+    data_dir: str,
+    *,
+    limit: int = 0,
+    num_fewshot: int | None = None,
+    sampling: Sampling | None = None,
+) -> Exam:
+    """Reads documents and writes prompts, before any model is needed.
+
+    Args:
+      task: what to evaluate.
+      data_dir: see `eval.documents`.
+      limit: the first so many documents; 0: all.
+      num_fewshot: examples in a prompt; None: the task's own number, or 0 where it has no examples.
+      sampling: of completions; None: the task's own.
+
+    Raises:
+      InputError: a file is missing or malformed, or the settings are impossible.
+    """
+    if limit < 0:
+        raise InputError(f'limit is {limit}; it must be 0 (all items) or more')
+    sampling = sampling or Sampling()
+    if sampling.num_samples is not None and sampling.num_samples < 1:
+        raise InputError(f'num_samples is {sampling.num_samples}; it must be at least 1')
+    documents = task.documents(data_dir)
+    documents = documents[: limit or len(documents)]
+    changes = {name: value for name, value in vars(sampling).items() if value is not None}
+    requests = [
+        [
+            dataclasses.replace(request, **changes) if isinstance(request, Completion) else request
+            for request in task.requests(document, task.prefix(document, shots))
+        ]
+        for document, shots in zip(documents, task.draw(documents, data_dir, num_fewshot), strict=True)
+    ]
+    shots = task.num_fewshot if num_fewshot is None else num_fewshot
+    return Exam(task, shots, documents, requests)
+
+
+def evaluate(
+    exam: Exam,
+    engine: Answers,
+    *,
+    judges: Judges | None = None,
+    log: SampleLog | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """The task's metrics, 'n' (documents), 'num_fewshot', and 'truncated' where contexts were too long for the model.
+
+    Args:
+      exam: from `prepare`.
+      engine: answers the requests.
+      judges: what the task may need beside the model; None: it needs none.
+      log: on process 0, of the items that are finished already and those that become so.
+      progress: shows a bar with the time left, on process 0.
+
+    Returns:
+      The metrics, on process 0; other processes, which do their part of the model's work, get {}.
+
+    Raises:
+      InputError: a judge is missing, the log's items are other than the exam's, or an item cannot be asked.
+    """
+    judges = judges or Judges()
+    exam.task.check(judges)
+    finished = {} if log is None else _finished(exam, log)
+    done = np.zeros(len(exam.documents), bool)
+    done[list(finished)] = True
+    done = from_main_process(done)
+    todo = [index for index in range(len(exam.documents)) if not done[index]]
+    items = dict(finished)
+    is_main = is_main_process()
+    with (
+        tqdm.tqdm(
+            total=len(exam.documents), initial=len(exam.documents) - len(todo), unit='item',
+            postfix=exam.task.name, disable=not (progress and is_main),
+        ) as bar,
+        ThreadPoolExecutor(_SCORING_THREADS) as pool,
+    ):  # fmt: skip
+        scoring: list[Future[dict[str, Any]]] = []
+
+        def take(wait: bool) -> None:
+            """Items whose scores are there, to the log."""
+            for future in [f for f in scoring if wait or f.done()]:
+                scoring.remove(future)
+                item = future.result()
+                items[item['index']] = item
+                if log is not None:
+                    log.add(item)
+                bar.update()
+
+        for index, results in _results(exam, todo, engine):
+            if is_main:
+                scoring.append(pool.submit(_item, exam, index, results, judges))
+                take(wait=False)
+        take(wait=True)
+    return _metrics(exam, items) if is_main else {}
+
+
+def _results(exam: Exam, todo: Sequence[int], engine: Answers) -> Iterator[tuple[int, list[Result]]]:
+    """Documents in the order in which the last of their requests is answered; equal requests are asked once."""
+    waiting: dict[Request, list[int]] = {}
+    missing = {}
+    for index in todo:
+        distinct = set(exam.requests[index])
+        missing[index] = len(distinct)
+        for request in distinct:
+            waiting.setdefault(request, []).append(index)
+    answers: dict[Request, Result] = {}
+    # What many documents wait for is asked first.
+    shared = sorted(waiting, key=lambda request: -len(waiting[request]))
+    common = [request for request in shared if len(waiting[request]) > 2]
+    for asked in (common, shared[len(common) :]):
+        for request, result in engine.answer(asked) if asked else ():
+            answers[request] = result
+            for index in waiting.pop(request):
+                missing[index] -= 1
+                if not missing[index]:
+                    yield index, [answers[request] for request in exam.requests[index]]
+
+
+def _item(exam: Exam, index: int, results: list[Result], judges: Judges) -> dict[str, Any]:
+    """A line of the log."""
+    document, requests = exam.documents[index], exam.requests[index]
+    asked = [dataclasses.asdict(request) for request in requests]
+    for before, after in zip(asked[-2::-1], asked[:0:-1], strict=True):
+        if 'context' in after and after['context'] == before.get('context'):
+            after['context'] = None  # the one before: it may be long
+    return {
+        'index': index,
+        'requests_hash': _hash(requests),
+        'document': document,
+        'requests': asked,
+        'results': [dataclasses.asdict(result) for result in results],
+        'answer': exam.task.answer(document),
+        'scores': exam.task.score(document, results, judges),
+    }
+
+
+def _hash(requests: Sequence[Request]) -> str:
+    text = json.dumps([[type(r).__name__, *dataclasses.astuple(r)] for r in requests])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finished(exam: Exam, log: SampleLog) -> dict[int, dict[str, Any]]:
+    """The items of the log that are in the exam, which must be what was asked then."""
+    found = {index: item for index, item in log.items.items() if index < len(exam.documents)}
+    for index, item in found.items():
+        if item.get('requests_hash') != _hash(exam.requests[index]):
+            raise InputError(
+                f'item {index} of {exam.task.name} is asked otherwise than in the log of --output: data, examples or '
+                'sampling have changed; restore them, or choose another --output'
+            )
+    return found
+
+
+def _metrics(exam: Exam, items: dict[int, dict[str, Any]]) -> dict[str, float]:
+    scores: list[Scores] = [items[index]['scores'] for index in range(len(exam.documents))]
+    metrics: dict[str, float] = dict(exam.task.aggregate(exam.documents, scores))
+    metrics |= {'n': len(exam.documents), 'num_fewshot': exam.num_fewshot}
+    truncated = sum(any(result['truncated'] for result in item['results']) for item in items.values())
+    return metrics | ({'truncated': truncated} if truncated else {})

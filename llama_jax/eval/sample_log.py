@@ -1,0 +1,83 @@
+"""samples/TASK.jsonl: every finished item in a line, from which a killed evaluation goes on.
+
+The first line says what was evaluated; then come items in the order in which they were finished, each with its `index`.
+"""
+
+import json
+import time
+from typing import Any
+
+from etils import epath
+
+from llama_jax.runtime import write_atomically
+from llama_jax.types import InputError
+
+# A bucket cannot append: there the whole log is written again, so often at most.
+_SECONDS_BETWEEN_WRITES = 60.0
+
+
+class SampleLog:
+    """The items of one task that are finished.
+
+    Attributes:
+      items: by index, as they were added.
+    """
+
+    def __init__(self, path: epath.PathLike, header: dict[str, Any]):
+        """Opens or begins a log.
+
+        Args:
+          path: the file, local or `gs://...`.
+          header: what the items depend on; a log with another header is refused.
+
+        Raises:
+          InputError: the log is of another evaluation, or is none.
+        """
+        self._path = epath.Path(path)
+        self.items: dict[int, dict[str, Any]] = {}
+        self._lines = [json.dumps({'header': header})]
+        self._read(header)
+        self._write()
+        appends = '://' not in str(path)
+        self._file = open(self._path, 'a', encoding='utf-8') if appends else None  # noqa: SIM115
+        self._written, self._write_time = len(self._lines), time.monotonic()
+
+    def _read(self, header: dict[str, Any]) -> None:
+        if not self._path.exists():
+            return
+        # What a kill left of a last line is dropped.
+        lines = self._path.read_text().split('\n')[:-1]
+        try:
+            before = json.loads(lines[0])['header'] if lines else header
+            self.items = {item['index']: item for item in map(json.loads, lines[1:])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{self._path} is no log of samples; move it away') from error
+        for key in sorted({*before, *header}):
+            if before.get(key) != header.get(key):
+                raise InputError(
+                    f'{self._path} is of another evaluation: {key} was {before.get(key)!r} and is {header.get(key)!r}; '
+                    'choose another --output, or remove the file'
+                )
+        self._lines += [json.dumps(item) for item in self.items.values()]
+
+    def _write(self) -> None:
+        write_atomically(self._path, ''.join(f'{line}\n' for line in self._lines))
+
+    def add(self, item: dict[str, Any]) -> None:
+        """Keeps a finished item: JSON values, with its `index`."""
+        line = json.dumps(item)
+        self.items[item['index']] = item
+        self._lines.append(line)
+        if self._file is not None:
+            self._file.write(f'{line}\n')
+            self._file.flush()
+        elif time.monotonic() - self._write_time > _SECONDS_BETWEEN_WRITES:
+            self._write()
+            self._written, self._write_time = len(self._lines), time.monotonic()
+
+    def close(self) -> None:
+        """Returns when everything is where a killed process cannot lose it."""
+        if self._file is not None:
+            self._file.close()
+        elif self._written < len(self._lines):
+            self._write()

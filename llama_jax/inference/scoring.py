@@ -1,0 +1,251 @@
+"""Log-likelihoods of continuations of a context, many at a time on the mesh.
+
+Continuations of one context stand in one row: the context once, then each continuation at the positions behind it, in a
+segment of its own. Through 'shared_prefix' attention they see the context and not each other, so the choices of a
+question cost little more than the question itself. Rows are taken longest first in a few padded shapes, each compiled
+once, and only hidden states that predict a continuation's token meet the head.
+"""
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from llama_jax.models.llama import LlamaForCausalLM, head_weight
+from llama_jax.ops.attention_shared_prefix import SHARED
+from llama_jax.ops.linear import einsum
+from llama_jax.partitioning import place_whole
+from llama_jax.types import InputError, Params
+
+# Tokens of a context, and those whose probability is asked for.
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+
+# Rows are at least so wide, and this many of their columns at a time meet the head.
+_MIN_WIDTH, _HEAD_CHUNKS = 32, 8
+# A row takes continuations until it is this long, or 4 times its longest path where that is more (up to the second).
+_USUAL_ROW, _LONGEST_ROW = 512, 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What the model makes of one continuation.
+
+    Attributes:
+      log_probability: natural logarithm, summed over its tokens.
+      is_greedy: each of its tokens is the most likely one.
+    """
+
+    log_probability: float
+    is_greedy: bool
+
+
+@dataclasses.dataclass
+class _Row:
+    """One context with continuations, by their index among the pairs.
+
+    Attributes:
+      num_tokens: that the model reads.
+      num_targets: that it predicts.
+    """
+
+    context: tuple[int, ...]
+    num_tokens: int
+    num_targets: int = 0
+    members: list[tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=list)
+
+    def size_with(self, continuation: Sequence[int]) -> int:
+        """The width that the row needs with one more: its last token is predicted, not read."""
+        return max(self.num_tokens + len(continuation) - 1, self.num_targets + len(continuation))
+
+    def add(self, index: int, continuation: tuple[int, ...]) -> None:
+        self.members.append((index, continuation))
+        self.num_tokens += len(continuation) - 1
+        self.num_targets += len(continuation)
+
+    @property
+    def size(self) -> int:
+        return max(self.num_tokens, self.num_targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """What the model reads and predicts: row b's target t follows the token at reads[b, t]."""
+
+    tokens: Int[np.ndarray, 'B T']
+    positions: Int[np.ndarray, 'B T']
+    segment_ids: Int[np.ndarray, 'B T']
+    reads: Int[np.ndarray, 'B T']
+    targets: Int[np.ndarray, 'B T']
+
+
+def score(
+    model: LlamaForCausalLM, params: Params, pairs: Sequence[Pair], *, batch_tokens: int = 8192
+) -> Iterator[tuple[int, Score]]:
+    """(index of a pair, its score) in the order in which they are found, long rows first.
+
+    Every process of a job goes through the same batches and gets all scores.
+
+    Args:
+      model: its partitioner, where it has one, places the batches.
+      params: its weights.
+      pairs: contexts and continuations, each of at least one token, together one more than the model's context at most.
+      batch_tokens: of a padded batch, about; what fits into memory.
+
+    Raises:
+      InputError: a pair is empty or too long, or batch_tokens is not positive.
+    """
+    if batch_tokens < 1:
+        raise InputError(f'batch_tokens is {batch_tokens}; it must be at least 1')
+    for index, (context, continuation) in enumerate(pairs):
+        if not context or not continuation:
+            raise InputError(f'pair {index} has {len(context)} + {len(continuation)} tokens; each needs one')
+        if len(context) + len(continuation) > model.config.max_seq_len + 1:
+            raise InputError(
+                f'pair {index} has {len(context)} + {len(continuation)} tokens; the model reads '
+                f'{model.config.max_seq_len} and predicts the next, so shorten it'
+            )
+    # Where rows are split over devices, their kernel knows of no shared context: each pair has a row of its own.
+    whole_rows = model.partitioner is None or model.partitioner.axis_size('length') == 1
+    rows = sorted(_rows(pairs, share=whole_rows), key=lambda row: -row.size)
+    # On the devices while the host prepares the next batch and reads the one before.
+    running: tuple[list[_Row], Array, Array] | None = None
+    for batch_rows, shape in _batches(rows, model, batch_tokens):
+        launched = (batch_rows, *_launch(model, params, batch_rows, shape))
+        if running:
+            yield from _collect(*running)
+        running = launched
+    if running:
+        yield from _collect(*running)
+
+
+def _rows(pairs: Sequence[Pair], share: bool) -> Iterator[_Row]:
+    """Pairs of equal contexts packed together, in their order."""
+    members: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, (context, _) in enumerate(pairs):
+        members[context].append(index)
+    for context, indices in members.items():
+        path = len(context) + max(len(pairs[index][1]) for index in indices)
+        limit = max(_USUAL_ROW, min(4 * path, _LONGEST_ROW), path)
+        row = _Row(context, len(context))
+        for index in indices:
+            continuation = pairs[index][1]
+            if row.members and (not share or row.size_with(continuation) > limit):
+                yield row
+                row = _Row(context, len(context))
+            row.add(index, continuation)
+        yield row
+
+
+def _batches(
+    rows: Sequence[_Row], model: LlamaForCausalLM, batch_tokens: int
+) -> Iterator[tuple[list[_Row], tuple[int, int]]]:
+    """Rows of about one size, and the shape [B, T] that they are padded to."""
+    of_batch = of_length = 1
+    if model.partitioner is not None:
+        of_batch, of_length = model.partitioner.axis_size('batch'), model.partitioner.axis_size('length')
+    start = 0
+    while start < len(rows):
+        width = _rounded(rows[start].size, _HEAD_CHUNKS * 2 * of_length)
+        count = max(batch_tokens // width, 1)
+        while count // 4 >= len(rows):  # few rows in all: in steps of 4, so that there are few shapes
+            count //= 4
+        count = max(count // of_batch, 1) * of_batch
+        yield list(rows[start : start + count]), (count, width)
+        start += count
+
+
+def _rounded(size: int, multiple: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: a few shapes, a fifth of padding at the most on average."""
+    power = max(_MIN_WIDTH, 1 << (size - 1).bit_length())
+    width = power * 3 // 4 if power > _MIN_WIDTH and size <= power * 3 // 4 else power
+    return -(-width // multiple) * multiple
+
+
+def _launch(
+    model: LlamaForCausalLM, params: Params, rows: Sequence[_Row], shape: tuple[int, int]
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    batch = _Batch(*(np.zeros(shape, np.int32) for _ in dataclasses.fields(_Batch)))
+    shares = any(len(row.members) > 1 for row in rows)
+    for place, row in enumerate(rows):
+        _fill(batch, place, row, shares)
+    model = model.clone(attention_implementation='shared_prefix') if shares else model
+    arrays = [getattr(batch, field.name) for field in dataclasses.fields(_Batch)]
+    if model.partitioner is not None:
+        sharding = model.partitioner.sharding(('batch', 'length'), shape, 'batch')
+        arrays = [place_whole(array, sharding) for array in arrays]
+    num_targets = max(row.num_targets for row in rows)
+    return _score(model, params, *arrays, np.int32(num_targets))
+
+
+def _fill(batch: _Batch, place: int, row: _Row, shares: bool) -> None:
+    """Writes one row of the batch; what is left is padding, of segment 0."""
+    end = len(row.context)
+    batch.tokens[place, :end] = row.context
+    batch.positions[place, :end] = np.arange(end)
+    batch.segment_ids[place, :end] = SHARED if shares else 1
+    target = 0
+    for segment, (_, continuation) in enumerate(row.members, 1):
+        start, end = end, end + len(continuation) - 1
+        batch.tokens[place, start:end] = continuation[:-1]
+        batch.positions[place, start:end] = np.arange(len(row.context), len(row.context) + end - start)
+        batch.segment_ids[place, start:end] = segment
+        batch.reads[place, target] = len(row.context) - 1
+        batch.reads[place, target + 1 : target + len(continuation)] = np.arange(start, end)
+        batch.targets[place, target : target + len(continuation)] = continuation
+        target += len(continuation)
+
+
+@functools.partial(jax.jit, static_argnames=('model',))
+def _score(
+    model: LlamaForCausalLM,
+    params: Params,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    reads: Int[Array, 'B T'],
+    targets: Int[Array, 'B T'],
+    num_targets: Int[Array, ''],
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """Log-probability of each target, and whether it is the most likely token; `num_targets` a row at most."""
+    hidden, _ = model.apply({'params': params}, tokens, positions, segment_ids, method='hidden')
+    hidden = jnp.take_along_axis(hidden, reads[:, :, None], axis=1)
+    head = head_weight(params)
+    size = tokens.shape[1] // _HEAD_CHUNKS
+
+    def chunk(index, found):
+        def at(array):
+            return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
+
+        logits = einsum('btd,vd->btv', at(hidden), head, jnp.float32)
+        target = at(targets)
+        target_logits = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
+        values = (
+            target_logits - jax.nn.logsumexp(logits, axis=-1),
+            jnp.argmax(logits, axis=-1).astype(target.dtype) == target,
+        )
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(array, value, index * size, axis=1)
+            for array, value in zip(found, values, strict=True)
+        )
+
+    # As many chunks as have targets: a number that the program reads, so that it serves all batches of its shape.
+    start = (jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool))
+    found = jax.lax.fori_loop(0, (num_targets + size - 1) // size, chunk, start)
+    if model.partitioner is not None:  # so that every process can read all of them
+        found = tuple(jax.lax.with_sharding_constraint(x, model.partitioner.sharding()) for x in found)
+    return found
+
+
+def _collect(rows: Sequence[_Row], log_probs: Array, greedy: Array) -> Iterator[tuple[int, Score]]:
+    host_log_probs, host_greedy = jax.device_get((log_probs, greedy))
+    for place, row in enumerate(rows):
+        end = 0
+        for index, continuation in row.members:
+            start, end = end, end + len(continuation)
+            log_probability = float(host_log_probs[place, start:end].sum(dtype=np.float64))
+            yield index, Score(log_probability, bool(host_greedy[place, start:end].all()))

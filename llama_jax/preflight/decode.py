@@ -1,0 +1,56 @@
+"""One step of generation: a token more for every row, the weights in the compute dtype, the cache split like them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.models.kv_cache import KVCache
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
+from llama_jax.types import Array, Params
+
+_CACHE_AXES = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+
+
+def decode_step(model: LlamaForCausalLM) -> Any:
+    """A jitted (params, cache, tokens [B, 1]) -> (next tokens [B, 1], cache), greedy, the cache donated."""
+
+    def step(params: Params, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
+        logits, new = model.apply({'params': params}, tokens, cache=cache)
+        assert isinstance(new, KVCache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), new
+
+    return jax.jit(step, donate_argnums=1)
+
+
+def decode_arguments(model: LlamaForCausalLM, batch_size: int, length: int) -> tuple[Params, KVCache, Any]:
+    """Abstract arguments of `decode_step` with their shardings.
+
+    Args:
+      model: with a partitioner.
+      batch_size: rows that are generated at once.
+      length: tokens that the cache has room for.
+    """
+    partitioner = model.partitioner
+    assert partitioner is not None
+    params = abstract_params(model)
+    shardings = partitioner.tree_shardings(params, param_axes(model))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=sharding),
+        params,
+        shardings,
+    )
+    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch_size, length, model.dtype))
+
+    def placed(leaf: Any, axes: tuple[str | None, ...], name: str) -> Any:
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=partitioner.sharding(axes, leaf.shape, name)
+        )
+
+    cache = KVCache(
+        placed(cache.keys, _CACHE_AXES, 'cached keys'),
+        placed(cache.values, _CACHE_AXES, 'cached values'),
+        placed(cache.length, ('batch',), 'lengths of the cache'),
+    )
+    tokens = placed(jax.ShapeDtypeStruct((batch_size, 1), jnp.int32), ('batch', None), 'tokens')
+    return params, cache, tokens

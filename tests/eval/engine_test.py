@@ -1,0 +1,163 @@
+"""Requests answered by a real model as transformers answers them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.eval.engine import Engine, rolling_windows
+from llama_jax.eval.harness import prepare
+from llama_jax.eval.task import Completion, Continuation, Likelihood, Rolling
+from llama_jax.eval.tasks import find_task
+from llama_jax.inference import generate as generation
+from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.types import InputError
+
+TASKS = ['piqa', 'hellaswag', 'arc_easy', 'arc_challenge', 'siqa', 'winogrande', 'boolq', 'openbookqa']
+
+
+@pytest.fixture(scope='module')
+def torch_log_probs(huggingface_folder):
+    """A function of (context ids, continuation ids): what transformers makes of each pair, one at a time."""
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    model = transformers.AutoModelForCausalLM.from_pretrained(huggingface_folder, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several cost more than they give for so small a model
+
+    def log_probs(context, continuation):
+        with torch.no_grad():
+            ids = torch.tensor([list(context + continuation)])
+            logits = model(input_ids=ids[:, :-1]).logits[0, len(context) - 1 :]
+            found = torch.log_softmax(logits.float(), -1)
+        targets = ids[0, len(context) :]
+        return found.gather(1, targets[:, None]).sum().item(), bool((found.argmax(-1) == targets).all())
+
+    yield log_probs
+    torch.set_num_threads(threads)
+
+
+def read(data_dir, name, limit):
+    return prepare(find_task(name), str(data_dir), limit=limit)
+
+
+def ask(engine, exams):
+    return dict(engine.answer(r for exam in exams for requests in exam.requests for r in requests))
+
+
+def check_parity(engine, torch_log_probs, exam, answers):
+    theirs = {}
+    for request in dict.fromkeys(request for requests in exam.requests for request in requests):
+        # As lm-evaluation-harness's TemplateLM._encode_pair.
+        before = engine.tokenizer.encode(request.context.rstrip(), bos=True)
+        whole = engine.tokenizer.encode(request.context + request.continuation, bos=True)
+        continuation, result = whole[len(before) :], answers[request]
+        log_probability, is_greedy = torch_log_probs(before, continuation)
+        assert result.log_probability == pytest.approx(log_probability, abs=1e-3), request
+        assert (result.is_greedy, result.num_tokens) == (is_greedy, len(continuation))
+        theirs[request] = Likelihood(log_probability, is_greedy, len(continuation))
+    for document, requests in zip(exam.documents, exam.requests, strict=True):
+        ours = exam.task.score(document, [answers[request] for request in requests])
+        assert ours == exam.task.score(document, [theirs[request] for request in requests])
+
+
+@pytest.fixture(scope='module')
+def few(engine, shared_data):
+    """Eight items of each task, all asked at once."""
+    exams = {name: read(shared_data / 'eval', name, 8) for name in TASKS}
+    return exams, ask(engine, exams.values())
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, few, name):
+    exams, answers = few
+    check_parity(engine, torch_log_probs, exams[name], answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TASKS)
+def test_all_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
+    exam = read(shared_data / 'eval', name, 0)
+    check_parity(engine, torch_log_probs, exam, ask(engine, [exam]))
+
+
+def test_white_space_belongs_to_the_word_behind_it(engine):
+    requests = [
+        Continuation('Once upon a', ' time'),
+        Continuation('Once upon a ', 'time'),
+        Continuation('', 'Once'),
+        Continuation('  ', 'Once'),
+    ]
+    answers = dict(engine.answer(requests))
+    assert answers[requests[0]] == answers[requests[1]]
+    assert answers[requests[0]].is_greedy and answers[requests[0]].log_probability > -0.1
+    assert answers[requests[2]].num_tokens < answers[requests[3]].num_tokens
+
+
+def test_long_texts_lose_their_left_end_and_rolling_ones_do_not(engine):
+    length = engine.model.config.max_seq_len
+    text = 'Once upon a time, there was a girl. ' * (length // 8)
+    long, short = Continuation(text, 'She'), Continuation('Once', ' upon')
+    answers = dict(engine.answer([long, short, Rolling(text), Rolling('')]))
+    assert answers[long].truncated and not answers[short].truncated
+    ids = engine.tokenizer.encode(text)
+    assert answers[Rolling(text)].num_tokens == len(ids) > length and not answers[Rolling(text)].truncated
+    assert answers[Rolling('')].num_tokens == 0
+    windows = rolling_windows(tuple(range(10, 20)), 1, 4)
+    assert [target for _, targets in windows for target in targets] == list(range(10, 20))
+    assert windows == [((1,), (10, 11, 12, 13)), ((13,), (14, 15, 16, 17)), ((15, 16, 17), (18, 19))]
+
+
+def test_a_choice_without_tokens_is_refused(engine):
+    with pytest.raises(InputError, match="the continuation '' of 'What.' encodes to no token") as error:
+        list(engine.answer([Continuation('What?', '')]))
+    assert '\n' not in str(error.value)
+
+
+def test_completions_end_before_their_stop_string(engine, monkeypatch):
+    monkeypatch.setattr(generation, '_ROUND', 8)
+    prompts = ['Once upon a time', '', 'Lily']
+    whole = dict(engine.answer(Completion(prompt, max_new_tokens=40) for prompt in prompts))
+    asked = [Completion(prompt, (' she', '.', 'zz'), 40) for prompt in prompts]
+    for request, result in engine.answer(asked):
+        (text,), (full,) = result.texts, whole[Completion(request.prompt, max_new_tokens=40)].texts
+        assert text == full[: min(full.find(stop) for stop in (' she', '.') if stop in full)]
+    assert whole[Completion('Once upon a time', max_new_tokens=40)].texts[0].startswith(', there was')
+
+
+def test_draws_depend_on_seed_and_prompt_alone(engine):
+    first, second = (Completion(p, (), 12, 1.0, 0.9, num_samples=3) for p in ('Once', 'The dog'))
+    together = dict(engine.answer([first, second]))
+    assert len(set(together[first].texts)) > 1
+    assert dict(engine.answer([second]))[second] == together[second]
+    other = Engine(engine.model, engine.params, engine.tokenizer, seed=1)
+    assert dict(other.answer([second]))[second] != together[second]
+
+
+def test_a_mesh_changes_nothing(engine, stories):
+    partitioner = Partitioner(make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
+    config, params, tokenizer = llama_jax.load(stories, mesh=partitioner.mesh)
+    model = llama_jax.LlamaForCausalLM(config, dtype=jnp.float32, partitioner=partitioner)
+    spread = Engine(model, params, tokenizer)
+    requests = [
+        *(Continuation('Once upon a', ending) for ending in (' time', ' dog', ' big red ball')),
+        Completion('Once upon a time', ('.',), 40),
+        Completion('The', (), 10, 1.0),
+        Completion('A dog and a', (), 10),
+    ]
+    want, found = dict(engine.answer(requests)), dict(spread.answer(requests))
+    for request in requests[3:]:
+        assert found[request] == want[request]
+    for request in requests[:3]:
+        # fp32 sums over devices round in another order.
+        assert found[request].log_probability == pytest.approx(want[request].log_probability, abs=1e-4)
+    assert spread.fingerprint == engine.fingerprint
+
+
+def test_other_weights_have_another_fingerprint(engine):
+    changed = jax.tree.map(jnp.asarray, engine.params) | {'final_norm': engine.params['final_norm'] * 2}
+    other = Engine(engine.model, changed, engine.tokenizer)
+    assert other.fingerprint != engine.fingerprint
+    copy = jax.tree.map(np.asarray, engine.params)
+    assert Engine(engine.model, copy, engine.tokenizer).fingerprint == engine.fingerprint

@@ -1,0 +1,176 @@
+"""Our model under lm-evaluation-harness gives the numbers of the harness's own model of transformers."""
+
+import json
+import warnings
+
+import pytest
+
+from llama_jax.eval.harness import evaluate, prepare
+from llama_jax.eval.lm_eval import language_model, render_chat
+from llama_jax.eval.tasks import find_task
+from llama_jax.types import InputError
+
+pytest.importorskip('lm_eval')
+
+LIMIT = 50
+
+
+def choice_task(name, text, choices, target, **more):
+    return {
+        'task': name,
+        'output_type': 'multiple_choice',
+        'doc_to_text': text,
+        'doc_to_choice': choices,
+        'doc_to_target': target,
+        'metric_list': [{'metric': metric} for metric in ('acc', 'acc_norm')],
+    } | more
+
+
+def other_task(name, kind, metric, **more):
+    return {'task': name, 'output_type': kind, 'metric_list': [{'metric': metric}]} | more
+
+
+# The harness's own definitions of these tasks, on local files.
+TASKS = {
+    'hellaswag': choice_task('hellaswag', '{{ctx}}', '{{endings}}', '{{label}}'),
+    'piqa': choice_task(
+        'piqa', 'Question: {{goal}}\nAnswer:', '{{[sol1, sol2]}}', '{{label}}', num_fewshot=1,
+        fewshot_split='validation',
+    ),
+    'story': other_task(
+        'story', 'generate_until', 'exact_match', doc_to_text='{{ctx}}', doc_to_target='{{endings[0]}}',
+        generation_kwargs={'until': ['.', '\n'], 'max_gen_toks': 24},
+    ),
+    'rolling': other_task(
+        'rolling', 'loglikelihood_rolling', 'word_perplexity', doc_to_text='', doc_to_target='{{ctx}} {{endings[0]}}'
+    ),
+}  # fmt: skip
+FILES = {'piqa': 'piqa/validation.jsonl'}
+
+
+@pytest.fixture(scope='module')
+def tasks(shared_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tasks')
+    found = []
+    for name, task in TASKS.items():
+        source = shared_data / 'eval' / FILES.get(name, 'hellaswag/validation.jsonl')
+        lines = source.read_text().splitlines()[: LIMIT if name != 'story' else 6]
+        file = folder / f'{name}.jsonl'
+        file.write_text('\n'.join(lines))
+        files = {'data_files': {'validation': str(file)}}
+        found.append(
+            {'dataset_path': 'json', 'dataset_kwargs': files, 'validation_split': 'validation'} | task
+        )
+    return found
+
+
+def run(model, tasks, **options):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of datasets and of transformers
+        return lm_eval.simple_evaluate(
+            model, tasks=[dict(task) for task in tasks], task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0, **options,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope='module', autouse=True)
+def offline(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HF_HUB_OFFLINE', '1')
+        patch.setenv('HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('datasets')))
+        yield
+
+
+@pytest.fixture(scope='module')
+def ours(engine, tasks):
+    return run(language_model(engine), tasks)
+
+
+def test_the_numbers_are_those_of_the_harness_with_transformers(ours, tasks, huggingface_folder):
+    torch = pytest.importorskip('torch')
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        models = pytest.importorskip('lm_eval.models.huggingface', exc_type=ImportError)
+        theirs = models.HFLM(pretrained=str(huggingface_folder), device='cpu', batch_size=16, dtype='float32')
+    torch.set_num_threads(1)  # several cost more than they give for so small a model
+    theirs = run(theirs, tasks)
+    torch.set_num_threads(threads)
+    for name in TASKS:
+        found = {key: value for key, value in ours['results'][name].items() if ',' in key}
+        wanted = {key: theirs['results'][name][key] for key in found}
+        if name == 'rolling':
+            # A perplexity is as exact as its sums, in fp32.
+            assert found['word_perplexity,none'] == pytest.approx(wanted['word_perplexity,none'], rel=1e-5)
+        else:
+            assert found == wanted
+        for our, their in zip(ours['samples'][name], theirs['samples'][name], strict=True):
+            assert our['doc_id'] == their['doc_id']
+            for mine, other in zip(our['filtered_resps'], their['filtered_resps'], strict=True):
+                if isinstance(mine, tuple | list):
+                    # fp32 sums of some 100 terms in another order.
+                    assert mine[0] == pytest.approx(other[0], abs=1e-3) and mine[1] == other[1]
+                elif isinstance(mine, float):
+                    assert mine == pytest.approx(other, rel=1e-5)
+                else:
+                    assert mine == other
+
+
+@pytest.mark.parametrize('name', ['hellaswag', 'piqa'])
+def test_the_numbers_are_those_of_our_own_harness(ours, engine, shared_data, name):
+    exam = prepare(
+        find_task(name), str(shared_data / 'eval'), limit=LIMIT, num_fewshot=TASKS[name].get('num_fewshot')
+    )
+    found = evaluate(exam, engine, progress=False)
+    if name == 'hellaswag':  # of piqa the examples are drawn from another pool
+        for metric in ('acc', 'acc_norm'):
+            assert found[metric] == ours['results'][name][f'{metric},none']
+    assert found['n'] == LIMIT
+
+
+def test_chat_templates_are_applied(engine, tasks):
+    model = language_model(
+        engine, "{% for m in messages %}{{ bos_token + m['content'] + eos_token }}{% endfor %}"
+    )
+    found = run(model, [TASKS['hellaswag'] | tasks[0]], apply_chat_template=True, limit=2)
+    prompt = found['samples']['hellaswag'][0]['arguments'][0][0]
+    assert prompt.startswith('<s>') and prompt.endswith('</s>')
+    tokenizer = model._engine.tokenizer
+    assert tokenizer.encode('<s>Once</s>', bos=True) == [1, *engine.tokenizer.encode('Once'), 2]
+
+
+def test_a_template_renders_as_in_transformers(huggingface_folder):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(huggingface_folder)
+    template = """{%- for m in messages %}
+        {{- '<|' + m['role'] + '|>\\n' + m['content'] | trim + '\\n' }}
+    {%- endfor %}
+    {% if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+    {% endif %}"""
+    messages = [{'role': 'user', 'content': ' Hello é '}, {'role': 'assistant', 'content': 'So '}]
+    for start in (True, False):
+        wanted = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=start,
+            continue_final_message=not start,
+        )  # fmt: skip
+        assert render_chat(template, messages, start) == wanted
+    with pytest.raises(InputError, match='cannot render 2 messages: no'):
+        render_chat("{{ raise_exception('no') }}", messages)
+
+
+def test_unknown_generation_arguments_are_refused(engine):
+    class Request:
+        args = ('Once', {'until': '.', 'num_beams': 4})
+
+    with pytest.raises(InputError, match=r"generation arguments \['num_beams'\] are not supported"):
+        language_model(engine).generate_until([Request()])
+    Request.args = (
+        'Once upon a time',
+        {'until': '.', 'max_gen_toks': 8, 'do_sample': False, 'temperature': 1.0},
+    )
+    (text,) = language_model(engine).generate_until([Request()])
+    assert json.dumps(text) and '.' not in text

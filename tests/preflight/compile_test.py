@@ -1,0 +1,183 @@
+"""Ahead-of-time compilation for TPUs; what needs libtpu runs in a process of its own, as a user's command does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.preflight import compile as ahead
+from llama_jax.preflight.compile import parse_exhausted
+from tests.command_line import REPOSITORY, run_python
+
+_skip = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'llama_jax[tpu]'"
+)
+
+
+def needs_libtpu(test):
+    """Compiling for TPUs takes minutes on two cores, and a download of 684 MB: with the slow tests."""
+    return pytest.mark.slow(_skip(test))
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ('message', 'found'),
+    [
+        (
+            'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (68.50G) '
+            'exceeds available HBM (15.75G).',
+            (int(68.5 * GIB), int(15.75 * GIB)),
+        ),
+        (
+            'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used '
+            '23.65G of 15.75G hbm. Exceeded hbm capacity by 7.90G.',
+            (int(23.65 * GIB), int(15.75 * GIB)),
+        ),
+        ('RESOURCE_EXHAUSTED: something else', (1, 0)),
+        ('INVALID_ARGUMENT: no such option', (0, 0)),
+    ],
+)
+def test_what_xla_says_of_too_large_a_program(message, found):
+    assert parse_exhausted(message) == found
+
+
+def test_standard_error_of_other_code_is_taken_and_given_back(capfd):
+    lines = []
+    with ahead.captured_stderr(lines):
+        os.write(2, b'taken\n')
+    os.write(2, b'given back\n')
+    assert lines == ['taken']
+    assert capfd.readouterr().err == 'given back\n'
+
+
+def command(*arguments):
+    return run_python(
+        'preflight', '--config=configs/pretrain.py:tiny', '--config.model.dtype=bfloat16', *arguments
+    )
+
+
+WITHOUT_LIBTPU = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == 'libtpu' else find(name, *rest)
+sys.argv = ['preflight', '--config=configs/pretrain.py:tiny', '--topology=v5e:2x2']
+runpy.run_module('experiments.preflight', run_name='__main__', alter_sys=True)
+"""
+
+
+def test_without_libtpu_one_line_says_what_to_install():
+    done = subprocess.run(
+        [sys.executable, '-c', WITHOUT_LIBTPU], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "error: preflight compiles with libtpu, which is not installed: pip install 'llama_jax[tpu]'\n"
+    )
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--topology=v5e'], "topology 'v5e': write"),
+        (['--topology=v5e:3x3'], 'topology v5e:3x3: libtpu refuses it: INVALID_ARGUMENT'),
+        (['--topology=2xv5e:2x2'], 'the devices are in 2 slices; set --config.mesh.dcn_data=2'),
+        (['--topology=v5e:2x4', '--config.mesh.tensor=3'], 'impossible mesh'),
+        (
+            ['--topology=v5e:2x2', '--xla_options=xla_no_such_option=1'],
+            'refuses the XLA options xla_no_such_option',
+        ),
+    ],
+)
+def test_bad_requests_end_with_one_line(arguments, message):
+    assert message in command(*arguments).error()
+
+
+@needs_libtpu
+def test_the_report_of_a_small_run(tmp_path):
+    """Two slices: what fits, in which parts, what crosses from slice to slice, and the same on standard output."""
+    file = tmp_path / 'report.json'
+    finished = command(
+        '--topology=2xv5e:2x2', '--config.mesh.dcn_data=2', f'--json={file}', '--decode_batch=8',
+        '--config.model.attention=chunked', '--config.train.batch_size=16',
+    ).succeeded()  # fmt: skip
+    report = json.loads(file.read_text())
+    assert (report['chips'], report['devices'], report['mesh']['dcn_data']) == (8, 8, 2)
+    for step in (report['train'], report['decode']):
+        assert step['fits'] and step['involuntary_rematerializations'] == []
+        assert step['flops']['unknown_loops'] == 0 and step['flops']['opaque_kernels'] == {}
+        assert step['roofline']['seconds'] == max(
+            step['roofline'][name] for name in ('compute', 'hbm', 'ici', 'dcn')
+        )
+        assert 0 < step['roofline']['mfu_causal'] <= step['roofline']['mfu_full'] < 1
+    train = report['train']
+    parts = ('parameters', 'optimizer', 'gradients', 'activations', 'temporaries', 'batch')
+    assert sum(train['hbm'][name] for name in parts) == train['hbm']['total']
+    assert train['hbm']['optimizer'] == pytest.approx(2 * train['hbm']['parameters'], rel=1e-3)
+    # Recomputation comes on top of what the model needs; chunked attention computes a little more than half.
+    assert 1 < train['flops']['per_device'] / train['flops']['model_causal'] < 1.5
+    across = sum(kind['dcn_bytes'] for kind in train['collectives'].values())
+    gradients = train['hbm']['parameters']
+    assert gradients <= across < 2 * gradients, (
+        'between slices go gradients, each device its part of them, and little else'
+    )
+    assert 'train step of 16 x 256 tokens' in finished.stdout and 'decode step of 8 rows' in finished.stdout
+
+
+@needs_libtpu
+def test_a_run_that_is_too_large_is_told_and_given_what_fits(tmp_path):
+    """2,048 rows a device with everything saved are some 20 GB; the flags that are named then really fit."""
+    arguments = ['--topology=v5e:2x2', '--config.train.batch_size=8192', '--config.model.attention=chunked']
+    file = tmp_path / 'report.json'
+    finished = command(*arguments, '--config.model.remat=none', f'--json={file}').succeeded()
+    report = json.loads(file.read_text())
+    assert not report['train']['fits'] and 'DOES NOT FIT' in finished.stdout
+    fitting = report['search']['fits_with']
+    assert (
+        fitting
+        and f'it fits in {report["search"]["total"] / GIB:.2f} GiB with {" ".join(fitting)}'
+        in finished.stdout
+    )
+    again = ['--config.model.remat=none', *fitting, f'--json={file}', '--max_tries=0']
+    again = [
+        flag
+        for flag in again
+        if flag.split('=')[0] not in {other.split('=')[0] for other in again[again.index(flag) + 1 :]}
+    ]
+    command(*arguments, *again).succeeded()
+    assert json.loads(file.read_text())['train']['fits']
+
+
+# A look-up that XLA can only do by replicating the result first; the same that tests/train/mesh_test.py compiles.
+KNOWN_BAD = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from llama_jax.preflight import compile as ahead
+from llama_jax.preflight.chips import Topology
+ahead.isolate_process()
+mesh = Mesh(np.array(ahead.topology_devices(Topology.parse('v5e:2x4'))).reshape(2, 2, 2), ('data', 'fsdp', 'tensor'))
+table, ids, out = (
+    NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, 'fsdp'), (None, 'data'), ('fsdp', 'tensor', None))
+)
+look_up = jax.jit(lambda table, ids: jax.lax.with_sharding_constraint(jnp.take(table, ids, axis=0), out))
+arguments = (
+    jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=table), jax.ShapeDtypeStruct((16, 16), jnp.int32, sharding=ids)
+)
+print(len(ahead.compile_ahead(look_up, *arguments).rematerializations))
+"""
+
+
+@needs_libtpu
+def test_a_known_bad_program_is_noticed():
+    done = subprocess.run(
+        [sys.executable, '-c', KNOWN_BAD], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, (
+        'XLA no longer warns of a program that needs it: "none" in a report proves nothing'
+    )

@@ -1,0 +1,99 @@
+"""Whom a process joins, told from the environment that each kind of cluster gives it."""
+
+import jax
+import pytest
+
+from llama_jax import runtime
+from llama_jax.types import InputError
+
+SLURM = {
+    'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
+    'SLURM_LOCALID': '0', 'SLURM_STEP_TASKS_PER_NODE': '1(x2)', 'SLURM_GPUS_ON_NODE': '8',
+}  # fmt: skip
+BATCH = {name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'}
+OPEN_MPI_5 = {'OMPI_COMM_WORLD_SIZE': '16', 'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_LOCAL_SIZE': '8'}
+OPEN_MPI_4 = OPEN_MPI_5 | {'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://10.96.0.1:34911'}
+TPU = {'TPU_ML_PLATFORM': 'JAX'}
+
+
+@pytest.fixture
+def joins(monkeypatch):
+    """Calls `initialize_distributed` in an environment; what it gave to JAX, None where nothing."""
+
+    def call(environment, *arguments, error=None):
+        for name in (*SLURM, *OPEN_MPI_4, 'TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES', 'MEGASCALE_NUM_SLICES',
+                     'TPU_ML_PLATFORM', 'TPU_SKIP_MDS_QUERY', 'JAX_PLATFORMS', 'CUDA_VISIBLE_DEVICES'):  # fmt: skip
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        calls = []
+
+        def initialize(*args, **kwargs):
+            calls.append((*args, kwargs))
+            if error:
+                raise error
+
+        monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+        runtime.initialize_distributed(*arguments)
+        return calls[0] if calls else None
+
+    return call
+
+
+ALL_8 = {'local_device_ids': list(range(8))}
+BY_JAX = {'local_device_ids': None}
+
+
+@pytest.mark.parametrize(
+    ('environment', 'call'),
+    [
+        ({}, None),
+        (SLURM, (ALL_8,)),  # one process a node: with all of its GPUs
+        (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '8(x2)', 'SLURM_NTASKS': '16'}, (BY_JAX,)),  # one a GPU
+        (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1'}, ({'local_device_ids': [0, 1]},)),
+        (BATCH, None),  # the batch script itself, outside of srun
+        (SLURM | {'SLURM_NTASKS': '1'}, None),
+        (OPEN_MPI_4, (BY_JAX,)),
+        (TPU, ({},)),  # Compute Engine: the metadata server tells, even that there is one host only
+        (TPU | {'TPU_SKIP_MDS_QUERY': '1'}, None),
+        (TPU | {'JAX_PLATFORMS': 'cpu'}, None),
+        (TPU | {'TPU_WORKER_HOSTNAMES': 'a,b'}, ({},)),  # GKE
+        (TPU | {'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
+        (TPU | {'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, ({},)),  # slices of one host each
+        (TPU | {'TPU_PROCESS_ADDRESSES': 'a:1,b:1'}, ({},)),
+    ],
+)
+def test_the_cluster_is_recognised(joins, environment, call):
+    assert joins(environment) == call
+
+
+def test_by_hand(joins):
+    assert joins({}, 'host:1234', 4, 3) == ('host:1234', 4, 3, BY_JAX)
+    assert joins(OPEN_MPI_5, 'host:1234') == ('host:1234', 16, 3, BY_JAX)
+    assert joins(SLURM, 'host:1234') == ('host:1234', 2, 1, ALL_8)
+    for arguments in (('host:1234',), ('', 4, 3), ('host:1234', 4)):
+        with pytest.raises(InputError, match='give all three'):
+            joins({}, *arguments)
+
+
+def test_what_cannot_be_asked_is_told(joins):
+    with pytest.raises(
+        InputError, match='16 processes without telling where the first is; give each --coordinator'
+    ):
+        joins(OPEN_MPI_5)
+    with pytest.raises(InputError, match='cannot be asked .*no route.* TPU_SKIP_MDS_QUERY'):
+        joins(TPU, error=OSError('no route to host'))
+
+
+def test_jax_recognises_the_same_clusters(monkeypatch):
+    """What the environments above are made of is what this version of JAX looks for."""
+    from jax._src.clusters import ompi_cluster, slurm_cluster
+
+    for cluster, environment in ((slurm_cluster.SlurmCluster, SLURM), (ompi_cluster.OmpiCluster, OPEN_MPI_4)):
+        assert not cluster.is_env_present()
+        with monkeypatch.context() as context:
+            for name, value in environment.items():
+                context.setenv(name, value)
+            assert cluster.is_env_present()
+            assert cluster.get_process_count() == int(environment.get('SLURM_NTASKS', 16))
+            assert ':' in cluster.get_coordinator_address(timeout_secs=1, override_coordinator_port=None)
