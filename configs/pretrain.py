@@ -30,9 +30,11 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.model.preset = model  # a name in llama_jax.PRESETS
     config.model.vocab_size = 0  # 0: the preset's, or the tokenizer's where that is larger
     config.model.dtype = 'bfloat16'  # of the computation; weights stay float32
-    config.model.remat = 'full'  # what the backward pass recomputes: full, attention, projections, none
+    config.model.remat = (
+        'full'  # what the backward pass recomputes: full, attention, projections, none; or ..._offload
+    )
     config.model.unroll = 1  # layers per step of the scan
-    config.model.attention = 'auto'  # kernel
+    config.model.attention = 'auto'  # kernel: auto, reference, chunked, splash (TPU), cudnn (GPU)
 
     config.data = ConfigDict()
     config.data.train = ','.join(LLAMA_MIXTURE)  # sources: files, globs, tfds:NAME, prepared folders

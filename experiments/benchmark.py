@@ -15,10 +15,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import benchmark_convert, benchmark_eval, benchmark_train, launch
+from experiments import benchmark_attention, benchmark_convert, benchmark_eval, benchmark_train, launch
 from llama_jax import runtime
 
-SUITES = {'train': benchmark_train.run, 'convert': benchmark_convert.run, 'eval': benchmark_eval.run}
+SUITES = {
+    'train': benchmark_train.run,
+    'attention': benchmark_attention.run,
+    'convert': benchmark_convert.run,
+    'eval': benchmark_eval.run,
+}
 
 _SUITE = flags.DEFINE_enum('suite', 'train', list(SUITES), 'what to measure')
 _JSON = flags.DEFINE_string('json', '', 'file to write the figures to, as one flat object')

@@ -30,7 +30,11 @@ _DTYPE = flags.DEFINE_enum(
 _ROUNDS = flags.DEFINE_integer('attention_rounds', 5, 'turns that each kernel takes')
 _CHECK = flags.DEFINE_boolean('attention_check', True, 'compare with float64 first')
 
-KERNELS = {'cpu': ('reference', 'chunked'), 'gpu': ('reference', 'chunked', 'cudnn'), 'tpu': ('reference', 'chunked', 'splash')}
+KERNELS = {
+    'cpu': ('reference', 'chunked'),
+    'gpu': ('reference', 'chunked', 'cudnn'),
+    'tpu': ('reference', 'chunked', 'splash'),
+}
 # On a CPU what two cores do in a second; on an accelerator an 8B model's heads.
 SHAPES = {'cpu': '1,1024,8,2,64;1,4096,8,2,64'}
 _ACCELERATOR_SHAPES = '2,4096,32,8,128;1,8192,32,8,128;1,32768,32,8,128'
@@ -50,7 +54,9 @@ def run() -> dict[str, Any]:
     names = KERNELS.get(platform, ('reference', 'chunked'))
     figures: dict[str, Any] = {'kernels': ','.join(names)}
     if _CHECK.value:
-        print(f'{"":12}{"values":>10}{"gradients":>10}   worst error relative to the largest value, then leaks')
+        print(
+            f'{"":12}{"values":>10}{"gradients":>10}   worst error relative to the largest value, then leaks'
+        )
         for name in names:
             figures |= {f'{name}_{key}': value for key, value in check(name, platform).items()}
     dtype = _DTYPE.value if _DTYPE.value != 'auto' else ('float32' if platform == 'cpu' else 'bfloat16')
@@ -65,7 +71,9 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
     try:
         shapes = [tuple(int(size) for size in shape.split(',')) for shape in text.split(';')]
     except ValueError as error:
-        raise InputError(f'--attention_shapes={text!r}: {error}; give B,T,N,K,H as in 1,1024,8,2,64') from error
+        raise InputError(
+            f'--attention_shapes={text!r}: {error}; give B,T,N,K,H as in 1,1024,8,2,64'
+        ) from error
     for shape in shapes:
         if len(shape) != 5 or min(shape) < 1 or shape[2] % shape[3]:
             raise InputError(
@@ -95,7 +103,10 @@ def check(name: str, platform: str) -> dict[str, Any]:
         ids = ids if packed else None
         found = jax.jit(with_gradients(kernel_of(name)))(q, k, v, ids, cotangent)
         wanted = exact_attention(q, k, v, ids, cotangent)
-        errors = [float(np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()) for x, y in zip(found, wanted, strict=True)]
+        errors = [
+            float(np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max())
+            for x, y in zip(found, wanted, strict=True)
+        ]
         worst[dtype] = [max(worst[dtype][0], errors[0]), max(worst[dtype][1], *errors[1:])]
     leaked = leak(kernel_of(name))
     figures: dict[str, Any] = {'leak': leaked}
@@ -105,8 +116,12 @@ def check(name: str, platform: str) -> dict[str, Any]:
             figures |= {f'{dtype}_error': value, f'{dtype}_gradient_error': gradient}
             ok = max(value, gradient) <= limits[dtype]
             correct &= ok
-            print(f'{name:12}{value:10.1e}{gradient:10.1e}   {dtype}, {"ok" if ok else "WRONG"} to {limits[dtype]:.0e}')
-    print(f'{name:12}{"packed documents do not leak" if leaked == 0 else f"WRONG: documents leak by {leaked:.1e}"}')
+            print(
+                f'{name:12}{value:10.1e}{gradient:10.1e}   {dtype}, {"ok" if ok else "WRONG"} to {limits[dtype]:.0e}'
+            )
+    print(
+        f'{name:12}{"packed documents do not leak" if leaked == 0 else f"WRONG: documents leak by {leaked:.1e}"}'
+    )
     return figures | {'correct': correct}
 
 
@@ -138,7 +153,9 @@ def arguments(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
     batch, length, num_heads, num_kv_heads, head_dim = shape
     rng = np.random.default_rng(0)
     heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    arrays = [jnp.asarray(rng.standard_normal((batch, length, n, head_dim), np.float32), dtype) for n in heads]
+    arrays = [
+        jnp.asarray(rng.standard_normal((batch, length, n, head_dim), np.float32), dtype) for n in heads
+    ]
     ids = 1 + np.sort(rng.integers(4, size=(batch, length)), axis=1)
     return *arrays, jnp.asarray(ids, jnp.int32)
 
@@ -176,7 +193,9 @@ def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> 
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in names:
         if name == 'reference' and 4 * batch * num_heads * length**2 > 8 << 30:
-            print(f'{label} reference: left out, its scores take {4 * batch * num_heads * length**2 / 2**30:.0f} GiB')
+            print(
+                f'{label} reference: left out, its scores take {4 * batch * num_heads * length**2 / 2**30:.0f} GiB'
+            )
             continue
         try:
             forward = jax.jit(kernel_of(name)).lower(q, k, v, ids).compile()
@@ -184,7 +203,8 @@ def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> 
         except InputError as error:
             print(f'{label} {name}: left out, {error}')
             continue
-        figures[f'{label}_{name}_temporary_bytes'] = both.memory_analysis().temp_size_in_bytes
+        memory: Any = both.memory_analysis()
+        figures[f'{label}_{name}_temporary_bytes'] = memory.temp_size_in_bytes
         calls[name, 'forward'] = lambda forward=forward: forward(q, k, v, ids)
         calls[name, 'both'] = lambda both=both: both(q, k, v, ids, cotangent)
     milliseconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
@@ -203,6 +223,7 @@ def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> 
         memory = figures[f'{label}_{name}_temporary_bytes'] / 2**20
         figures |= {f'{label}_{name}_forward_ms': forward, f'{label}_{name}_both_ms': both}
         print(
-            f'{name:12}{forward:12.2f}{flops / forward / 1e9:10.3f}{both:12.2f}{3.5 * flops / both / 1e9:10.3f}{memory:12.0f}'
+            f'{name:12}{forward:12.2f}{flops / forward / 1e9:10.3f}{both:12.2f}{3.5 * flops / both / 1e9:10.3f}'
+            f'{memory:12.0f}'
         )
     return figures

@@ -69,6 +69,9 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
         inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
         placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=axis_types)
+    if devices[0].platform == 'tpu':  # an axis of the mesh may have to take part of one of the pod's
+        placed = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=axis_types)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
@@ -186,8 +189,8 @@ class Partitioner:
         parts = self.axis_size('length')
         if seq_len is not None and parts > 1 and seq_len % (2 * parts):
             raise InputError(
-                f'sequence length {seq_len} does not divide into two chunks (ops.context_parallel) for each '
-                f'of the {parts} devices of mesh axis context; make --config.data.seq_len a multiple of {2 * parts}'
+                f"batch: axis 'length' of size {seq_len} does not divide into two chunks (ops.context_parallel) for "
+                f'each device of mesh axis context={parts}; make --config.data.seq_len a multiple of {2 * parts}'
             )
         shape = None if seq_len is None else (batch_size, seq_len)
         return self.sharding(('batch', 'length'), shape, 'batch')

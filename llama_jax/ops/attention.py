@@ -115,7 +115,7 @@ def choose(
         if kernel == 'shared_prefix':
             return 'it needs segment ids, and rows that are whole on a device (mesh axis context=1)'
         if kernel == 'cudnn':
-            if platform not in ('gpu', 'cuda'):
+            if platform != 'gpu' or 'cuda' not in jax.devices('gpu')[0].client.platform_version:
                 return f'it needs an NVIDIA GPU, and this is a {platform}'
             if shard is not None:
                 return 'it cannot attend with a part of a row (mesh axis context)'
@@ -128,7 +128,7 @@ def choose(
                 f'attention implementation {implementation!r} cannot be used: {reason}; choose auto or chunked'
             )
         return implementation
-    best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'chunked')
+    best = {'tpu': 'splash', 'gpu': 'cudnn'}.get(platform, 'chunked')
     reason = reason_against(best)
     if reason:
         _log_once(f'attention: chunked, not {best}: {reason}')

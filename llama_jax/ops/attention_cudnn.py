@@ -1,14 +1,13 @@
 """cuDNN's flash attention through JAX's public binding, on NVIDIA GPUs."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# The binding has no segment ids, but honours a mask. That is a byte-sized matter for rows of a few thousand tokens and
-# 2 T^2 bytes a row in the kernel: more than this is refused.
+# The binding has no segment ids, but honours a mask, which it hands to the kernel as 2 T^2 bytes a row. Rows of a few
+# thousand tokens can afford that; more than this is refused.
 _MAX_MASK_BYTES = 1 << 30
 
 
@@ -32,7 +31,6 @@ def unsupported(
     return None
 
 
-@functools.partial(jax.jit, static_argnames='implementation')
 def cudnn_attention(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],

@@ -77,8 +77,8 @@ def test_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, few,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', TASKS)
-def test_all_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
-    exam = read(shared_data / 'eval', name, 0)
+def test_many_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
+    exam = read(shared_data / 'eval', name, 500)
     check_parity(engine, torch_log_probs, exam, ask(engine, [exam]))
 
 

@@ -1,6 +1,7 @@
 """Properties of the architecture; its numbers are compared with independent models in `parity_test.py`."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,30 @@ def test_remat_and_unrolling_change_neither_results_nor_weights(model, params, k
     jax.tree.map(np.testing.assert_array_equal, fresh, params)
     # The same products, recomputed or fused otherwise: some roundings of fp32.
     assert_same_gradients(loss_and_gradients(other, params, batch), want, 1e-6)
+
+
+@pytest.mark.parametrize('split', [False, True], ids=['one device', 'split rows'])
+def test_policies_save_and_offload_what_they_say(split):
+    """Told from the program: how often it multiplies, and what it sends to the host's memory."""
+    mesh = make_mesh({'data': 2, 'context': 2, 'tensor': 2})
+    batch = toy.packed_batch(2, 16)
+    products, sent = {}, {}
+    for name in REMAT_POLICIES:
+        model = toy.make_model(remat=name, partitioner=Partitioner(mesh) if split else None)
+        total = functools.partial(language_model_loss(model), frozen={}, batch=batch, rng=jax.random.key(0))
+        gradient = jax.grad(lambda params, total=total: total(params)[0])
+        program = str(jax.make_jaxpr(gradient)(abstract_params(model)))
+        products[name], sent[name] = program.count('dot_general'), program.count('Host')
+    # Forward: seven products with weights, two in attention; saved, they are not computed again.
+    assert products['full'] - products['attention'] == 2
+    assert (
+        products['attention'] - products['projections'] == 6
+    )  # the last one's result only the next layer reads
+    assert products['projections'] == products['none']
+    for name in ('full', 'attention', 'projections'):
+        assert products[f'{name}_offload'] == products[name]
+        assert sent[name] == 0
+    assert 0 < sent['full_offload'] < sent['attention_offload'] < sent['projections_offload']
 
 
 def test_bf16_stays_near_fp32(model, params):
