@@ -228,7 +228,7 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
         try:
             for job in jobs:
                 waiting.append(pool.submit(job))
-                if len(waiting) > threads:
+                if len(waiting) >= threads:
                     yield waiting.pop(0).result()
             while waiting:
                 yield waiting.pop(0).result()

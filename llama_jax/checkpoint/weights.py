@@ -219,7 +219,7 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
             writing: list[tuple[Any, int]] = []
             for index, block in zip(indices, blocks, strict=True):
                 writing.append((store[index].write(block), block.nbytes))
-                if len(writing) > 2:
+                if len(writing) > 1:
                     await _finish(*writing.pop(0), value.progress)
             while writing:
                 await _finish(*writing.pop(0), value.progress)

@@ -19,9 +19,8 @@ from llama_jax.types import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALL = slice(None)
-_BLOCK_BYTES = (
-    32 << 20
-)  # of a piece: large enough for a disk, small enough for a cache of the operating system
+_BLOCK_BYTES = 32 << 20  # of a piece: large for a disk, small for the memory
+_STRIP_BYTES = 4 << 20  # mapped at once where only some columns are read
 
 
 @runtime_checkable
@@ -64,8 +63,16 @@ class FileTensor:
         start, stop, _ = rows.indices(self.shape[0])
         shape = (max(stop - start, 0), *self.shape[1:])
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        block = read_array(self.path, self.offset + start * row_bytes, shape, self.dtype)
-        return block if len(shape) == 1 else block[:, columns]
+        if len(shape) == 1 or columns.indices(shape[1])[:2] == (0, shape[1]):
+            return read_array(self.path, self.offset + start * row_bytes, shape, self.dtype)
+        # Of columns, a strip of rows at a time: all of the rows would be in memory together, to be cut.
+        first, last, _ = columns.indices(shape[1])
+        block = np.empty((shape[0], max(last - first, 0)), self.dtype)
+        for strip in row_blocks(shape, self.dtype, limit=_STRIP_BYTES):
+            offset = self.offset + (start + strip.start) * row_bytes
+            rows_read = (strip.stop - strip.start, shape[1])
+            block[strip] = read_array(self.path, offset, rows_read, self.dtype)[:, columns]
+        return block
 
 
 def read_array(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -166,10 +173,12 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return converted
 
 
-def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> list[slice]:
-    """Ranges of rows that together cover a tensor, each of some 32 MiB and of whole multiples of `multiple` rows."""
+def row_blocks(
+    shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1, limit: int = _BLOCK_BYTES
+) -> list[slice]:
+    """Ranges of rows that together cover a tensor, some `limit` bytes and whole multiples of `multiple` rows each."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    step = max(_BLOCK_BYTES // (row_bytes * multiple), 1) * multiple
+    step = max(limit // (row_bytes * multiple), 1) * multiple
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
