@@ -174,7 +174,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1, limit: int = 0) -> list[slice]:
-    """Ranges of rows that together cover a tensor, some `limit` bytes (0: 32 MiB) and whole multiples of `multiple` rows."""
+    """Ranges of rows that cover a tensor: each some `limit` bytes (0: 32 MiB), a multiple of `multiple` rows."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     step = max((limit or _BLOCK_BYTES) // (row_bytes * multiple), 1) * multiple
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
