@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from llama_jax import pretrained
+from llama_jax import pretrained, runtime
 from llama_jax.convert import huggingface
 from llama_jax.convert.detect import detect
 from llama_jax.convert.gguf import read_metadata
@@ -36,6 +36,7 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and com
 
 def main() -> None:
     """Opens, writes, verifies."""
+    runtime.free_memory_at_once()
     path = pretrained.resolve(_INPUT.value)
     source = pretrained.open_source(path)
     tokenizer = pretrained.load_tokenizer(_TOKENIZER.value or path)

@@ -1,6 +1,7 @@
 """The process: multi-host start-up, logging, compilation cache, host sync, whole files, threads, preemption."""
 
 import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -219,6 +220,15 @@ def new_folder(path) -> Iterator:
         os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def free_memory_at_once() -> None:
+    """Has glibc give freed blocks of a megabyte and more back to the system; it keeps those of up to 32 MiB otherwise.
+
+    A program that streams blocks through several threads then takes twice the memory. Elsewhere it does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:
