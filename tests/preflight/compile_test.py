@@ -110,16 +110,19 @@ def test_the_report_of_a_small_run(tmp_path):
     assert (report['chips'], report['devices'], report['mesh']['dcn_data']) == (8, 8, 2)
     for step in (report['train'], report['decode']):
         assert step['fits'] and step['involuntary_rematerializations'] == []
-        assert step['flops']['unknown_loops'] == 0 and step['flops']['opaque_kernels'] == {}
+        assert step['flops']['opaque_kernels'] == {}
         assert step['roofline']['seconds'] == max(
             step['roofline'][name] for name in ('compute', 'hbm', 'ici', 'dcn')
         )
         assert 0 < step['roofline']['mfu_causal'] <= step['roofline']['mfu_full'] < 1
     train = report['train']
+    # Chunked attention visits the keys that a query's document reaches, which the data tells, and not the program.
+    assert train['flops']['unknown_loops'] > 0 and report['decode']['flops']['unknown_loops'] == 0
+    assert 'counted once: loops of unknown length' in finished.stdout
     parts = ('parameters', 'optimizer', 'gradients', 'activations', 'temporaries', 'batch')
     assert sum(train['hbm'][name] for name in parts) == train['hbm']['total']
     assert train['hbm']['optimizer'] == pytest.approx(2 * train['hbm']['parameters'], rel=1e-3)
-    # Recomputation comes on top of what the model needs; chunked attention computes a little more than half.
+    # Recomputation comes on top of what the model needs.
     assert 1 < train['flops']['per_device'] / train['flops']['model_causal'] < 1.5
     across = sum(kind['dcn_bytes'] for kind in train['collectives'].values())
     gradients = train['hbm']['parameters']
