@@ -15,10 +15,10 @@ from tqdm import tqdm
 from experiments import launch
 from llama_jax import pretrained, runtime
 from llama_jax.convert import huggingface
-from llama_jax.convert.detect import detect
-from llama_jax.convert.gguf import read_metadata
+from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.mapping import Source
 from llama_jax.data.chat_format import chat_format_for
+from llama_jax.types import InputError
 
 _INPUT = flags.DEFINE_string('input', None, 'checkpoint of any format', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'folder to make; for gguf, the file', required=True)
@@ -49,15 +49,20 @@ def main() -> None:
             model_parallel=_MODEL_PARALLEL.value, chat_template=template, progress=bar.update,
         )  # fmt: skip
     if _VERIFY.value:
-        with _progress_bar(source, 'verifying') as bar:
-            pretrained.verify(_OUTPUT.value, source, dtype=_DTYPE.value, progress=bar.update)
+        try:
+            with _progress_bar(source, 'verifying') as bar:
+                pretrained.verify(_OUTPUT.value, source, dtype=_DTYPE.value, progress=bar.update)
+        except InputError:
+            output = epath.Path(_OUTPUT.value)  # what is wrong must not look complete
+            output.rmtree() if output.is_dir() else output.unlink()
+            raise
     verified = ', read back and found equal' if _VERIFY.value else ''
     print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}')
 
 
 def _carried(path: epath.Path) -> tuple[str, dict[str, bytes]]:
     """The input's chat template, and the files of a Hugging Face folder that go into another one."""
-    kind, found = detect(path)
+    kind, found = pretrained.find(path)
     if kind == 'gguf':
         template = read_metadata(found).get('tokenizer.chat_template')
         return (template if isinstance(template, str) else ''), {}
@@ -72,7 +77,7 @@ def _template_of(files: Mapping[str, bytes]) -> str:
         return files['chat_template.jinja'].decode(errors='replace')
     try:
         template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ''
     return template if isinstance(template, str) else ''
 

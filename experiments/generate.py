@@ -15,6 +15,7 @@ from experiments import launch
 from llama_jax import pretrained, runtime
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.types import InputError
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
@@ -41,6 +42,8 @@ _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard ou
 
 def main() -> None:
     """Loads, generates, prints."""
+    if jax.process_count() > 1:
+        raise InputError('generate runs in one process; start it once, without --coordinator or a launcher')
     runtime.enable_compilation_cache()
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]

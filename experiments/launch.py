@@ -4,6 +4,7 @@ import difflib
 import functools
 import json
 import logging as stdlib_logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -45,6 +46,9 @@ _XLA_OPTIONS = flags.DEFINE_string(
     'xla_options', '', 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
 )
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
+_INITIALIZATION_TIMEOUT = flags.DEFINE_float(
+    'initialization_timeout', 300.0, 'seconds to wait for the other processes of the job', lower_bound=1
+)
 
 
 def define_config() -> flags.FlagHolder:
@@ -66,8 +70,14 @@ def run(main: Callable[[], None]) -> None:
         new_folders: list[epath.Path] = []
         try:
             new_folders = _new_folders()
-            runtime.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            runtime.initialize_distributed(
+                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _INITIALIZATION_TIMEOUT.value
+            )
+        except InputError as error:
+            _fail(str(error), 2, at_once=True)  # JAX may still wait for processes, and would tell at length
+        try:
             runtime.setup_logging()
+            _check_same_command()
             main()
         except InputError as error:
             if runtime.is_main_process():
@@ -75,8 +85,30 @@ def run(main: Callable[[], None]) -> None:
             _fail(str(error), 2)
         except FloatingPointError as error:
             _fail(str(error), 1)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f'{error.filename}: {error.strerror}', 2)  # a file that may not be read, a folder not made
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _check_same_command() -> None:
+    """Refuses processes that were not given the same flags: each would compile, and wait for, another program."""
+    values = flags.FLAGS.flag_values_dict()
+    config = values.pop('config', None)
+    own = {f'--{name}': str(value) for name, value in values.items() if not name.startswith('config.')}
+    own |= {f'--config.{name}': str(value) for name, value in flatten(config or {}).items()}
+    differ = ('--process_id', '--coordinator', '--initialization_timeout', '--config.log.')  # may
+    own = {name: value for name, value in own.items() if not name.startswith(differ)}
+    first, *others = map(json.loads, runtime.gather_texts(json.dumps(own)))
+    for process, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise InputError(
+                    f'process {process} was started with {name}={other.get(name)}, process 0 with '
+                    f'{name}={first.get(name)}; start all with the same command'
+                )
 
 
 def _new_folders() -> list[epath.Path]:
@@ -156,8 +188,10 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip('\'"').splitlines()[0]
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    print(f'error: {" ".join(message.split())}', file=sys.stderr)
+def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
+    print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(status)
     sys.exit(status)
 
 
@@ -300,6 +334,17 @@ def check_data(workdir: epath.Path, fingerprint: str) -> None:
             f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
             f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
         )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Refuses hosts whose copies of the documents differ."""
+    first, *others = runtime.gather_texts(fingerprint)
+    for process, other in enumerate(others, start=1):
+        if other != first:
+            raise InputError(
+                f'process {process} finds other documents in --config.data.train than process 0 (fingerprint '
+                f'{other[:12]}, not {first[:12]}); give all hosts the same files'
+            )
 
 
 def record_run(

@@ -11,7 +11,7 @@ import tqdm
 from absl import flags
 
 from experiments import launch
-from llama_jax.data.prepared import write_prepared
+from llama_jax.data.prepared import PreparedRows, write_prepared
 from llama_jax.data.sources import read_documents
 from llama_jax.pretrained import load_tokenizer
 
@@ -23,6 +23,7 @@ _SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row', required=Tru
 _OUTPUT = flags.DEFINE_string('output', None, 'folder to write, local or gs://...', required=True)
 _TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the field of JSONL and TFDS records that holds the text')
 _SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a text file')
+_VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and compare it with its hashes')
 
 
 def main() -> None:
@@ -39,9 +40,12 @@ def main() -> None:
             bar.update(num_bytes - bar.n)
 
         manifest = write_prepared(documents, tokenizer, _SEQ_LEN.value, _OUTPUT.value, progress=progress)
+    if _VERIFY.value:
+        PreparedRows(_OUTPUT.value).verify()
     print(
         f'{_OUTPUT.value}: {manifest["num_rows"]:,} rows of {_SEQ_LEN.value} tokens from '
         f'{manifest["num_documents"]:,} documents, {manifest["num_bytes"] / 1e6:.1f} MB'
+        + (', read back and found equal' if _VERIFY.value else '')
     )
 
 

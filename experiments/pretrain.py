@@ -63,23 +63,26 @@ def main() -> None:
     runtime.enable_compilation_cache(config.log.compilation_cache)
 
     # ---- What is refused before anything is written -----------------------------------------------------------------
-    preset = starting_architecture(config)
-    partitioner = launch.make_partitioner(config)
-    launch.check_sizes(config, preset.max_seq_len, partitioner)
-    launch.compiler_options(partitioner)
-    weights = parse_weights(config)
-    optimizer = launch.make_optimizer_config(config)
-    schedule = make_schedule(optimizer, config.train.num_steps)
-    tx = make_optimizer(optimizer, schedule)
-    exams = launch.prepare_exams(config)
-    # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
-    abstract_state(launch.make_model(config, preset, partitioner), tx, partitioner)
-    launch.check_workdir(workdir, config, _CHECKPOINT.value)
+    with runtime.refused_by_all():
+        preset = starting_architecture(config)
+        partitioner = launch.make_partitioner(config)
+        launch.check_sizes(config, preset.max_seq_len, partitioner)
+        launch.compiler_options(partitioner)
+        weights = parse_weights(config)
+        optimizer = launch.make_optimizer_config(config)
+        schedule = make_schedule(optimizer, config.train.num_steps)
+        tx = make_optimizer(optimizer, schedule)
+        exams = launch.prepare_exams(config)
+        # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
+        abstract_state(launch.make_model(config, preset, partitioner), tx, partitioner)
+        launch.check_workdir(workdir, config, _CHECKPOINT.value)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     tokenizer = find_tokenizer(config, workdir)
-    data = read_data(config, tokenizer, weights)
-    launch.check_data(workdir, data.fingerprint)
+    with runtime.refused_by_all():
+        data = read_data(config, tokenizer, weights)
+        launch.check_data(workdir, data.fingerprint)
+    launch.check_same_data(data.fingerprint)
 
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
     llama = launch.fit_vocabulary(config, preset, tokenizer.vocab_size)
@@ -181,18 +184,19 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     source = config.data.tokenizer or _CHECKPOINT.value
     # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
     if not file.exists() or not (workdir / launch.CONFIG_FILE).exists():
-        given = pretrained.load_tokenizer(source) if source else None
-        if runtime.is_main_process():
-            if given:
-                runtime.write_atomically(file, model_file(given))
-            else:
-                logger.info('training a tokenizer of %d ids', config.data.vocab_size)
-                train_tokenizer(
-                    launch.split_list(config.data.train), config.data.vocab_size, file,
-                    text_key=config.data.text_key, separator=config.data.separator,
-                )  # fmt: skip
-        runtime.sync_processes('tokenizer')
-    return pretrained.load_tokenizer(file)
+        with runtime.refused_by_all():
+            given = pretrained.load_tokenizer(source) if source else None
+            if runtime.is_main_process():
+                if given:
+                    runtime.write_atomically(file, model_file(given))
+                else:
+                    logger.info('training a tokenizer of %d ids', config.data.vocab_size)
+                    train_tokenizer(
+                        launch.split_list(config.data.train), config.data.vocab_size, file,
+                        text_key=config.data.text_key, separator=config.data.separator,
+                    )  # fmt: skip
+    with runtime.refused_by_all():  # where hosts do not share the workdir
+        return pretrained.load_tokenizer(file)
 
 
 def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | None) -> PretrainData:

@@ -1,12 +1,13 @@
 """load(): any checkpoint of a Llama as (config, params, tokenizer), placed on a mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.weights import latest_step, open_params, restore_params, save_params
+from llama_jax.checkpoint.weights import check_step, latest_step, open_params, restore_params, save_params
 from llama_jax.convert import gguf, huggingface, llama2c, meta
-from llama_jax.convert.detect import detect
+from llama_jax.convert.detect import Format, detect
+from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.mapping import Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.convert.tensors import cast, row_blocks, same_bits
 from llama_jax.data import tokenizer as tokenizers
@@ -101,13 +103,27 @@ def resolve(path: epath.PathLike) -> epath.Path:
     return epath.Path(folder)
 
 
-def _run_and_step(path: epath.Path) -> tuple[epath.Path, epath.Path | None]:
-    """A run's workdir and the step asked for, where the path is WORKDIR/checkpoints[/STEP]."""
-    if path.name == CHECKPOINTS and (path.parent / MODEL_FILE).exists():
-        return path.parent, None
-    if path.parent.name == CHECKPOINTS and (path.parent.parent / MODEL_FILE).exists():
-        return path.parent.parent, path
-    return path, None
+def find(path: epath.Path) -> tuple[Format, epath.Path]:
+    """The format of a checkpoint, and the folder or file to open: the run's workdir, where the path is a step in one.
+
+    Raises:
+      InputError: there is no Llama at the path.
+    """
+    return detect(_run_of(path))
+
+
+def _run_of(path: epath.Path) -> epath.Path:
+    """A run's workdir, where the path is WORKDIR/checkpoints[/STEP]; else the path itself."""
+    for folder in (path, path.parent):
+        if folder.name == CHECKPOINTS and (folder.parent / MODEL_FILE).exists():
+            return folder.parent
+    return path
+
+
+def _step_of(path: epath.Path, workdir: epath.Path) -> epath.Path:
+    """The folder of the step that the path names, or else of the newest."""
+    checkpoints = workdir / CHECKPOINTS
+    return check_step(path) if path.parent == checkpoints else latest_step(checkpoints)
 
 
 def open_source(path: epath.Path) -> Source:
@@ -116,11 +132,10 @@ def open_source(path: epath.Path) -> Source:
     Raises:
       InputError: there is no Llama at the path, or it is damaged.
     """
-    workdir, step = _run_and_step(path)
-    kind, found = detect(workdir)
+    kind, found = find(path)
     match kind:
         case 'orbax':
-            leaves = open_params(step or latest_step(found / CHECKPOINTS))
+            leaves = open_params(_step_of(path, found))
             return native_source(_native_config(found), leaves, str(path))
         case 'meta':
             return meta.open_source(found)
@@ -142,10 +157,9 @@ def load_params(path: epath.Path, target: Params) -> Params:
     Raises:
       InputError: the checkpoint is damaged, or of another shape.
     """
-    workdir, step = _run_and_step(path)
-    kind, found = detect(workdir)
+    kind, found = find(path)
     if kind == 'orbax':
-        return restore_params(step or latest_step(found / CHECKPOINTS), target)
+        return restore_params(_step_of(path, found), target)
     source = open_source(path)
     weights = {weight.path: weight for weight in weights_of(source.config)}
 
@@ -192,12 +206,15 @@ def save(
       progress: called with the bytes of each block written.
 
     Raises:
-      InputError: something is at the path already, or the model has no place in that format.
+      InputError: something is at the path already, it cannot be written, or the model has no place in that format.
     """
     folder = epath.Path(path)
     allowed = GGUF_DTYPES if to == 'gguf' else FLOAT_DTYPES
     if dtype and dtype not in allowed:
         raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
+    own = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
+    if to in ('meta', 'gguf') and not dtype and (wide := own - set(FLOAT_DTYPES)):
+        raise InputError(f'{source.origin} holds {min(wide)}, which {to} does not; give dtype float32')
     if model_parallel != 1 and to != 'meta':
         raise InputError(f'model_parallel is {model_parallel}; only files of meta are split so, not {to}')
     if to != 'orbax' and '://' in os.fspath(path):
@@ -206,12 +223,13 @@ def save(
     if to == 'gguf':
         if folder.exists():
             raise InputError(f'{folder} exists; give a new file, or remove it first')
-        folder.parent.mkdir(parents=True, exist_ok=True)
         vocabulary = gguf_vocabulary(tokenizer, chat_template, source.config.vocab_size)
         kind: Any = dtype or source.dtype.name
-        gguf.write(source, folder, dtype=kind, vocabulary=vocabulary, name=folder.stem, progress=progress)
+        with _refused_in_one_line(path):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            gguf.write(source, folder, dtype=kind, vocabulary=vocabulary, name=folder.stem, progress=progress)
         return
-    with new_folder(folder) as target:
+    with _refused_in_one_line(path), new_folder(folder) as target:
         if to == 'huggingface':
             own = huggingface_files(
                 tokenizer, chat_template=chat_template, max_seq_len=source.config.max_seq_len
@@ -228,6 +246,15 @@ def save(
         leaves = {w.path: Leaf(source, w, float_dtype) for w in weights_of(source.config)}
         save_params(target / CHECKPOINTS, leaves, progress)
         save_config(target, source.config, base_checkpoint='', converted_from=source.origin)
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(path: epath.PathLike) -> Iterator[None]:
+    """What the system says against writing there, such as that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f'{path} cannot be written: {error}') from error
 
 
 def verify(
@@ -269,8 +296,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     Raises:
       InputError: there is none, or several.
     """
-    place = resolve(path)
-    workdir, _ = _run_and_step(place)
+    workdir = _run_of(resolve(path))
     if workdir.is_dir():
         return tokenizers.load_tokenizer(_folder_of_tokenizer(workdir))
     if not workdir.exists():
@@ -278,7 +304,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     with workdir.open('rb') as file:
         head = file.read(4)
     if head == b'GGUF':
-        return tokenizer_from_gguf(gguf.read_metadata(workdir), str(workdir))
+        return tokenizer_from_gguf(read_metadata(workdir), str(workdir))
     if workdir.name.endswith(('.pt', '.bin')):
         return tokenizers.load_tokenizer(workdir.parent)
     return tokenizers.load_tokenizer(workdir)
@@ -294,8 +320,7 @@ def _folder_of_tokenizer(folder: epath.Path) -> epath.Path:
 
 def load_config(path: epath.Path) -> LlamaConfig:
     """The architecture of a checkpoint of any format."""
-    workdir, _ = _run_and_step(path)
-    kind, found = detect(workdir)
+    kind, found = find(path)
     return _native_config(found) if kind == 'orbax' else open_source(path).config
 
 
@@ -303,7 +328,7 @@ def _native_config(folder: epath.Path) -> LlamaConfig:
     file = folder / MODEL_FILE
     try:
         return LlamaConfig.from_dict(json.loads(file.read_text())['config'])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f'{file} does not describe a model: {str(error).splitlines()[0]}') from error
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,7 +25,9 @@ logger = logging.getLogger('llama_jax')
 T = TypeVar('T')
 
 
-def initialize_distributed(coordinator: str = '', num_processes: int = 0, process_id: int = -1) -> None:
+def initialize_distributed(
+    coordinator: str = '', num_processes: int = 0, process_id: int = -1, timeout: float = 300.0
+) -> None:
     """Joins the processes of a multi-host job; does nothing for a single process.
 
     Without arguments the cluster is asked: TPU pods (Compute Engine, GKE, slices of both), Slurm under `srun`, Open MPI
@@ -35,17 +37,34 @@ def initialize_distributed(coordinator: str = '', num_processes: int = 0, proces
       coordinator: host:port of process 0.
       num_processes: of the job.
       process_id: of this process, from 0.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      InputError: only some of the three are given and the launcher does not tell the others, or there is a TPU whose
-        pod cannot be asked.
+      InputError: only some of the three are given and the launcher does not tell the others; they are impossible; not
+        all processes came in time; or there is a TPU whose pod cannot be asked.
     """
     ranks = _launcher_ranks()
     if coordinator and num_processes <= 0 and process_id < 0 and ranks:
         num_processes, process_id = ranks
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=_local_devices())
+        if process_id >= num_processes:
+            raise InputError(
+                f'process_id={process_id} of num_processes={num_processes}: processes are numbered from 0 to '
+                f'{num_processes - 1}'
+            )
+        if not coordinator.rpartition(':')[2].isdigit() or ':' not in coordinator:
+            raise InputError(
+                f'coordinator={coordinator!r}: give HOST:PORT, the host of process 0 and a free port'
+            )
+        try:
+            _join(timeout, coordinator, num_processes, process_id, local_device_ids=_local_devices())
+        except RuntimeError as error:  # of the service that process 0 starts
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f'process {process_id} cannot join at coordinator={coordinator} ({reason}); give the host of process '
+                '0 and a port that is free there'
+            ) from error
     elif any(given):
         raise InputError(
             f'coordinator={coordinator!r} num_processes={num_processes} process_id={process_id}: '
@@ -57,10 +76,12 @@ def initialize_distributed(coordinator: str = '', num_processes: int = 0, proces
                 f'Open MPI started {ranks[0]} processes without telling where the first is; give each '
                 '--coordinator=HOST:PORT, the host of rank 0 and a free port'
             )
-        jax.distributed.initialize(local_device_ids=_local_devices())
+        _join(timeout, local_device_ids=_local_devices())
     elif _on_tpu_pod():
         try:
-            jax.distributed.initialize()
+            _join(timeout)
+        except InputError:
+            raise
         except (
             Exception
         ) as error:  # of an HTTP client, a parser or a resolver: the metadata server's answers vary
@@ -68,6 +89,31 @@ def initialize_distributed(coordinator: str = '', num_processes: int = 0, proces
                 f'this machine has a TPU, but its pod cannot be asked ({type(error).__name__}: {error}); give '
                 '--coordinator, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is all there is'
             ) from error
+
+
+def _join(timeout: float, *arguments: Any, **options: Any) -> None:
+    """`jax.distributed.initialize`, given up after so many seconds: JAX itself would abort the process then."""
+    failures: list[Exception] = []
+    # On CPUs, programs in flight at the same time would meet each other's collectives, in an order of their own in each
+    # process; that can end in waiting for ever.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(*arguments, initialization_timeout=int(timeout) + 60, **options)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise InputError(
+            f'not all processes of the job have joined within {timeout:g} s; start each with the same command (by hand '
+            'with its own --process_id, and --coordinator where process 0 is), or raise --initialization_timeout'
+        )
+    if failures:
+        raise failures[0]
 
 
 def _launcher_ranks() -> tuple[int, int] | None:
@@ -152,6 +198,37 @@ def sync_processes(name: str) -> None:
 def from_main_process(array: np.ndarray) -> np.ndarray:
     """What process 0 holds, on every process; all give an array of one shape and dtype."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
+def gather_texts(text: str) -> list[str]:
+    """The text of each process, in their order, on all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.pad(data, (0, max(int(sizes.max()), 1) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def refused_by_all() -> Iterator[None]:
+    """What one process refuses within, all refuse with its line, so that none is left waiting; no collectives within.
+
+    Raises:
+      InputError: its own, or else that of the first process that has one.
+    """
+    own = None
+    try:
+        yield
+    except InputError as error:
+        own = error
+    lines = gather_texts(str(own) if own else '')
+    if own:
+        raise own
+    for process, line in enumerate(lines):
+        if line:
+            raise InputError(f'process {process}: {line}')
 
 
 def enable_bucket(path: str | os.PathLike) -> None:

@@ -9,8 +9,12 @@ import json
 import os
 import pathlib
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping, Sequence
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -21,17 +25,19 @@ import experiments.launch, llama_jax.data.datasets, llama_jax.eval.perplexity, l
 import llama_jax.train.loop, llama_jax.train.state, llama_jax.train.step
 from array_record.python import array_record_data_source
 for line in sys.stdin:
-    request = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        for descriptor, file in enumerate((os.devnull, request['stdout'], request['stderr'])):
-            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ.update(request['environment'])
-        sys.argv = request['argv']
-        runpy.run_module(f'experiments.{sys.argv[0]}', run_name='__main__', alter_sys=True)
-        sys.exit()
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    pids = []
+    for request in json.loads(line):
+        pids.append(os.fork())
+        if not pids[-1]:
+            for descriptor, file in enumerate((os.devnull, request['stdout'], request['stderr'])):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+            os.environ.update(request['environment'])
+            sys.argv = request['argv']
+            exec(request['before'], {})
+            runpy.run_module(f'experiments.{sys.argv[0]}', run_name='__main__', alter_sys=True)
+            sys.exit()
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
 
 
@@ -59,35 +65,91 @@ class Finished:
 
 
 class CommandLine:
-    """Runs one command at a time, with `num_devices` emulated devices where the run does not say otherwise."""
+    """Runs one command at a time, or one job of several processes that join over loopback.
 
-    def __init__(self, folder: pathlib.Path, num_devices: int = 1, **environment: str):
+    With `num_devices` emulated devices where the run does not say otherwise, and `xla_flags` added to those of all.
+    """
+
+    def __init__(self, folder: pathlib.Path, num_devices: int = 1, xla_flags: str = '', **environment: str):
         self._folder, self._num_devices, self._environment = folder, num_devices, environment
+        self._xla_flags = xla_flags
         self._server = subprocess.Popen(
             [sys.executable, '-c', _SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )  # fmt: skip
 
     def start(self, name: str, *arguments: str, num_devices: int = 0) -> int:
         """Starts `python -m experiments.NAME ARGUMENTS` and returns its process id; `wait` must follow."""
-        request = {
-            'argv': [name, *map(str, arguments)],
-            'environment': self._environment | _devices(num_devices or self._num_devices),
-            'stdout': str(self._folder / 'stdout'),
-            'stderr': str(self._folder / 'stderr'),
-        }
-        self._server.stdin.write(json.dumps(request) + '\n')
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        return self._start(name, {0: arguments}, num_devices or self._num_devices, '')[0]
 
     def wait(self) -> Finished:
-        status = int(self._server.stdout.readline())
-        return Finished(
-            status, *((self._folder / name).read_text(errors='replace') for name in ('stdout', 'stderr'))
-        )
+        return self._wait()[0]
 
     def run(self, name: str, *arguments: str, num_devices: int = 0) -> Finished:
         self.start(name, *arguments, num_devices=num_devices)
         return self.wait()
+
+    def start_processes(
+        self, name: str, *arguments: str, num_processes: int, num_devices: int = 1, before: str = '', **also
+    ) -> list[int]:
+        """Starts processes that join over loopback, with so many devices each; `wait_processes` must follow.
+
+        Args:
+          name: of the command.
+          arguments: of all processes.
+          num_processes: that there should be.
+          num_devices: of each process.
+          before: Python that each runs first; PROCESS stands for its number.
+          also: `process_0=[...]`: more arguments of that process; None does not start it.
+        """
+        with socket.socket() as listener:
+            listener.bind(('127.0.0.1', 0))
+            port = listener.getsockname()[1]
+        job = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={num_processes}']
+        more = {process: also.get(f'process_{process}', []) for process in range(num_processes)}
+        started = {
+            process: [*arguments, *job, f'--process_id={process}', *own]
+            for process, own in more.items()
+            if own is not None
+        }
+        return self._start(name, started, num_devices, before)
+
+    def wait_processes(self, pids: Sequence[int], timeout: float = 300) -> list[Finished]:
+        """How each ended; those that have not after so many seconds are killed, and so have failed."""
+        timer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        timer.start()
+        try:
+            return self._wait()
+        finally:
+            timer.cancel()
+
+    def run_processes(self, name: str, *arguments: str, timeout: float = 300, **options) -> list[Finished]:
+        return self.wait_processes(self.start_processes(name, *arguments, **options), timeout)
+
+    def _start(
+        self, name: str, processes: Mapping[int, Sequence], num_devices: int, before: str
+    ) -> list[int]:
+        self._outputs = [(self._folder / f'{i}.stdout', self._folder / f'{i}.stderr') for i in processes]
+        requests = [
+            {
+                'argv': [name, *map(str, arguments)],
+                'environment': self._environment | _devices(num_devices, self._xla_flags),
+                'before': before.replace('PROCESS', str(process)),
+                'stdout': str(stdout),
+                'stderr': str(stderr),
+            }
+            for (process, arguments), (stdout, stderr) in zip(processes.items(), self._outputs, strict=True)
+        ]
+        self._server.stdin.write(json.dumps(requests) + '\n')
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def _wait(self) -> list[Finished]:
+        statuses = json.loads(self._server.stdout.readline())
+        outputs = [[file.read_text(errors='replace') for file in files] for files in self._outputs]
+        return [
+            Finished(status, _without_gloo(stdout), stderr)
+            for status, (stdout, stderr) in zip(statuses, outputs, strict=True)
+        ]
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -95,10 +157,16 @@ class CommandLine:
         self._server.stdout.close()
 
 
-def _devices(count: int) -> dict[str, str]:
+def _without_gloo(text: str) -> str:
+    """Gloo, which joins processes on CPUs, writes on standard output, its threads into each other's lines."""
+    lines = text.splitlines(keepends=True)
+    return ''.join(line for line in lines if '[Gloo]' not in line and 'peer ranks' not in line)
+
+
+def _devices(count: int, xla_flags: str = '') -> dict[str, str]:
     return {
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} '
-        '--xla_cpu_collective_call_terminate_timeout_seconds=300'
+        f'--xla_cpu_collective_call_terminate_timeout_seconds=300 {xla_flags}'
     }
 
 

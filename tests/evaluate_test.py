@@ -148,6 +148,7 @@ REFUSED = {
     'unknown task': (['--tasks=hellaswagg'], "unknown task 'hellaswagg'; did you mean hellaswag"),
     'unknown model': (['--tasks=piqa', '--compare=llama2_8b'], "no published scores of 'llama2_8b'"),
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),
+    'no TFDS': (['--tasks=piqa', '--data_dir=tfds://nowhere'], 'piqa is not prepared in nowhere/piqa'),
     'no data': (['--tasks=piqa', '--data_dir='], '--data_dir is required'),
     'code': (['--tasks=human_eval'], 'allow it with --allow_code_execution'),
     'no checkpoint': (['--tasks=piqa', '--limit=2', '--checkpoint=nowhere'], 'nowhere'),
@@ -178,6 +179,22 @@ def test_a_malformed_item_is_named_by_file_and_line(commands, given, tmp_path):
         'evaluate', *given, '--tasks=piqa', f'--data_dir={tmp_path}', f'--output={tmp_path}/run'
     ).error()
     assert 'piqa/validation.jsonl:2' in line
+
+
+def test_an_empty_choice_is_refused_and_a_long_context_is_cut_and_counted(commands, given, tmp_path):
+    (tmp_path / 'crows_pairs').mkdir()
+    (tmp_path / 'crows_pairs/crows_pairs_anonymized.csv').write_text(
+        'sent_more,sent_less,bias_type\na,,age\n'
+    )
+    (tmp_path / 'lambada').mkdir()
+    item = {'context': 'Once upon a time there was a dog. ' * 300, 'continuation': 'He'}
+    (tmp_path / 'lambada/test.jsonl').write_text(json.dumps(item))
+    arguments = [*given, f'--data_dir={tmp_path}', f'--output={tmp_path}/run']
+    line = commands.run('evaluate', *arguments, '--tasks=crows_pairs').error()
+    assert "the continuation '' of '' encodes to no token of its own" in line
+    finished = commands.run('evaluate', *arguments, '--tasks=lambada').succeeded()
+    assert json.loads((tmp_path / 'run/results.json').read_text())['lambada']['truncated'] == 1
+    assert 'lost its left end: lambada 1.' in finished.stdout
 
 
 def test_training_evaluates_on_its_mesh(commands, shared_data, tmp_path):

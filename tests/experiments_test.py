@@ -135,9 +135,9 @@ def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_
     prepared = tmp_path / 'prepared'
     finished = commands.run(
         'prepare_data', f'--input={corpus}', '--separator=<|endoftext|>', f'--tokenizer={run}', '--seq_len=64',
-        f'--output={prepared}',
+        f'--output={prepared}', '--verify',
     ).succeeded()  # fmt: skip
-    assert f'{len(documents):,} documents' in finished.stdout
+    assert f'{len(documents):,} documents' in finished.stdout and 'found equal' in finished.stdout
     trained = []
     for source in (corpus, tmp_path / 'corpus.jsonl.gz', tmp_path / 'corpus.array_record', prepared):
         workdir = tmp_path / f'run_{source.name}'
@@ -302,6 +302,11 @@ def test_convert_writes_what_generates_the_same_text(commands, run, tmp_path, to
     assert texts[0] == texts[1] and texts[0].strip()
 
 
+def test_convert_takes_a_step_of_a_run(commands, run, tmp_path):
+    step, output = run / 'checkpoints/8', tmp_path / 'model.gguf'
+    commands.run('convert', f'--input={step}', f'--output={output}', '--to=gguf', '--verify').succeeded()
+
+
 def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path):
     output = f'--output={tmp_path}/out'
     for arguments, message in {
@@ -309,9 +314,18 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path)
         (f'--input={run}', '--to=meta', '--dtype=q8_0'): 'dtype q8_0 is not one that meta holds',
         (f'--input={run}', '--to=meta', '--model_parallel=3'): 'model_parallel',
         (f'--input={run}', '--to=torch'): '--to',
+        (f'--input={run}/checkpoints/5', '--to=meta'): 'the steps there are [4, 8, 12]',
     }.items():
         assert message in commands.run('convert', *arguments, output).error()
         assert not any(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(commands, run, corpus, tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    line = commands.run('convert', f'--input={run}', f'--output={tmp_path}/file/out', '--to=meta').error()
+    assert f'{tmp_path}/file/out cannot be written' in line
+    finished = commands.run('pretrain', *tiny_run(tmp_path / 'file/run', corpus, data__tokenizer=run))
+    assert 'file/run: Not a directory' in finished.error()
 
 
 def test_benchmark_of_conversions_writes_its_figures(commands, tmp_path):

@@ -1,145 +1,319 @@
 """Real processes that join over loopback: what a pod's hosts do, on one machine."""
 
 import json
-import os
-import pathlib
-import re
-import socket
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 
-# Reads batches on a mesh of four devices, trains three steps, and one of them again from a checkpoint.
-WORKER = '''
-import functools
-import json
-import sys
+from tests.command_line import CommandLine, figures, saved_steps, tiny_run, write_corpus
 
+NUM_STEPS, BATCH_SIZE, SEQ_LEN = 6, 8, 64
+
+# Only process 0 finds its programs in JAX's cache. While the others compile it would wait for them, gloo for 30 s only.
+WITHOUT_CACHE = """
 import jax
-import numpy as np
+jax.config.update('jax_enable_compilation_cache', False)
+"""
 
-from llama_jax import runtime
-from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.data.loader import batches
-from llama_jax.losses.language_model import language_model_loss
-from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import abstract_state, init_state, shardings_of
-from llama_jax.train.step import compile_train_step
-from tests import toy
-
-port, count, process, folder, out = sys.argv[1:]
-if int(count) > 1:
-    runtime.initialize_distributed(f'127.0.0.1:{port}', int(count), int(process))
-assert (jax.process_count(), jax.process_index(), jax.device_count()) == (int(count), int(process), 4)
-assert runtime.is_main_process() == (process == '0')
+# Each process writes down its devices' parts of every batch that is trained on, and which rows it read for them.
+RECORD = (
+    WITHOUT_CACHE
+    + """
+import json
+from llama_jax.data import loader
 
 
 class Rows:
-    """Packed rows that remember which of them were read."""
-
-    def __init__(self):
-        self.tokens, self.segment_ids = toy.packed_rows(64, 16)
-        self.read = set()
+    def __init__(self, rows):
+        self.rows, self.read = rows, set()
 
     def __len__(self):
-        return 64
+        return len(self.rows)
 
     def __getitem__(self, index):
         self.read.add(int(index))
-        return {'tokens': self.tokens[index], 'segment_ids': self.segment_ids[index]}
+        return self.rows[index]
 
 
-found = {'read': {}}
-for name, sizes in (('data', {'data': 4}), ('tensor', {'data': 2, 'tensor': 2}), ('spanning', {'tensor': 4})):
-    rows = Rows()
-    first = next(batches(rows, batch_size=8, seq_len=16, partitioner=Partitioner(make_mesh(sizes)), num_threads=1))
-    for shard in first.tokens.addressable_shards:
-        np.testing.assert_array_equal(shard.data, rows.tokens[:8, :-1][shard.index])
-    found['read'][name] = sorted(row for row in rows.read if row < 8)
-
-partitioner = Partitioner(make_mesh({'data': 2, 'tensor': 2}))
-model = toy.make_model(partitioner=partitioner)
-tx = make_optimizer(OptimizerConfig(), 1e-2)
-target = abstract_state(model, tx, partitioner)
-state = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))(jax.random.key(0))
-checkpointer = Checkpointer(folder)
-losses = []
-with jax.set_mesh(partitioner.mesh):
-    step = compile_train_step(target, loss_fn=language_model_loss(model), tx=tx)
-    for index, batch in zip(range(3), batches(Rows(), batch_size=8, seq_len=16, partitioner=partitioner)):
-        if index == 2:
-            checkpointer.save(2, state, {'rows_consumed': 16})
-            checkpointer.wait()
-        state, metrics = step(state, {}, batch, jax.random.key(0))
-        losses.append(float(metrics['loss']))
-    saved_step, state, metadata = checkpointer.restore_latest(target)
-    consumed = metadata['rows_consumed']
-    again = next(batches(Rows(), batch_size=8, seq_len=16, partitioner=partitioner, rows_consumed=consumed))
-    state, metrics = step(state, {}, again, jax.random.key(0))
-    found |= {'losses': losses, 'restored_step': saved_step, 'again': float(metrics['loss'])}
-checkpointer.close()
-runtime.sync_processes('end')
-with open(out, 'w') as file:
-    json.dump(found, file)
-'''
+def record(rows, *, batch_size, rows_consumed, original=loader.batches, **options):
+    rows, first = Rows(rows), rows_consumed
+    with open('FOLDER/batches-PROCESS', 'w') as file:
+        for batch in original(rows, batch_size=batch_size, rows_consumed=first, **options):
+            parts = {}
+            for name, array in vars(batch).items():
+                parts[name] = [[s.index[0].start or 0, s.index[1].start or 0, s.data.tolist()]
+                               for s in array.addressable_shards]
+            read = sorted(row - rows_consumed for row in rows.read if 0 <= row - rows_consumed < batch_size)
+            print(json.dumps([rows_consumed // batch_size + 1, read, parts]), file=file, flush=True)
+            rows_consumed += batch_size
+            yield batch
 
 
-def run(count, folder):
-    """What each of `count` processes found, four devices among them."""
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        port = listener.getsockname()[1]
-    flags = re.sub(r'(device_count)=\d+', rf'\1={4 // count}', os.environ['XLA_FLAGS'])
-    flags += ' --xla_backend_optimization_level=0'  # compiles in half the time
-    folder.mkdir()
-    outputs = [folder / f'{process}.json' for process in range(count)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', WORKER, str(port), str(count), str(process), str(folder / 'checkpoints'), str(out)],
-            cwd=pathlib.Path(__file__).resolve().parents[1], env=os.environ | {'XLA_FLAGS': flags},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for process, out in enumerate(outputs)
-    ]  # fmt: skip
-    try:
-        logs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, '\n'.join(logs)
-    return [json.loads(out.read_text()) for out in outputs]
+loader.batches = record
+"""
+)
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('multiprocess')
-    return {count: run(count, folder / str(count)) for count in (1, 2)}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('processes')
 
 
-def test_a_process_reads_the_rows_of_its_own_devices_alone(runs):
-    (alone,), (first, second) = runs[1], runs[2]
-    every = list(range(8))
-    assert alone['read'] == dict.fromkeys(('data', 'tensor', 'spanning'), every)
-    for name in ('data', 'tensor'):
-        assert len(first['read'][name]) == len(second['read'][name]) == 4
-        assert sorted(first['read'][name] + second['read'][name]) == every
-    # One row of devices spans both processes: each device has a part of every row.
-    assert first['read']['spanning'] == second['read']['spanning'] == every
+@pytest.fixture(scope='module')
+def commands(folder):
+    commands = CommandLine(
+        folder, xla_flags='--xla_backend_optimization_level=0'
+    )  # compiles in half the time
+    yield commands
+    commands.close()
 
 
-def test_two_processes_train_as_one(runs):
-    (alone,), (first, second) = runs[1], runs[2]
-    assert first['losses'] == second['losses']
-    np.testing.assert_allclose(
-        first['losses'], alone['losses'], rtol=1e-6
-    )  # the sums may round in another order
-    assert alone['losses'][2] < alone['losses'][0]
+@pytest.fixture(scope='module')
+def corpus(folder):
+    return write_corpus(folder / 'corpus.txt', 100)
 
 
-def test_two_processes_save_and_restore_one_checkpoint(runs):
-    for found in (*runs[1], *runs[2]):
-        assert found['restored_step'] == 2
-        assert found['again'] == found['losses'][2]  # bit for bit
+def arguments(workdir, corpus, **overrides):
+    settings = {
+        'train__num_steps': NUM_STEPS,
+        'checkpoint__every': 3,
+        'eval__every': 3,
+        'data__seq_len': SEQ_LEN,
+    }
+    return tiny_run(workdir, corpus, **settings | overrides)
+
+
+def train(commands, workdir, corpus, num_processes, num_devices=1, **mesh):
+    """A run of so many processes; each must end well, and the first alone must have said anything."""
+    workdir.mkdir(exist_ok=True)  # for what is recorded
+    finished = commands.run_processes(
+        'pretrain', *arguments(workdir, corpus, **mesh), num_processes=num_processes, num_devices=num_devices,
+        before=RECORD.replace('FOLDER', str(workdir)),
+    )  # fmt: skip
+    for process in finished:
+        process.succeeded()
+    assert not any('step' in process.stderr + process.stdout for process in finished[1:])
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def alone(folder, commands, corpus):
+    return train(commands, folder / 'alone', corpus, 1)
+
+
+@pytest.fixture(scope='module')
+def two(folder, commands, corpus):
+    return train(commands, folder / 'two', corpus, 2)
+
+
+@pytest.fixture(scope='module')
+def four(folder, commands, corpus):
+    return train(commands, folder / 'four', corpus, 4, mesh__data=2, mesh__fsdp=2)
+
+
+def batches(workdir):
+    """{step: {field: [B, T]}}, put together from what the devices of all processes held."""
+    found = {}
+    for file in sorted(workdir.glob('batches-*')):
+        for step, _, parts in map(json.loads, file.read_text().splitlines()):
+            for name, shards in parts.items():
+                whole = found.setdefault(step, {}).setdefault(name, np.full((BATCH_SIZE, SEQ_LEN), -1))
+                for row, column, values in shards:
+                    part = whole[row : row + len(values), column : column + len(values[0])]
+                    assert ((part == -1) | (part == values)).all()  # two devices hold the same part
+                    part[...] = values
+    assert found and all((whole >= 0).all() for batch in found.values() for whole in batch.values())
+    return found
+
+
+def rows_read(workdir):
+    """Of the first batch, by each process."""
+    files = sorted(workdir.glob('batches-*'))
+    return [json.loads(file.read_text().splitlines()[0])[1] for file in files]
+
+
+def assert_same_batches(workdir, other):
+    found, wanted = batches(workdir), batches(other)
+    assert list(found)[-1] == NUM_STEPS and set(found) <= set(wanted) == set(range(1, NUM_STEPS + 1))
+    for step, batch in found.items():
+        assert set(batch) == set(wanted[step]) and len(batch) == 5
+        for name, whole in batch.items():
+            np.testing.assert_array_equal(whole, wanted[step][name], err_msg=f'{name} of step {step}')
+    assert max(len(np.unique(ids)) for ids in found[NUM_STEPS]['segment_ids']) > 1  # rows are packed
+
+
+def losses(workdir):
+    """Of every step; and of every validation."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert [line['step'] for line in lines if 'validation_loss' in line] == [3, 6]
+    return [line[name] for name in ('loss', 'validation_loss') for line in lines if name in line]
+
+
+def assert_same_losses(workdir, other):
+    # Sums are taken in another order, which fp32 rounds differently.
+    np.testing.assert_allclose(losses(workdir), losses(other), rtol=1e-6)
+
+
+def stopped_at_3(workdir, copy):
+    """A workdir like that of a run that was stopped after half of its steps."""
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns('batches-*', 'report.json'))
+    shutil.rmtree(copy / f'checkpoints/{NUM_STEPS}')
+    return copy
+
+
+def test_two_processes_train_as_one(alone, two):
+    assert_same_batches(two, alone)
+    assert_same_losses(two, alone)
+    assert losses(two)[NUM_STEPS - 1] < 0.8 * losses(two)[0]
+    assert saved_steps(two) == [3, 6]
+    found, wanted = (json.loads((workdir / 'report.json').read_text()) for workdir in (two, alone))
+    assert found.pop('sample') == wanted.pop('sample')
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_process_reads_the_rows_of_its_own_devices_alone(alone, two):
+    first, second = rows_read(two)
+    assert len(first) == len(second) == BATCH_SIZE / 2
+    assert sorted(first + second) == rows_read(alone)[0] == list(range(BATCH_SIZE))
+
+
+def test_two_processes_go_on_bit_for_bit(commands, corpus, two, tmp_path):
+    resumed = train(commands, stopped_at_3(two, tmp_path / 'run'), corpus, 2)
+    assert figures(resumed) == figures(two) and losses(resumed) == losses(two)
+    assert list(batches(resumed)) == [4, 5, 6]
+    assert_same_batches(resumed, two)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_and_go_on_bit_for_bit(commands, corpus, alone, four, tmp_path):
+    assert_same_batches(four, alone)
+    assert_same_losses(four, alone)
+    assert sorted(sum(rows_read(four), [])) == list(range(BATCH_SIZE))
+    resumed = train(commands, stopped_at_3(four, tmp_path / 'run'), corpus, 4, mesh__data=2, mesh__fsdp=2)
+    assert figures(resumed) == figures(four) and losses(resumed) == losses(four)
+    assert_same_batches(resumed, four)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('num_processes', 'num_devices', 'mesh'),
+    [
+        (1, 1, {}),
+        (1, 2, {'fsdp': 2}),
+        (1, 8, {'data': 2, 'fsdp': 2, 'tensor': 2}),
+        (2, 1, {'tensor': 2}),
+        (2, 1, {'context': 2}),
+        (2, 2, {'tensor': 4}),
+        (4, 1, {'context': 2, 'tensor': 2}),
+    ],
+    ids=str,
+)
+def test_four_processes_checkpoint_goes_on_elsewhere(
+    commands, corpus, alone, four, tmp_path, num_processes, num_devices, mesh
+):
+    sizes = {f'mesh__{name}': size for name, size in ({'fsdp': 1} | mesh).items()}
+    resumed = train(
+        commands, stopped_at_3(four, tmp_path / 'run'), corpus, num_processes, num_devices, **sizes
+    )
+    assert figures(resumed)[:3] == figures(four)[:3]
+    assert_same_losses(resumed, four)
+    assert list(batches(resumed)) == [4, 5, 6]
+    assert_same_batches(resumed, alone)
+    if num_processes > 1:  # all of them share every row
+        assert rows_read(resumed) == [list(range(BATCH_SIZE))] * num_processes
+
+
+# Counts the bytes that are read of a checkpoint's weights, beside those that the process's devices hold.
+COUNT = (
+    WITHOUT_CACHE
+    + """
+import json
+from llama_jax import pretrained
+from llama_jax.convert.tensors import FileTensor
+from llama_jax.models.presets import PRESETS
+
+PRESETS['stories_260k'] = pretrained.load_config(pretrained.resolve('CHECKPOINT'))
+read = []
+
+
+def count(self, *spans, original=FileTensor.read):
+    block = original(self, *spans)
+    read.append(block.nbytes)
+    return block
+
+
+def load(*args, original=pretrained.load, **options):
+    read.clear()
+    loaded = original(*args, **options)
+    leaves = jax.tree.leaves(loaded[1])
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    with open('FOLDER/bytes-PROCESS', 'w') as file:
+        json.dump([sum(read), held, sum(leaf.nbytes for leaf in leaves)], file)
+    return loaded
+
+
+FileTensor.read, pretrained.load = count, load
+"""
+)
+
+
+def test_a_foreign_checkpoint_is_read_in_slices_and_trained_on(commands, corpus, shared_data, tmp_path):
+    checkpoint = shared_data / 'weights/stories260K/stories260K.gguf'
+    runs = {}
+    for num_processes in (1, 2):
+        workdir = runs[num_processes] = tmp_path / str(num_processes)
+        workdir.mkdir()
+        settings = {'model__preset': 'stories_260k', 'train__num_steps': 3, 'model__vocab_size': 0}
+        finished = commands.run_processes(
+            'pretrain', *arguments(workdir, corpus, **settings), f'--checkpoint={checkpoint}',
+            num_processes=num_processes,
+            before=COUNT.replace('CHECKPOINT', str(checkpoint)).replace('FOLDER', str(workdir)),
+        )  # fmt: skip
+        for process in finished:
+            process.succeeded()
+    found, wanted = figures(runs[2]), figures(runs[1])
+    np.testing.assert_allclose([loss for _, loss, _ in found], [loss for _, loss, _ in wanted], rtol=1e-6)
+    counts = {n: [json.loads((runs[n] / f'bytes-{i}').read_text()) for i in range(n)] for n in runs}
+    read, held, whole = counts[1][0]
+    assert read == held == whole
+    for read, held, _ in counts[2]:
+        assert read == held < 0.51 * whole  # half, and the norms
+
+
+# What both processes of a job are given, what one of them is (None: it is not started), and what those started say.
+REFUSED = {
+    'no process 0': ([], {'process_0': None}, [JOINED := 'not all processes of the job have joined within 2 s']),
+    'no process 1': ([], {'process_1': None}, [JOINED]),
+    'a number too high': ([], {'process_0': None, 'process_1': ['--process_id=2']}, ['numbered from 0 to 1']),
+    'other seeds': (
+        [], {'process_1': ['--config.seed=1']},
+        ['process 1 was started with --config.seed=1, process 0 with --config.seed=0'] * 2,
+    ),
+    'a wrong mesh': (['--config.mesh.tensor=3'], {}, ['impossible mesh (dcn_data=1'] * 2),
+    # Only process 0 trains a tokenizer, and sees that it cannot.
+    'no text': (['--config.data.train=EMPTY'], {}, ["source 'EMPTY' holds", "process 0: source 'EMPTY' holds"]),
+    'generation': ([], {}, ['generate runs in one process'] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_is_wrong_is_one_line_from_each_process(commands, corpus, folder, tmp_path, case):
+    both, one, messages = REFUSED[case]
+    empty = folder / 'empty.txt'
+    empty.write_text('')
+    name = 'generate' if case == 'generation' else 'pretrain'
+    command = (
+        [f'--checkpoint={tmp_path}', '--prompt=a']
+        if name == 'generate'
+        else arguments(tmp_path / 'run', corpus)
+    )
+    finished = commands.run_processes(
+        name, *command, '--initialization_timeout=2' if None in one.values() else '--initialization_timeout=300',
+        *(argument.replace('EMPTY', str(empty)) for argument in both), num_processes=2, timeout=60, **one,
+    )  # fmt: skip
+    assert len(finished) == len(messages)
+    for process, message in zip(finished, messages, strict=True):
+        assert message.replace('EMPTY', str(empty)) in process.error()
+    assert not (tmp_path / 'run').exists()

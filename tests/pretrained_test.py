@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load, load_config, save_config
 from llama_jax.types import InputError
 from tests import toy
+from tests.convert.in_memory import random_source
 
 CONFIG = dataclasses.replace(
     toy.CONFIG, vocab_size=300, head_dim=4
@@ -100,6 +102,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     [
         ('{', 'does not describe a model'),
         ('[]', 'does not describe a model'),
+        ('[' * 100_000, 'does not describe a model'),
         ('{}', "does not describe a model: 'config'"),
         ('{"config": {"vocab_size": 5}}', 'does not describe a model'),
         (json.dumps({'config': CONFIG.to_dict() | {'num_layers': 0}}), 'num_layers is 0'),
@@ -144,6 +147,8 @@ def test_a_step_may_be_named(tmp_path, workdir, params):
     jax.tree.map(np.testing.assert_array_equal, load(run / 'checkpoints')[1], newest)
     jax.tree.map(np.testing.assert_array_equal, load(run / 'checkpoints/3')[1], params)
     assert pretrained.open_source(run / 'checkpoints/3').tensors['embed'][0].read().any()
+    assert pretrained.find(run / 'checkpoints/3') == pretrained.find(run) == ('orbax', run)
+    assert 'no checkpoint ' in (message := refused(run / 'checkpoints/4')) and '[3, 5]' in message
 
 
 class Hub:
@@ -201,7 +206,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_one_that_would_overwrite_is_
     source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
     broken = dataclasses.replace(source, tensors={**source.tensors, 'final_norm': [Unreadable()]})
     for to in ('orbax', 'meta', 'huggingface', 'gguf'):
-        with pytest.raises(OSError, match='disk on fire'):
+        with pytest.raises(InputError, match='out cannot be written: disk on fire'):
             pretrained.save(tmp_path / 'out', broken, tokenizer, to=to)
         assert not any(tmp_path.iterdir())
     (tmp_path / 'out').mkdir()
@@ -218,6 +223,21 @@ def test_a_conversion_that_fails_leaves_nothing_and_one_that_would_overwrite_is_
             pretrained.save(tmp_path / 'new', source, tokenizer, **wrong)
 
 
+@pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])
+def test_weights_in_float64_are_written_or_refused(tmp_path, workdir, to):
+    """Nothing is written that could not be read back."""
+    source, tokenizer = random_source(CONFIG, np.float64), load(workdir)[2]
+    if to in ('meta', 'gguf'):
+        with pytest.raises(
+            InputError, match=f'memory holds float64, which {to} does not; give dtype float32'
+        ):
+            pretrained.save(tmp_path / 'out', source, tokenizer, to=to)
+        pretrained.save(tmp_path / 'out', source, tokenizer, to=to, dtype='float32')
+    else:
+        pretrained.save(tmp_path / 'out', source, tokenizer, to=to)
+    pretrained.verify(tmp_path / 'out', source)
+
+
 class Unreadable:
     shape, dtype = (CONFIG.embed_dim,), np.dtype(np.float32)
 
@@ -230,6 +250,24 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, 
     train_sentencepiece([f'{i} green bottles hanging on the wall' for i in range(200)], 301, other)
     with pytest.raises(InputError, match='has 301 ids, the model 300; give the one'):
         load(workdir, tokenizer=str(other))
+
+
+@pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])
+def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, workdir, to):
+    source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, limits[1])
+    )  # as a full disk, at 20,000 bytes of a file
+    try:
+        with pytest.raises(InputError, match='out cannot be written: .*File too large'):
+            pretrained.save(tmp_path / 'out', source, tokenizer, to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / 'file').write_text('in the way')
+    with pytest.raises(InputError, match='out cannot be written: '):
+        pretrained.save(tmp_path / 'file/out', source, tokenizer, to=to)
 
 
 _STUCK = """

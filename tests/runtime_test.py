@@ -1,5 +1,7 @@
 """Whom a process joins, told from the environment that each kind of cluster gives it."""
 
+import threading
+
 import jax
 import pytest
 
@@ -28,7 +30,8 @@ def joins(monkeypatch):
             monkeypatch.setenv(name, value)
         calls = []
 
-        def initialize(*args, **kwargs):
+        def initialize(*args, initialization_timeout, **kwargs):
+            assert initialization_timeout > 300  # JAX aborts the process then: a refusal must come before
             calls.append((*args, kwargs))
             if error:
                 raise error
@@ -78,11 +81,43 @@ def test_by_hand(joins):
 
 def test_what_cannot_be_asked_is_told(joins):
     with pytest.raises(
+        InputError, match='process_id=4 of num_processes=4: processes are numbered from 0 to 3'
+    ):
+        joins({}, 'host:1234', 4, 4)
+    with pytest.raises(InputError, match="coordinator='host': give HOST:PORT"):
+        joins({}, 'host', 4, 3)
+    with pytest.raises(InputError, match='process 0 cannot join at coordinator=host:1234 .address in use.'):
+        joins({}, 'host:1234', 4, 0, error=RuntimeError('address in use'))
+    with pytest.raises(
         InputError, match='16 processes without telling where the first is; give each --coordinator'
     ):
         joins(OPEN_MPI_5)
     with pytest.raises(InputError, match='cannot be asked .*no route.* TPU_SKIP_MDS_QUERY'):
         joins(TPU, error=OSError('no route to host'))
+
+
+def test_processes_that_do_not_come_are_waited_for_as_long_as_asked(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: released.wait())
+    with pytest.raises(InputError, match='not all processes of the job have joined within 0.1 s'):
+        runtime.initialize_distributed('host:1234', 2, 0, timeout=0.1)
+    released.set()
+
+
+def test_what_a_single_process_refuses_it_says_itself():
+    error = InputError('wrong')
+    with pytest.raises(InputError) as found, runtime.refused_by_all():
+        raise error
+    assert found.value is error
+    assert runtime.gather_texts('å') == ['å']
+
+
+def test_what_another_process_refuses_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime, 'gather_texts', lambda text: ['', text, 'no corpus'])
+    with pytest.raises(InputError, match='process 2: no corpus'), runtime.refused_by_all():
+        pass
+    with pytest.raises(InputError, match='^wrong$'), runtime.refused_by_all():
+        raise InputError('wrong')
 
 
 def test_jax_recognises_the_same_clusters(monkeypatch):

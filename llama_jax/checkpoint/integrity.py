@@ -37,11 +37,11 @@ def _file_sizes(step_folder: epath.Path) -> dict[str, int]:
 def find_damage(step_folder: epath.Path) -> str:
     """The first difference from what was committed; '' where there is none."""
     try:
-        recorded = json.loads((step_folder / _SIZES).read_text())
-    except (OSError, ValueError):
+        recorded = sorted(json.loads((step_folder / _SIZES).read_text()).items())
+    except (OSError, ValueError, AttributeError, RecursionError):
         return f'{_SIZES} is missing or unreadable'
     found = _file_sizes(step_folder)
-    for name, size in sorted(recorded.items()):
+    for name, size in recorded:
         if found.get(name) != size:
             return f'{name} has {found.get(name, "no")} bytes, {size} were written'
     return ''

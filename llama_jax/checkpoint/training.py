@@ -8,14 +8,12 @@ import logging
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.checkpoint.weights import CHUNK_BYTES
-from llama_jax.runtime import enable_bucket, is_main_process, sync_processes
+from llama_jax.runtime import enable_bucket, gather_texts, is_main_process, sync_processes
 from llama_jax.types import InputError, PyTree
 
 logger = logging.getLogger(__name__)
@@ -34,11 +32,18 @@ class Checkpointer:
         enable_bucket(directory)
         self._directory = absolute(directory)
         self._saving: int | None = None
+        if is_main_process():
+            self._directory.mkdir(parents=True, exist_ok=True)
+        sync_processes('checkpoint directory')
+        # Processes that are named wait for each other through the coordinator. Else Orbax has them do so by collectives
+        # on the devices, which must not run beside a training step's.
+        processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=True,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._record_sizes),
             ),
@@ -90,13 +95,12 @@ class Checkpointer:
                     )
                     return step, restored['state'], restored['metadata']
                 except Exception as error:  # Orbax and TensorStore raise many kinds
-                    reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+                    damage = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
                     if not _is_damage(error):
                         if isinstance(error, ValueError):
                             folder = self._directory / str(step)
-                            raise InputError(f'checkpoint {folder} cannot be restored: {reason}') from error
+                            raise InputError(f'checkpoint {folder} cannot be restored: {damage}') from error
                         raise
-                    damage = reason
             self._pass_over(step, damage)
         if steps:
             raise InputError(
@@ -108,10 +112,7 @@ class Checkpointer:
     def _find_damage(self, step: int) -> str:
         """What differs from the sizes recorded at commit; '' where nothing does. All processes get one answer."""
         damage = find_damage(self._directory / str(step)) if is_main_process() else ''
-        if jax.process_count() > 1:
-            message = np.frombuffer(damage.encode()[:512].ljust(512), dtype=np.uint8)
-            damage = bytes(multihost_utils.broadcast_one_to_all(message)).decode(errors='replace').strip()
-        return damage
+        return gather_texts(damage)[0]
 
     def _pass_over(self, step: int, damage: str) -> None:
         logger.warning(
@@ -143,5 +144,6 @@ def _save_args(leaf: Any) -> ocp.SaveArgs:
 
 def _is_damage(error: BaseException) -> bool:
     """Whether it tells of broken content; what failed for another reason (memory, network, shapes) is still good."""
-    broken = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or 'DATA_LOSS' in str(error)
+    broken = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+    broken = broken or any(words in str(error) for words in ('DATA_LOSS', 'ZSTD_decompress'))
     return broken or (error.__cause__ is not None and _is_damage(error.__cause__))

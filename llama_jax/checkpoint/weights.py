@@ -1,11 +1,13 @@
 """The weights alone: restored onto a mesh, and read and written in blocks where they are larger than memory."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,14 +32,37 @@ def latest_step(directory: epath.PathLike) -> epath.Path:
       InputError: the directory holds no step, or all of them are damaged.
     """
     folder = absolute(directory)
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    steps = sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+    steps = _steps(folder)
     if not steps:
         raise InputError(f'no checkpoint under {folder}: it should hold folders named by step')
-    undamaged = [step for step in steps if not find_damage(folder / str(step))]
-    if not undamaged:
-        raise InputError(f'all checkpoints under {folder} are damaged (steps {steps})')
-    return folder / str(undamaged[-1])
+    damage = ''
+    for step in reversed(steps):
+        if not (damage := find_damage(folder / str(step))):
+            return folder / str(step)
+    raise InputError(
+        f'all checkpoints under {folder} are damaged (steps {steps}); of step {steps[0]}, {damage}'
+    )
+
+
+def check_step(step_folder: epath.PathLike) -> epath.Path:
+    """The folder of a step that was asked for by name.
+
+    Raises:
+      InputError: it is not there, or damaged: what is missing would be read as zeros.
+    """
+    folder = absolute(step_folder)
+    steps = _steps(folder.parent)
+    if folder.name not in map(str, steps):
+        raise InputError(f'no checkpoint {folder}; the steps there are {steps}')
+    if damage := find_damage(folder):
+        raise InputError(f'checkpoint {folder} is damaged: {damage}; take another of the steps {steps}')
+    return folder
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """The steps that were committed, oldest first."""
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 
 
 def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Params:
@@ -62,7 +87,7 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
             restored = checkpointer.restore(state, args=restore)
         except InputError:
             raise
-        except (ValueError, TypeError, FileNotFoundError, KeyError) as error:
+        except (ValueError, TypeError, FileNotFoundError, KeyError, AttributeError) as error:
             raise InputError(f'checkpoint {state.parent} cannot be restored: {_first_line(error)}') from error
     return restored['params']
 
@@ -99,6 +124,9 @@ def save_params(
       directory: a workdir's folder of checkpoints, local or `gs://...`.
       leaves: by path in our params.
       progress: called with the number of bytes of each block written.
+
+    Raises:
+      OSError: the system refuses: the disk is full, say.
     """
     enable_bucket(directory)
     folder = absolute(directory)
@@ -108,7 +136,12 @@ def save_params(
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         item = {'params': traverse_util.unflatten_dict(tree, sep='/')}
-        checkpointer.save(folder / '0/state', args=ocp.args.PyTreeSave(item))
+        try:
+            checkpointer.save(folder / '0/state', args=ocp.args.PyTreeSave(item))
+        except ValueError as error:  # TensorStore's, also for what the system refuses
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     record_sizes(folder, 0)
     if '://' in os.fspath(folder):  # where a folder cannot be renamed, this file is what makes it whole
         (folder / '0/commit_success.txt').write_text('')
@@ -128,7 +161,7 @@ def open_params(step_folder: epath.PathLike) -> dict[str, LazyArray]:
         ]
         driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
         is_database = (state / 'manifest.ocdbt').exists()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f'{state} holds no weights that Orbax wrote: {type(error).__name__}') from error
     # Blocks of rows of one stored chunk are read one after another; the cache keeps the chunk between them.
     context = ts.Context({'cache_pool': {'total_bytes_limit': 4 * CHUNK_BYTES}})
@@ -217,12 +250,17 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
             indices = list(_chunk_indices(leaf.shape, chunks))
             blocks = prefetch(functools.partial(leaf.read, index) for index in indices)
             writing: list[tuple[Any, int]] = []
-            for index, block in zip(indices, blocks, strict=True):
-                writing.append((store[index].write(block), block.nbytes))
-                if len(writing) > 1:
+            try:
+                for index, block in zip(indices, blocks, strict=True):
+                    writing.append((store[index].write(block), block.nbytes))
+                    if len(writing) > 1:
+                        await _finish(*writing.pop(0), value.progress)
+                while writing:
                     await _finish(*writing.pop(0), value.progress)
-            while writing:
-                await _finish(*writing.pop(0), value.progress)
+            finally:  # a write still under way would make anew the folder that is cleared away after a failure
+                for write, _ in writing:
+                    with contextlib.suppress(ValueError):
+                        await write
         return []
 
 

@@ -32,7 +32,7 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
     found = ', '.join(sorted(names)[:5]) or 'nothing'
     raise InputError(
         f'{path} is not a checkpoint: it holds {found}; a folder of ours has model.json, of Meta params.json, '
-        'of Hugging Face config.json, and a .gguf or a .pt of llama2.c is given by its own path'
+        'of Hugging Face config.json, and a .gguf or a .pt or .bin of llama2.c is given by its own path'
     )
 
 

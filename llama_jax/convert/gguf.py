@@ -25,15 +25,13 @@ from llama_jax.convert.gguf_file import (
     BlockType,
     TensorInfo,
     import_gguf,
-    read_metadata,
 )
-from llama_jax.convert.mapping import Source, Weight, assemble, layers_of, weights_of
-from llama_jax.convert.tensors import Tensor, cast, prefetch, row_blocks, to_interleaved
+from llama_jax.convert.mapping import Source, assemble, in_file_order
+from llama_jax.convert.tensors import Tensor, cast, row_blocks, to_interleaved
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.ops.rope import inverse_frequencies
+from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
-
-__all__ = ['as_read_back', 'open_source', 'read_metadata', 'write']
 
 DType = Literal['float32', 'float16', 'bfloat16', 'q8_0', 'q4_0']
 
@@ -278,7 +276,7 @@ def _add_tensors(
         divisors = _rope_divisors(config, config.rope_scaling)
         announce(_ROPE_DIVISORS, divisors.shape, F32)
         jobs.append(lambda: (True, divisors))
-    for weight, layer in _in_order(config):
+    for weight, layer in in_file_order(config):
         tensor = source.tensors[weight.path][layer]
         name, kind = weight.name('gguf', layer), _stored_type(weight.matrix_shape(config), dtype)
         announce(name, weight.matrix_shape(config), kind)
@@ -288,14 +286,6 @@ def _add_tensors(
             for rows in row_blocks(tensor.shape, tensor.dtype, head_dim or 1)
         ]
     return iter(jobs)
-
-
-def _in_order(config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
-    """Every matrix: one layer after another, between the embedding and the head, as most sources hold them."""
-    weights = weights_of(config)
-    stacked = [(w, layer) for layer in range(config.num_layers) for w in weights if w.stacked]
-    single = [(w, layer) for w in weights if not w.stacked for layer in layers_of(w, config)]
-    return iter([*single[:1], *stacked, *single[1:]])
 
 
 def _stored_type(shape: tuple[int, ...], dtype: DType) -> BlockType:

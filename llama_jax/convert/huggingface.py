@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.mapping import Source, assemble, layers_of, weights_of
-from llama_jax.convert.safetensors_file import Entry, open_safetensors, parse_json, shown, write_safetensors
-from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, cast, row_blocks
+from llama_jax.convert.json_file import parse_json, show_json
+from llama_jax.convert.mapping import Source, assemble, in_file_order
+from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
+from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, cast, same_values
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.types import InputError
@@ -65,21 +66,13 @@ def open_source(folder: epath.Path) -> Source:
     source = assemble(found, 'huggingface', config, origin=str(folder), ignored=_IGNORED)
     if head is not None:
         # transformers 4 drops a head of its own, 5 unties it: no reading would be right for both.
-        if not _equal(head, source.tensors['embed'][0]):
+        if not same_values(head, source.tensors['embed'][0]):
             raise InputError(
                 f'{folder}: {_HEAD} differs from {_EMBED}, although tie_word_embeddings is true in {CONFIG_FILE}; '
                 'set it to false there to keep both'
             )
         logger.info('%s: %s is the embedding (tie_word_embeddings)', folder, _HEAD)
     return source
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bytes."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    rows = row_blocks(a.shape, a.dtype)
-    return a == b or all(np.array(a.read(r)).tobytes() == np.array(b.read(r)).tobytes() for r in rows)
 
 
 # Weights.
@@ -118,7 +111,7 @@ def _open_shards(
     for name, file in places.items():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise InputError(
-                f'{index}: tensor {shown(name)} is said to be in {shown(file)}, which is no file name'
+                f'{index}: tensor {show_json(name)} is said to be in {show_json(file)}, which is no file name'
             )
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
@@ -132,7 +125,7 @@ def _open_shards(
     if missing := places.keys() - tensors.keys():
         name = min(missing)
         raise InputError(
-            f'{index.parent / places[name]} has no tensor {shown(name)}, which {index.name} places there'
+            f'{index.parent / places[name]} has no tensor {show_json(name)}, which {index.name} places there'
         )
     return tensors
 
@@ -185,20 +178,20 @@ def _refuse_others(values: dict, path: epath.Path) -> None:
     architectures = values.get('architectures') or ['LlamaForCausalLM']
     if not isinstance(architectures, list) or not set(map(str, architectures)) <= _ARCHITECTURES:
         raise InputError(
-            f'{path}: architectures is {shown(architectures)}, but only a Llama language model can be read '
+            f'{path}: architectures is {show_json(architectures)}, but only a Llama language model can be read '
             f'({", ".join(sorted(_ARCHITECTURES))})'
         )
     if (kind := values.get('model_type', 'llama')) != 'llama':
-        raise InputError(f'{path}: model_type is {shown(kind)}, but only llama can be read')
+        raise InputError(f'{path}: model_type is {show_json(kind)}, but only llama can be read')
     for key in ('quantization_config', 'quantization'):
         if (quantization := values.get(key)) is not None:
             method = quantization.get('quant_method') if isinstance(quantization, dict) else quantization
             raise InputError(
-                f'{path}: the weights are quantised ({key} {shown(method)}), which cannot be read; '
+                f'{path}: the weights are quantised ({key} {show_json(method)}), which cannot be read; '
                 'take the release in bfloat16 or float16'
             )
     if (activation := values.get('hidden_act', 'silu')) != 'silu':
-        raise InputError(f'{path}: hidden_act is {shown(activation)}; a Llama has silu')
+        raise InputError(f'{path}: hidden_act is {show_json(activation)}; a Llama has silu')
     for key in ('attention_bias', 'mlp_bias'):
         if _flag(values, key, path):
             raise InputError(f'{path}: {key} is true; a Llama has no biases')
@@ -212,7 +205,7 @@ def _rope(values: dict, path: epath.Path) -> tuple[float, RopeScaling | None]:
     rope = values.get(key)
     rope = {} if rope is None else rope
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f'{path}: {key} is {shown(rope)}, it must be one flat object or null')
+        raise InputError(f'{path}: {key} is {show_json(rope)}, it must be one flat object or null')
     theta = _number(rope if rope.get('rope_theta') is not None else values, 'rope_theta', path, 10_000.0)
     for place in (rope, values):
         if _number(place, 'partial_rotary_factor', path, 1.0) != 1.0:
@@ -221,7 +214,9 @@ def _rope(values: dict, path: epath.Path) -> tuple[float, RopeScaling | None]:
     if kind == 'default':
         return theta, None
     if kind != 'llama3':
-        raise InputError(f'{path}: {key} is of type {shown(kind)}; the Llamas have only llama3 and default')
+        raise InputError(
+            f'{path}: {key} is of type {show_json(kind)}; the Llamas have only llama3 and default'
+        )
     low, high = (_number(rope, name, path) for name in ('low_freq_factor', 'high_freq_factor'))
     if low >= high:
         raise InputError(f'{path}: low_freq_factor {low} must be less than high_freq_factor {high} in {key}')
@@ -237,7 +232,9 @@ def _size(values: dict, path: epath.Path, key: str, default: int | None = None) 
     value = values.get(key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-        raise InputError(f'{path}: {key} is {shown(value)}, it must be a whole number from 1 to {_MAX_SIZE}')
+        raise InputError(
+            f'{path}: {key} is {show_json(value)}, it must be a whole number from 1 to {_MAX_SIZE}'
+        )
     return value
 
 
@@ -247,14 +244,16 @@ def _number(
     value = values.get(key)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
-        raise InputError(f'{path}: {key} is {shown(value)}, it must be a number above 0, at most {most:g}')
+        raise InputError(
+            f'{path}: {key} is {show_json(value)}, it must be a number above 0, at most {most:g}'
+        )
     return float(value)
 
 
 def _flag(values: dict, key: str, path: epath.Path) -> bool:
     value = values.get(key) or False
     if not isinstance(value, bool):
-        raise InputError(f'{path}: {key} is {shown(value)}, it must be true or false')
+        raise InputError(f'{path}: {key} is {show_json(value)}, it must be true or false')
     return value
 
 
@@ -367,11 +366,9 @@ def write(
 
 
 def _entries(source: Source, dtype: np.dtype | None) -> list[Entry]:
-    """Every matrix under its name, layer after layer: embedding, layers, final norm, head."""
-    pairs = [(w, layer) for w in weights_of(source.config) for layer in layers_of(w, source.config)]
-    pairs.sort(key=lambda pair: (not pair[0].stacked and pair[0].path != 'embed', pair[0].stacked, pair[1]))
+    """Every matrix under its name."""
     entries = []
-    for weight, layer in pairs:
+    for weight, layer in in_file_order(source.config):
         tensor, name = source.tensors[weight.path][layer], weight.name('huggingface', layer)
         chosen = np.dtype(dtype or tensor.dtype)
         read = functools.partial(_read, tensor, chosen, name)

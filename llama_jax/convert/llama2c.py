@@ -8,20 +8,19 @@ import dataclasses
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.convert.mapping import Source, assemble
-from llama_jax.convert.meta import same_values
 from llama_jax.convert.meta_params import parse_params, to_config
-from llama_jax.convert.tensors import ALL, FileTensor, Tensor
+from llama_jax.convert.tensors import ALL, FileTensor, Tensor, same_values
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
 from llama_jax.types import InputError
 
 _MAGIC = 0x616B3432  # 'ak42'
+_HEADER_BYTES = {0: 28, 1: 256, 2: 256}  # by version
 _FLOAT32 = np.dtype('<f4')
 _INT8 = np.dtype('i1')
 
@@ -33,7 +32,7 @@ def open_source(path: epath.Path) -> Source:
       InputError: it is damaged, or another kind of file.
     """
     with path.open('rb') as file:
-        header = file.read(256)
+        header = file.read(max(_HEADER_BYTES.values()))
     return _open_pt(path) if header.startswith(b'PK') else _open_bin(path, header)
 
 
@@ -91,7 +90,7 @@ def _open_bin(path: epath.Path, header: bytes) -> Source:
         version, at = struct.unpack_from('<i', header, 4)[0], 8
         if version not in (1, 2):
             raise InputError(f"{path} is version {version} of llama2.c's format; 0, 1 and 2 can be read")
-    if len(header) < (256 if version else 28):
+    if len(header) < _HEADER_BYTES[version]:
         raise InputError(f'{path} has {length} bytes; a .bin of llama2.c is longer')
     dim, mlp_dim, layers, heads, kv_heads, vocab_size, seq_len = struct.unpack_from('<7i', header, at)
     tied = vocab_size > 0
@@ -104,7 +103,7 @@ def _open_bin(path: epath.Path, header: bytes) -> Source:
     params = parse_params(dict(zip(names, sizes, strict=True)), str(path))
     config = to_config(params, vocab_size=abs(vocab_size), tied=tied, dtype=_FLOAT32)
     layout = list(_layout(config, version))
-    expected = (256 if version else 28) + sum(
+    expected = _HEADER_BYTES[version] + sum(
         count * _bytes(math.prod(shape), group if len(shape) == 2 else 0) for _, shape, count in layout
     )
     if expected != length:
@@ -151,11 +150,11 @@ def _bytes(count: int, group: int) -> int:
 def _tensors(
     path: epath.Path, layout: list[tuple[str, tuple[int, ...], int]], version: int, group: int
 ) -> Iterator[tuple[str, Tensor]]:
-    offset = 256 if version else 28
+    offset = _HEADER_BYTES[version]
     for name, shape, layers in layout:
         values = math.prod(shape)
         for layer in range(layers):
-            tensor: Any = FileTensor(path, offset, shape, _FLOAT32)
+            tensor: Tensor = FileTensor(path, offset, shape, _FLOAT32)
             if group and len(shape) == 2:
                 if values % group:
                     raise InputError(

@@ -107,6 +107,15 @@ def layers_of(weight: Weight, config: LlamaConfig) -> range:
     return range(config.num_layers if weight.stacked else 1)
 
 
+def in_file_order(config: LlamaConfig) -> list[tuple[Weight, int]]:
+    """Every matrix and its layer in the order of all formats: embedding, layer by layer, final norm, head."""
+    rows = [(weight, layer) for weight in weights_of(config) for layer in layers_of(weight, config)]
+    place = {'embed': -1, 'final_norm': config.num_layers, 'head': config.num_layers + 1}
+    return sorted(
+        rows, key=lambda row: place.get(row[0].path, row[1])
+    )  # stable: within a layer as in the table
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An opened checkpoint of any format: each weight as matrices [out, in], q and k half-split, to read in pieces.

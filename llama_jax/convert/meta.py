@@ -14,20 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.mapping import WEIGHTS, Source, Weight, assemble, layers_of, weights_of
+from llama_jax.convert.mapping import WEIGHTS, Source, Weight, assemble, in_file_order
 from llama_jax.convert.meta_params import from_config, read_params, to_config
 from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
     Tensor,
     cast,
-    prefetch,
     row_blocks,
+    same_values,
     to_interleaved,
 )
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.convert.torch_writer import TorchWriter
 from llama_jax.models.config import LlamaConfig
+from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
 
 _BUFFERS = (
@@ -121,10 +122,9 @@ def _join(ranks: Sequence[Mapping[str, Tensor]], embed_dim: int) -> dict[str, Te
         axis = weight.meta_axis if weight else None
         if name == _EMBEDDING and first.shape[-1] * len(ranks) == embed_dim:
             axis = 1
-        joined = axis is not None and len(first.shape) == 2 and len(ranks) > 1
-        found[name] = (
-            Concatenated([rank[name] for rank in ranks], axis) if joined and axis is not None else first
-        )
+        found[name] = first
+        if axis is not None and len(first.shape) == 2 and len(ranks) > 1:
+            found[name] = Concatenated([rank[name] for rank in ranks], axis)
     return found
 
 
@@ -147,15 +147,6 @@ def _copies(ranks: Sequence[Mapping[str, Tensor]]) -> int:
     ):
         copies *= 2
     return copies
-
-
-def same_values(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
-    """Whether two tensors (or their first rows) are equal bit by bit; reads little where they are not."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    bits = f'u{a.dtype.itemsize}'
-    blocks = [slice(0, rows)] if rows else [slice(0, 1), *row_blocks(a.shape, a.dtype)]
-    return all(np.array_equal(a.read(block).view(bits), b.read(block).view(bits)) for block in blocks)
 
 
 def write(
@@ -273,13 +264,11 @@ def _plan(source: Source, model_parallel: int, dtype: np.dtype | None) -> Iterat
     config = source.config
     if not 1 <= model_parallel <= _MAX_FILES:
         raise InputError(f'model_parallel is {model_parallel}; it must be from 1 to {_MAX_FILES}')
-    # The head of a tied model, which Meta's files hold too, is the embedding.
-    head = next(weight for weight in WEIGHTS if weight.path == 'head')
-    rows = [(weight, layer) for weight in weights_of(config) for layer in layers_of(weight, config)]
-    order = {'embed': -1, 'final_norm': config.num_layers, 'head': config.num_layers + 1}
-    rows.sort(key=lambda row: order.get(row[0].path, row[1]))  # stable: within a layer as in the table
-    for weight, layer in [*rows, (head, 0)][: len(rows) + config.tie_embeddings]:
-        tied = weight is head and config.tie_embeddings
+    rows = in_file_order(config)
+    if config.tie_embeddings:  # Meta's files hold the head of a tied model too: it is the embedding
+        rows.append((next(weight for weight in WEIGHTS if weight.path == 'head'), 0))
+    for weight, layer in rows:
+        tied = weight.path == 'head' and config.tie_embeddings
         tensor = source.tensors['embed' if tied else weight.path][layer]
         axis, slices = _split(weight, config, model_parallel)
         name = weight.name('meta', layer)

@@ -7,13 +7,13 @@ added only where the guess would be wrong.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from llama_jax.convert.json_file import parse_json
 from llama_jax.convert.torch_pickle import show
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.presets import PRESETS
@@ -83,13 +83,8 @@ def read_params(path: epath.Path) -> Params:
         raise InputError(f'{path} is missing; it holds the sizes of the model beside consolidated.*.pth')
     if path.stat().length > _MAX_BYTES:
         raise InputError(f"{path} has {path.stat().length} bytes; Meta's params.json has a few hundred")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON; Meta's has keys such as dim, n_layers and n_heads") from None
-    if isinstance(values, dict) and isinstance(values.get('model'), dict):
-        values = values['model']
-    return parse_params(values, str(path))
+    values = parse_json(path.read_bytes(), str(path))
+    return parse_params(values['model'] if isinstance(values.get('model'), dict) else values, str(path))
 
 
 def parse_params(values: Any, origin: str) -> Params:

@@ -16,6 +16,7 @@ from typing import TypeGuard
 import numpy as np
 from etils import epath
 
+from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, row_blocks
 from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
@@ -67,69 +68,36 @@ def open_safetensors(path: epath.Path) -> dict[str, FileTensor]:
     return tensors
 
 
-def parse_json(data: bytes, origin: str) -> dict:
-    """The JSON object in these bytes; `origin` names it in messages.
-
-    Raises:
-      InputError: it is no JSON, no object, or has a key twice or a number that JSON does not know.
-    """
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'{origin} is not JSON: {shown(error)}; copy or download the file again') from None
-    if not isinstance(value, dict):
-        raise InputError(f'{origin} is a JSON {type(value).__name__}, it must be an object')
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f'the key {shown(name)} stands twice')
-        values[name] = value
-    return values
-
-
-def _refuse_constant(constant: str) -> object:
-    raise ValueError(f'{constant} is no number')
-
-
-def shown(value: object) -> str:
-    """A foreign value as a message can hold it: one line, not long."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    text = ' '.join(text.split())
-    return text if len(text) <= 120 else f'{text[:120]}...'
-
-
 def _tensor(path: epath.Path, name: str, entry: object, start: int, size: int) -> FileTensor:
     """What one entry of the header describes, whose data starts at byte `start` of a file of `size`."""
     if not name or len(name) > _MAX_NAME or not name.isprintable():
         raise InputError(
-            f'{path}: {shown(name)} is no name of a tensor (1 to {_MAX_NAME} printable characters)'
+            f'{path}: {show_json(name)} is no name of a tensor (1 to {_MAX_NAME} printable characters)'
         )
     where = f'{path}: tensor {name}'
     if not isinstance(entry, dict):
-        raise InputError(f'{where} is described by {shown(entry)}, it must be dtype, shape and data_offsets')
+        raise InputError(
+            f'{where} is described by {show_json(entry)}, it must be dtype, shape and data_offsets'
+        )
     kind, shape, offsets = (entry.get(key) for key in ('dtype', 'shape', 'data_offsets'))
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise InputError(
-            f'{where} is stored as {shown(kind)}; only {", ".join(DTYPES)} can be read: '
+            f'{where} is stored as {show_json(kind)}; only {", ".join(DTYPES)} can be read: '
             'get a copy that is not quantised'
         )
     if not _is_list_of_sizes(shape) or len(shape) > _MAX_RANK:
-        raise InputError(f'{where} has shape {shown(shape)}, it must be at most {_MAX_RANK} sizes from 0')
+        raise InputError(f'{where} has shape {show_json(shape)}, it must be at most {_MAX_RANK} sizes from 0')
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f'{where} has data_offsets {shown(offsets)}, it must be [start, stop] from 0')
+        raise InputError(f'{where} has data_offsets {show_json(offsets)}, it must be [start, stop] from 0')
     if offsets[1] > size - start:
         raise InputError(
-            f'{where} ends at byte {shown(start + offsets[1])}, the file at {size}; '
+            f'{where} ends at byte {show_json(start + offsets[1])}, the file at {size}; '
             'it is truncated: copy or download it again'
         )
     if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise InputError(
-            f'{where} takes {offsets[1] - offsets[0]} bytes, which {kind} of shape {shown(shape)} does not'
+            f'{where} takes {offsets[1] - offsets[0]} bytes, which {kind} of shape {show_json(shape)} does not'
         )
     return FileTensor(path, start + offsets[0], tuple(shape), dtype)
 

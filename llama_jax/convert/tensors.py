@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama_jax.runtime import prefetch as prefetch
 from llama_jax.types import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -160,7 +159,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """The values in another floating-point type.
 
     Raises:
-      InputError: a finite value is beyond the type's range; `name` says where.
+      InputError: the type is float16, and a finite value beyond its range; `name` says where.
     """
     if values.dtype == dtype:
         return values
@@ -186,3 +185,13 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
         return False
     bits = f'u{a.dtype.itemsize}'
     return np.array_equal(a.view(bits), b.view(bits))
+
+
+def same_values(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
+    """Whether two tensors (or their first rows) are equal bit by bit; reads little where they are not."""
+    if a is b:
+        return True
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    blocks = [slice(0, rows)] if rows else [slice(0, 1), *row_blocks(a.shape, a.dtype)]
+    return all(same_bits(a.read(block), b.read(block)) for block in blocks)

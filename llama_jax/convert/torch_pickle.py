@@ -71,7 +71,7 @@ class Storage:
 
 
 def show(value: object, limit: int = 60) -> str:
-    """A foreign value on one line of a message, cut short."""
+    """A foreign value on one line of a message, cut short; a container, which may hold itself, by its type alone."""
     if not isinstance(value, str | bytes | int | float):
         return f'a {type(value).__name__}'
     if isinstance(value, int) and abs(value) >= 2**64:

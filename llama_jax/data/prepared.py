@@ -269,7 +269,7 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
         raise InputError(
             f'{folder} has no {MANIFEST}: nothing was prepared there, or it was cut off'
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{file} is not JSON; copy or prepare it again') from error
     if not isinstance(manifest, dict) or manifest.get('format') != _FORMAT:
         raise InputError(f'{file} is not a manifest of {_FORMAT!r}; prepare it again')

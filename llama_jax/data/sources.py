@@ -220,8 +220,8 @@ def _read_json_lines(file: io.BufferedIOBase, name: str, text_key: str) -> Itera
             continue
         try:
             item = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f'{where} is not JSON: {error.msg} at column {error.colno}') from error
+        except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
+            raise InputError(f'{where} is not JSON: {_first_line(error)}') from error
         if not isinstance(item, dict):
             raise InputError(f'{where} holds a JSON {type(item).__name__}, not one object a line')
         if text_key not in item:

@@ -95,11 +95,10 @@ class SentencePieceTokenizer:
       file_bytes: the whole file.
     """
 
-    def __init__(self, path: str, data: bytes = b''):
-        """Reads the model in `data`, or else at `path`; InputError where it is not one, or lacks BOS or EOS."""
+    def __init__(self, path: str, data: bytes):
+        """Reads `data`, made from the file at `path`; InputError where it is no model, or lacks BOS or EOS."""
         import sentencepiece
 
-        data = data or _read(epath.Path(path))
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -154,17 +153,16 @@ class TiktokenTokenizer:
       file_bytes: the whole file.
     """
 
-    def __init__(self, path: str, data: bytes = b'', special_names: Sequence[str] = ()):
-        """Reads the rank file in `data`, or else at `path`; raises InputError naming the first line that is wrong.
+    def __init__(self, path: str, data: bytes, special_names: Sequence[str] = ()):
+        """Reads a rank file; raises InputError naming the first line that is wrong.
 
         Args:
-          path: the file, or the one that `data` was made from.
+          path: the file that `data` was made from.
           data: lines of `base64(token) rank`.
           special_names: of the tokens after the ranks; by default `llama3_special_names()`.
         """
         import tiktoken
 
-        data = data or _read(epath.Path(path))
         ranks = _parse_ranks(data, path)
         self.path = path
         self.file_bytes = data
@@ -209,13 +207,12 @@ class HuggingFaceTokenizer:
       file_bytes: the whole file.
     """
 
-    def __init__(self, path: str, data: bytes = b''):
-        """Reads the JSON in `data`, or else at `path`; raises InputError where it is damaged or lacks BOS or EOS."""
+    def __init__(self, path: str, data: bytes):
+        """Reads `data`, the JSON of the file at `path`; InputError where it is damaged or lacks BOS or EOS."""
         try:
             import tokenizers
         except ImportError as error:
             raise InputError(f"{path} needs the package tokenizers: pip install 'llama_jax[hf]'") from error
-        data = data or _read(epath.Path(path))
         definition = parse_json(data, path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)

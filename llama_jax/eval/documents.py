@@ -1,7 +1,8 @@
 """Where a benchmark's documents come from: its publisher's files, the Hugging Face hub or TFDS; checked one by one.
 
 A data directory holds one folder a benchmark. In its place, 'hf://' reads every benchmark with the `datasets` library
-and 'tfds://' or 'tfds://DIR' with TensorFlow Datasets, where they have it.
+and 'tfds://' with TensorFlow Datasets, where they have it; 'hf://DIR' from copies of the hub's repositories at
+DIR/ORGANISATION/NAME, 'tfds://DIR' from what TFDS prepared in DIR. Neither of the two needs a network then.
 """
 
 import csv
@@ -10,6 +11,7 @@ import functools
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -185,8 +187,16 @@ def _from_huggingface(online: Online, rest: str) -> Iterator[tuple[str, Document
         raise InputError(
             'hf:// needs the datasets library: pip install datasets, or give a data directory'
         ) from error
+    name = os.path.join(rest, online.dataset) if rest else online.dataset
+    if rest and not os.path.isdir(name):
+        raise InputError(f'no folder {name}; hf://DIR has copies of the hub as DIR/{online.dataset}')
     for config in online.configs:
-        rows = datasets.load_dataset(online.dataset, config or None, split=online.split)
+        try:
+            rows: Any = datasets.load_dataset(name, config or None, split=online.split)
+        except Exception as error:  # of many kinds: no network, no such dataset or split, damaged files
+            raise InputError(
+                f'hf:// has no {name}{config and "/" + config} ({online.split}): {_first_line(error)}'
+            ) from error
         yield from _renamed(online, rows, config)
 
 
@@ -196,13 +206,23 @@ def _from_tfds(online: Online, rest: str) -> Iterator[tuple[str, Document]]:
     for config in online.configs:
         name = f'{online.dataset}/{config}' if config else online.dataset
         try:
-            rows: Any = tfds.data_source(name, split=online.split, data_dir=rest or None)
-        except Exception as error:  # of many kinds: not prepared, not found, no bucket
-            reason = str(error).strip().splitlines()[0]
+            builder: Any = tfds.builder(name, data_dir=rest or None, file_format='array_record')
+            # Nothing is prepared here: that may take hours, and some builders need TensorFlow for it.
+            rows = builder.as_data_source(online.split) if builder.info.splits else None
+        except Exception as error:  # of many kinds: not found, no such split, no bucket, another file format
             raise InputError(
-                f'TFDS has no {name} ({online.split}) in {rest or "its default folder"}: {reason}'
+                f'TFDS has no {name} ({online.split}) in {rest or "its default folder"}: {_first_line(error)}'
             ) from error
+        if rows is None:
+            raise InputError(
+                f'{name} is not prepared in {builder.data_dir}; run '
+                f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+            )
         yield from _renamed(online, map(_plain, rows), config)
+
+
+def _first_line(error: Exception) -> str:
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def _renamed(online: Online, rows: Iterable[Any], config: str) -> Iterator[tuple[str, Document]]:

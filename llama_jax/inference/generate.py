@@ -20,6 +20,8 @@ from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
 _ROUND = 32
+# Prompts from this width on are read by the kernels of training; narrower ones fit into one of their tiles.
+_LONG_PROMPT = 128
 
 
 def generate(
@@ -200,6 +202,7 @@ def _prefill(
     """Right-padded prompts read, and the first token of each drawn."""
     batch = tokens.shape[0]
     cache = KVCache.create(model.config, batch, tokens.shape[1] + num_steps, model.dtype)
+    cache = dataclasses.replace(cache, is_empty=tokens.shape[1] >= _LONG_PROMPT)
     if model.partitioner is not None:
         axes = ('layers', 'batch', None, 'kv_heads', 'head_dim')
         shard = functools.partial(model.partitioner.shard, axes=axes, name='cache')
@@ -207,7 +210,7 @@ def _prefill(
     hidden, read = model.apply({'params': params}, tokens, cache=cache, method='hidden')
     assert isinstance(read, KVCache)
     # The padding behind a short prompt was read too: count only the prompt, and the rest is overwritten.
-    cache = dataclasses.replace(read, length=lengths)
+    cache = read.advance(lengths)
     last = hidden[jnp.arange(batch), lengths - 1]
     logits = einsum('bd,vd->bv', last, head_weight(params), jnp.float32)
     first = _draw(sampler, logits, seeds, streams, 0)

@@ -23,7 +23,7 @@ def language_model_loss(model: LlamaForCausalLM, *, z_loss: float = 0.0, num_chu
             {'params': params}, batch.tokens, batch.positions, batch.segment_ids, method='hidden'
         )
         loss = head_cross_entropy(
-            hidden, head_weight(params), batch.targets, batch.loss_mask, num_chunks, z_loss
+            hidden, head_weight(params), batch.targets, batch.loss_mask, num_chunks, z_loss, model.partitioner
         )
         return loss, jnp.sum(batch.loss_mask, dtype=jnp.float32), {}
 

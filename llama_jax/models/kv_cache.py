@@ -18,11 +18,14 @@ class KVCache:
       keys: slot s of row b holds that row's token s.
       values: as `keys`.
       length: tokens each row has read; what lies beyond is unused and never seen.
+      is_empty: it is said, before anything runs, that `length` is 0: new tokens then see each other alone, through the
+        kernels of training. `advance` takes it back.
     """
 
     keys: Float[Array, 'L B S K H']
     values: Float[Array, 'L B S K H']
     length: Int[Array, 'B']
+    is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, config: LlamaConfig, batch_size: int, max_len: int, dtype=jnp.bfloat16) -> 'KVCache':
@@ -40,14 +43,18 @@ class KVCache:
         if k.shape[1] > self.keys.shape[2]:
             raise ValueError(f'{k.shape[1]} tokens do not fit into a cache of {self.keys.shape[2]} slots')
 
-        def put(cache, new):  # one row: [L, S, K, H], [T, K, H]
-            return jax.vmap(
-                lambda row, tokens, start: jax.lax.dynamic_update_slice(
-                    row, tokens[None], (layer, start, 0, 0)
-                ),
-                in_axes=(1, 0, 0),
-                out_axes=1,
-            )(cache, new.astype(cache.dtype), self.length)
+        # A scatter with the rows as its batch: `vmap` over rows that are not the first axis would copy the whole cache.
+        places = jnp.stack([jnp.broadcast_to(layer, self.length.shape), self.length], axis=-1)
+        axes = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
+        )  # fmt: skip
+
+        def put(cache, new):
+            return jax.lax.scatter(
+                cache, places, new.astype(cache.dtype), axes,
+                indices_are_sorted=True, unique_indices=True, mode='clip',
+            )  # fmt: skip
 
         return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
 
@@ -57,4 +64,4 @@ class KVCache:
 
     def advance(self, num_tokens: Int[Array, 'B'] | int) -> 'KVCache':
         """Counts tokens as read. A row whose last tokens were padding counts only its own: the rest is overwritten."""
-        return dataclasses.replace(self, length=self.length + num_tokens)
+        return dataclasses.replace(self, length=self.length + num_tokens, is_empty=False)

@@ -110,13 +110,14 @@ class Attention(_Layer):
         v = self.shard(einsum('btd,dkh->btkh', x, w_v), 'batch', 'length', 'kv_heads', 'head_dim')
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
 
-        if cache is None:
+        if cache is not None:
+            cache = cache.write(layer, k, v)
+        if cache is None or cache.is_empty:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
                 implementation=self.attention_implementation, partitioner=self.partitioner,
             )  # fmt: skip
         else:
-            cache = cache.write(layer, k, v)
             k, v = cache.layer(layer)
             attended = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_start=cache.length)
         out = einsum('btnh,nhd->btd', attended, w_o)
@@ -228,7 +229,11 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         layers = jnp.arange(c.num_layers)
         (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)
-        x = rms_norm(x, self.final_norm, c.norm_eps)
+        final_norm = self.final_norm
+        if x.dtype != final_norm.dtype:
+            # Backwards: the gradient of this weight is not to wait for the layers', with all that it is made of.
+            x, final_norm = jax.lax.optimization_barrier((x, final_norm))
+        x = rms_norm(x, final_norm, c.norm_eps)
         if split_over is not None:
             x = from_balanced(x, ('batch', 'length', 'act_embed'), split_over)
         return x, cache

@@ -1,6 +1,6 @@
 """Grouped-query attention: one front, kernels behind it.
 
-    reference   the formula, O(T^2) memory      any platform, and with a cache
+    reference   the formula, O(T^2) memory      any platform, and with tokens in a cache
     chunked     plain JAX, O(T) memory          any platform
     splash      JAX's flash kernel for TPUs     TPU; elsewhere interpreted, which is for tests
     cudnn       cuDNN's flash kernel            NVIDIA GPU, bf16 or fp16
@@ -58,7 +58,7 @@ def attention(
       kv_segment_ids: document of each key; given with `q_segment_ids`.
       q_start: slot of row b's first query among the S keys (its tokens already in the cache). None: 0.
       implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes. It is for
-        self-attention: with a cache every query may see most keys, little can be skipped, and `reference` serves.
+        self-attention: behind tokens in a cache a query sees most keys, little can be skipped, and `reference` serves.
       partitioner: how the arguments are split over devices. Where rows are split (mesh axis `context`) all of them
         are in balanced order (`ops.context_parallel`).
 

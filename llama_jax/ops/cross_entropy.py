@@ -1,12 +1,15 @@
 """Next-token cross-entropy, with the head's product folded in so that [B, T, V] logits need never exist."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.ops.linear import einsum
+from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
 
@@ -27,29 +30,37 @@ def head_cross_entropy(
     mask: Bool[Array, 'B T'],
     num_chunks: int = 1,
     z_loss: float = 0.0,
+    partitioner: Partitioner | None = None,
 ) -> Float[Array, '']:
     """Sum over unmasked tokens of the loss of logits = hidden @ head.T, the sequence taken in `num_chunks` pieces.
 
     Peak memory is one chunk's logits. The backward pass recomputes nothing: as the loss is the end of the line, each
     chunk's gradient is taken while its logits are at hand (three products in all, as many as the plain loss costs) and
-    only scaled later.
+    only scaled later. With a partitioner the head is gathered, and its gradient summed over devices, once whatever the
+    number of chunks.
 
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    return _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss)
+    return _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss, partitioner)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
     chunks = _chunks(hidden, targets, mask, num_chunks)
+    weight = _gathered(head.astype(hidden.dtype), partitioner)
 
     def chunk_loss(total, chunk):
         x, target, keep = chunk
-        logits = einsum('btd,vd->btv', x, head, jnp.float32)
+        logits = einsum('btd,vd->btv', x, weight, jnp.float32)
         return total + jnp.sum(token_losses(logits, target, z_loss), where=keep), None
 
     return jax.lax.scan(chunk_loss, jnp.float32(0.0), chunks)[0]
+
+
+def _gathered(weight, partitioner):
+    """The head with whole rows on every device, so that not every chunk gathers it anew."""
+    return weight if partitioner is None else partitioner.shard(weight, ('vocab', 'act_embed'), 'head')
 
 
 def _chunks(hidden, targets, mask, num_chunks):
@@ -68,8 +79,9 @@ def _chunks(hidden, targets, mask, num_chunks):
     return split(hidden), split(targets), split(mask)
 
 
-def _forward(hidden, head, targets, mask, num_chunks, z_loss):
-    weight = head.astype(hidden.dtype)
+def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
+    weight = _gathered(head.astype(hidden.dtype), partitioner)
+    parts = _token_parts(hidden.shape[0], hidden.shape[1] // num_chunks, partitioner)
 
     def chunk_gradients(carry, chunk):
         total, head_gradient = carry
@@ -85,19 +97,74 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss):
         logits_gradient = probabilities * scale - jnp.where(is_target & keep[:, :, None], 1.0, 0.0)
         logits_gradient = logits_gradient.astype(hidden.dtype)
         x_gradient = einsum('btv,vd->btd', logits_gradient, weight)
-        head_gradient = head_gradient + einsum('btd,btv->dv', x, logits_gradient, jnp.float32)
+        head_gradient = place(head_gradient + product(x, logits_gradient))
         return (total + jnp.sum(losses, where=keep), head_gradient), x_gradient
 
+    def product(x, logits_gradient):
+        if not parts:
+            return einsum('btd,btv->dv', x, logits_gradient, jnp.float32)
+        rows, columns = parts
+        x, logits_gradient = (
+            a.reshape(rows, a.shape[0] // rows, columns, a.shape[1] // columns, a.shape[2])
+            for a in (x, logits_gradient)
+        )
+        return einsum('rbctd,rbctv->rcdv', x, logits_gradient, jnp.float32)
+
+    def place(sums):
+        axes = ('batch', 'length', 'act_embed', 'vocab')
+        return partitioner.shard(sums, axes, 'head gradient') if parts else sums
+
     # Summed as [D, V] and turned once: the other way round XLA would turn the far larger logits of every chunk.
-    start = (jnp.float32(0.0), jnp.zeros(head.shape[::-1], jnp.float32))
+    start = (jnp.float32(0.0), place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)))
     (total, head_gradient), x_gradients = jax.lax.scan(
         chunk_gradients, start, _chunks(hidden, targets, mask, num_chunks)
     )
+    if parts:
+        head_gradient = _sum_over_devices(head_gradient, partitioner)
+        # The sum over devices comes before the layers' backward pass: after it, the parts would be held all along.
+        x_gradients, head_gradient = jax.lax.optimization_barrier((x_gradients, head_gradient))
     return total, (jnp.moveaxis(x_gradients, 0, 2).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
 
 
-def _backward(num_chunks, z_loss, residuals, cotangent):
-    del num_chunks, z_loss
+def _token_parts(batch, length, partitioner):
+    """How many parts devices split the rows and the length of a chunk into, each with a head gradient of its own.
+
+    () where one sum is kept for all: on one device, and where parts or vocabulary do not divide over the mesh so.
+    """
+    if partitioner is None or partitioner.mesh.size == 1:
+        return ()
+    tokens = (*_axes(partitioner, 'batch'), *_axes(partitioner, 'length'))
+    rows, columns = partitioner.axis_size('batch'), partitioner.axis_size('length')
+    if batch % rows or length % columns or set(tokens) & set(_axes(partitioner, 'vocab')):
+        return ()
+    copies = _copies(partitioner)
+    return (rows, columns) if copies == tokens[: len(copies)] else ()
+
+
+def _axes(partitioner, axis):
+    """The mesh axes that really split a logical axis."""
+    return tuple(a for a in dict(partitioner.rules)[axis] if partitioner.mesh.shape[a] > 1)
+
+
+def _copies(partitioner):
+    """The mesh axes that split the batch and not the head: each of their parts has a copy of the head."""
+    return tuple(a for a in _axes(partitioner, 'batch') if a not in _axes(partitioner, 'embed'))
+
+
+def _sum_over_devices(sums: Float[Array, 'R C D V'], partitioner: Partitioner) -> Float[Array, 'D V']:
+    """The sum of the parts, split as the head is: within each copy of it first, so that least goes between slices."""
+    copies = _copies(partitioner)
+    number = math.prod(partitioner.mesh.shape[a] for a in copies)
+    spec = partitioner.spec(('embed', 'vocab'), sums.shape[2:], 'head gradient')
+    within = jnp.sum(sums.reshape(number, -1, *sums.shape[2:]), axis=1)
+    within = jax.lax.with_sharding_constraint(
+        within, NamedSharding(partitioner.mesh, PartitionSpec(copies or None, *spec))
+    )
+    return partitioner.shard(jnp.sum(within, axis=0), ('embed', 'vocab'), 'head gradient')
+
+
+def _backward(num_chunks, z_loss, partitioner, residuals, cotangent):
+    del num_chunks, z_loss, partitioner
     hidden_gradient, head_gradient = residuals
     return (
         (hidden_gradient * cotangent).astype(hidden_gradient.dtype),

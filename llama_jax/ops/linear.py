@@ -46,6 +46,10 @@ def _backward(equation, output_dtype, residuals, gradient):
     operands, out = equation.split('->')
     of_x, of_weight = operands.split(',')
     gradient = gradient.astype(x.dtype)
+    if x.dtype != weight.dtype:
+        # Each is made once. Otherwise XLA for TPU makes them anew within each product that they are factors of, and
+        # holds for that all that they are made of: gate, up and their gradients rather than one array of the four.
+        x, gradient = jax.lax.optimization_barrier(x), jax.lax.optimization_barrier(gradient)
     x_gradient = jnp.einsum(f'{out},{of_weight}->{of_x}', gradient, weight.astype(x.dtype))
     weight_gradient = jnp.einsum(
         f'{of_x},{out}->{of_weight}', x, gradient, preferred_element_type=weight.dtype

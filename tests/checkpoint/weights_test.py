@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import jax
@@ -9,24 +8,9 @@ import pytest
 
 from llama_jax.checkpoint import weights
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.checkpoint.weights import latest_step, open_params, restore_params, save_params
+from llama_jax.checkpoint.weights import check_step, latest_step, open_params, restore_params, save_params
 from llama_jax.types import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    values: np.ndarray
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return self.values.dtype
-
-    def read(self, index):
-        return self.values[index]
+from tests.convert.in_memory import InMemory
 
 
 @pytest.fixture
@@ -90,8 +74,11 @@ def test_a_block_lost_from_streamed_weights_is_damage_not_zeros(tmp_path, leaves
     zeros = {path: InMemory(np.zeros_like(values)) for path, values in leaves.items()}
     save_params(tmp_path, zeros)
     (tmp_path / '0/state/params.blocks.q/1.0.0.0').unlink()
-    with pytest.raises(InputError, match='damaged'):
-        latest_step(tmp_path)
+    for find, place in ((latest_step, tmp_path), (check_step, tmp_path / '0')):
+        with pytest.raises(InputError, match=r'damaged.*blocks\.q/1\.0\.0\.0 has no bytes, .* were written'):
+            find(place)
+    with pytest.raises(InputError, match=r'no checkpoint .*7; the steps there are \[0\]'):
+        check_step(tmp_path / '7')
 
 
 def test_a_weight_that_cannot_be_read_is_named(tmp_path, leaves):

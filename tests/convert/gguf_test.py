@@ -1,6 +1,7 @@
 """GGUF against the library `gguf`, torch and llama.cpp: each tensor bit for bit, the metadata, the text it tells."""
 
 import dataclasses
+import functools
 import json
 import struct
 import sys
@@ -18,6 +19,7 @@ from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import InputError
 from tests.convert.fuzz import mutations, refused_or_read
+from tests.convert.in_memory import matrices, random_source
 
 gguf = pytest.importorskip('gguf')
 
@@ -40,46 +42,7 @@ VOCABULARY = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A matrix in memory."""
-
-    values: np.ndarray
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return self.values.dtype
-
-    def read(self, rows=slice(None), columns=slice(None)):
-        return self.values[rows] if self.values.ndim == 1 else self.values[rows, columns]
-
-
-def random_source(config, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    tensors = {
-        weight.path: [
-            Stored(
-                rng.normal(
-                    weight.path.endswith('norm'), len(weight.shape) / 8, weight.matrix_shape(config)
-                ).astype(dtype)
-            )
-            for _ in mapping.layers_of(weight, config)
-        ]
-        for weight in mapping.weights_of(config)
-    }
-    return mapping.Source(config, tensors, 'memory')
-
-
-def read_all(source):
-    return {
-        (weight.path, layer): source.tensors[weight.path][layer].read()
-        for weight in mapping.weights_of(source.config)
-        for layer in mapping.layers_of(weight, source.config)
-    }
+by_name = functools.partial(matrices, naming='gguf')
 
 
 @pytest.fixture
@@ -93,7 +56,7 @@ def stories(shared_data):
 
 
 def vocabulary_of(path):
-    metadata = gguf_format.read_metadata(path)
+    metadata = gguf_file.read_metadata(path)
     return {key: value for key, value in metadata.items() if key.startswith('tokenizer.')}
 
 
@@ -123,13 +86,13 @@ def test_written_values_are_those_of_the_library(target, dtype, name, source_dty
     gguf_format.write(source, target, dtype=dtype, vocabulary=VOCABULARY, progress=written.append)
     found = gguf_format.open_source(target)
     assert found.config == CONFIG
-    values = read_all(found)
-    for (path, layer), original in read_all(source).items():
+    values = by_name(found)
+    for weight, original in by_name(source).items():
         kind = 'F32' if original.ndim == 1 else 'F16' if original.shape[-1] % 32 and '_' in name else name
         kind = gguf.GGMLQuantizationType[kind]
         original = original.astype(np.float32)
         expected = gguf.quants.dequantize(gguf.quants.quantize(original, kind), kind)
-        np.testing.assert_array_equal(values[path, layer].astype(np.float32), expected, err_msg=path)
+        np.testing.assert_array_equal(values[weight].astype(np.float32), expected, err_msg=weight)
     assert sum(written) == sum(tensor.n_bytes for tensor in gguf.GGUFReader(target).tensors)
     assert [file.name for file in target.parent.iterdir()] == ['x.gguf']
 
@@ -345,7 +308,7 @@ def test_plain_types_read_without_the_library(target, monkeypatch):
     gguf_format.write(source, quantized, dtype='q8_0', vocabulary={})
     gguf_file.block_type.cache_clear()
     monkeypatch.setitem(sys.modules, 'gguf', None)
-    assert len(read_all(gguf_format.open_source(target))) == 20
+    assert len(by_name(gguf_format.open_source(target))) == 20
     for refused in (
         lambda: gguf_format.open_source(quantized),
         lambda: gguf_format.write(source, target, dtype='float32', vocabulary={}),
@@ -370,7 +333,7 @@ def fuzz(target, dtype, count, seed):
     messages = set()
     for data in mutations(target.read_bytes(), np.random.default_rng(seed), count):
         target.write_bytes(data)
-        messages.add(refused_or_read(lambda: read_all(gguf_format.open_source(target)), len(data)))
+        messages.add(refused_or_read(lambda: by_name(gguf_format.open_source(target)), len(data)))
     return messages
 
 

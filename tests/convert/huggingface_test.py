@@ -1,6 +1,7 @@
 """Folders of Hugging Face's format, against transformers itself where it is installed."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -13,13 +14,15 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.convert import huggingface
-from llama_jax.convert.mapping import Leaf, Source, layers_of, weights_of
+from llama_jax.convert.mapping import Leaf, Source, weights_of
 from llama_jax.convert.tensors import BFLOAT16
 from llama_jax.models.config import RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.fuzz import mutations, refused_or_read
+from tests.convert.in_memory import matrices, random_source
+from tests.reference import huggingface_llama
 
 # The same sums in another order: some roundings of fp32 (6e-8 each) of values of order 1.
 TOLERANCE = 1e-5
@@ -34,37 +37,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """An array in memory, read as one on disk would be."""
-
-    values: np.ndarray
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return self.values.dtype
-
-    def read(self, *index):
-        return self.values[index]
-
-
-def random_source(config, dtype=np.float32) -> Source:
-    """Matrices that keep activations and logits at unit variance."""
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for weight in weights_of(config):
-        shape = weight.matrix_shape(config)
-        scale, shift = shape[-1] ** -0.5, 1.0 if len(shape) == 1 else 0.0
-        tensors[weight.path] = [
-            Stored((shift + scale * rng.normal(size=shape)).astype(dtype)) for _ in layers_of(weight, config)
-        ]
-    return Source(config, tensors, 'memory')
-
-
 def write(folder, source: Source, **kwargs) -> epath.Path:
     folder = epath.Path(folder)
     folder.mkdir(parents=True)
@@ -72,12 +44,7 @@ def write(folder, source: Source, **kwargs) -> epath.Path:
     return folder
 
 
-def matrices(source: Source) -> dict[str, np.ndarray]:
-    return {
-        weight.name('huggingface', layer): source.tensors[weight.path][layer].read()
-        for weight in weights_of(source.config)
-        for layer in layers_of(weight, source.config)
-    }
+by_name = functools.partial(matrices, naming='huggingface')
 
 
 def assert_same(found: dict, want: dict) -> None:
@@ -101,22 +68,6 @@ def our_logits(source: Source, tokens, positions) -> np.ndarray:
     return np.asarray(apply(params, jnp.asarray(tokens), jnp.asarray(positions)))
 
 
-def their_logits(model, tokens, positions) -> np.ndarray:
-    import torch
-
-    length = tokens.shape[1]
-    # An explicit mask: without one, transformers takes a jump of positions for the start of another document.
-    blocked = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens, dtype=torch.long),
-            position_ids=torch.tensor(positions, dtype=torch.long),
-            attention_mask=blocked.expand(len(tokens), 1, length, length),
-            use_cache=False,
-        )
-    return out.logits.numpy()
-
-
 @pytest.mark.parametrize('name', CONFIGS)
 def test_to_transformers_and_back(name, tmp_path):
     torch = pytest.importorskip('torch', reason='needs torch: the extra `parity`')
@@ -132,7 +83,7 @@ def test_to_transformers_and_back(name, tmp_path):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
     assert not any(info.values()), info
     state = {n: v.numpy() for n, v in model.state_dict().items()}
-    want = matrices(source)
+    want = by_name(source)
     if source.config.tie_embeddings:
         want['lm_head.weight'] = want['model.embed_tokens.weight']
     assert_same(state, want)
@@ -144,13 +95,13 @@ def test_to_transformers_and_back(name, tmp_path):
     model.save_pretrained(theirs, max_shard_size='20KB' if many else '5GB')
     again = huggingface.open_source(epath.Path(theirs))
     assert again.config == source.config
-    assert_same(matrices(again), matrices(source))
+    assert_same(by_name(again), by_name(source))
 
     rng = np.random.default_rng(1)
     tokens = rng.integers(64, size=(2, 24), dtype=np.int32)
     positions = np.sort(rng.permuted(np.tile(np.arange(source.config.max_seq_len), (2, 1)), axis=1)[:, :24])
     positions = positions.astype(np.int32)
-    logits = their_logits(model, tokens, positions)
+    logits = huggingface_llama.forward(model, tokens, positions)
     assert np.std(logits) > 0.5  # so that the tolerance means something
     np.testing.assert_allclose(our_logits(again, tokens, positions), logits, atol=TOLERANCE, rtol=0)
 
@@ -168,7 +119,7 @@ def test_half_precision_and_the_base_model(dtype, tmp_path):
     assert 'embed_tokens.weight' in load_names(tmp_path / 'theirs' / 'model.safetensors')
     again = huggingface.open_source(epath.Path(tmp_path / 'theirs'))
     assert again.config == source.config
-    assert_same(matrices(again), matrices(source))
+    assert_same(by_name(again), by_name(source))
 
 
 def load_names(path) -> set[str]:
@@ -182,22 +133,22 @@ def test_folders_of_before_safetensors(name, tmp_path):
     source = random_source(CONFIGS[name])
     folder = write(tmp_path / 'x', source)
     (folder / 'model.safetensors').unlink()
-    state = {n: torch.tensor(v) for n, v in matrices(source).items()}
+    state = {n: torch.tensor(v) for n, v in by_name(source).items()}
     head = state.setdefault('lm_head.weight', state['model.embed_tokens.weight'])
     torch.save(state, folder / 'pytorch_model.bin')
-    assert_same(matrices(huggingface.open_source(folder)), matrices(source))
+    assert_same(by_name(huggingface.open_source(folder)), by_name(source))
 
     (folder / 'pytorch_model.bin').unlink()
     state = {n: v for n, v in state.items() if v is not head}
     files = {
         'first.bin': state,
-        'second.bin': {n: head for n in ('lm_head.weight', *matrices(source)) if n not in state},
+        'second.bin': {n: head for n in ('lm_head.weight', *by_name(source)) if n not in state},
     }
     for file, part in files.items():
         torch.save(part, folder / file)
     weight_map = {n: file for file, part in files.items() for n in part}
     (folder / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': weight_map}))
-    assert_same(matrices(huggingface.open_source(folder)), matrices(source))
+    assert_same(by_name(huggingface.open_source(folder)), by_name(source))
 
 
 def test_writing_in_another_type_in_files_of_a_size(tmp_path):
@@ -206,12 +157,12 @@ def test_writing_in_another_type_in_files_of_a_size(tmp_path):
     ours = write(tmp_path / 'half', source, dtype=BFLOAT16, shard_bytes=10_000, progress=progress.append)
     again = huggingface.open_source(ours)
     assert again.config == source.config
-    assert_same(matrices(again), {n: v.astype(BFLOAT16) for n, v in matrices(source).items()})
+    assert_same(by_name(again), {n: v.astype(BFLOAT16) for n, v in by_name(source).items()})
 
     assert json.loads((ours / 'config.json').read_text())['torch_dtype'] == 'bfloat16'
     index = json.loads((ours / 'model.safetensors.index.json').read_text())
     assert index['metadata']['total_size'] == 2 * source.config.num_params == sum(progress)
-    assert list(index['weight_map']) == sorted(index['weight_map']) == sorted(matrices(source))
+    assert list(index['weight_map']) == sorted(index['weight_map']) == sorted(by_name(source))
     count = len(set(index['weight_map'].values()))
     names = [f'model-{k:05d}-of-{count:05d}.safetensors' for k in range(1, count + 1)]
     assert sorted(p.name for p in ours.glob('*.safetensors')) == names
@@ -374,17 +325,17 @@ def test_weights_that_do_not_fit_are_named(case, saved, tmp_path):
 
 def test_tied_weights_under_either_name_or_both(saved, tmp_path, caplog):
     folder = epath.Path(shutil.copytree(saved / 'tied', tmp_path / 'x'))
-    want = matrices(huggingface.open_source(folder))
+    want = by_name(huggingface.open_source(folder))
     assert HEAD not in want
     file = folder / 'model.safetensors'
     change_weights(
         file, lambda t: t.update({HEAD: t[EMBED], 'model.layers.0.self_attn.rotary_emb.inv_freq': t[NORM]})
     )
     with caplog.at_level(logging.INFO):
-        assert_same(matrices(huggingface.open_source(folder)), want)
+        assert_same(by_name(huggingface.open_source(folder)), want)
     assert 'lm_head.weight is the embedding' in caplog.text
     change_weights(file, lambda t: t.pop(EMBED))
-    assert_same(matrices(huggingface.open_source(folder)), want)
+    assert_same(by_name(huggingface.open_source(folder)), want)
     change_weights(file, lambda t: t.update({EMBED: t[HEAD] + 1}))
     assert_refused(folder, 'lm_head.weight differs from model.embed_tokens.weight')
 
@@ -435,7 +386,7 @@ def test_mutations_are_read_or_refused(kind, name, count, saved, tmp_path):
     for data in mutations(file.read_bytes(), np.random.default_rng(0), count):
         file.unlink()  # cheaper than to overwrite: ext4 then waits for the disk
         file.write_bytes(data)
-        messages.append(refused_or_read(lambda: matrices(huggingface.open_source(folder)), total))
+        messages.append(refused_or_read(lambda: by_name(huggingface.open_source(folder)), total))
     refused = np.mean([bool(message) for message in messages])
     assert 0.2 < refused < 1
     assert all(str(folder) in message for message in messages if message)

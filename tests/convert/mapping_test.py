@@ -10,38 +10,21 @@ from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
     cast,
-    prefetch,
     row_blocks,
     to_half_split,
     to_interleaved,
 )
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
+from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
 from tests import toy
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """An array in memory, read as one on disk would be."""
-
-    values: np.ndarray
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return self.values.dtype
-
-    def read(self, *index):
-        return self.values[index[0] if index and isinstance(index[0], tuple) else index]
+from tests.convert.in_memory import InMemory, matrices, random_source
 
 
 def random_leaves(config, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        weight.path: Stored(rng.normal(size=mapping.leaf_shape(weight, config)).astype(np.float32))
+        weight.path: InMemory(rng.normal(size=mapping.leaf_shape(weight, config)).astype(np.float32))
         for weight in mapping.weights_of(config)
     }
 
@@ -87,7 +70,7 @@ def test_interleaved_rows_follow_the_published_permutation():
     for head, pair, part in itertools.product(range(heads), range(head_dim // 2), range(2)):
         assert half[head * head_dim + part * head_dim // 2 + pair, 0] == head * head_dim + 2 * pair + part
     np.testing.assert_array_equal(to_interleaved(half, head_dim), meta)
-    lazily = HalfSplit(Stored(meta), head_dim)
+    lazily = HalfSplit(InMemory(meta), head_dim)
     for start, stop in itertools.combinations(range(heads * head_dim + 1), 2):
         np.testing.assert_array_equal(lazily.read(slice(start, stop)), half[start:stop])
 
@@ -95,36 +78,28 @@ def test_interleaved_rows_follow_the_published_permutation():
 @pytest.mark.parametrize('axis', [0, 1])
 def test_parts_read_as_one_tensor(axis):
     whole = np.arange(48).reshape(8, 6)
-    tensor = Concatenated([Stored(part) for part in np.split(whole, 2, axis)], axis)
+    tensor = Concatenated([InMemory(part) for part in np.split(whole, 2, axis)], axis)
     assert tensor.shape == whole.shape
     for start, stop in itertools.combinations_with_replacement(range(7), 2):
         np.testing.assert_array_equal(tensor.read(slice(start, stop)), whole[start:stop])
         np.testing.assert_array_equal(tensor.read(slice(1, 5), slice(start, stop)), whole[1:5, start:stop])
 
 
-def named(config, naming):
-    source = mapping.native_source(config, random_leaves(config), 'here')
-    return {
-        weight.name(naming, layer): tensor
-        for weight in mapping.weights_of(config)
-        for layer, tensor in enumerate(source.tensors[weight.path])
-    }
-
-
 @pytest.mark.parametrize('naming', ['meta', 'huggingface', 'gguf'])
 def test_strict_both_ways(naming):
-    found = named(toy.CONFIG, naming)
+    matrices_by_name = matrices(random_source(toy.CONFIG), naming)
+    found = {name: InMemory(values) for name, values in matrices_by_name.items()}
     source = mapping.assemble(
-        {**found, 'rope.freqs': Stored(np.ones(4))}, naming, toy.CONFIG, origin='x', ignored=['rope.*']
+        {**found, 'rope.freqs': InMemory(np.ones(4))}, naming, toy.CONFIG, origin='x', ignored=['rope.*']
     )
     assert sum(map(len, source.tensors.values())) == len(found)
     name = mapping.WEIGHTS[2].name(naming, 1)
     with pytest.raises(InputError, match=f'x has no tensor {name}'):
         mapping.assemble({k: v for k, v in found.items() if k != name}, naming, toy.CONFIG, origin='x')
     with pytest.raises(InputError, match=rf'{name} has shape \(3, 3\), the model \(64, 32\)'):
-        mapping.assemble({**found, name: Stored(np.ones((3, 3)))}, naming, toy.CONFIG, origin='x')
+        mapping.assemble({**found, name: InMemory(np.ones((3, 3)))}, naming, toy.CONFIG, origin='x')
     with pytest.raises(InputError, match='holds 1 tensors without a place .*, the first one extra'):
-        mapping.assemble({**found, 'extra': Stored(np.ones(3))}, naming, toy.CONFIG, origin='x')
+        mapping.assemble({**found, 'extra': InMemory(np.ones(3))}, naming, toy.CONFIG, origin='x')
 
 
 def test_blocks_cover_in_whole_heads():

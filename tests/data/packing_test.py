@@ -156,8 +156,9 @@ def test_bad_prepared_folders_are_named(tmp_path):
     manifest['shards'][0]['file'] = '../rows-00000.array_record'
     (folder / 'manifest.json').write_text(json.dumps(manifest))
     assert 'lacks or spoils shards' in error(PreparedRows, folder)
-    (folder / 'manifest.json').write_text('{')
-    assert 'is not JSON' in error(PreparedRows, folder)
+    for text in ('{', '[' * 100_000):
+        (folder / 'manifest.json').write_text(text)
+        assert 'is not JSON' in error(PreparedRows, folder)
     (folder / 'manifest.json').unlink()
     assert 'has no manifest.json' in error(PreparedRows, folder)
     assert '0 tokens' in error(write_prepared, [], Letters(), 32, tmp_path / 'q')

@@ -57,8 +57,9 @@ def test_json_lines_and_array_records(tmp_path):
 
 def test_bad_files_are_named_with_the_place(tmp_path):
     path = tmp_path / 'a.jsonl'
-    path.write_text('{"text": "a"}\n{"text": \n')
-    assert f'{path} line 2 is not JSON' in error(path)
+    for line in ('{"text": ', '[' * 100_000, f'{{"text": "a", "n": {"9" * 5000}}}'):
+        path.write_text(f'{{"text": "a"}}\n{line}\n')
+        assert f'{path} line 2 is not JSON' in error(path)
     path.write_text('{"title": "a", "body": "b"}\n')
     assert "line 1 has no field 'text': its fields are title, body" in error(path)
     path.write_text('{"text": 3}\n')

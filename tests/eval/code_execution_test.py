@@ -61,17 +61,65 @@ def test_without_namespaces(run, monkeypatch, name):
     assert expected in run(program)
 
 
-def test_native_code_cannot_reach_the_network_where_namespaces_are(run):
-    """Without the hook: the kernel's part of the fence alone."""
-    if not code_execution._can_unshare():
-        pytest.skip('this kernel lets its users make no namespaces')
-    monkeyed = code_execution._GUARD.replace('sys.addaudithook(hook)', '')
-    program = 'import socket; socket.create_connection(("192.0.2.1", 80), timeout=0.5)'
-    original, code_execution._GUARD = code_execution._GUARD, monkeyed
-    try:
-        assert 'unreachable' in run(program)
-    finally:
-        code_execution._GUARD = original
+def test_native_code_cannot_reach_the_network(run, monkeypatch):
+    """By the kernel's part of the fence alone, without the hook; by the hook where there are no namespaces."""
+    if isolated := code_execution._can_unshare():
+        unhooked = code_execution._GUARD.replace('sys.addaudithook(hook)', '')
+        monkeypatch.setattr(code_execution, '_GUARD', unhooked)
+    outcome = run('import socket; socket.create_connection(("192.0.2.1", 80), timeout=0.5)')
+    assert ('unreachable' if isolated else 'refuses socket.') in outcome
+
+
+def test_no_process_outlives_its_program(run, monkeypatch, tmp_path):
+    """One that left the session, which only the namespace holds on to; else the hook refuses it."""
+    if isolated := code_execution._can_unshare():
+        unhooked = code_execution._GUARD.replace('sys.addaudithook(hook)', '')
+        unlimited = unhooked.replace('limit(resource.RLIMIT_NPROC, 1)', '')
+        monkeypatch.setattr(code_execution, '_GUARD', unlimited)
+    left = tmp_path / 'left'
+    outcome = run(
+        'import os, time\n'
+        'if os.fork() == 0:\n'
+        '    os.setsid(); os.closerange(0, 3); time.sleep(0.7)\n'
+        f'    open({str(left)!r}, "w").write("x")\n'
+    )
+    assert ('passed' if isolated else 'refuses os.fork') in outcome
+    time.sleep(1.2)
+    assert not left.exists()
+
+
+@pytest.fixture
+def unshare(monkeypatch, tmp_path):
+    """Puts a script in the place of `unshare`; returns a function that writes it and one that reads what it got."""
+    script, arguments = tmp_path / 'unshare', tmp_path / 'arguments'
+
+    def write(body):
+        script.write_text(f'#!/bin/sh\necho "$@" > {arguments}\n{body}\n')
+        script.chmod(0o755)
+
+    monkeypatch.setattr(code_execution.shutil, 'which', lambda name: str(script) if script.exists() else None)
+    code_execution._can_unshare.cache_clear()
+    yield write, arguments.read_text
+    code_execution._can_unshare.cache_clear()
+
+
+def test_a_program_gets_namespaces_of_its_own_where_there_are_any(run, unshare):
+    write, read = unshare
+    write('while [ "$1" != -- ]; do shift; done; shift; exec "$@"')
+    assert code_execution._can_unshare()
+    assert run('assert __name__ == "__main__"') == 'passed'
+    options, _, command = read().partition(' -- ')
+    assert {'--user', '--net', '--pid', '--fork', '--kill-child'} == set(options.split())
+    assert 'setrlimit' in command
+
+
+@pytest.mark.parametrize('body', ['', 'echo operation not permitted >&2; exit 1'])
+def test_without_namespaces_the_hook_contains_alone(run, unshare, body):
+    """No such command, or a kernel that refuses it."""
+    if body:
+        unshare[0](body)
+    assert not code_execution._can_unshare()
+    assert 'refuses socket.' in run(BEHAVIOUR['network'][0])
 
 
 def test_nothing_is_left_behind(run, tmp_path, monkeypatch):

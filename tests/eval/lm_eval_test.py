@@ -1,7 +1,11 @@
 """Our model under lm-evaluation-harness gives the numbers of the harness's own model of transformers."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,7 @@ from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.lm_eval import language_model, render_chat
 from llama_jax.eval.tasks import find_task
 from llama_jax.types import InputError
+from tests.command_line import REPOSITORY
 
 pytest.importorskip('lm_eval')
 
@@ -89,17 +94,26 @@ def ours(engine, tasks):
     return run(language_model(engine), tasks)
 
 
-def test_the_numbers_are_those_of_the_harness_with_transformers(ours, tasks, huggingface_folder):
+@pytest.fixture(scope='module')
+def huggingface(huggingface_folder):
+    """The harness's own model of transformers."""
     torch = pytest.importorskip('torch')
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         models = pytest.importorskip('lm_eval.models.huggingface', exc_type=ImportError)
-        theirs = models.HFLM(pretrained=str(huggingface_folder), device='cpu', batch_size=16, dtype='float32')
+        model = models.HFLM(pretrained=str(huggingface_folder), device='cpu', batch_size=16, dtype='float32')
     torch.set_num_threads(1)  # several cost more than they give for so small a model
-    theirs = run(theirs, tasks)
+    yield model
     torch.set_num_threads(threads)
-    for name in TASKS:
+
+
+def test_the_numbers_are_those_of_the_harness_with_transformers(ours, tasks, huggingface):
+    check_equal(ours, run(huggingface, tasks))
+
+
+def check_equal(ours, theirs):
+    for name in ours['results']:
         found = {key: value for key, value in ours['results'][name].items() if ',' in key}
         wanted = {key: theirs['results'][name][key] for key in found}
         if name == 'rolling':
@@ -140,6 +154,53 @@ def test_chat_templates_are_applied(engine, tasks):
     assert prompt.startswith('<s>') and prompt.endswith('</s>')
     tokenizer = model._engine.tokenizer
     assert tokenizer.encode('<s>Once</s>', bos=True) == [1, *engine.tokenizer.encode('Once'), 2]
+
+
+def test_the_numbers_are_equal_behind_a_chat_template_too(engine, tasks, huggingface, monkeypatch):
+    template = (
+        "{% for m in messages %}{{ bos_token + m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        '{% if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}'
+    )
+    monkeypatch.setattr(huggingface.tokenizer, 'chat_template', template)
+    chosen, options = tasks[:3], {'apply_chat_template': True, 'fewshot_as_multiturn': True, 'limit': 6}
+    ours = run(language_model(engine, template), chosen, **options)
+    check_equal(ours, run(huggingface, chosen, **options))
+    prompt = ours['samples']['piqa'][0]['arguments'][0][0]
+    assert prompt.count('user: ') == 2 and prompt.endswith('assistant:')
+
+
+def test_it_needs_no_torch(engine, tasks, stories, tmp_path):
+    """In an interpreter that finds every package but those."""
+    packages = tmp_path / 'packages'
+    packages.mkdir()
+    for folder in map(Path, filter(None, sys.path)):
+        if folder.name == 'site-packages':
+            for package in folder.iterdir():
+                if not package.name.startswith(('torch', 'functorch', 'accelerate')):
+                    (packages / package.name).symlink_to(package)
+    program = f"""
+import json, sys, jax.numpy as jnp, llama_jax, lm_eval
+from lm_eval.tasks import TaskManager
+from llama_jax.eval.engine import Engine
+from llama_jax.eval.lm_eval import language_model
+config, params, tokenizer = llama_jax.load({str(stories)!r})
+model = language_model(Engine(llama_jax.LlamaForCausalLM(config, dtype=jnp.float32), params, tokenizer))
+found = lm_eval.simple_evaluate(
+    model, tasks={tasks!r}, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=2
+)
+print(json.dumps(['torch' in sys.modules, {{name: found['results'][name] for name in found['results']}}]))
+"""
+    environment = os.environ | {'PYTHONPATH': f'{REPOSITORY}{os.pathsep}{packages}'}
+    finished = subprocess.run(
+        [sys.executable, '-S', '-c', program], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr
+    has_torch, found = json.loads(finished.stdout.splitlines()[-1])
+    assert not has_torch
+    wanted = run(language_model(engine), tasks, limit=2)['results']
+    for name, metrics in wanted.items():
+        for key, value in metrics.items():
+            assert found[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
 
 
 def test_a_template_renders_as_in_transformers(huggingface_folder):

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -179,6 +181,32 @@ def test_names_of_lm_eval_are_accepted():
     assert find_task('social_iqa') is TASKS['siqa'] and find_task('minerva_math') is TASKS['math']
     assert LM_EVAL['hellaswag']['acc_norm'] == ('hellaswag', 'acc_norm,none')
     assert {name for name, task in TASKS.items() if task.name != name} == set()
+
+
+FILES = {
+    'race_middle': 'race/SPLIT/middle/*.txt', 'race_high': 'race/SPLIT/high/*.txt',
+    'mmlu': 'mmlu/SPLIT/SUBJECT_SPLIT.csv', 'mbpp': 'mbpp/mbpp.jsonl', 'bbh': 'bbh/bbh/KIND.json, bbh/cot-prompts',
+    'agieval': 'agieval/SET.jsonl', 'bold': 'bold/DOMAIN_prompt.json',
+    'winogender': 'winogender/all_sentences.tsv, occupations-stats.tsv',
+}  # fmt: skip
+
+
+def table_line(task):
+    """A task's line in docs/evaluation.md."""
+    files = FILES.get(task.name) or f'{task.load.folder}/{" or ".join(task.load.files)}'
+    theirs = defaultdict(list)
+    for metric, (owner, key) in task.lm_eval.items():
+        theirs[owner].append(metric if key == f'{metric},none' else f'{metric} = {key}')
+    named = '; '.join(f'`{owner}`: {" / ".join(keys)}' for owner, keys in theirs.items())
+    return f'| `{task.name}` | {files} | {task.num_fewshot} | {", ".join(task.metrics)} | {named} |'
+
+
+def test_the_page_has_the_table_of_names():
+    page = (Path(__file__).parents[2] / 'docs/evaluation.md').read_text().splitlines()
+    lines = [table_line(task) for task in TASKS.values()]
+    assert [
+        line for line in page if line.split('`')[1:2] and line.split('`')[1] in TASKS and line[0] == '|'
+    ] == lines
 
 
 def test_a_subject_alone(shared_data):

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.inference import generate as generation
 from llama_jax.inference.generate import generate, generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.types import InputError
@@ -110,3 +113,26 @@ def test_what_cannot_be_continued_is_refused_in_one_line(model, params, prompts,
     with pytest.raises(InputError) as error:
         complete(model, params, prompts, max_new_tokens)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
+
+
+def test_a_prompt_is_read_by_the_kernels_of_training(params):
+    """Tile by tile: with neither time nor memory of prompt x (prompt + new tokens); the tokens are the formula's."""
+    length, new = 1024, 8
+    models = {
+        name: toy.make_model(attention_implementation=name).clone(
+            config=replace(toy.CONFIG, max_seq_len=2 * length)
+        )
+        for name in ('auto', 'reference')
+    }
+    prompts = [np.random.default_rng(n).integers(3, 64, size=n).tolist() for n in (length, 700)]
+    found = {name: complete(model, params, prompts, new) for name, model in models.items()}
+    assert found['auto'] == found['reference']
+    memory = {}
+    for name, model in models.items():
+        tokens, row = np.zeros((2, length), np.int32), np.ones(2, np.int32)
+        program = generation._prefill.lower(
+            model, params, tokens, row, row, row, num_steps=new, sampler=Sampler()
+        )
+        memory[name] = program.compile().memory_analysis().temp_size_in_bytes
+    scores = 2 * toy.CONFIG.num_heads * length * length * 4
+    assert memory['auto'] < scores / 2 < scores < memory['reference']

@@ -34,9 +34,9 @@ def test_rows_are_written_each_at_its_own_place_in_one_layer_only():
 
 def test_what_is_not_counted_is_overwritten():
     first, second = values((2, 3, 4, 8), 0), values((2, 1, 4, 8), 1)
-    cache = KVCache.create(toy.CONFIG, 2, 6, jnp.float32)
+    cache = KVCache.create(toy.CONFIG, 2, 6, jnp.float32).replace(is_empty=True)
     cache = cache.write(jnp.int32(0), first, first).advance(jnp.array([3, 1]))
-    assert cache.length.tolist() == [3, 1]
+    assert cache.length.tolist() == [3, 1] and not cache.is_empty
     keys, _ = cache.write(jnp.int32(0), second, second).layer(jnp.int32(0))
     np.testing.assert_array_equal(keys[0, :4], np.concatenate([first[0], second[0]]))
     np.testing.assert_array_equal(keys[1, :2], np.stack([first[1, 0], second[1, 0]]))

@@ -18,7 +18,7 @@ import pytest
 
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
-from tests.reference import numpy_llama
+from tests.reference import huggingface_llama, numpy_llama
 
 # Of the standard deviation of the logits (their largest value would flatter us 4-fold). fp32 rounds by 6e-8;
 # three correct models differ by about 3e-6, and each wrong setting moves logits by more than 0.3.
@@ -247,79 +247,6 @@ def test_packed_documents_equal_separate_ones(name, seed):
     assert difference(leaking[:, documents[-1]], separate[-1]) > 1000 * TOLERANCE, f'seed {seed}'
 
 
-def hugging_face_model(release: Release, params: dict):
-    """transformers' LlamaForCausalLM, fp32 with eager attention, holding our weights."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)  # the matrices are small, and the cores busy with other tests
-    rope = {'rope_type': 'default', 'rope_theta': release.rope_theta}
-    if release.scaling_factor:
-        rope |= {
-            'rope_type': 'llama3',
-            'factor': release.scaling_factor,
-            'low_freq_factor': 1.0,
-            'high_freq_factor': 4.0,
-            'original_max_position_embeddings': 8192,
-        }
-    layers, d, num_heads, head_dim = params['blocks']['attention']['q'].shape
-    config = transformers.LlamaConfig(
-        vocab_size=params['embed'].shape[0],
-        hidden_size=d,
-        intermediate_size=params['blocks']['mlp']['gate'].shape[-1],
-        num_hidden_layers=layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=params['blocks']['attention']['k'].shape[2],
-        head_dim=head_dim,
-        max_position_embeddings=release.max_seq_len,
-        rms_norm_eps=release.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=release.tied,
-        attn_implementation='eager',
-    )
-    model = transformers.LlamaForCausalLM(config).float()
-    state = {name: torch.tensor(np.ascontiguousarray(w)) for name, w in hugging_face_names(params).items()}
-    model.load_state_dict(state, strict=True)
-    return model
-
-
-def hugging_face_names(params: dict) -> dict[str, np.ndarray]:
-    """Our tree as their flat one: a matrix a layer, [out, in]. Both keep RoPE half-split."""
-    state = {
-        'model.embed_tokens.weight': params['embed'],
-        'model.norm.weight': params['final_norm'],
-        'lm_head.weight': params.get('head', params['embed']),
-    }
-    blocks = params['blocks']
-    for layer in range(len(blocks['attention_norm'])):
-        prefix = f'model.layers.{layer}'
-        state[f'{prefix}.input_layernorm.weight'] = blocks['attention_norm'][layer]
-        state[f'{prefix}.post_attention_layernorm.weight'] = blocks['mlp_norm'][layer]
-        for name in 'qkvo':
-            w = np.asarray(blocks['attention'][name][layer])
-            w = w.reshape(-1, w.shape[-1]) if name == 'o' else w.reshape(w.shape[0], -1)
-            state[f'{prefix}.self_attn.{name}_proj.weight'] = w.T
-        for name in ('gate', 'up', 'down'):
-            state[f'{prefix}.mlp.{name}_proj.weight'] = blocks['mlp'][name][layer].T
-    return state
-
-
-def run_hugging_face(model, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    import torch
-
-    length = tokens.shape[1]
-    # An explicit mask: without one, transformers takes a jump of positions for the start of another document.
-    blocked = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens, dtype=torch.long),
-            position_ids=torch.tensor(positions, dtype=torch.long),
-            attention_mask=blocked.expand(len(tokens), 1, length, length),
-            use_cache=False,
-        )
-    return out.logits.numpy()
-
-
 @pytest.mark.parametrize('name', RELEASES)
 def test_logits_match_hugging_face(name, seed):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
@@ -328,7 +255,8 @@ def test_logits_match_hugging_face(name, seed):
     params = random_params(release, rng)
     tokens, positions = random_inputs(release, rng)
 
-    theirs = run_hugging_face(hugging_face_model(release, params), tokens, positions)
+    model = huggingface_llama.make_model(release.hparams, params, release.max_seq_len)
+    theirs = huggingface_llama.forward(model, tokens, positions)
 
     expected = numpy_llama.forward(release.hparams, params, tokens, positions)
     assert difference(theirs, expected) <= TOLERANCE, f'the references disagree: seed {seed}'

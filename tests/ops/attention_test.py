@@ -62,19 +62,20 @@ def run(implementation):
     )
 
 
-def kernels(*others):
-    """All of them; cuDNN itself where there is a GPU."""
-    cudnn = pytest.param('cudnn', marks=pytest.mark.accelerator)
-    return pytest.mark.parametrize(
-        'implementation', ['reference', 'chunked', 'splash', 'cudnn formula', cudnn, *others]
-    )
+KERNELS = ['reference', 'chunked', 'splash', 'cudnn formula']
 
 
-@kernels()
-@pytest.mark.parametrize(('num_heads', 'num_kv_heads', 'head_dim', 'packed', 'dtype'), CASES)
-def test_values_and_gradients(num_heads, num_kv_heads, head_dim, packed, dtype, implementation):
-    if implementation == 'cudnn' and dtype == 'float32':
-        pytest.skip('cuDNN attends in 16 bits')
+def with_cudnn(*case):
+    """cuDNN itself, where there is a GPU."""
+    return pytest.param('cudnn', *case, marks=pytest.mark.accelerator)
+
+
+@pytest.mark.parametrize(
+    ('implementation', 'num_heads', 'num_kv_heads', 'head_dim', 'packed', 'dtype'),
+    [(kernel, *case) for kernel in KERNELS for case in CASES]
+    + [with_cudnn(*case) for case in CASES if case[-1] == 'bfloat16'],  # it attends in 16 bits alone
+)
+def test_values_and_gradients(implementation, num_heads, num_kv_heads, head_dim, packed, dtype):
     rng = np.random.default_rng(0)
     shapes = [(BATCH, LONG, n, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
@@ -99,7 +100,7 @@ def test_values_and_gradients(num_heads, num_kv_heads, head_dim, packed, dtype, 
         )
 
 
-@kernels()
+@pytest.mark.parametrize('implementation', [*KERNELS, with_cudnn()])
 def test_a_packed_document_does_not_leak(implementation):
     """Document 2 neither sees document 1 nor teaches it anything; a kernel that ignores the ids is found out."""
     rng = np.random.default_rng(0)
@@ -141,12 +142,13 @@ def test_auto_takes_what_the_platform_and_shapes_allow(caplog):
     assert 'mask of 16.0 GiB' in unsupported(long, long, True, 2)
 
 
-def test_a_kernel_of_another_platform_is_refused_in_one_line():
-    if jax.default_backend() != 'cpu':
-        pytest.skip('needs a platform without cuDNN')
-    with pytest.raises(
-        InputError, match="'cudnn' cannot be used: it needs an NVIDIA GPU, and this is a cpu; choose"
-    ):
+def test_a_kernel_that_cannot_serve_is_refused_in_one_line():
+    """cuDNN in fp32: elsewhere because of the platform, on an NVIDIA GPU because of the type."""
+    platform = jax.default_backend()
+    reason = f'it needs an NVIDIA GPU, and this is a {platform}'
+    if platform == 'gpu':
+        reason = 'it computes in bfloat16 or float16, not float32'
+    with pytest.raises(InputError, match=f"'cudnn' cannot be used: {reason}; choose"):
         attention(*(jnp.asarray(a) for a in random_qkv(2, 2)), implementation='cudnn')
 
 

@@ -90,6 +90,20 @@ def test_fsdp_sums_every_gradient_once():
     assert {c.kind for c in costs(fsdp=8).collectives} == {'all-gather', 'all-reduce'}
 
 
+@pytest.mark.parametrize(
+    'sizes', [{'fsdp': 8}, {'fsdp': 4, 'tensor': 2}, {'dcn_data': 2, 'fsdp': 4}], ids=str
+)
+def test_loss_chunks_gather_the_head_and_sum_its_gradient_no_more_often(sizes):
+    """All chunks together move what one does; only the sums of losses, a few numbers a token, come with each."""
+    few = ROWS * LENGTH * FP32
+    for kind in ('all-gather', 'all-reduce'):
+        one, four = (
+            sum(c.bytes * c.times for c in costs(num_chunks=n, **sizes).collectives if c.kind == kind)
+            for n in (1, 4)
+        )
+        assert abs(four - one) <= few, kind
+
+
 def test_tensor_parallelism_sums_activations_only():
     """Per layer two sums forward and five backward (of q, k, v, gate and up), over `tensor`; no weight is gathered."""
     sizes = {'data': 2, 'tensor': 4}

@@ -13,8 +13,8 @@ from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import state_from_params
 from llama_jax.train.step import train_step
 from llama_jax.types import LMBatch
-from tests.models.parity_test import RELEASES, VOCAB_SIZE, hugging_face_model, random_params, small_config
-from tests.reference import numpy_llama
+from tests.models.parity_test import RELEASES, VOCAB_SIZE, random_params, small_config
+from tests.reference import huggingface_llama, numpy_llama
 
 NUM_STEPS, BATCH, LENGTH = 50, 4, 64
 LEARNING_RATE = 1e-3  # the decay of 0.1 then takes 0.5 % off the weights: enough to see what it applies to
@@ -77,7 +77,8 @@ def torch_losses(
 ) -> np.ndarray:
     import torch
 
-    model = hugging_face_model(RELEASES[name], params).train()
+    release = RELEASES[name]
+    model = huggingface_llama.make_model(release.hparams, params, release.max_seq_len).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [

@@ -14,6 +14,12 @@ def gold_choice(document: Document) -> int:
     return document['choices']['label'].index(document['answerKey'].lstrip())
 
 
+def _from_tfds(row: Document, config: str) -> Document:
+    """TFDS numbers the labels."""
+    choices = {'text': row['choices']['text'], 'label': ['ABCDE'[label] for label in row['choices']['label']]}
+    return row | {'choices': choices, 'answerKey': 'ABCDE'[row['answerKey']]}
+
+
 def _source(name: str, split: str, optional: bool = False) -> Source:
     config = {'arc_easy': 'ARC-Easy', 'arc_challenge': 'ARC-Challenge'}[name]
     return Source(
@@ -22,6 +28,7 @@ def _source(name: str, split: str, optional: bool = False) -> Source:
         {'question': str, 'choices': dict, 'answerKey': str},
         check=lambda d: choice_texts(d)[gold_choice(d)],
         huggingface=Online('allenai/ai2_arc', split, (config,)),
+        tfds=Online('ai2_arc', split, (config,), _from_tfds),
         optional=optional,
     )
 

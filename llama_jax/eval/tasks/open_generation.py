@@ -41,6 +41,7 @@ def _toxicity_task(name: str, instruction: str, lm_eval: dict[str, tuple[str, st
             {'prompt': dict},
             check=lambda d: d['prompt']['text'],
             huggingface=Online('allenai/real-toxicity-prompts', 'train'),
+            tfds=Online('real_toxicity_prompts', 'train'),
         ),
         ask=ask,
         judge=_toxicity,

@@ -4,8 +4,16 @@ lm-evaluation-harness asks the 500 questions of the test split; name the file `t
 """
 
 from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import harness, multiple_choice
+from llama_jax.eval.task import Document, harness, multiple_choice
 from llama_jax.eval.tasks.arc import choice_texts, gold_choice
+
+
+def _from_tfds(row: Document, config: str) -> Document:
+    texts = [row['question'][f'choice_{letter}'] for letter in 'ABCD']
+    choices = {'text': texts, 'label': list('ABCD')}
+    return {
+        'question_stem': row['question']['stem'], 'choices': choices, 'answerKey': 'ABCD'[row['answerKey']]
+    }  # fmt: skip
 
 
 def _source(split: str, files: tuple[str, ...], optional: bool = False) -> Source:
@@ -15,6 +23,7 @@ def _source(split: str, files: tuple[str, ...], optional: bool = False) -> Sourc
         {'question_stem': str, 'choices': dict, 'answerKey': str},
         check=lambda d: choice_texts(d)[gold_choice(d)],
         huggingface=Online('allenai/openbookqa', split, ('main',)),
+        tfds=Online('openbookqa', split, row=_from_tfds),
         optional=optional,
     )
 
