@@ -67,12 +67,11 @@ class Finished:
 class CommandLine:
     """Runs one command at a time, or one job of several processes that join over loopback.
 
-    With `num_devices` emulated devices where the run does not say otherwise, and `xla_flags` added to those of all.
+    With `num_devices` emulated devices where the run does not say otherwise.
     """
 
-    def __init__(self, folder: pathlib.Path, num_devices: int = 1, xla_flags: str = '', **environment: str):
+    def __init__(self, folder: pathlib.Path, num_devices: int = 1, **environment: str):
         self._folder, self._num_devices, self._environment = folder, num_devices, environment
-        self._xla_flags = xla_flags
         self._server = subprocess.Popen(
             [sys.executable, '-c', _SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )  # fmt: skip
@@ -132,7 +131,7 @@ class CommandLine:
         requests = [
             {
                 'argv': [name, *map(str, arguments)],
-                'environment': self._environment | _devices(num_devices, self._xla_flags),
+                'environment': self._environment | _devices(num_devices),
                 'before': before.replace('PROCESS', str(process)),
                 'stdout': str(stdout),
                 'stderr': str(stderr),
@@ -163,10 +162,10 @@ def _without_gloo(text: str) -> str:
     return ''.join(line for line in lines if '[Gloo]' not in line and 'peer ranks' not in line)
 
 
-def _devices(count: int, xla_flags: str = '') -> dict[str, str]:
+def _devices(count: int) -> dict[str, str]:
     return {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} '
-        f'--xla_cpu_collective_call_terminate_timeout_seconds=300 {xla_flags}'
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0 '
+        '--xla_cpu_collective_call_terminate_timeout_seconds=300'
     }
 
 

@@ -26,6 +26,7 @@ for _flag in (
     '--xla_force_host_platform_device_count=8',
     # Eight devices on two busy cores: a device that waits 40 s for the others is slow, not stuck.
     '--xla_cpu_collective_call_terminate_timeout_seconds=300',
+    '--xla_backend_optimization_level=0',  # the programs of tests compile for longer than they run
 ):
     if not any(flag.startswith(_flag.split('=')[0]) for flag in _flags):
         _flags.append(_flag)

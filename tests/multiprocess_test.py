@@ -62,9 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def commands(folder):
-    commands = CommandLine(
-        folder, xla_flags='--xla_backend_optimization_level=0'
-    )  # compiles in half the time
+    commands = CommandLine(folder)
     yield commands
     commands.close()
 
@@ -259,6 +257,7 @@ FileTensor.read, pretrained.load = count, load
 )
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_is_read_in_slices_and_trained_on(commands, corpus, shared_data, tmp_path):
     checkpoint = shared_data / 'weights/stories260K/stories260K.gguf'
     runs = {}

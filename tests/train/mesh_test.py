@@ -134,7 +134,6 @@ def test_no_involuntary_full_rematerialization():
     environment = os.environ | {
         'JAX_ENABLE_COMPILATION_CACHE': 'false',  # what is not compiled does not warn
         'TF_CPP_MIN_LOG_LEVEL': '0',
-        'XLA_FLAGS': os.environ['XLA_FLAGS'] + ' --xla_backend_optimization_level=0',
     }
     process = subprocess.run(
         [sys.executable, '-c', COMPILE.replace('PROGRAMS', repr(programs))],
