@@ -5,6 +5,7 @@ with every jaxlib. Given to one compilation, as here, an unknown one is an error
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.types import InputError
 
 Value = bool | int | float | str
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ PRESETS: dict[str, Preset] = {
     'gpu_overlap': Preset(
         _GPU,
         {'xla_gpu_enable_latency_hiding_scheduler': True}
-        | {f'xla_gpu_enable_pipelined_{name}': True for name in _COLLECTIVES}
+        | {f'xla_gpu_enable_pipelined_{name}': True for name in _COLLECTIVES}  # gone with jaxlib 0.12
         # At least one layer's weights or gradients (436 MB of bf16 for 7B), so that they travel together.
         | {f'xla_gpu_{name}_combine_threshold_bytes': 2**29 for name in _COLLECTIVES},
         'collectives hidden behind computation (JAX-Toolbox, MaxText on H100)',
@@ -93,15 +96,20 @@ def parse(text: str, mesh: Mesh) -> dict[str, Value]:
       text: names of `PRESETS` and NAME=VALUE, later ones outweighing earlier; '' for none.
       mesh: the devices that will be compiled for.
 
+    Returns:
+      The settings; of a preset's those alone that this compiler knows, with a warning for each of the others.
+
     Raises:
-      InputError: an unknown preset, one for other devices, or settings that this compiler does not know or take.
+      InputError: an unknown preset, one for other devices, or NAME=VALUE that this compiler does not know or take.
     """
     options: dict[str, Value] = {}
+    given: set[str] = set()
     kind = mesh.devices.flat[0].device_kind
     for item in filter(None, (part.strip() for part in text.split(','))):
         name, equals, value = item.partition('=')
         if equals:
             options[name.lstrip('-')] = _value(value)
+            given.add(name.lstrip('-'))
             continue
         if name not in PRESETS:
             raise InputError(
@@ -112,11 +120,15 @@ def parse(text: str, mesh: Mesh) -> dict[str, Value]:
                 f'XLA options {name!r} are for {" or ".join(PRESETS[name].kinds)}; this is a {kind!r}'
             )
         options |= PRESETS[name].options
-    if refused := unknown(options, mesh):
+    refused = unknown(options, mesh)
+    if wrong := [name for name in refused if name in given]:
         raise InputError(
-            f'this compiler (jaxlib {version("jaxlib")}) refuses the XLA options {", ".join(refused)}; '
+            f'this compiler (jaxlib {version("jaxlib")}) refuses the XLA options {", ".join(wrong)}; '
             'leave them out, or install the version that they are of'
         )
+    for name in refused:
+        logger.warning('left out the XLA option %s: jaxlib %s does not know it', name, version('jaxlib'))
+        del options[name]
     return options
 
 

@@ -114,9 +114,10 @@ def test_tensor_parallelism_sums_activations_only():
         for c in costs(**sizes).collectives
         if c.groups.shape == (2, 4) and c.bytes >= activation
     )
-    # The embedding's look-up and the head's backward pass (with the target's logit, one number a token) add one each.
+    # The embedding's look-up and the head's backward pass add one each; with the latter some versions of XLA send the
+    # target's logit, one number a token.
     target = ROWS // 2 * LENGTH * FP32
-    assert over_tensor == activation * (7 * toy.CONFIG.num_layers + 2) + target
+    assert over_tensor - activation * (7 * toy.CONFIG.num_layers + 2) in (0, target)
 
 
 def test_between_slices_go_only_gradients():
