@@ -328,6 +328,7 @@ def test_a_place_that_cannot_be_written_is_one_line(commands, run, corpus, tmp_p
     assert 'file/run: Not a directory' in finished.error()
 
 
+@pytest.mark.slow
 def test_benchmark_of_conversions_writes_its_figures(commands, tmp_path):
     file = tmp_path / 'figures.json'
     commands.run(

@@ -177,6 +177,7 @@ def test_a_process_reads_the_rows_of_its_own_devices_alone(alone, two):
     assert sorted(first + second) == rows_read(alone)[0] == list(range(BATCH_SIZE))
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_bit_for_bit(commands, corpus, two, tmp_path):
     resumed = train(commands, stopped_at_3(two, tmp_path / 'run'), corpus, 2)
     assert figures(resumed) == figures(two) and losses(resumed) == losses(two)

@@ -135,6 +135,7 @@ def test_draws_depend_on_seed_and_prompt_alone(engine):
     assert dict(other.answer([second]))[second] != together[second]
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(engine, stories):
     partitioner = Partitioner(make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
     config, params, tokenizer = llama_jax.load(stories, mesh=partitioner.mesh)

@@ -129,6 +129,7 @@ for name, sizes in PROGRAMS:
 '''
 
 
+@pytest.mark.slow
 def test_no_involuntary_full_rematerialization():
     programs = [('bad', MESHES[2]), *(('good', sizes) for sizes in MESHES)]
     environment = os.environ | {
