@@ -13,7 +13,13 @@ from etils import epath
 
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.checkpoint.weights import CHUNK_BYTES
-from llama_jax.runtime import enable_bucket, gather_texts, is_main_process, sync_processes
+from llama_jax.runtime import (
+    enable_bucket,
+    gather_texts,
+    is_main_process,
+    refused_by_all,
+    sync_processes,
+)
 from llama_jax.types import InputError, PyTree
 
 logger = logging.getLogger(__name__)
@@ -86,21 +92,9 @@ class Checkpointer:
         for step in steps:
             damage = self._find_damage(step)
             if not damage:
-                try:
-                    restored = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(abstract_state), metadata=ocp.args.JsonRestore()
-                        ),
-                    )
-                    return step, restored['state'], restored['metadata']
-                except Exception as error:  # Orbax and TensorStore raise many kinds
-                    damage = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
-                    if not _is_damage(error):
-                        if isinstance(error, ValueError):
-                            folder = self._directory / str(step)
-                            raise InputError(f'checkpoint {folder} cannot be restored: {damage}') from error
-                        raise
+                restored, damage = self._restore(step, abstract_state)
+                if not damage:
+                    return step, *restored
             self._pass_over(step, damage)
         if steps:
             raise InputError(
@@ -113,6 +107,28 @@ class Checkpointer:
         """What differs from the sizes recorded at commit; '' where nothing does. All processes get one answer."""
         damage = find_damage(self._directory / str(step)) if is_main_process() else ''
         return gather_texts(damage)[0]
+
+    def _restore(self, step: int, abstract_state: PyTree) -> tuple[Any, str]:
+        """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
+        folder = self._directory / str(step)
+        restored, damage = None, ''
+        with refused_by_all():
+            try:  # by the handlers, as the manager would wait for processes that have failed
+                restored = (
+                    ocp.StandardCheckpointHandler().restore(
+                        folder / 'state', args=ocp.args.StandardRestore(abstract_state)
+                    ),
+                    ocp.JsonCheckpointHandler().restore(folder / 'metadata', args=ocp.args.JsonRestore()),
+                )
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                line = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+                if _is_damage(error):
+                    damage = line
+                elif isinstance(error, ValueError):
+                    raise InputError(f'checkpoint {folder} cannot be restored: {line}') from error
+                else:
+                    raise
+        return restored, next(filter(None, gather_texts(damage)), '')
 
     def _pass_over(self, step: int, damage: str) -> None:
         logger.warning(

@@ -19,7 +19,7 @@ from etils import epath
 from flax import traverse_util
 
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
-from llama_jax.runtime import enable_bucket, prefetch
+from llama_jax.runtime import enable_bucket, prefetch, refused_by_all
 from llama_jax.types import InputError, LazyArray, Params, PyTree
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
@@ -78,13 +78,14 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would wait for processes that have failed
+    with refused_by_all():
         try:
             # Before anything is read: where shapes differ Orbax would stop half-way, its other reads left hanging.
-            saved = checkpointer.metadata(state).item_metadata.tree['params']
+            saved = handler.metadata(state).tree['params']
             if difference := _compare_shapes(saved, abstract_params):
                 raise InputError(f'checkpoint {state.parent} cannot be restored: {difference}')
-            restored = checkpointer.restore(state, args=restore)
+            restored = handler.restore(state, args=restore)
         except InputError:
             raise
         except (ValueError, TypeError, FileNotFoundError, KeyError, AttributeError) as error:
