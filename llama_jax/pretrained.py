@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -37,8 +36,7 @@ from llama_jax.types import InputError, Params
 MODEL_FILE = 'model.json'
 CHECKPOINTS = 'checkpoints'
 FLOAT_DTYPES = ('float32', 'bfloat16', 'float16')
-QUANTISED = ('q8_0', 'q4_0')
-GGUF_DTYPES = (*FLOAT_DTYPES, *QUANTISED)
+GGUF_DTYPES = tuple(gguf.WRITTEN_TYPES)
 
 
 def load(
@@ -98,8 +96,8 @@ def resolve(path: epath.PathLike) -> epath.Path:
         folder = huggingface_hub.snapshot_download(
             match[1], revision=match[2], allow_patterns=patterns, ignore_patterns=['original/*']
         )
-    except (OSError, ValueError) as error:  # what the hub's own errors derive from
-        raise InputError(f'{text} cannot be downloaded: {str(error).splitlines()[0]}') from error
+    except (OSError, ValueError) as error:  # what the hub's own errors derive from, of several lines each
+        raise InputError(f'{text} cannot be downloaded: {" ".join(str(error).split())}') from error
     return epath.Path(folder)
 
 
@@ -163,8 +161,8 @@ def load_params(path: epath.Path, target: Params) -> Params:
     source = open_source(path)
     weights = {weight.path: weight for weight in weights_of(source.config)}
 
-    def place(path: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
+    def place(keys: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(keys, simple=True, separator='/')
         shape = leaf_shape(weights[name], source.config) if name in weights else None
         if shape != tuple(wanted.shape):
             raise InputError(
@@ -212,22 +210,24 @@ def save(
     allowed = GGUF_DTYPES if to == 'gguf' else FLOAT_DTYPES
     if dtype and dtype not in allowed:
         raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
-    own = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
-    if to in ('meta', 'gguf') and not dtype and (wide := own - set(FLOAT_DTYPES)):
+    held = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
+    if to in ('meta', 'gguf') and not dtype and (wide := held - set(FLOAT_DTYPES)):
         raise InputError(f'{source.origin} holds {min(wide)}, which {to} does not; give dtype float32')
     if model_parallel != 1 and to != 'meta':
         raise InputError(f'model_parallel is {model_parallel}; only files of meta are split so, not {to}')
     if to != 'orbax' and '://' in os.fspath(path):
         raise InputError(f'{path} is not on a local disk; write {to} to one, then copy it')
-    float_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype)) if dtype in FLOAT_DTYPES else None
+    float_dtype = jnp.dtype(dtype) if dtype in FLOAT_DTYPES else None
     if to == 'gguf':
         if folder.exists():
             raise InputError(f'{folder} exists; give a new file, or remove it first')
         vocabulary = gguf_vocabulary(tokenizer, chat_template, source.config.vocab_size)
-        kind: Any = dtype or source.dtype.name
         with _refused_in_one_line(path):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            gguf.write(source, folder, dtype=kind, vocabulary=vocabulary, name=folder.stem, progress=progress)
+            gguf.write(
+                source, folder, dtype=dtype or source.dtype.name, vocabulary=vocabulary, name=folder.stem,
+                progress=progress,
+            )  # fmt: skip
         return
     with _refused_in_one_line(path), new_folder(folder) as target:
         if to == 'huggingface':
@@ -278,7 +278,7 @@ def verify(
         for layer, (original, copy) in enumerate(pairs):
             for rows in row_blocks(tuple(original.shape), original.dtype, multiple=source.config.head_dim):
                 expected, found = original.read(rows), copy.read(rows)
-                if dtype in QUANTISED:
+                if dtype and dtype not in FLOAT_DTYPES:
                     expected = gguf.as_read_back(expected, dtype, weight.path)
                 else:
                     expected = cast(expected, found.dtype, weight.path)
@@ -296,18 +296,18 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     Raises:
       InputError: there is none, or several.
     """
-    workdir = _run_of(resolve(path))
-    if workdir.is_dir():
-        return tokenizers.load_tokenizer(_folder_of_tokenizer(workdir))
-    if not workdir.exists():
-        raise InputError(f'no tokenizer at {workdir}: there is no such file or folder')
-    with workdir.open('rb') as file:
+    place = _run_of(resolve(path))
+    if place.is_dir():
+        return tokenizers.load_tokenizer(_folder_of_tokenizer(place))
+    if not place.exists():
+        raise InputError(f'no tokenizer at {place}: there is no such file or folder')
+    with place.open('rb') as file:
         head = file.read(4)
     if head == b'GGUF':
-        return tokenizer_from_gguf(read_metadata(workdir), str(workdir))
-    if workdir.name.endswith(('.pt', '.bin')):
-        return tokenizers.load_tokenizer(workdir.parent)
-    return tokenizers.load_tokenizer(workdir)
+        return tokenizer_from_gguf(read_metadata(place), str(place))
+    if place.name.endswith(('.pt', '.bin')):
+        return tokenizers.load_tokenizer(place.parent)
+    return tokenizers.load_tokenizer(place)
 
 
 def _folder_of_tokenizer(folder: epath.Path) -> epath.Path:

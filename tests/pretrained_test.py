@@ -186,7 +186,8 @@ def test_llama_1_and_2_find_the_tokenizer_above_their_folder(tmp_path, workdir, 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'q8_0', 'q4_0'])
 def test_other_types_are_written_and_verified(tmp_path, workdir, dtype):
     source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
-    formats = ['gguf'] if dtype in pretrained.QUANTISED else ['orbax', 'meta', 'huggingface', 'gguf']
+    is_float = dtype in pretrained.FLOAT_DTYPES
+    formats = ['orbax', 'meta', 'huggingface', 'gguf'] if is_float else ['gguf']
     for to in formats:
         pretrained.save(tmp_path / to, source, tokenizer, to=to, dtype=dtype)
         pretrained.verify(tmp_path / to, source, dtype=dtype)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from etils import epath
 
+from llama_jax.convert.llama2c import HEADER_BYTES, MAGIC
 from llama_jax.types import InputError
 
 Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c']
@@ -38,11 +39,11 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
 
 def _detect_file(path: epath.Path) -> Format:
     with path.open('rb') as file:
-        head = file.read(28)
+        head = file.read(HEADER_BYTES[0])
     if head[:4] == b'GGUF':
         return 'gguf'
-    is_sized = len(head) == 28 and path.name.endswith('.bin')  # the first version of llama2.c's has no mark
-    if head[:4] == b'PK\x03\x04' or head[:4] == (0x616B3432).to_bytes(4, 'little') or is_sized:
+    may_be_version_0 = len(head) == HEADER_BYTES[0] and path.name.endswith('.bin')
+    if head[:4] in (b'PK\3\4', MAGIC) or may_be_version_0:
         return 'llama2c'
     raise InputError(
         f'{path} is not a checkpoint: it begins with {head[:4]!r}; a file is a .gguf, or a .pt or .bin of llama2.c'

@@ -11,21 +11,13 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
 from llama_jax.convert import gguf_file
-from llama_jax.convert.gguf_file import (
-    BF16,
-    DTYPES,
-    F16,
-    F32,
-    BlockType,
-    TensorInfo,
-    import_gguf,
-)
+from llama_jax.convert.gguf_file import DTYPES, F16, F32, BlockType, TensorInfo, block_type, import_gguf
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.tensors import Tensor, cast, row_blocks, to_interleaved
 from llama_jax.models.config import LlamaConfig, RopeScaling
@@ -33,10 +25,8 @@ from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
 
-DType = Literal['float32', 'float16', 'bfloat16', 'q8_0', 'q4_0']
-
-# Of general.file_type, by what most matrices are stored as.
-_FILE_TYPES = {'float32': 0, 'float16': 1, 'bfloat16': 32, 'q8_0': 7, 'q4_0': 2}
+# What `write` makes matrices of: the number of the type in general.file_type (llama.cpp's) and of a tensor (ggml's).
+WRITTEN_TYPES = {'float32': (0, 0), 'bfloat16': (32, 30), 'float16': (1, 1), 'q8_0': (7, 8), 'q4_0': (2, 2)}
 _ROPE_DIVISORS = 'rope_freqs.weight'
 # Divisors are worked out in fp32 by whoever wrote the file: some roundings of 6e-8 each, more where nearly equal
 # numbers are subtracted. Those of another factor differ by far more than this.
@@ -169,7 +159,7 @@ def write(
     source: Source,
     path: epath.Path,
     *,
-    dtype: DType,
+    dtype: str,
     vocabulary: Mapping[str, Any],
     name: str = 'llama',
     progress: Callable[[int], None] = lambda _: None,
@@ -179,7 +169,8 @@ def write(
     Args:
       source: where the weights come from; blocks of rows are read, converted and written one after another.
       path: of the file, on a local disk.
-      dtype: of the matrices; vectors are float32, and rows that are not whole blocks of 32 float16.
+      dtype: of the matrices, a key of `WRITTEN_TYPES`; vectors are float32, and rows that are not whole blocks of
+        32 float16.
       vocabulary: the key/values `tokenizer.*`; a token for every row of the embedding, or no tokens at all.
       name: what `general.name` says.
       progress: called with the number of bytes of tensors written since its last call.
@@ -222,10 +213,10 @@ def _align(file: IO[bytes]) -> None:
     file.write(bytes(-file.tell() % gguf_file.DEFAULT_ALIGNMENT))
 
 
-def _add_metadata(writer: Any, config: LlamaConfig, dtype: DType, name: str) -> None:
+def _add_metadata(writer: Any, config: LlamaConfig, dtype: str, name: str) -> None:
     writer.add_type('model')
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(WRITTEN_TYPES[dtype][0])
     writer.add_quantization_version(2)  # ggml's, of the layout of blocks
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
@@ -259,9 +250,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_key_value(key, value, kinds[type(value)])
 
 
-def _add_tensors(
-    writer: Any, source: Source, dtype: DType
-) -> Iterator[Callable[[], tuple[bool, np.ndarray]]]:
+def _add_tensors(writer: Any, source: Source, dtype: str) -> Iterator[Callable[[], tuple[bool, np.ndarray]]]:
     """Announces every tensor, and returns what makes their data in order: whether a tensor begins, and its bytes."""
     gguf = import_gguf()
     config = source.config
@@ -288,15 +277,10 @@ def _add_tensors(
     return iter(jobs)
 
 
-def _stored_type(shape: tuple[int, ...], dtype: DType) -> BlockType:
-    if len(shape) == 1 or dtype == 'float32':
+def _stored_type(shape: tuple[int, ...], dtype: str) -> BlockType:
+    if len(shape) == 1:
         return F32
-    kind = {
-        'float16': F16,
-        'bfloat16': BF16,
-        'q8_0': gguf_file.block_type(8),
-        'q4_0': gguf_file.block_type(2),
-    }[dtype]
+    kind = block_type(WRITTEN_TYPES[dtype][1])
     assert kind is not None
     return F16 if shape[-1] % kind.size else kind
 
@@ -326,10 +310,11 @@ def _stored(values: np.ndarray, kind: BlockType, name: str) -> np.ndarray:
     return data
 
 
-def as_read_back(values: np.ndarray, dtype: DType, name: str) -> np.ndarray:
+def as_read_back(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """What a file written in `dtype` gives for these rows."""
     kind = _stored_type(values.shape, dtype)
     data = _stored(values, kind, name)
     if kind in DTYPES:
         return data
-    return import_gguf().quants.dequantize(data, import_gguf().GGMLQuantizationType(kind.number))
+    gguf = import_gguf()
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(kind.number))

@@ -199,9 +199,8 @@ def _refuse_others(values: dict, path: epath.Path) -> None:
 
 def _rope(values: dict, path: epath.Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling: transformers 4 writes `rope_theta` and `rope_scaling`, 5 both as one `rope_parameters`."""
-    key = (
-        'rope_scaling' if values.get('rope_scaling') else 'rope_parameters'
-    )  # the first wins, as in transformers
+    # The first wins, as in transformers.
+    key = 'rope_scaling' if values.get('rope_scaling') else 'rope_parameters'
     rope = values.get(key)
     rope = {} if rope is None else rope
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):

@@ -13,14 +13,15 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.mapping import Source, assemble
+from llama_jax.convert.meta import assemble_meta
 from llama_jax.convert.meta_params import parse_params, to_config
-from llama_jax.convert.tensors import ALL, FileTensor, Tensor, same_values
+from llama_jax.convert.tensors import ALL, FileTensor, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
 from llama_jax.types import InputError
 
-_MAGIC = 0x616B3432  # 'ak42'
-_HEADER_BYTES = {0: 28, 1: 256, 2: 256}  # by version
+MAGIC = b'24ka'  # of versions 1 and 2; 0 has none
+HEADER_BYTES = {0: 28, 1: 256, 2: 256}  # by version
 _FLOAT32 = np.dtype('<f4')
 _INT8 = np.dtype('i1')
 
@@ -32,7 +33,7 @@ def open_source(path: epath.Path) -> Source:
       InputError: it is damaged, or another kind of file.
     """
     with path.open('rb') as file:
-        header = file.read(max(_HEADER_BYTES.values()))
+        header = file.read(max(HEADER_BYTES.values()))
     return _open_pt(path) if header.startswith(b'PK') else _open_bin(path, header)
 
 
@@ -45,15 +46,7 @@ def _open_pt(path: epath.Path) -> Source:
         state = {k.removeprefix('_orig_mod.') if isinstance(k, str) else k: v for k, v in state.items()}
     found: dict[str, Tensor] = {**weights(state, str(path), (r'freqs_(cos|sin)',))}
     params = parse_params(checkpoint['model_args'], f'{path}: model_args')
-    embedding, head = found.get('tok_embeddings.weight'), found.get('output.weight')
-    if embedding is None:
-        raise InputError(f'{path} has no tensor tok_embeddings.weight')
-    tied = head is not None and same_values(embedding, head)
-    if tied:
-        del found['output.weight']
-    vocab_size = params.vocab_size or embedding.shape[0]
-    config = to_config(params, vocab_size=vocab_size, tied=tied, dtype=embedding.dtype)
-    return assemble(found, 'meta', config, origin=str(path))
+    return assemble_meta(found, params, str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +79,11 @@ class GroupQuantized:
 def _open_bin(path: epath.Path, header: bytes) -> Source:
     length = path.stat().length
     version, at, group = 0, 0, 0
-    if len(header) >= 8 and struct.unpack_from('<I', header)[0] == _MAGIC:
+    if len(header) >= 8 and header.startswith(MAGIC):
         version, at = struct.unpack_from('<i', header, 4)[0], 8
         if version not in (1, 2):
             raise InputError(f"{path} is version {version} of llama2.c's format; 0, 1 and 2 can be read")
-    if len(header) < _HEADER_BYTES[version]:
+    if len(header) < HEADER_BYTES[version]:
         raise InputError(f'{path} has {length} bytes; a .bin of llama2.c is longer')
     dim, mlp_dim, layers, heads, kv_heads, vocab_size, seq_len = struct.unpack_from('<7i', header, at)
     tied = vocab_size > 0
@@ -103,7 +96,7 @@ def _open_bin(path: epath.Path, header: bytes) -> Source:
     params = parse_params(dict(zip(names, sizes, strict=True)), str(path))
     config = to_config(params, vocab_size=abs(vocab_size), tied=tied, dtype=_FLOAT32)
     layout = list(_layout(config, version))
-    expected = _HEADER_BYTES[version] + sum(
+    expected = HEADER_BYTES[version] + sum(
         count * _bytes(math.prod(shape), group if len(shape) == 2 else 0) for _, shape, count in layout
     )
     if expected != length:
@@ -150,7 +143,7 @@ def _bytes(count: int, group: int) -> int:
 def _tensors(
     path: epath.Path, layout: list[tuple[str, tuple[int, ...], int]], version: int, group: int
 ) -> Iterator[tuple[str, Tensor]]:
-    offset = _HEADER_BYTES[version]
+    offset = HEADER_BYTES[version]
     for name, shape, layers in layout:
         values = math.prod(shape)
         for layer in range(layers):

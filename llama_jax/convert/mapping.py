@@ -111,9 +111,8 @@ def in_file_order(config: LlamaConfig) -> list[tuple[Weight, int]]:
     """Every matrix and its layer in the order of all formats: embedding, layer by layer, final norm, head."""
     rows = [(weight, layer) for weight in weights_of(config) for layer in layers_of(weight, config)]
     place = {'embed': -1, 'final_norm': config.num_layers, 'head': config.num_layers + 1}
-    return sorted(
-        rows, key=lambda row: place.get(row[0].path, row[1])
-    )  # stable: within a layer as in the table
+    # Stable: within a layer as in the table.
+    return sorted(rows, key=lambda row: place.get(row[0].path, row[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +214,11 @@ class Leaf:
         tensors = self.source.tensors[self.weight.path]
         if not self.weight.stacked:
             return cast(tensors[0].read(*spans), self.dtype, self.weight.path)
-        if len(tensors[spans[0]]) == 1:
-            return cast(self._read_layer(tensors[spans[0].start], spans[1:]), self.dtype, self.weight.path)[
-                None
-            ]
+        layers = tensors[spans[0]]
+        if len(layers) == 1:
+            return cast(self._read_layer(layers[0], spans[1:]), self.dtype, self.weight.path)[None]
         block = np.empty([max(span.stop - span.start, 0) for span in spans], self.dtype)
-        for slot, tensor in zip(block, tensors[spans[0]], strict=True):
+        for slot, tensor in zip(block, layers, strict=True):
             slot[...] = cast(self._read_layer(tensor, spans[1:]), self.dtype, self.weight.path)
         return block
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.mapping import WEIGHTS, Source, Weight, assemble, in_file_order
-from llama_jax.convert.meta_params import from_config, read_params, to_config
+from llama_jax.convert.meta_params import Params, from_config, read_params, to_config
 from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
@@ -31,16 +31,13 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
 
-_BUFFERS = (
-    r'rope\.freqs',
-    r'layers\.\d+\.attention\.inner_attention\.rope\.freqs',
-)  # made anew from `rope_theta`
+# Made anew from `rope_theta`.
+_BUFFERS = (r'rope\.freqs', r'layers\.\d+\.attention\.inner_attention\.rope\.freqs')
 _EMBEDDING, _HEAD = 'tok_embeddings.weight', 'output.weight'
 _BY_NAME = [(re.compile(re.escape(w.meta).replace(r'\{\}', r'\d+')), w) for w in WEIGHTS]
 _MAX_FILES = 64
-_LARGE_VOCABULARY = (
-    128_000  # from here on, Llama 3's, ranks split the embedding's rows; the older ones its columns
-)
+# From here on, Llama 3's, ranks split the embedding's rows; the older ones its columns.
+_LARGE_VOCABULARY = 128_000
 
 
 def open_source(folder: epath.Path) -> Source:
@@ -58,15 +55,24 @@ def open_source(folder: epath.Path) -> Source:
     if params.n_kv_heads == len(ranks) and (copies := _copies(ranks)) > 1:
         params = dataclasses.replace(params, n_kv_heads=params.n_kv_heads // copies)
         found |= _join([_key_values(rank) for rank in ranks[::copies]], params.dim)
+    return assemble_meta(found, params, str(folder))
+
+
+def assemble_meta(found: Mapping[str, Tensor], params: Params, origin: str) -> Source:
+    """The model of whole tensors by Meta's names; it is tied where the head's values are the embedding's.
+
+    Raises:
+      InputError: as `assemble`.
+    """
     if _EMBEDDING not in found:
-        raise InputError(f'{folder} has no tensor {_EMBEDDING}')
+        raise InputError(f'{origin} has no tensor {_EMBEDDING}')
     embedding, head = found[_EMBEDDING], found.get(_HEAD)
     tied = head is not None and same_values(embedding, head)
     if tied:
-        del found[_HEAD]
+        found = {name: tensor for name, tensor in found.items() if name != _HEAD}
     vocab_size = params.vocab_size or embedding.shape[0]
     config = to_config(params, vocab_size=vocab_size, tied=tied, dtype=embedding.dtype)
-    return assemble(found, 'meta', config, origin=str(folder))
+    return assemble(found, 'meta', config, origin=origin)
 
 
 def _shards(folder: epath.Path) -> list[epath.Path]:
@@ -171,11 +177,8 @@ def write(
     """
     tensors = list(_plan(source, model_parallel, dtype))
     embedding = tensors[0]
-    params = from_config(
-        source.config,
-        dtype=embedding.dtype,
-        kv_heads=max(source.config.num_kv_heads, model_parallel),
-    )
+    kv_heads = max(source.config.num_kv_heads, model_parallel)
+    params = from_config(source.config, embedding.dtype, kv_heads)
     # A tied head is a name for the embedding's values where the ranks hold the same slices of both.
     shared = {_HEAD: _EMBEDDING} if source.config.tie_embeddings and embedding.axis != 1 else {}
     entries = {t.name: (t.rank_shape, t.dtype) for t in tensors}

@@ -21,6 +21,8 @@ from llama_jax.types import InputError
 
 _MAX_BYTES = 1 << 20
 _MAX_INT = 2**31 - 1
+# Fields that need not agree for two architectures to be of one released shape.
+_ASIDE = ('max_seq_len', 'norm_eps', 'vocab_size', 'tie_embeddings')
 # (dim, FFN size): (multiple_of, ffn_dim_multiplier), where Meta's differ from the first that the search would find.
 _RELEASED = {
     (2048, 8192): (256, 1.5),
@@ -190,7 +192,7 @@ def _scaling_factor(config: LlamaConfig) -> float:
     Meta's code has 8 for every release, but its maintainers confirmed 32 for these two (llama-models issue 241).
     """
     shapes = [PRESETS['llama3_2_1b'], PRESETS['llama3_2_3b']]
-    return 32.0 if any(_same_but(config, shape, 'rope_scaling', *_GUESSED) for shape in shapes) else 8.0
+    return 32.0 if any(_same_but(config, shape, 'rope_scaling', *_ASIDE) for shape in shapes) else 8.0
 
 
 def _context(config: LlamaConfig, dtype: np.dtype) -> int:
@@ -199,19 +201,16 @@ def _context(config: LlamaConfig, dtype: np.dtype) -> int:
     LLaMA 1 and Llama 2 share two shapes. LLaMA 1's have `norm_eps` 1e-6 and are float16; Llama 2-Chat's may have that
     `norm_eps` too, but are bfloat16.
     """
-    contexts = {p.max_seq_len for p in PRESETS.values() if _same_but(config, p, *_GUESSED)}
+    contexts = {p.max_seq_len for p in PRESETS.values() if _same_but(config, p, *_ASIDE)}
     if len(contexts) == 1:
         return contexts.pop()
     if config.rope_scaling:
         return 131_072
-    if config.rope_theta == 500_000.0:
+    if _is_llama3(config):
         return 8192
     if config.rope_theta == 1_000_000.0:
         return 16_384
     return 2048 if config.norm_eps == 1e-6 and dtype == np.float16 else 4096
-
-
-_GUESSED = ('max_seq_len', 'norm_eps', 'vocab_size', 'tie_embeddings')
 
 
 def _same_but(a: LlamaConfig, b: LlamaConfig, *fields: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor
+from llama_jax.convert.tensors import BFLOAT16, FileTensor
 from llama_jax.types import InputError
 
 STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
@@ -35,14 +35,13 @@ _DTYPE_NAME = re.compile(r'(b?float|complex|u?int|q?u?int|long|half|double|bool)
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A tensor that is no weight: scalars and other things beside the model, or a damaged one; harmless until read."""
+    """A tensor that is no weight: a scalar or other thing beside the model, or a damaged one; refused where it is used.
+
+    Attributes:
+      reason: what is wrong with it, to follow 'tensor NAME'.
+    """
 
     reason: str
-    shape: tuple[int, ...] = ()
-    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype('V'))
-
-    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        raise InputError(f'a tensor {self.reason}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +93,18 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if not are_sizes((offset, *shape, *strides)):
         raise ValueError('a tensor with a shape, strides or an offset that are no sizes')
     if storage.dtype is None:
-        return Unreadable(storage.reason, shape)
+        return Unreadable(storage.reason)
     if len(shape) not in (1, 2):
-        return Unreadable(f'has {len(shape)} axes; weights have one or two', shape, storage.dtype)
+        return Unreadable(f'has {len(shape)} axes; weights have one or two')
     row_major = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     if any(
         size > 1 and stride != dense for size, stride, dense in zip(shape, strides, row_major, strict=True)
     ):
-        return Unreadable(f'is not contiguous: shape {shape}, strides {strides}', shape, storage.dtype)
+        return Unreadable(f'is not contiguous: shape {shape}, strides {strides}')
     if offset + math.prod(shape) > storage.count:
-        reason = f'of shape {shape} at {offset} does not fit into its storage of {storage.count} values'
-        return Unreadable(reason, shape, storage.dtype)
+        return Unreadable(
+            f'of shape {shape} at {offset} does not fit into its storage of {storage.count} values'
+        )
     return FileTensor(storage.path, storage.offset + offset * storage.dtype.itemsize, shape, storage.dtype)
 
 
@@ -179,10 +179,8 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
                 raise ValueError('a text beyond its end')
             content = data[at : at + length]
             at += length
-            yield (
-                'VALUE',
-                content.decode() if code in _TEXTS else int.from_bytes(content, 'little', signed=True),
-            )
+            is_text = code in _TEXTS
+            yield 'VALUE', content.decode() if is_text else int.from_bytes(content, 'little', signed=True)
         elif code == ord('c'):
             names = data[at : at + 400].split(b'\n', 2)
             at += len(names[0]) + len(names[1]) + 2
