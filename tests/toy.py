@@ -49,9 +49,3 @@ def packed_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray,
 def packed_batch(num_rows: int, seq_len: int, seed: int = 0) -> LMBatch:
     """The batch that these rows make."""
     return jax.tree.map(jnp.asarray, lm_batch(*packed_rows(num_rows, seq_len, seed)))
-
-
-def compile_fast(function, *args):
-    """`function` jitted for these arguments in half the time, to code that is half as fast."""
-    jitted = function if hasattr(function, 'lower') else jax.jit(function)
-    return jitted.lower(*args).compile(compiler_options={'xla_backend_optimization_level': 0})

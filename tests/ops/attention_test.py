@@ -11,7 +11,6 @@ from llama_jax.ops import attention_cudnn
 from llama_jax.ops.attention import attention, choose
 from llama_jax.ops.attention_cudnn import cudnn_attention
 from llama_jax.types import InputError
-from tests import toy
 
 BATCH, LENGTH, HEAD_DIM = 2, 24, 16
 SEGMENT_IDS = np.stack([np.repeat([1, 2, 3, 0], [5, 1, 12, 6]), np.repeat([1, 2], [20, 4])]).astype(np.int32)
@@ -85,7 +84,7 @@ def test_values_and_gradients(implementation, num_heads, num_kv_heads, head_dim,
         out, vjp = jax.vjp(lambda *qkv: run(implementation)(*qkv, ids), q, k, v)
         return out, *vjp(cotangent)
 
-    found = toy.compile_fast(both, q, k, v, cotangent)(q, k, v, cotangent)
+    found = jax.jit(both)(q, k, v, cotangent)
 
     mask = np.tril(np.ones((BATCH, LONG, LONG), bool))
     if packed:
@@ -112,11 +111,11 @@ def test_a_packed_document_does_not_leak(implementation):
     def leak(kernel) -> tuple[float, float]:
         """By how much the output of document 2 follows the keys and values of document 1, and the gradients back."""
 
+        @jax.jit
         def both(k, v):
             out, vjp = jax.vjp(lambda k, v: kernel(q, k, v, jnp.asarray(ids)), k, v)
             return out, *vjp(jnp.where(first, 0, cotangent))
 
-        both = toy.compile_fast(both, k, v)
         out, by_k, by_v = both(k, v)
         changed, *_ = both(jnp.where(first, 5 * v, k), jnp.where(first, -3 * k, v))
         forward = jnp.where(first, 0, jnp.abs(changed - out)).max()
@@ -160,8 +159,8 @@ def test_memory_is_linear_in_the_length():
         def total(q, k, v, ids):
             return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation='chunked').sum()
 
-        compiled = toy.compile_fast(jax.grad(total, argnums=(0, 1, 2)), shape, shape, shape, ids)
-        return compiled.memory_analysis().temp_size_in_bytes
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        return gradients.lower(shape, shape, shape, ids).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(32_768) < 2.2 * temporary_bytes(16_384)
 

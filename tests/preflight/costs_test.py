@@ -36,7 +36,7 @@ def costs(remat: str = 'none', num_microbatches: int = 1, num_chunks: int = 1, *
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding)
     batch = LMBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.bool_, sharding=sharding))
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    counted = program_costs(Program(toy.compile_fast(step, state, {}, batch, rng).as_text()))
+    counted = program_costs(Program(step.lower(state, {}, batch, rng).compile().as_text()))
     assert not counted.unknown_loops
     return counted
 

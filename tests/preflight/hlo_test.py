@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.preflight.costs import COLLECTIVES, program_costs
 from llama_jax.preflight.hlo import Array, Program, replica_groups
-from tests import toy
 
 ROWS, WIDTH = 16, 32  # of one device's block, in fp32
 
@@ -18,7 +17,7 @@ def collectives_of(body, *, mesh=None):
     """{kind: (times, bytes of the whole value summed over times, devices in a group)} of a body run by each device."""
     mesh = mesh or jax.make_mesh((2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     split = jax.shard_map(body, mesh=mesh, in_specs=P(('a', 'b')), out_specs=P(('a', 'b')), check_vma=False)
-    compiled = toy.compile_fast(split, jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32))
+    compiled = jax.jit(split).lower(jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32)).compile()
     program = Program(compiled.as_text())
     assert program.num_partitions == 8
     found = {}
@@ -63,7 +62,7 @@ def test_sent_bytes_are_those_of_the_cheapest_algorithm():
 
     mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     split = jax.shard_map(body, mesh=mesh, in_specs=P(('a', 'b')), out_specs=P(('a', 'b')), check_vma=False)
-    compiled = toy.compile_fast(split, jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32))
+    compiled = jax.jit(split).lower(jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32)).compile()
     sent = {c.kind: c.sent_bytes for c in program_costs(Program(compiled.as_text())).collectives}
     assert sent['all-gather'] == 3 * BLOCK  # of four blocks a device has one already
     assert sent['all-reduce'] in (
@@ -170,6 +169,26 @@ def test_a_program_as_the_tpu_compiler_writes_it():
         ('all-gather', 128 * 24 * 2, 4),
         ('reduce-scatter', 64 * 32 * 4, 4),
     ]
+
+
+def test_a_gather_on_the_sparse_cores_counts():
+    program = Program("""HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%called (p: bf16[1,36], t: token[]) -> bf16[1,288] {
+  %p = bf16[1,36]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %gather = bf16[1,288]{1,0} all-gather(%p), channel_id=1, replica_groups=mesh['x'=8] {'x'}, dimensions={1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[1,36]) -> bf16[1,288] {
+  %a = bf16[1,36]{1,0} parameter(0)
+  %ready = token[] after-all()
+  %started = ((bf16[1,36]{1,0}, token[]), bf16[1,288]{1,0}) call-start(%a, %ready), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = bf16[1,288]{1,0} call-done(%started)
+}
+""")  # noqa: E501
+    costs = program_costs(program)
+    assert [(c.kind, c.bytes, c.times) for c in costs.collectives] == [('all-gather', 288 * 2, 1)]
 
 
 def test_a_loop_of_unknown_length_is_reported():

@@ -37,9 +37,7 @@ def updates(size: int, **knobs):
         for batch in (packed, whole):
             state = jax.device_put(start(toy.make_params(model)), shardings_of(target))
             batch = jax.device_put(batch, partitioner.batch_sharding(ROWS, LENGTH))
-            args = (state, {}, batch, jax.random.key(0))
-            step = step if found else toy.compile_fast(step, *args)
-            state, metrics = step(*args)
+            state, metrics = step(state, {}, batch, jax.random.key(0))
             found.append(jax.device_get((metrics, state.opt_state)))
     return found
 
@@ -83,7 +81,7 @@ def test_memory_of_a_step_falls_with_the_devices_that_share_a_row():
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)
         mask = jax.ShapeDtypeStruct((1, length), jnp.bool_, sharding=sharding)
         with jax.set_mesh(partitioner.mesh):
-            compiled = toy.compile_fast(step, state, {}, LMBatch(ids, ids, ids, ids, mask), jax.random.key(0))
+            compiled = step.lower(state, {}, LMBatch(ids, ids, ids, ids, mask), jax.random.key(0)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(1) > 0.85 * 8 * temporary_bytes(8)

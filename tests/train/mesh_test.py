@@ -43,8 +43,7 @@ def update(sizes, *, remat='none', num_chunks=1, num_microbatches=1):
         num_microbatches=num_microbatches,
     )
     with jax.set_mesh(mesh):
-        args = (state, {}, batch, jax.random.key(0))
-        state, metrics = toy.compile_fast(step, *args)(*args)
+        state, metrics = step(state, {}, batch, jax.random.key(0))
     return jax.device_get((metrics, state.opt_state))
 
 
