@@ -1,4 +1,4 @@
-"""Whom a process joins, told from the environment that each kind of cluster gives it."""
+"""Whom a process joins, told from the environment of its cluster, and what the processes of a job tell each other."""
 
 import threading
 
@@ -132,3 +132,11 @@ def test_jax_recognises_the_same_clusters(monkeypatch):
             assert cluster.is_env_present()
             assert cluster.get_process_count() == int(environment.get('SLURM_NTASKS', 16))
             assert ':' in cluster.get_coordinator_address(timeout_secs=1, override_coordinator_port=None)
+
+
+def test_prefetched_results_come_in_order_and_errors_where_they_belong():
+    assert list(runtime.prefetch([lambda i=i: i for i in range(20)])) == list(range(20))
+    results = runtime.prefetch([lambda: 1, lambda: 1 // 0, lambda: 2])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -15,7 +15,6 @@ from llama_jax.convert.tensors import (
     to_interleaved,
 )
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
-from llama_jax.runtime import prefetch
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory, matrices, random_source
@@ -112,11 +111,3 @@ def test_a_value_beyond_float16_is_refused_not_made_infinite():
     with pytest.raises(InputError, match='w holds 70000.0, which float16 cannot'):
         cast(np.array([1.0, 7e4], np.float32), np.dtype(np.float16), 'w')
     assert np.isinf(cast(np.array([np.inf], np.float32), np.dtype(np.float16), 'w'))
-
-
-def test_prefetched_results_come_in_order_and_errors_where_they_belong():
-    assert list(prefetch([lambda i=i: i for i in range(20)])) == list(range(20))
-    results = prefetch([lambda: 1, lambda: 1 // 0, lambda: 2])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
