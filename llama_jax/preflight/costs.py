@@ -19,7 +19,7 @@ _COLLECTIVE = {name + suffix: name for name in COLLECTIVES for suffix in ('', '-
 _FREE = {
     'send-done', 'recv-done',
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'partition-id',
-    'replica-id', 'copy-done', 'slice-done', 'dynamic-slice-done', 'async-update', 'async-done', 'domain', 'iota',
+    'replica-id', 'call-done', 'copy-done', 'slice-done', 'dynamic-slice-done', 'async-update', 'async-done', 'domain', 'iota',
     *(f'{name}-done' for name in COLLECTIVES),
 }  # fmt: skip
 _READS_A_PART = ('dynamic-slice', 'slice', 'gather')

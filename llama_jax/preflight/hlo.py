@@ -14,6 +14,7 @@ import numpy as np
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0, 's4': 4, 'u4': 4, 's2': 2, 'u2': 2, 'f4e2m1fn': 4}
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=\s]*)\](?:\{([^}]*)\})?')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{\s*$')
+_END = re.compile(r'\}(, execution_thread="\w+")?')
 _NAME = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = ')
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _OPERAND = re.compile(r'%([\w.\-]+)')
@@ -153,7 +154,7 @@ class Program:
                 names = _OPERAND.findall(branches[1]) if branches else []
                 names += [instruction.called(f'{case}_computation') for case in ('true', 'false')]
                 inner_times = times
-            elif instruction.opcode in ('call', 'async-start'):
+            elif instruction.opcode in ('call', 'call-start', 'async-start'):
                 names = [instruction.called('to_apply') or instruction.called('calls')]
                 inner_times = times
             else:
@@ -318,7 +319,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], Computation]:
                 current = Computation(header[2], {})
                 computations[current.name] = current
                 entry = current if header[1] else entry
-        elif line == '}':
+        elif _END.fullmatch(line):
             current = None
         elif name := _NAME.match(line):
             instruction = _parse_instruction(name[2], bool(name[1]), line[name.end() :])
