@@ -17,9 +17,9 @@ _COLLECTIVE = {name + suffix: name for name in COLLECTIVES for suffix in ('', '-
 }
 # Nothing is moved: names for what is already in memory, and the halves of what is counted at its start.
 _FREE = {
-    'send-done', 'recv-done',
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'partition-id',
-    'replica-id', 'call-done', 'copy-done', 'slice-done', 'dynamic-slice-done', 'async-update', 'async-done', 'domain', 'iota',
+    'replica-id', 'call-done', 'send-done', 'recv-done', 'copy-done', 'slice-done', 'dynamic-slice-done',
+    'async-update', 'async-done', 'domain', 'iota',
     *(f'{name}-done' for name in COLLECTIVES),
 }  # fmt: skip
 _READS_A_PART = ('dynamic-slice', 'slice', 'gather')
