@@ -175,7 +175,7 @@ def _verdict(output: str, status: int, mark: str) -> str:
 
 
 def _unshare() -> list[str]:
-    """The command that gives a program namespaces of its own; '' where there is no such command."""
+    """The command that gives a program namespaces of its own; [] where there is no such command."""
     command = shutil.which('unshare')
     return [command, '--user', '--net', '--pid', '--fork', '--kill-child', '--'] if command else []
 

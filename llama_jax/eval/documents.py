@@ -24,6 +24,11 @@ Fields = Mapping[str, type | tuple[type, ...]]
 MALFORMED = (KeyError, ValueError, IndexError, TypeError, AttributeError)
 
 
+def is_online(data_dir: str) -> bool:
+    """Whether it names a library that reads the benchmarks, and no folder of the publishers' files."""
+    return data_dir.startswith(('hf://', 'tfds://'))
+
+
 @dataclasses.dataclass(frozen=True)
 class Online:
     """The same documents elsewhere.
@@ -71,9 +76,7 @@ class Source:
         Raises:
           InputError: nothing is there, or a row is malformed; names the file and the line.
         """
-        documents = []
-        for place, row in self._rows(data_dir):
-            documents.append(self.checked(place, row))
+        documents = [self.checked(place, row) for place, row in self._rows(data_dir)]
         if not documents and not self.optional:
             raise InputError(f'no items of {self.folder} in {data_dir}; expected {self._expected()}')
         return documents

@@ -82,12 +82,11 @@ def prepare(
     requests = [
         [
             dataclasses.replace(request, **changes) if isinstance(request, Completion) else request
-            for request in task.requests(document, task.prefix(document, shots))
+            for request in task.requests(document, task.prefix(document, examples))
         ]
-        for document, shots in zip(documents, task.draw(documents, data_dir, num_fewshot), strict=True)
+        for document, examples in zip(documents, task.draw(documents, data_dir, num_fewshot), strict=True)
     ]
-    shots = task.num_fewshot if num_fewshot is None else num_fewshot
-    return Exam(task, shots, documents, requests)
+    return Exam(task, task.num_fewshot if num_fewshot is None else num_fewshot, documents, requests)
 
 
 def evaluate(

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.chat_format import chat_format_for
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import Tokenizer, parse_json
 from llama_jax.eval.engine import Engine, rolling_windows
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
 from llama_jax.inference.scoring import score
@@ -180,7 +180,7 @@ def _template_beside(tokenizer: Tokenizer) -> str:
     if (file := folder / 'chat_template.jinja').exists():
         return file.read_text()
     if (file := folder / 'tokenizer_config.json').exists():
-        template = json.loads(file.read_text()).get('chat_template')
+        template = parse_json(file.read_bytes(), str(file)).get('chat_template')
         return template if isinstance(template, str) else ''
     return ''
 

@@ -137,12 +137,12 @@ def compare(model: str, results: Mapping[str, Mapping[str, Any]]) -> list[Compar
             if score.metric in matching and score.num_fewshot != shots:
                 continue
             value, count = float(metrics[score.metric]), int(metrics['n'])
-            interval = binomial_interval(value, count) if _is_share(score.metric) and count else None
+            interval = binomial_interval(value, count) if is_share(score.metric) and count else None
             rows.append(Comparison(score, value, count, interval, shots))
     return rows
 
 
-def _is_share(metric: str) -> bool:
+def is_share(metric: str) -> bool:
     """Whether a metric is a mean of zeros and ones over all n items (not over a group of them)."""
     names = r'acc|acc_norm|acc_bytes|acc_answer|acc_macro|exact_match|em_paper|pct_stereotype|pass@1|maj1@\d+'
     return bool(re.fullmatch(names, metric))

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.eval.published import Comparison, binomial_interval, to_markdown
+from llama_jax.eval.published import Comparison, binomial_interval, is_share, to_markdown
 from llama_jax.eval.tasks import find_task
 from llama_jax.runtime import write_atomically
 
@@ -24,7 +24,7 @@ def result_lines(results: Results) -> list[str]:
         for metric in named or [metric for metric in found if metric not in _COUNTS]:
             value, count = found[metric], int(found['n'])
             shown = f'{value:.4f}'
-            if metric.startswith('acc') and count and 0 <= value <= 1:
+            if is_share(metric) and count:
                 low, high = binomial_interval(value, count)
                 shown += f' ({low:.4f} to {high:.4f})'
             lines.append(f'| {name} | {metric} | {shown} | {found["num_fewshot"]} | {count:,} |')

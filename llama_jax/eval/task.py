@@ -23,9 +23,8 @@ from typing import Any, Literal
 from llama_jax.types import InputError
 
 Document = dict[str, Any]  # one item, with the field names of its publisher; plain JSON values
-Scores = dict[
-    str, float | str
-]  # numbers are aggregated, strings are remarks for the log (an extracted answer, ...)
+# Numbers are aggregated, strings are remarks for the log, such as the answer that was extracted.
+Scores = dict[str, float | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +154,16 @@ def mean(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, f
     return {metric: sum(column) / len(column) for metric, column in values.items()}
 
 
+def by_group(
+    documents: Sequence[Document], scores: Sequence[Scores], group: Callable[[Document], str]
+) -> dict[str, list[Scores]]:
+    """The scores of each group of documents, such as a subject."""
+    groups = defaultdict(list)
+    for document, score in zip(documents, scores, strict=True):
+        groups[group(document)].append(score)
+    return dict(groups)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One benchmark.
@@ -172,7 +181,7 @@ class Task:
       num_fewshot: examples by default, as the Llama papers used.
       description: text before the examples.
       aggregate: metrics over all documents from (documents, scores), aligned.
-      needs: the judge that `score` cannot do without.
+      executes_code: `score` cannot do without `Judges.run_code`.
       lm_eval: our metric -> (lm-evaluation-harness's task, its metric key), such as {'acc': ('piqa', 'acc,none')}.
       subsets: lm-evaluation-harness's name -> value of a document's 'subset' (MMLU's subjects).
     """
@@ -187,7 +196,7 @@ class Task:
     num_fewshot: int = 0
     description: Callable[[Document], str] = lambda document: ''
     aggregate: Callable[[Sequence[Document], Sequence[Scores]], dict[str, float]] = mean
-    needs: Literal['run_code', None] = None
+    executes_code: bool = False
     lm_eval: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     subsets: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -264,19 +273,16 @@ class Task:
 
     def check(self, judges: Judges) -> None:
         """Raises InputError where the task needs a judge that is not there; call it before the model's work."""
-        if self.needs and getattr(judges, self.needs) is None:
-            raise InputError(f'task {self.name} {_NEEDS[self.needs]}')
+        if self.executes_code and judges.run_code is None:
+            raise InputError(
+                f'task {self.name} executes generated code, which is off; allow it with --allow_code_execution'
+            )
 
     def score(self, document: Document, results: Sequence[Result], judges: Judges | None = None) -> Scores:
         """Scores of one document from the results of its requests, in their order; see `check`."""
         judges = judges or Judges()
         self.check(judges)
         return self.judge(document, results, judges)
-
-
-_NEEDS = {
-    'run_code': 'executes generated code, which is off; allow it with --allow_code_execution',
-}
 
 
 def multiple_choice(

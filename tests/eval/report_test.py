@@ -6,6 +6,7 @@ from llama_jax.eval.report import plot_comparison, result_lines, to_report
 RESULTS = {
     'boolq': {'acc': 0.7, 'acc_answer': 0.774, 'n': 3270, 'num_fewshot': 0, 'truncated': 2},
     'mmlu': {'acc': 0.4, 'acc_macro': 0.41, 'acc/anatomy': 0.3, 'n': 14042, 'num_fewshot': 0},
+    'race_high': {'acc_norm': 0.46, 'acc_last': 0.4, 'n': 3498, 'num_fewshot': 0},
     'perplexity:a.txt': {'word_perplexity': 12.5, 'n': 3, 'num_fewshot': 0},
 }
 
@@ -13,6 +14,8 @@ RESULTS = {
 def test_main_metrics_stand_in_the_table_and_those_of_subjects_do_not():
     lines = result_lines(RESULTS)
     assert '| boolq | acc | 0.7000 (0.6841 to 0.7155) | 0 | 3,270 |' in lines
+    # Of the last question of each article, so that n is not its number of items.
+    assert '| race_high | acc_last | 0.4000 | 0 | 3,498 |' in lines
     assert '| perplexity:a.txt | word_perplexity | 12.5000 | 0 | 3 |' in lines
     assert not any('anatomy' in line for line in lines)
 

@@ -9,7 +9,6 @@ import ast
 import csv
 import io
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 
 from etils import epath
@@ -27,8 +26,10 @@ from llama_jax.eval.task import (
     Request,
     Scores,
     Task,
+    by_group,
     choice_scores,
     harness,
+    mean,
 )  # fmt: skip
 from llama_jax.types import InputError
 
@@ -134,9 +135,7 @@ def _judge(document: Document, results: Sequence[Likelihood | Completions], judg
 
 
 def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
-    by_subset: dict[str, list[float]] = defaultdict(list)
-    for document, score in zip(documents, scores, strict=True):
-        by_subset[document['subset']].append(float(score['acc']))
+    by_subset = by_group(documents, scores, lambda d: d['subset'])
     metrics = {}
     for metric, names in {
         'acc': SUBSETS,
@@ -144,11 +143,9 @@ def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[
         'acc_en': (*_ENGLISH, 'math'),
         'acc_cn': (*_CHINESE, 'gaokao-mathcloze'),
     }.items():
-        if values := [value for name in names for value in by_subset[name]]:
-            metrics[metric] = sum(values) / len(values)
-    return metrics | {
-        f'acc/{name}': sum(values) / len(values) for name, values in by_subset.items() if values
-    }
+        if part := [score for name in names for score in by_subset.get(name, ())]:
+            metrics[metric] = mean([], part)['acc']
+    return metrics | {f'acc/{name}': mean([], part)['acc'] for name, part in by_subset.items()}
 
 
 AGIEVAL = Task(

@@ -2,12 +2,11 @@
 
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, parse_json, read_text
+from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
 from llama_jax.eval.task import (
     Completion,
     Completions,
@@ -17,6 +16,7 @@ from llama_jax.eval.task import (
     Request,
     Scores,
     Task,
+    by_group,
     mean,
 )
 from llama_jax.types import InputError
@@ -36,7 +36,7 @@ _FIELDS = {'input': str, 'target': str}
 
 
 def _load(data_dir: str) -> list[Document]:
-    if data_dir.startswith(('hf://', 'tfds://')):
+    if is_online(data_dir):
         online = Online('lukaemon/bbh', 'test', SUBSETS, lambda row, config: row | {'subset': config})
         return Source('bbh', (), _FIELDS, huggingface=online)(data_dir)
     check, documents = Source('bbh', (), _FIELDS), []
@@ -102,9 +102,7 @@ def _judge(document: Document, results: Sequence[Completions], judges: Judges) -
 
 
 def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
-    by_subset: dict[str, list[Scores]] = defaultdict(list)
-    for document, score in zip(documents, scores, strict=True):
-        by_subset[document['subset']].append(score)
+    by_subset = by_group(documents, scores, lambda d: d['subset'])
     parts = {subset: mean([], part)['exact_match'] for subset, part in by_subset.items()}
     return {
         **mean(documents, scores),

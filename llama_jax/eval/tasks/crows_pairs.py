@@ -3,7 +3,6 @@
 `pct_stereotype` is the share that prefers the stereotype: 0.5 is unbiased, lower is not better.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
@@ -15,6 +14,7 @@ from llama_jax.eval.task import (
     Request,
     Scores,
     Task,
+    by_group,
     harness,
     mean,
 )
@@ -30,9 +30,7 @@ def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) ->
 
 
 def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
-    kinds: dict[str, list[Scores]] = defaultdict(list)
-    for document, score in zip(documents, scores, strict=True):
-        kinds[document['bias_type']].append(score)
+    kinds = by_group(documents, scores, lambda d: d['bias_type'])
     parts = {f'pct_stereotype/{kind}': mean([], part)['pct_stereotype'] for kind, part in kinds.items()}
     return mean(documents, scores) | parts
 

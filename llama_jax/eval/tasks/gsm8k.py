@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.sampling_metrics import majority
+from llama_jax.eval.sampling_metrics import exact_match_scores
 from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Request, Scores, Task
 
 INVALID = '[invalid]'
@@ -59,10 +59,7 @@ def _task(name: str, question: str, pattern: str, stop: str, few_shot: FewShot, 
             ('_flexible', flexible_answer),
         ):
             answers = [plain_number(extract(text)) for text in texts]
-            scores[f'exact_match{suffix}'] = sum(answer == gold for answer in answers) / len(answers)
-            if len(answers) > 1:
-                scores[f'maj1@{len(answers)}{suffix}'] = float(majority(answers, INVALID) == gold)
-            scores[f'extracted{suffix}'] = majority(answers, INVALID)
+            scores |= exact_match_scores(answers, lambda answer: answer == gold, INVALID, suffix)
         return scores
 
     return Task(

@@ -46,6 +46,6 @@ HUMAN_EVAL = Task(
     judge=_judge,
     answer=lambda d: d['canonical_solution'],
     metrics=('pass@1',),
-    needs='run_code',
+    executes_code=True,
     lm_eval={'pass@1': ('humaneval', 'pass@1,create_test')},
 )

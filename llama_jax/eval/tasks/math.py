@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
 from llama_jax.eval.latex import equivalent, last_boxed, normalize
-from llama_jax.eval.sampling_metrics import majority
+from llama_jax.eval.sampling_metrics import exact_match_scores
 from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Scores, Task
 
 INVALID = '[invalidanswer]'
@@ -49,11 +49,7 @@ def _judge(document: Document, results: Sequence[Completions], judges: Judges) -
     gold, scores = gold_answer(document), Scores()
     for suffix, extract in (('', final_answer), ('_boxed', boxed_answer)):
         answers = [normalize(extract(text)) for text in results[0].texts]
-        scores[f'exact_match{suffix}'] = sum(equivalent(answer, gold) for answer in answers) / len(answers)
-        if len(answers) > 1:
-            vote = majority(answers, INVALID)
-            scores[f'maj1@{len(answers)}{suffix}'] = float(equivalent(vote, gold))
-        scores[f'extracted{suffix}'] = majority(answers, INVALID)
+        scores |= exact_match_scores(answers, lambda answer: equivalent(answer, gold), INVALID, suffix)
     return scores
 
 

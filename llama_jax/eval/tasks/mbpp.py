@@ -52,6 +52,6 @@ MBPP = Task(
         lambda d: f'{_prompt(d)}{d["code"]}\n[DONE]', lambda data_dir: _part(data_dir, 2, 4), sampler='first'
     ),
     num_fewshot=3,
-    needs='run_code',
+    executes_code=True,
     lm_eval={'pass@1': ('mbpp', 'pass_at_1,none')},
 )

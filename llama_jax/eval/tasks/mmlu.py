@@ -4,13 +4,12 @@ The LLaMA and Llama 2 papers report the mean over questions (`acc`), Llama 3 the
 Groups are Hendrycks's, with anatomy under Other, as in the papers' group rows; lm-evaluation-harness has it in STEM.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, read_csv_lines
-from llama_jax.eval.task import Document, FewShot, Scores, harness, multiple_choice
+from llama_jax.eval.documents import Online, Source, is_online, read_csv_lines
+from llama_jax.eval.task import Document, FewShot, Scores, by_group, harness, mean, multiple_choice
 from llama_jax.types import InputError
 
 _GROUPS = {
@@ -40,7 +39,7 @@ def _document(subject: str, question: str, choices: Sequence[str], answer: str) 
 
 
 def _load(split: str, data_dir: str) -> list[Document]:
-    if data_dir.startswith(('hf://', 'tfds://')):
+    if is_online(data_dir):
         return Source('mmlu', (), {}, huggingface=Online('cais/mmlu', split, SUBJECTS, _from_hub))(data_dir)
     documents = []
     for subject in SUBJECTS:
@@ -90,11 +89,9 @@ def averages(subjects: dict[str, float], sizes: dict[str, int]) -> dict[str, flo
 
 
 def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
-    right: dict[str, list[float]] = defaultdict(list)
-    for document, score in zip(documents, scores, strict=True):
-        right[document['subset']].append(float(score['acc']))
-    sizes = {subject: len(values) for subject, values in right.items()}
-    return averages({subject: sum(values) / len(values) for subject, values in right.items()}, sizes)
+    subjects = by_group(documents, scores, lambda d: d['subset'])
+    sizes = {subject: len(part) for subject, part in subjects.items()}
+    return averages({subject: mean([], part)['acc'] for subject, part in subjects.items()}, sizes)
 
 
 MMLU = multiple_choice(

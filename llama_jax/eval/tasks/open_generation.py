@@ -5,13 +5,22 @@ service and of VADER. Without one the texts are generated and logged, and `unrat
 elsewhere, and score again with the file.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, parse_json, read_text
-from llama_jax.eval.task import Completion, Completions, Document, Judges, Request, Scores, Task, mean
+from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
+from llama_jax.eval.task import (
+    Completion,
+    Completions,
+    Document,
+    Judges,
+    Request,
+    Scores,
+    Task,
+    by_group,
+    mean,
+)
 from llama_jax.types import InputError
 
 # LLaMA paper, caption of Table 11.
@@ -64,13 +73,11 @@ REAL_TOXICITY_PROMPTS_RESPECTFUL = _toxicity_task('real_toxicity_prompts_respect
 
 def _load_bold(data_dir: str) -> list[Document]:
     """BOLD's layout: bold/DOMAIN_prompt.json, {group: {name: [prompt, ...]}}."""
-    if data_dir.startswith(('hf://', 'tfds://')):
-        rows = Source('bold', (), {'prompts': list}, huggingface=Online('AmazonScience/bold', 'train'))(
-            data_dir
-        )
+    if is_online(data_dir):
+        source = Source('bold', (), {'prompts': list}, huggingface=Online('AmazonScience/bold', 'train'))
         return [
             {'domain': row['domain'], 'group': row['category'], 'prompt': prompt}
-            for row in rows
+            for row in source(data_dir)
             for prompt in row['prompts']
         ]
     documents = []
@@ -102,9 +109,7 @@ def _sentiment(document: Document, results: Sequence[Completions], judges: Judge
 
 
 def _aggregate_bold(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, float]:
-    groups: dict[str, list[Scores]] = defaultdict(list)
-    for document, score in zip(documents, scores, strict=True):
-        groups[f'{document["domain"]}/{document["group"]}'].append(score)
+    groups = by_group(documents, scores, lambda d: f'{d["domain"]}/{d["group"]}')
     parts = {group: mean([], part) for group, part in groups.items()}
     return mean(documents, scores) | {
         f'sentiment/{group}': part['sentiment'] for group, part in parts.items() if 'sentiment' in part

@@ -8,7 +8,7 @@ import dataclasses
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, parse_json, read_text
+from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
 from llama_jax.eval.task import (
     Document,
     FewShot,
@@ -45,7 +45,7 @@ class _Articles:
     optional: bool = False
 
     def __call__(self, data_dir: str) -> list[Document]:
-        if data_dir.startswith(('hf://', 'tfds://')):
+        if is_online(data_dir):
             rows = _online(self.level, self.split)(data_dir)
         else:
             folder = epath.Path(data_dir) / 'race' / self.split / self.level

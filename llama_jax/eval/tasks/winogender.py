@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.documents import Online, Source, is_online
 from llama_jax.eval.task import Document, Scores, mean, multiple_choice
 
 _PRONOUN = {
@@ -53,7 +53,7 @@ def _load(data_dir: str) -> list[Document]:
     """Sentences, each told whether it is a gotcha where the occupations' statistics are there."""
     documents = _SENTENCES(data_dir)
     path = epath.Path(data_dir) / 'winogender' / _STATISTICS.files[0]
-    if data_dir.startswith(('hf://', 'tfds://')) or not path.exists():
+    if is_online(data_dir) or not path.exists():
         return documents
     female = {row['occupation']: float(row['bls_pct_female']) > 50 for row in _STATISTICS(data_dir)}
     for document in documents:
