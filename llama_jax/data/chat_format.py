@@ -5,7 +5,7 @@ Llama 2's tags are ordinary text around each pair of turns; Llama 3's are specia
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.types import InputError
@@ -31,6 +31,7 @@ class Message:
 Dialog = Sequence[Message | Mapping[str, Any]]  # mappings have the keys of Message
 
 
+@runtime_checkable
 class ChatFormat(Protocol):
     """How a conversation becomes ids.
 
@@ -65,7 +66,7 @@ class ChatFormat(Protocol):
         ...
 
 
-def chat_format_for(tokenizer: Tokenizer) -> 'Llama2ChatFormat | Llama3ChatFormat':
+def chat_format_for(tokenizer: Tokenizer) -> ChatFormat:
     """The format of the family that the tokenizer belongs to."""
     if '<|start_header_id|>' in getattr(tokenizer, 'special_tokens', {}):
         return Llama3ChatFormat(tokenizer)
@@ -143,8 +144,7 @@ class Llama2ChatFormat:
         for number, message in enumerate(messages):
             if tag := next((tag for tag in self._TAGS if tag in message.content), ''):
                 raise InputError(
-                    f'message {number} ({message.role}) contains {tag}, which Llama 2 would read as a tag; '
-                    'take it out'
+                    f'message {number} ({message.role}) contains {tag}, which Llama 2 would read as a tag; take it out'
                 )
             if message.python_tag or not message.end_of_turn:
                 raise InputError(

@@ -124,7 +124,18 @@ def train_tokenizer(
     text_key: str = 'text',
     separator: str = '',
 ) -> Tokenizer:
-    """Trains a sentencepiece tokenizer on text sources, writes it to `path` and opens it."""
+    """Trains a sentencepiece tokenizer on text sources, writes it to `path` and opens it.
+
+    Args:
+      sources: source strings (see `sources`).
+      vocab_size: see `train_sentencepiece`.
+      path: file to write.
+      text_key: field of the text in JSON lines and TFDS.
+      separator: where text files are cut into documents.
+
+    Raises:
+      InputError: a source cannot be read, or its text does not suit `vocab_size`.
+    """
     texts = (
         read_documents(source, text_key=text_key, separator=separator) for source in _as_sources(sources)
     )

@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from llama_jax.data.packing import lm_batch
+from llama_jax.data.packing import Row, lm_batch
 from llama_jax.partitioning import Partitioner, make_global_array
 from llama_jax.types import LMBatch
 
@@ -70,6 +70,7 @@ class PaddedRows:
     """Rows followed by empty ones (segment 0 counts for nothing), so that the last batch is whole."""
 
     def __init__(self, rows, batch_size: int, max_rows: int = 0):
+        """Args: rows: random access, at least one. batch_size: divides the length. max_rows: to use; 0: all."""
         self._rows = rows
         self._used = min(len(rows), max_rows or len(rows))
         self._length = -(-self._used // batch_size) * batch_size
@@ -77,7 +78,7 @@ class PaddedRows:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Row:
         if index < self._used:
             return self._rows[index]
         return {name: np.zeros_like(value) for name, value in self._rows[0].items()}

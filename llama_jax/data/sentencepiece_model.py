@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_jax.types import InputError
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF's tokens
 _BPE = 2  # TrainerSpec.ModelType
 
 
@@ -44,7 +45,7 @@ def read_model(data: bytes, path: str) -> SentencePieceModel:
         if number == 1:
             piece = dict(_fields(message))
             (score,) = struct.unpack('<f', piece.get(2, bytes(4)))
-            pieces.append((piece[1].decode(), score, piece.get(3, 1)))
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
         elif number == 2:
             trainer = dict(_fields(message))
         elif number == 3:
@@ -72,10 +73,10 @@ def write_model(model: SentencePieceModel) -> bytes:
     text_of_type = {kind: text for text, _, kind in reversed(model.pieces)}
     index = {text: i for i, (text, _, _) in enumerate(model.pieces)}
     trainer = {
-        3: _BPE, 4: len(model.pieces), 22: 1, 23: 1, 25: 1, 26: 1, 35: 6 in text_of_type,
-        40: index.get(text_of_type.get(2, ''), 0), 41: index[model.bos_piece], 42: index[model.eos_piece],
+        3: _BPE, 4: len(model.pieces), 22: 1, 23: 1, 25: 1, 26: 1, 35: BYTE in text_of_type,
+        40: index.get(text_of_type.get(UNKNOWN, ''), 0), 41: index[model.bos_piece], 42: index[model.eos_piece],
         43: (1 << 64) - 1,  # no padding: -1
-        44: ' \u2047 ', 45: text_of_type.get(2, '<unk>'), 46: model.bos_piece, 47: model.eos_piece,
+        44: ' \u2047 ', 45: text_of_type.get(UNKNOWN, '<unk>'), 46: model.bos_piece, 47: model.eos_piece,
     }  # fmt: skip
     normalizer = {
         1: 'identity', 2: '', 3: model.add_dummy_prefix, 4: model.remove_extra_whitespaces, 5: 1,

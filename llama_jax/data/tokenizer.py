@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -346,17 +346,17 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
     return ranks
 
 
-def llama3_special_names(naming: Literal['llama3', 'llama3_1', 'huggingface'] = 'llama3_1') -> list[str]:
-    """Names of the 256 special tokens in id order: the ids hold for every release, some names changed.
+def llama3_special_names(huggingface: bool = False) -> list[str]:
+    """Names of the 256 special tokens in id order, since Llama 3.1; in 3.0 some of these ids were still reserved.
 
     Args:
-      naming: of Llama 3.0 (llama3/llama/tokenizer.py), of 3.1 and later (llama-models/models/llama3/tokenizer.py),
-        or of Hugging Face's files of 3.1 and later.
+      huggingface: as Hugging Face's files have them; else as Meta's (llama-models/models/llama3/tokenizer.py).
     """
-    named = {0: 'begin_of_text', 1: 'end_of_text', 6: 'start_header_id', 7: 'end_header_id', 9: 'eot_id'}
-    if naming != 'llama3':
-        named |= {4: 'finetune_right_pad_id', 8: 'eom_id', 10: 'python_tag'}
-    if naming == 'llama3_1':
+    named = {
+        0: 'begin_of_text', 1: 'end_of_text', 4: 'finetune_right_pad_id', 6: 'start_header_id', 7: 'end_header_id',
+        8: 'eom_id', 9: 'eot_id', 10: 'python_tag',
+    }  # fmt: skip
+    if not huggingface:
         named |= {5: 'step_id', 11: 'image'}
     reserved = itertools.count()
     return [f'<|{named.get(i) or f"reserved_special_token_{next(reserved)}"}|>' for i in range(_NUM_SPECIAL)]

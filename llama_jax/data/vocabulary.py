@@ -13,7 +13,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.data.sentencepiece_model import SentencePieceModel, read_model, write_model
+from llama_jax.data.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceModel,
+    read_model,
+    write_model,
+)
 from llama_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -24,8 +34,6 @@ from llama_jax.data.tokenizer import (
     without_surrogates,
 )
 from llama_jax.types import InputError
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types, and GGUF's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         )  # fmt: skip
     names = list(tokenizer.special_tokens)
     if names == llama3_special_names():
-        names = llama3_special_names('huggingface')  # GGUF's are those too
+        names = llama3_special_names(huggingface=True)  # GGUF's are those too
     lines = tokenizer.file_bytes.split()[::2]
     tokens = [base64.b64decode(line).decode('latin1').translate(_SPELLING) for line in lines]
     types = [NORMAL] * len(tokens) + [CONTROL] * len(names)
@@ -124,10 +132,10 @@ def gguf_vocabulary(
         'ggml.model': 'llama' if vocabulary.scores else 'gpt2',
         'ggml.pre': 'default' if vocabulary.scores else 'llama-bpe',
         'ggml.tokens': vocabulary.tokens + [f'[PAD{i}]' for i in padding],
-        'ggml.token_type': vocabulary.types + [UNUSED for _ in padding],
+        'ggml.token_type': vocabulary.types + [UNUSED] * len(padding),
     }
     if vocabulary.scores:
-        keys['ggml.scores'] = vocabulary.scores + [-1000.0 for _ in padding]
+        keys['ggml.scores'] = vocabulary.scores + [-1000.0] * len(padding)
         keys['ggml.unknown_token_id'] = vocabulary.types.index(UNKNOWN)
         keys['ggml.add_space_prefix'] = vocabulary.add_dummy_prefix
         if vocabulary.remove_extra_whitespaces:

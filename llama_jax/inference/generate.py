@@ -117,6 +117,7 @@ def generate_tokens(
     tokens = np.zeros((num_rows, width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
+    # Rows of one seed draw by their number, rows of their own seeds by it alone.
     one_seed = isinstance(seed, int)
     seeds = np.array([seed] * len(prompts) if one_seed else seed, np.int64).astype(np.int32)
     streams = np.arange(len(prompts), dtype=np.int32) * one_seed

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.types import InputError
 
@@ -45,7 +45,7 @@ class Sampler:
         return jax.random.categorical(rng, logits, axis=-1)
 
 
-def _outside_top_p(logits: Float[Array, 'B V'], top_p: float):
+def _outside_top_p(logits: Float[Array, 'B V'], top_p: float) -> Bool[Array, 'B V']:
     """True for tokens to drop: those before which the more likely ones already exceed `top_p`.
 
     The token that crosses the threshold stays, so at least one always does.

@@ -96,23 +96,19 @@ def test_long_runs_are_cut_for_tiktoken_and_nothing_is_lost(shared_data):
     assert tokenizer.decode(tokenizer.encode(mixed)) == mixed
 
 
-def test_special_tokens_are_named_by_release_and_some_of_them_end_an_answer(shared_data):
-    for naming, expected in {  # offsets from 128000, as each release's own files have them
-        'llama3': {
-            4: 'reserved_special_token_2',
-            8: 'reserved_special_token_4',
-            255: 'reserved_special_token_250',
-        },
-        'llama3_1': {4: 'finetune_right_pad_id', 8: 'eom_id', 11: 'image', 255: 'reserved_special_token_245'},
-        'huggingface': {5: 'reserved_special_token_2', 10: 'python_tag', 255: 'reserved_special_token_247'},
+def test_special_tokens_are_named_by_publisher_and_some_of_them_end_an_answer(shared_data):
+    for huggingface, expected in {  # offsets from 128000, as each publisher's own files have them
+        False: {4: 'finetune_right_pad_id', 8: 'eom_id', 11: 'image', 255: 'reserved_special_token_245'},
+        True: {5: 'reserved_special_token_2', 10: 'python_tag', 255: 'reserved_special_token_247'},
     }.items():
-        names = llama3_special_names(naming)
+        names = llama3_special_names(huggingface)
         assert len(set(names)) == 256 and names[:2] == ['<|begin_of_text|>', '<|end_of_text|>']
         assert names[6:8] == ['<|start_header_id|>', '<|end_header_id|>'] and names[9] == '<|eot_id|>'
         assert {i: names[i] for i in expected} == {i: f'<|{name}|>' for i, name in expected.items()}
     llama3 = load_tokenizer(shared_data / 'tokenizers/llama3')
     assert llama3.stop_ids == (128001, 128008, 128009)
-    older = TiktokenTokenizer(llama3.path, llama3.file_bytes, llama3_special_names('llama3'))
+    names = ['<|reserved|>' if name == '<|eom_id|>' else name for name in llama3_special_names()]
+    older = TiktokenTokenizer(llama3.path, llama3.file_bytes, names)
     assert older.stop_ids == (128001, 128009) and older.vocab_size == 128256
     assert load_tokenizer(shared_data / 'tokenizers/llama2').stop_ids == (2,)
 
