@@ -179,8 +179,6 @@ def write(
       InputError: a value does not fit the type, the vocabulary is not the model's, or `gguf` is missing.
     """
     gguf = import_gguf()
-    if '://' in os.fspath(path):
-        raise InputError(f'{path} is not on a local disk; write the GGUF file to one, then copy it')
     tokens, rows = len(vocabulary.get('tokenizer.ggml.tokens', [])), source.config.vocab_size
     if tokens not in (0, rows):
         raise InputError(

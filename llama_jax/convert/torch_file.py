@@ -4,6 +4,7 @@ A `.pth` is a zip file of uncompressed entries: `PREFIX/data.pkl`, a pickle of t
 place, and one `PREFIX/data/KEY` a storage. Every length and place is checked against the file before it is used.
 """
 
+import functools
 import math
 import re
 import struct
@@ -197,19 +198,17 @@ class _Archive:
     def storage(self, saved_id: Any) -> Storage:
         """What a pickle's persistent id stands for; one that cannot be used says so where it is."""
         kind, dtype, key, _, count = saved_id
+        unusable = functools.partial(Storage, self._path, 0, 0, None)
         if kind != 'storage' or not isinstance(dtype, StorageType) or not isinstance(key, str):
             raise ValueError('not a storage')
         try:
             offset, size = self.place(f'data/{key}')
         except InputError as error:
-            return Storage(self._path, 0, 0, None, f'cannot be read: {error}')
+            return unusable(f'cannot be read: {error}')
         if dtype.dtype is None:
-            return Storage(
-                self._path, 0, 0, None, f'is in a {dtype.name}, not in float16, bfloat16 or float32'
-            )
+            return unusable(f'is in a {dtype.name}, not in float16, bfloat16 or float32')
         if not are_sizes([count]) or count * dtype.dtype.itemsize > size:
-            reason = (
+            return unusable(
                 f'needs a storage of {show(count)} values, but entry data/{show(key, 20)} has {size} bytes'
             )
-            return Storage(self._path, 0, 0, None, reason)
         return Storage(self._path, offset, count, dtype.dtype)

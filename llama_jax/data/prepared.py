@@ -39,7 +39,7 @@ _KEYS = {
 def is_prepared(source: str) -> bool:
     """Whether `source` is a folder that `write_prepared` finished."""
     enable_bucket(source)
-    return bool(source) and ':' not in source.replace('://', '') and (epath.Path(source) / MANIFEST).exists()
+    return bool(source) and not source.startswith('tfds:') and (epath.Path(source) / MANIFEST).exists()
 
 
 def write_prepared(

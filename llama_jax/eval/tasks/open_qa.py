@@ -42,9 +42,15 @@ def _task(
 ) -> Task:
     def source(files: tuple[str, ...], split: str, optional: bool = False) -> Source:
         dataset, config = huggingface
-        online = Online(dataset, split, (config,))
-        on_tfds = Online(tfds, split)
-        return Source(name, files, fields, lambda d: answers(d)[0], None, online, on_tfds, optional)
+        return Source(
+            name,
+            files,
+            fields,
+            check=lambda d: answers(d)[0],
+            huggingface=Online(dataset, split, (config,)),
+            tfds=Online(tfds, split),
+            optional=optional,
+        )
 
     def ask(document: Document, prefix: str) -> list[Request]:
         text = prefix + question.format(document['question'])
