@@ -155,6 +155,23 @@ def test_content_that_breaks_a_checksum_is_passed_over(saved, tmp_path):
     gc.collect()  # so that what is left behind warns here, where it is expected, and not in a later test
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_content_that_does_not_decompress_is_passed_over(tmp_path):
+    # Values of so many bytes lie in a file of their own, without the checksum that the index has.
+    state = {'w': jax.random.normal(jax.random.key(0), (64, 64))}
+    checkpointer = Checkpointer(tmp_path)
+    for step in (3, 7):
+        checkpointer.save(step, state, {})
+    checkpointer.wait()
+    data = max((tmp_path / '7').rglob('*'), key=lambda path: path.is_file() and path.stat().st_size)
+    data.write_bytes(bytes(data.stat().st_size))
+    step, restored, _ = checkpointer.restore_latest(state)
+    checkpointer.close()
+    assert step == 3 and (tmp_path / '7.damaged').is_dir()
+    assert_same(restored, state)
+    gc.collect()
+
+
 def test_a_good_checkpoint_of_another_state_is_left_alone(saved):
     target = abstract(make_state(0))
     del target['moment']
