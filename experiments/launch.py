@@ -6,7 +6,7 @@ import json
 import logging as stdlib_logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -67,9 +67,9 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(f'unexpected argument {argv[1]!r}; every option is given as --name=value', 2)
         logging.set_verbosity(logging.ERROR)  # JAX and Orbax narrate through absl at INFO
-        new_folders: list[epath.Path] = []
+        existed: dict[epath.Path, bool] = {}
         try:
-            new_folders = _new_folders()
+            existed = _new_folders()
             runtime.initialize_distributed(
                 _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _INITIALIZATION_TIMEOUT.value
             )
@@ -81,7 +81,7 @@ def run(main: Callable[[], None]) -> None:
             main()
         except InputError as error:
             if runtime.is_main_process():
-                _discard(new_folders)
+                _discard(existed)
             _fail(str(error), 2)
         except FloatingPointError as error:
             _fail(str(error), 1)
@@ -111,24 +111,27 @@ def _check_same_command() -> None:
                 )
 
 
-def _new_folders() -> list[epath.Path]:
-    """What --workdir and --output name, where nothing is there yet."""
+def _new_folders() -> dict[epath.Path, bool]:
+    """What --workdir and --output name where nothing is in it yet, and whether the empty folder is there."""
     named = [flags.FLAGS[name].value for name in ('workdir', 'output') if name in flags.FLAGS]
     for name in filter(None, named):
         runtime.enable_bucket(name)
     folders = [epath.Path(name) for name in named if name]
-    return [
-        folder for folder in folders if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    ]
+    existed = {folder: folder.exists() for folder in folders}
+    return {
+        folder: there for folder, there in existed.items()
+        if not there or (folder.is_dir() and not any(folder.iterdir()))
+    }  # fmt: skip
 
 
-def _discard(new_folders: Sequence[epath.Path]) -> None:
-    """Takes away what a refused command began, unless a checkpoint is among it."""
-    for folder in new_folders:
+def _discard(existed: Mapping[epath.Path, bool]) -> None:
+    """Takes away what a refused command began, unless a checkpoint is among it; a folder that existed stays."""
+    for folder, stays in existed.items():
         checkpoints = folder / pretrained.CHECKPOINTS
         saved = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
         if folder.is_dir() and not saved:
-            folder.rmtree()
+            for path in folder.iterdir() if stays else [folder]:
+                path.rmtree() if path.is_dir() else path.unlink()
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
