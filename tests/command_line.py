@@ -178,11 +178,11 @@ def run_python(name: str, *arguments: str) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def write_corpus(file: pathlib.Path, num_documents: int = 400) -> pathlib.Path:
-    """Documents of made-up words, the same on every machine, divided by `<|endoftext|>`."""
+def write_corpus(file: pathlib.Path) -> pathlib.Path:
+    """100 documents of made-up words, the same on every machine, divided by `<|endoftext|>`."""
     words = [f'{a}{b}{c}' for a in 'bdfgklm' for b in ('a', 'e', 'io', 'u') for c in ('', 'n', 'rst', 'lly')]
     number, documents = 1, []
-    for _ in range(num_documents):
+    for _ in range(100):
         text = []
         for _ in range(40):
             number = number * 48271 % 0x7FFFFFFF

@@ -4,10 +4,12 @@ JAX reads its environment when it is first imported, so that is set at the top, 
 subprocesses too. What is set already is left alone: `JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import pytest
 
@@ -46,6 +48,8 @@ import flax.struct  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 
+from tests.command_line import CommandLine, write_corpus  # noqa: E402
+
 _struct_dataclass = flax.struct.dataclass
 
 
@@ -82,3 +86,22 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f'no shared data at {path}; set LLAMA_JAX_SHARED_DATA to its folder')
     return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Where the commands that a file tests read and write."""
+    return tmp_path_factory.mktemp('commands')
+
+
+@pytest.fixture(scope='module')
+def commands(folder) -> Iterator[CommandLine]:
+    """Runs commands, on one device where a run does not say otherwise."""
+    with contextlib.closing(CommandLine(folder)) as commands:
+        yield commands
+
+
+@pytest.fixture(scope='module')
+def corpus(folder) -> pathlib.Path:
+    """A text file to train on."""
+    return write_corpus(folder / 'corpus.txt')

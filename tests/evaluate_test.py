@@ -9,14 +9,7 @@ import sys
 
 import pytest
 
-from tests.command_line import REPOSITORY, CommandLine, tiny_run, write_corpus
-
-
-@pytest.fixture(scope='module')
-def commands(tmp_path_factory):
-    commands = CommandLine(tmp_path_factory.mktemp('commands'))
-    yield commands
-    commands.close()
+from tests.command_line import REPOSITORY, tiny_run
 
 
 @pytest.fixture(scope='module')
@@ -197,8 +190,8 @@ def test_an_empty_choice_is_refused_and_a_long_context_is_cut_and_counted(comman
     assert 'lost its left end: lambada 1.' in finished.stdout
 
 
-def test_training_evaluates_on_its_mesh(commands, shared_data, tmp_path):
-    corpus, run = write_corpus(tmp_path / 'corpus.txt'), tmp_path / 'run'
+def test_training_evaluates_on_its_mesh(commands, corpus, shared_data, tmp_path):
+    run = tmp_path / 'run'
     wanted = {
         'eval__tasks': 'piqa,winogrande', 'eval__tasks_every': 2, 'eval__limit': 6, 'eval__sample_tokens': 4,
         'train__num_steps': 3, 'mesh__tensor': 2,

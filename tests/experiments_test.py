@@ -11,33 +11,7 @@ import pytest
 
 import llama_jax
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.command_line import (
-    REPOSITORY,
-    CommandLine,
-    figures,
-    run_python,
-    saved_steps,
-    tiny_run,
-    write_corpus,
-)
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('commands')
-
-
-@pytest.fixture(scope='module')
-def commands(folder):
-    commands = CommandLine(folder)
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope='module')
-def corpus(folder):
-    return write_corpus(folder / 'corpus.txt')
-
+from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run
 
 SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba'}
 
@@ -240,6 +214,12 @@ def test_the_workdir_of_another_run_is_refused(commands, run, corpus, key, value
     line = commands.run('pretrain', *arguments).error()
     assert f'belongs to another run: --config.{key} was' in line and str(value) in line
     assert {path: path.stat().st_mtime_ns for path in run.rglob('*')} == before
+
+
+def test_an_empty_folder_that_was_there_stays_so(commands, corpus, tmp_path):
+    wrong = tiny_run(tmp_path, corpus, model__vocab_size=100)  # which shows when a tokenizer has been trained
+    assert 'vocab_size=100 is less than the tokenizer needs' in commands.run('pretrain', *wrong).error()
+    assert tmp_path.is_dir() and not any(tmp_path.iterdir())
 
 
 def test_changed_documents_are_refused(commands, run, tmp_path, folder, corpus):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.command_line import CommandLine, figures, saved_steps, tiny_run, write_corpus
+from tests.command_line import figures, saved_steps, tiny_run
 
 NUM_STEPS, BATCH_SIZE, SEQ_LEN = 6, 8, 64
 
@@ -53,23 +53,6 @@ def record(rows, *, batch_size, rows_consumed, original=loader.batches, **option
 loader.batches = record
 """
 )
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('processes')
-
-
-@pytest.fixture(scope='module')
-def commands(folder):
-    commands = CommandLine(folder)
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope='module')
-def corpus(folder):
-    return write_corpus(folder / 'corpus.txt', 100)
 
 
 def arguments(workdir, corpus, **overrides):
@@ -235,6 +218,19 @@ def test_four_processes_checkpoint_goes_on_elsewhere(
         assert rows_read(resumed) == [list(range(BATCH_SIZE))] * num_processes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('num_processes', 'num_devices'), [(1, 4), (2, 2)])
+def test_the_same_mesh_goes_on_bit_for_bit_in_fewer_processes(
+    commands, corpus, four, tmp_path, num_processes, num_devices
+):
+    resumed = train(
+        commands, stopped_at_3(four, tmp_path / 'run'), corpus, num_processes, num_devices, mesh__data=2, mesh__fsdp=2
+    )  # fmt: skip
+    assert figures(resumed) == figures(four) and losses(resumed) == losses(four)
+    assert list(batches(resumed)) == [4, 5, 6]
+    assert_same_batches(resumed, four)
+
+
 # Counts the bytes that are read of a checkpoint's weights, beside those that the process's devices hold.
 COUNT = (
     WITHOUT_CACHE
@@ -291,6 +287,22 @@ def test_a_foreign_checkpoint_is_read_in_slices_and_trained_on(commands, corpus,
     assert read == held == whole
     for read, held, _ in counts[2]:
         assert read == held < 0.51 * whole  # half, and the norms
+
+
+# Stands for a second process, which says what this one does, but for a fingerprint.
+OTHER_DATA = """
+import re
+from llama_jax import runtime
+runtime.gather_texts = lambda text: [text, '0' * 64 if re.fullmatch('[0-9a-f]{64}', text) else text]
+"""
+
+
+def test_processes_that_find_other_documents_are_refused(commands, corpus, tmp_path):
+    [finished] = commands.run_processes(
+        'pretrain', *arguments(tmp_path / 'run', corpus), num_processes=1, before=OTHER_DATA
+    )
+    assert 'process 1 finds other documents in --config.data.train than process 0' in finished.error()
+    assert not (tmp_path / 'run').exists()
 
 
 # What both processes of a job are given, what one of them is (None: it is not started), and what those started say.

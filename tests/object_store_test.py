@@ -18,7 +18,7 @@ from llama_jax.data.sources import read_documents
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.runtime import enable_bucket
 from llama_jax.types import InputError
-from tests.command_line import CommandLine, tiny_run, write_corpus
+from tests.command_line import tiny_run
 from tests.reference.fake_gcs import FakeGCS
 
 RUN = 'gs://bucket/run'
@@ -26,26 +26,13 @@ SMALL = {'train__num_steps': 6, 'checkpoint__every': 2, 'checkpoint__keep': 2, '
 RATES = {'tokens_per_second', 'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='module', autouse=True)  # before `commands`, which are handed its environment
 def gcs():
     with FakeGCS() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         enable_bucket('gs://bucket')
         yield server
-
-
-@pytest.fixture(scope='module')
-def commands(gcs, tmp_path_factory):
-    del gcs  # its environment is handed on
-    commands = CommandLine(tmp_path_factory.mktemp('commands'))
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp('corpus') / 'corpus.txt')
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged and moved, and end with the losses of a run that was left alone."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -14,28 +15,17 @@ from llama_jax.data.datasets import pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
 from llama_jax.data.packing import lm_batch
 from llama_jax.partitioning import Partitioner, make_mesh
-from tests.command_line import CommandLine, figures, saved_steps, tiny_run, write_corpus
+from tests.command_line import CommandLine, figures, saved_steps, tiny_run
 
 NUM_STEPS = 16
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('resume')
 
 
 @pytest.fixture(scope='module')
 def commands(folder):
     # A cache of their own: a process killed while it writes there can spoil the one of all other tests.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_MAX_SIZE': '-1'}
-    commands = CommandLine(folder, num_devices=8, **cache)
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope='module')
-def corpus(folder):
-    return write_corpus(folder / 'corpus.txt', 100)
+    with contextlib.closing(CommandLine(folder, num_devices=8, **cache)) as commands:
+        yield commands
 
 
 def arguments(workdir, corpus, **overrides):
