@@ -81,8 +81,8 @@ def load(
 def resolve(path: epath.PathLike) -> epath.Path:
     """The local or `gs://` place of a checkpoint: downloads it where it is `hf://ORGANISATION/MODEL`."""
     text = os.fspath(path)
-    enable_bucket(text)
     if not text.startswith('hf://'):
+        enable_bucket(text)
         return epath.Path(text)
     match = re.fullmatch(r'hf://([^/@\s]+/[^/@\s]+)(?:@(\S+))?', text)
     if not match:

@@ -235,12 +235,15 @@ def enable_bucket(path: str | os.PathLike) -> None:
     """Call before `path` is first looked at; does nothing where it is local.
 
     Raises:
-      InputError: it is in a bucket, and the package that reaches it is missing.
+      InputError: it is in a bucket, and the package that reaches it is missing; or it is another kind of address.
     """
-    if not os.fspath(path).startswith('gs://'):
+    text = os.fspath(path)
+    if not text.startswith('gs://'):
+        if '://' in text:
+            raise InputError(f'{text} is no path; give a local one or gs://BUCKET/PATH')
         return
     if importlib.util.find_spec('gcsfs') is None:
-        raise InputError(f"{os.fspath(path)} needs the package gcsfs: pip install 'llama_jax[gcs]'")
+        raise InputError(f"{text} needs the package gcsfs: pip install 'llama_jax[gcs]'")
     import fsspec
 
     # Otherwise gcsfs answers from what a folder held at first; TensorStore and other processes write there too.

@@ -140,3 +140,9 @@ def test_prefetched_results_come_in_order_and_errors_where_they_belong():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@pytest.mark.parametrize('address', ['https://huggingface.co/a/b', 's3://bucket/a', 'memory://a'])
+def test_an_address_that_is_neither_local_nor_in_a_bucket_of_google_is_refused(address):
+    with pytest.raises(InputError, match=rf'{address} is no path; give a local one or gs://BUCKET/PATH'):
+        runtime.enable_bucket(address)

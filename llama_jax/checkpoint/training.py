@@ -121,7 +121,10 @@ class Checkpointer:
                     ocp.JsonCheckpointHandler().restore(folder / 'metadata', args=ocp.args.JsonRestore()),
                 )
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                line = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+                cause = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                line = f'{type(cause).__name__}: {(str(cause).splitlines() or [""])[0][:200]}'
                 if _is_damage(error):
                     damage = line
                 elif isinstance(error, ValueError):
