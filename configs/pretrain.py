@@ -30,7 +30,7 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.model.preset = model  # a name in llama_jax.PRESETS
     config.model.vocab_size = 0  # 0: the preset's, or the tokenizer's where that is larger
     config.model.dtype = 'bfloat16'  # of the computation; weights stay float32
-    config.model.remat = 'full'  # saved for the backward pass: full (least), attention, projections, none
+    config.model.remat = 'full'  # full, attention, projections (or NAME_offload), none: docs/preflight.md
     config.model.unroll = 1  # layers per step of the scan
     config.model.attention = 'auto'  # kernel: auto, reference, chunked, splash (TPU), cudnn (GPU)
 

@@ -22,16 +22,24 @@ from ml_collections import ConfigDict
 from experiments import launch
 from llama_jax import runtime
 from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
 from llama_jax.preflight.chips import GIB, Topology
 from llama_jax.preflight.decode import decode_arguments, decode_step
-from llama_jax.preflight.report import Work, describe, device_bytes, stacked_weight_shapes, step_report
+from llama_jax.preflight.report import (
+    Work,
+    available_bytes,
+    describe,
+    device_bytes,
+    stacked_weight_shapes,
+    step_report,
+)
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state
 from llama_jax.train.throughput import training_flops_per_token
-from llama_jax.types import LMBatch
+from llama_jax.types import InputError, LMBatch
 
 _CONFIG = launch.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -56,6 +64,7 @@ def main() -> None:
     config = _CONFIG.value
     llama = launch.fit_vocabulary(config, launch.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
+    decoder = make_decoder(config, llama, devices) if _DECODE_BATCH.value else None
     compiled, work, partitioner = compile_training(config, llama, devices)
     report = {
         'model': config.model.preset,
@@ -74,11 +83,16 @@ def main() -> None:
     )
     if compiled.memory is None and _MAX_TRIES.value:
         report['search'] = search(config, llama, devices, compiled, work, partitioner)
-    if _DECODE_BATCH.value:
-        decode = compile_decode(config, llama, partitioner)
-        report['decode'] = step_report(*decode, topology, ahead.places(partitioner.mesh))
-        print(describe(f'{title}, decode step of {_DECODE_BATCH.value} rows', report['decode']))
-    report['process_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if decoder:
+        mesh = decoder[0].partitioner.mesh
+        report['decode'] = step_report(*compile_decode(*decoder), topology, ahead.places(mesh))
+        report['decode']['mesh'] = dict(mesh.shape)
+        rows = f'{_DECODE_BATCH.value} rows'
+        if mesh.shape != partitioner.mesh.shape:
+            rows += f' on a mesh of fsdp={mesh.shape["fsdp"]}, context=1'
+        print(describe(f'{title}, decode step of {rows}', report['decode']))
+    report['process_memory'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    print(f'memory of this process: {report["process_memory"]:.2f} GiB at most')
     if _JSON.value:
         runtime.write_atomically(epath.Path(_JSON.value), json.dumps(report, indent=2) + '\n')
 
@@ -114,18 +128,35 @@ def compile_training(
     return ahead.compile_ahead(step_fn, target, {}, batch, rng), work, partitioner
 
 
-def compile_decode(
-    config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner
-) -> tuple[ahead.Compiled, Work]:
-    """One token more for --decode_batch rows, with a cache of data.seq_len tokens, on the same mesh."""
+def make_decoder(
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any]
+) -> tuple[LlamaForCausalLM, tuple[Any, ...]]:
+    """A model and the arguments of its `decode_step`: --decode_batch rows, a cache of data.seq_len tokens.
+
+    On the mesh of training, but for `context`: a row that grows is not split, so `fsdp` takes its devices.
+    """
+    mesh = launch.make_partitioner(config, devices).mesh.shape
+    config = config.copy_and_resolve_references()
+    config.mesh.fsdp, config.mesh.context = mesh['fsdp'] * mesh['context'], 1
+    partitioner = launch.make_partitioner(config, devices)
+    if _DECODE_BATCH.value % (parts := partitioner.axis_size('batch')):
+        raise InputError(
+            f'--decode_batch={_DECODE_BATCH.value} does not divide over {parts} devices; make it a multiple of {parts}'
+        )
     model = launch.make_model(config, llama, partitioner)
-    params, cache, tokens = decode_arguments(model, _DECODE_BATCH.value, config.data.seq_len)
-    compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens)
+    return model, decode_arguments(model, _DECODE_BATCH.value, config.data.seq_len)
+
+
+def compile_decode(model: LlamaForCausalLM, arguments: tuple[Any, ...]) -> tuple[ahead.Compiled, Work]:
+    """One token more for every row."""
+    params, cache, tokens = arguments
+    assert model.partitioner is not None
+    options = launch.compiler_options(model.partitioner)
+    compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens, compiler_options=options)
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
-    causal, full = (
-        flops / 3 * _DECODE_BATCH.value for flops in training_flops_per_token(llama, config.data.seq_len)
-    )
-    return compiled, Work(_DECODE_BATCH.value, (causal, full), device_bytes(params))
+    rows, length = tokens.shape[0], cache.keys.shape[2]
+    causal, full = (flops / 3 * rows for flops in training_flops_per_token(model.config, length))
+    return compiled, Work(rows, (causal, full), device_bytes(params), kv_cache=device_bytes(cache))
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
@@ -155,21 +186,23 @@ def search(
     partitioner: Partitioner,
 ) -> dict[str, Any]:
     """Compiles with other settings until one fits; says which flags that are."""
+    mesh = partitioner.mesh.shape
     start = Knobs(
-        config.model.remat, config.train.num_microbatches, config.train.loss_chunks, partitioner.mesh.shape['data'],
-        partitioner.mesh.shape['fsdp'],
+        config.model.remat, config.train.num_microbatches, config.train.loss_chunks, mesh['data'], mesh['fsdp'],
+        mesh['context'], config.mesh.axis_rules,
     )  # fmt: skip
-    logits = config.data.seq_len * llama.vocab_size * 4
+    logits = config.data.seq_len * llama.vocab_size * 4 // partitioner.axis_size('vocab')
     bounds = Bounds(
-        config.train.batch_size, partitioner.axis_size('batch'), config.data.seq_len,
-        logits // (partitioner.axis_size('vocab') * partitioner.axis_size('length')),
+        config.train.batch_size, partitioner.axis_size('batch') * partitioner.axis_size('length'),
+        config.data.seq_len, logits, rules_over_slices(config, partitioner),
     )  # fmt: skip
 
     def attempt(knobs: Knobs) -> Attempt:
         logger.info('trying %s', ' '.join(changes(start, knobs)))
         tried = config.copy_and_resolve_references()
         tried.model.remat, tried.train.num_microbatches = knobs.remat, knobs.num_microbatches
-        tried.train.loss_chunks, tried.mesh.data, tried.mesh.fsdp = knobs.loss_chunks, knobs.data, knobs.fsdp
+        tried.train.loss_chunks, tried.mesh.axis_rules = knobs.loss_chunks, knobs.axis_rules
+        tried.mesh.data, tried.mesh.fsdp, tried.mesh.context = knobs.data, knobs.fsdp, knobs.context
         found = outcome(knobs, *compile_training(tried, llama, devices)[:2], batch_bytes(config, bounds))
         room = found.state + found.temporaries
         logger.info(
@@ -202,14 +235,23 @@ def search(
 
 def batch_bytes(config: ConfigDict, bounds: Bounds) -> int:
     """Bytes of one device's part of a batch: four arrays of int32 and one of bool."""
-    return config.train.batch_size * config.data.seq_len * 17 // bounds.batch_parts
+    return config.train.batch_size * config.data.seq_len * 17 // bounds.parts
+
+
+def rules_over_slices(config: ConfigDict, partitioner: Partitioner) -> str:
+    """Axis rules that split weights over slices as well; '' where there is one slice, or they do."""
+    embed = dict(partitioner.rules)['embed']
+    if partitioner.mesh.shape['dcn_data'] == 1 or 'dcn_data' in embed:
+        return ''
+    rules = [rule for rule in config.mesh.axis_rules.split(',') if not rule.strip().startswith('embed=')]
+    return ','.join([*filter(None, rules), '+'.join(['embed=dcn_data', *embed])])
 
 
 def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int) -> Attempt:
     """A compilation as the search sees it."""
     memory = compiled.memory
     temporaries = memory.temporaries + memory.outputs if memory else compiled.needed
-    available = compiled.available or Topology.parse(_TOPOLOGY.value).chip.hbm_bytes
+    available = available_bytes(compiled, Topology.parse(_TOPOLOGY.value))
     state = memory.arguments if memory else work.parameters + work.optimizer + batch
     return Attempt(knobs, memory is not None, state, work.gradients, temporaries, available)
 
@@ -218,7 +260,7 @@ def changes(start: Knobs, knobs: Knobs) -> list[str]:
     """The flags that lead from one to the other."""
     keys = {
         'remat': 'model.remat', 'num_microbatches': 'train.num_microbatches', 'loss_chunks': 'train.loss_chunks',
-        'data': 'mesh.data', 'fsdp': 'mesh.fsdp',
+        'data': 'mesh.data', 'fsdp': 'mesh.fsdp', 'context': 'mesh.context', 'axis_rules': 'mesh.axis_rules',
     }  # fmt: skip
     return [
         f'--config.{key}={getattr(knobs, name)}'

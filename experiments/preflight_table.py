@@ -94,6 +94,10 @@ def line(row: Row) -> str:
     if not train['fits']:
         return f'{key(row)} {size} | does not fit | | | | | | {remat} | |'
     hbm, roof = train['hbm'], train['roofline']
+    if row.published is not None and 100 * roof['mfu_causal'] < row.published[0]:
+        raise SystemExit(
+            f'{key(row)} the bound {roof["mfu_causal"]:.1%} is below what others measured: {row.published}'
+        )
     published = '' if row.published is None else f'{row.published[0]:.1f} % ({row.published[1]})'
     return (
         f'{key(row)} {size} | {hbm["total"] / GIB:.1f} of {hbm["available"] / GIB:.0f} | {roof["bound"]} '

@@ -26,6 +26,7 @@ class Work:
       parameters: bytes of the weights on one device.
       optimizer: bytes of the optimiser's state on one device.
       gradients: bytes of the gradients on one device; 0 where there are none.
+      kv_cache: bytes of the keys and values of earlier tokens on one device.
       num_layers: of the model.
       weight_shapes: local shapes of the stacked weights, which activations are told from.
     """
@@ -35,6 +36,7 @@ class Work:
     parameters: int
     optimizer: int = 0
     gradients: int = 0
+    kv_cache: int = 0
     num_layers: int = 0
     weight_shapes: frozenset[tuple[int, ...]] = frozenset()
 
@@ -57,18 +59,27 @@ def stacked_weight_shapes(model: LlamaForCausalLM) -> frozenset[tuple[int, ...]]
     return frozenset(shape for shape in shapes if shape[0] == model.config.num_layers)
 
 
+def available_bytes(compiled: Compiled, topology: Topology) -> int:
+    """Main memory of one device: what XLA leaves to programs, where it said so, or else all of it."""
+    return compiled.available or topology.chip.hbm_bytes // topology.chip.devices
+
+
 def step_report(
     compiled: Compiled, work: Work, topology: Topology, places: Sequence[Place]
 ) -> dict[str, Any]:
-    """All figures of one compiled step, plain values for JSON; bytes and seconds."""
+    """All figures of one compiled step, plain values for JSON; bytes and seconds, None where unknown."""
     report: dict[str, Any] = {
         'fits': compiled.memory is not None,
         'involuntary_rematerializations': list(compiled.rematerializations),
         'trace_seconds': round(compiled.trace_seconds, 2),
         'compile_seconds': round(compiled.compile_seconds, 2),
     }
-    available = compiled.available or topology.chip.hbm_bytes // topology.chip.devices
-    hbm: dict[str, int] = {'available': available, 'parameters': work.parameters, 'optimizer': work.optimizer}
+    hbm: dict[str, int] = {
+        'available': available_bytes(compiled, topology),
+        'parameters': work.parameters,
+        'optimizer': work.optimizer,
+        'kv_cache': work.kv_cache,
+    }
     if compiled.memory is None:
         # XLA names the temporaries alone, which hold the gradients.
         return report | {
@@ -81,7 +92,7 @@ def step_report(
     activations = min(kept, memory.temporaries)
     gradients = min(work.gradients, memory.temporaries - activations)
     report['hbm'] = hbm | {
-        'batch': memory.arguments - work.parameters - work.optimizer,
+        'batch': memory.arguments - work.parameters - work.optimizer - work.kv_cache,
         'gradients': gradients,
         'activations': activations,
         'temporaries': memory.temporaries - activations - gradients + memory.outputs,
@@ -111,7 +122,7 @@ def step_report(
     return report
 
 
-_MEMORY = ('parameters', 'optimizer', 'gradients', 'activations', 'batch', 'temporaries', 'host')
+_MEMORY = ('parameters', 'optimizer', 'kv_cache', 'gradients', 'activations', 'batch', 'temporaries', 'host')
 _TERMS = {'compute': 'compute', 'hbm': 'HBM', 'ici': 'ICI (within a slice)', 'dcn': 'DCN (between slices)'}
 
 
@@ -133,7 +144,11 @@ def describe(title: str, report: dict[str, Any]) -> str:
         )
         return '\n'.join(lines)
     lines.append(f'  HBM a device: {hbm["total"] / GIB:.2f} of {hbm["available"] / GIB:.2f} GiB')
-    lines += [f'    {name:14}{hbm[name] / GIB:9.2f}' for name in _MEMORY if hbm[name] or name != 'host']
+    lines += [
+        f'    {name.replace("_", " "):14}{hbm[name] / GIB:9.2f}'
+        for name in _MEMORY
+        if hbm[name] or name not in ('kv_cache', 'host')
+    ]
     lines.append('  collectives a step and device:     times   GB over ICI   GB over DCN')
     for kind, figures in sorted(report['collectives'].items()):
         lines.append(
@@ -153,7 +168,10 @@ def describe(title: str, report: dict[str, Any]) -> str:
     lines.append(
         f'  a step takes at least {terms["seconds"] * 1e3:.1f} ms, bound by {_TERMS[terms["bound"]]}'
     )
-    lines += [f'    {label:22}{terms[name] * 1e3:10.1f} ms' for name, label in _TERMS.items()]
+    for name, label in _TERMS.items():
+        lines.append(
+            f'    {label:22}' + ('   unknown' if terms[name] is None else f'{terms[name] * 1e3:10.1f} ms')
+        )
     lines.append(
         f'  so at most {terms["tokens_per_second_per_device"]:,.0f} tokens/s a device, MFU '
         f'{terms["mfu_causal"]:.1%} (causal), {terms["mfu_full"]:.1%} (full)'

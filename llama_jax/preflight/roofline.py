@@ -30,13 +30,13 @@ class Traffic:
       ici_bytes: that a device sends within its slice.
       dcn_bytes: that a device sends to other slices.
       ici_seconds: with all links towards the group busy.
-      dcn_seconds: with the chip's share of its host's network busy; 0 where its bandwidth is not known.
+      dcn_seconds: with the chip's share of its host's network busy; None where its bandwidth is not known.
     """
 
     ici_bytes: float
     dcn_bytes: float
     ici_seconds: float
-    dcn_seconds: float
+    dcn_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +47,22 @@ class Roofline:
       compute: matrix products at the peak rate.
       hbm: bytes of main memory at its bandwidth.
       ici: collectives within a slice.
-      dcn: collectives between slices.
+      dcn: collectives between slices; None where there are some, on a network of unknown bandwidth.
     """
 
     compute: float
     hbm: float
     ici: float
-    dcn: float
+    dcn: float | None
 
     @property
     def bound(self) -> str:
-        """The name of the longest term."""
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+        """The name of the longest term that is known."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1] or 0.0)[0]
 
     @property
     def seconds(self) -> float:
-        return max(dataclasses.asdict(self).values())
+        return max(seconds or 0.0 for seconds in dataclasses.asdict(self).values())
 
 
 def traffic(collective: Collective, topology: Topology, places: Sequence[Place]) -> Traffic:
@@ -75,14 +75,19 @@ def traffic(collective: Collective, topology: Topology, places: Sequence[Place])
     """
     if collective.between_slices:
         sent = collective.sent_bytes
-        bandwidth = topology.chip.dcn_bandwidth
-        return Traffic(0.0, sent, 0.0, sent * topology.chip.devices / bandwidth if bandwidth else 0.0)
+        return Traffic(0.0, sent, 0.0, _dcn_seconds(topology, sent * topology.chip.devices))
     if collective.kind == 'collective-permute':
         return _permute_traffic(collective, topology, places)
     found = {
         _group_traffic(collective, topology, shape) for shape in _group_shapes(collective.groups, places)
     }
-    return max(found, key=lambda t: t.ici_seconds + t.dcn_seconds)
+    return max(found, key=lambda t: (t.ici_seconds + (t.dcn_seconds or 0.0), t.dcn_bytes))
+
+
+def _dcn_seconds(topology: Topology, chip_bytes: float) -> float | None:
+    """Of what one chip sends to other slices."""
+    bandwidth = topology.chip.dcn_bandwidth
+    return chip_bytes / bandwidth if bandwidth else None if chip_bytes else 0.0
 
 
 def _group_shapes(groups: np.ndarray, places: Sequence[Place]) -> set[tuple[int, int, int, tuple[int, ...]]]:
@@ -124,7 +129,7 @@ def _group_traffic(
         )
         seconds = ici * groups_per_chip / bandwidth if bandwidth else 0.0
         dcn_chip = dcn * sharing * groups_per_chip
-    return Traffic(ici, dcn, seconds, dcn_chip / chip.dcn_bandwidth if chip.dcn_bandwidth else 0.0)
+    return Traffic(ici, dcn, seconds, _dcn_seconds(topology, dcn_chip))
 
 
 def _closed(topology: Topology, axis: int, extent: int) -> bool:
@@ -142,18 +147,19 @@ def _permute_traffic(collective: Collective, topology: Topology, places: Sequenc
     )
     # One hop at least; the two devices of a chip share a link.
     ici_seconds = size * chip.devices / chip.link_bandwidth if moves else 0.0
-    dcn_seconds = size * chip.devices / chip.dcn_bandwidth if crosses and chip.dcn_bandwidth else 0.0
-    return Traffic(size if moves else 0.0, size if crosses else 0.0, ici_seconds, dcn_seconds)
+    across = size if crosses else 0.0
+    return Traffic(size if moves else 0.0, across, ici_seconds, _dcn_seconds(topology, across * chip.devices))
 
 
 def link_seconds(
     collectives: Sequence[Collective], topology: Topology, places: Sequence[Place]
-) -> tuple[float, float, dict[str, dict[str, Any]]]:
+) -> tuple[float, float | None, dict[str, dict[str, Any]]]:
     """Seconds of a step on (ICI, DCN), and per kind: how many are executed, and the bytes that a device sends on each.
 
     Shifts along a ring go both ways at once and over all dimensions: they count by their sum over the ring's links.
     """
-    ici = dcn = shifts = 0.0
+    ici = shifts = 0.0
+    dcn: float | None = 0.0
     kinds: dict[str, dict[str, Any]] = collections.defaultdict(
         lambda: {'count': 0, 'ici_bytes': 0.0, 'dcn_bytes': 0.0}
     )
@@ -165,14 +171,15 @@ def link_seconds(
             shifts += collective.times * one.ici_seconds
         else:
             ici += collective.times * one.ici_seconds
-        dcn += collective.times * one.dcn_seconds
+        known_so_far = dcn is not None and one.dcn_seconds is not None
+        dcn = dcn + collective.times * one.dcn_seconds if known_so_far else None
         kinds[collective.kind]['count'] += collective.times
         kinds[collective.kind]['ici_bytes'] += collective.times * one.ici_bytes
         kinds[collective.kind]['dcn_bytes'] += collective.times * one.dcn_bytes
     return ici + shifts / topology.chip.links, dcn, dict(kinds)
 
 
-def roofline(costs: Costs, ici_seconds: float, dcn_seconds: float, topology: Topology) -> Roofline:
+def roofline(costs: Costs, ici_seconds: float, dcn_seconds: float | None, topology: Topology) -> Roofline:
     """Of one device's costs and the seconds that its chip's links are busy."""
     chip = topology.chip
     return Roofline(

@@ -10,6 +10,7 @@ import pytest
 
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.compile import parse_exhausted
+from llama_jax.xla_options import PRESETS
 from tests.command_line import REPOSITORY, run_python
 
 _skip = pytest.mark.skipif(
@@ -121,6 +122,10 @@ def test_the_report_of_a_small_run(tmp_path):
     assert 'counted once: loops of unknown length' in finished.stdout
     parts = ('parameters', 'optimizer', 'gradients', 'activations', 'temporaries', 'batch')
     assert sum(train['hbm'][name] for name in parts) == train['hbm']['total']
+    # Of 4 layers, one of a device's rows: keys and values of 256 tokens, 4 heads of 48, in bf16.
+    assert report['decode']['hbm']['kv_cache'] == 4 * 2 * 256 * 4 * 48 * 2
+    assert report['decode']['hbm']['batch'] < 1024, 'beside weights and cache only lengths and tokens'
+    assert 0.1 < report['process_memory'] < 16, 'GiB'
     assert train['hbm']['optimizer'] == pytest.approx(2 * train['hbm']['parameters'], rel=1e-3)
     # Recomputation comes on top of what the model needs.
     assert 1 < train['flops']['per_device'] / train['flops']['model_causal'] < 1.5
@@ -154,6 +159,47 @@ def test_a_run_that_is_too_large_is_told_and_given_what_fits(tmp_path):
     ]
     command(*arguments, *again).succeeded()
     assert json.loads(file.read_text())['train']['fits']
+
+
+@needs_libtpu
+def test_decode_on_a_mesh_that_splits_rows(tmp_path):
+    """A row that grows is not split: `fsdp` takes the devices, and rows that they do not divide end at once."""
+    split = ['--topology=v5e:2x2', '--config.mesh.context=2', '--config.model.attention=chunked']
+    file = tmp_path / 'report.json'
+    finished = command(
+        *split, '--config.train.batch_size=4', '--decode_batch=4', f'--json={file}'
+    ).succeeded()
+    report = json.loads(file.read_text())
+    assert (report['mesh']['fsdp'], report['mesh']['context']) == (2, 2)
+    assert (report['decode']['mesh']['fsdp'], report['decode']['mesh']['context']) == (4, 1)
+    assert 'decode step of 4 rows on a mesh of fsdp=4, context=1: fits' in finished.stdout
+    assert '--decode_batch=2 does not divide over 4 devices' in command(*split, '--decode_batch=2').error()
+
+
+PRESETS_FOR_TPUS = """
+import numpy as np
+from jax.sharding import Mesh
+from llama_jax.preflight import compile as ahead
+from llama_jax.preflight.chips import Topology
+from llama_jax.xla_options import PRESETS, unknown
+ahead.isolate_process()
+for topology in ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'):
+    mesh = Mesh(np.array(ahead.topology_devices(Topology.parse(topology))), ('x',))
+    for name, preset in PRESETS.items():
+        if any(kind in mesh.devices.flat[0].device_kind for kind in preset.kinds):
+            print(topology, name, *unknown(preset.options, mesh))
+"""
+
+
+@needs_libtpu
+def test_libtpu_knows_the_settings_of_every_preset_for_tpus():
+    done = subprocess.run(
+        [sys.executable, '-c', PRESETS_FOR_TPUS], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {name for _, name, *_ in lines} == {name for name in PRESETS if name.startswith('tpu_')}
+    assert [line for line in lines if len(line) > 2] == []
 
 
 # A look-up that XLA can only do by replicating the result first; the same that tests/train/mesh_test.py compiles.

@@ -73,6 +73,21 @@ def test_between_slices():
     assert found.dcn_seconds == pytest.approx(1 / 12.5) and found.ici_seconds == 0
 
 
+def test_a_network_of_unknown_speed_is_no_bound():
+    """Nobody publishes what v4's hosts send: what crosses is counted, the time is unknown, not nothing."""
+    assert one('all-reduce', GB, [[0, 4]], '2xv4:2x2x1').dcn_seconds is None
+    assert one('collective-permute', GB, [[0, 4]], '2xv4:2x2x1').dcn_seconds is None
+    assert one('all-reduce', GB, [[0, 1]], '2xv4:2x2x1').dcn_seconds == 0
+    topology = Topology.parse('2xv4:2x2x1')
+    across, within = (
+        Collective('all-reduce', GB, np.array(groups), 1, '') for groups in ([[0, 4]], [[0, 1]])
+    )
+    _, dcn, kinds = link_seconds([across, within], topology, grid(topology))
+    assert dcn is None and kinds['all-reduce']['dcn_bytes'] == pytest.approx(GB)
+    terms = Roofline(compute=1.0, hbm=2.0, ici=0.5, dcn=dcn)
+    assert (terms.bound, terms.seconds) == ('hbm', 2.0)
+
+
 def test_collectives_of_a_step_add_up():
     topology = Topology.parse('v5e:4x4')
     gather = Collective('all-gather', GB, np.array(ALL16), 3, '')
