@@ -80,9 +80,9 @@ def attention(
         if q_segment_ids is not None and kv_segment_ids is not None:
             mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
         return checkpoint_name(reference_attention(q, k, v, mask), 'attention_output')
-    if implementation == 'shared_prefix' and q_segment_ids is not None and context_shard(partitioner) is None:
-        return shared_prefix_attention(q, k, v, q_segment_ids)
     kernel = choose(q, k, q_segment_ids is not None, implementation, partitioner)
+    if kernel == 'shared_prefix' and q_segment_ids is not None:
+        return shared_prefix_attention(q, k, v, q_segment_ids)
     # The compiler splits the plain formula by itself, but for rows.
     if (
         partitioner is not None
@@ -100,7 +100,7 @@ def choose(
     implementation: str = 'auto',
     partitioner: Partitioner | None = None,
 ) -> str:
-    """The kernel that serves self-attention of these shapes; logged, once for every reason.
+    """The kernel that serves self-attention of these shapes; logged, each choice once in a process.
 
     Raises:
       InputError: `implementation` names one that cannot.
@@ -112,7 +112,7 @@ def choose(
     def reason_against(kernel: str) -> str | None:
         if kernel == 'splash' and shard is not None and q.shape[1] % (2 * 128 * shard.size):
             return f'a row of {q.shape[1]} tokens does not divide into chunks of 128 on {shard.size} devices'
-        if kernel == 'shared_prefix':
+        if kernel == 'shared_prefix' and (not packed or shard is not None):
             return 'it needs segment ids, and rows that are whole on a device (mesh axis context=1)'
         if kernel == 'cudnn':
             if platform != 'gpu' or 'cuda' not in jax.devices('gpu')[0].client.platform_version:
@@ -122,19 +122,18 @@ def choose(
             return attention_cudnn.unsupported(q, k, packed, max(1, q.shape[0] // batch_parts))
         return None
 
-    if implementation != 'auto':
-        if reason := reason_against(implementation):
-            raise InputError(
-                f'attention implementation {implementation!r} cannot be used: {reason}; choose auto or chunked'
-            )
-        return implementation
     best = {'tpu': 'splash', 'gpu': 'cudnn'}.get(platform, 'chunked')
-    reason = reason_against(best)
+    kernel = best if implementation == 'auto' else implementation
+    reason = reason_against(kernel)
+    if reason and implementation != 'auto':
+        raise InputError(
+            f'attention implementation {implementation!r} cannot be used: {reason}; choose auto or chunked'
+        )
     if reason:
         _log_once(f'attention: chunked, not {best}: {reason}')
         return 'chunked'
-    _log_once(f'attention: {best} ({platform})')
-    return best
+    _log_once(f'attention: {kernel} ({platform}{"" if implementation == "auto" else ", as asked for"})')
+    return kernel
 
 
 def platform_of(partitioner: Partitioner | None) -> str:

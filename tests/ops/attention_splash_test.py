@@ -1,4 +1,7 @@
-"""Splash attention's tiles, and the kernel compiled for TPUs that are not there; its values: attention_test.py."""
+"""Splash attention's tiles: rows of several, and the kernel compiled for TPUs that are not there.
+
+Its values in rows of one tile: attention_test.py.
+"""
 
 import importlib.util
 import os
@@ -7,9 +10,16 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from llama_jax.ops.attention import attention
 from llama_jax.ops.attention_splash import block_sizes
+from llama_jax.ops.context_parallel import balanced_order
+from llama_jax.partitioning import Partitioner, make_mesh
+from tests import toy
 
 
 @pytest.mark.parametrize('length', [128, 384, 1024, 4096, 5120, 131_072])
@@ -24,6 +34,78 @@ def test_tiles_divide_queries_and_keys(length, parts):
     assert sizes.has_backward_blocks
     # Fused, it holds a query gradient for every block of keys: at most four.
     assert not sizes.use_fused_bwd_kernel or parts * length // sizes.block_kv_dkv <= 4
+
+
+@pytest.mark.parametrize(
+    ('length', 'parts', 'packed', 'blocks', 'fused'),
+    [
+        (384, 1, False, 3, True),
+        (384, 1, True, 3, True),
+        pytest.param(640, 1, False, 5, False, marks=pytest.mark.slow),
+        (640, 1, True, 5, False),
+        # A device's middle block of queries lies in both of its chunks, before and behind keys.
+        (1536, 2, True, 3, True),
+        pytest.param(1536, 2, False, 3, True, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, packed, *tiles, marks=pytest.mark.slow)
+            for *case, tiles in [(2560, 2, (5, False)), (3072, 4, (3, True)), (2048, 8, (2, True))]
+            for packed in (False, True)
+        ),
+    ],
+)
+def test_rows_of_several_blocks(length, parts, packed, blocks, fused):
+    sizes = block_sizes(length // parts, length)
+    assert length // sizes.block_kv == blocks and sizes.use_fused_bwd_kernel == fused
+    split, order = None, np.arange(length)
+    if parts > 1:
+        split = Partitioner(make_mesh({'context': parts}, jax.devices()[:parts]))
+        order = balanced_order(length, parts)
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (
+        jnp.asarray(rng.standard_normal((1, length, n, 16)), jnp.float32) for n in (2, 1, 1, 2)
+    )
+    # Documents that end inside blocks; one is longer than a block.
+    ids = jnp.asarray(np.searchsorted([70, length // 2 + 9, length - 5], np.arange(length))[None], jnp.int32)
+
+    def both(implementation, partitioner, order):
+        segments = ids[:, order] if packed else None
+
+        def attend(q, k, v):
+            return attention(
+                q, k, v, q_segment_ids=segments, kv_segment_ids=segments,
+                implementation=implementation, partitioner=partitioner,
+            )  # fmt: skip
+
+        out, vjp = jax.vjp(attend, q[:, order], k[:, order], v[:, order])
+        return out, *vjp(cotangent[:, order])
+
+    wanted = jax.jit(lambda: both('reference', None, np.arange(length)))()
+    found = jax.jit(lambda: both('splash', split, order))()
+
+    for name, actual, expected in zip(('out', 'q', 'k', 'v'), found, wanted, strict=True):
+        # Sums of up to 3,072 terms in another order, each rounded by 6e-8.
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual / scale, expected[:, order] / scale, atol=3e-6, err_msg=name)
+
+
+def test_a_model_that_recomputes_nothing_trains_with_it():
+    batch = toy.packed_batch(2, 32)
+
+    def gradients(implementation):
+        model = toy.make_model(attention_implementation=implementation, remat='none')
+
+        def total(params):
+            logits, _ = model.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
+            return jnp.sum(jax.nn.log_softmax(logits)[..., 0])
+
+        return jax.jit(jax.grad(total))(toy.make_params(model))
+
+    for actual, expected in zip(
+        *(jax.tree.leaves(gradients(kernel)) for kernel in ('splash', 'reference')), strict=True
+    ):
+        scale = np.abs(expected).max()
+        # Three layers deep, with scores far from uniform.
+        np.testing.assert_allclose(actual / scale, expected / scale, atol=2e-5)
 
 
 # Gradients of packed rows on meshes of a v5e and of a v5p, one of them with rows split over devices.
