@@ -84,6 +84,7 @@ def main() -> None:
     if compiled.memory is None and _MAX_TRIES.value:
         report['search'] = search(config, llama, devices, compiled, work, partitioner)
     if decoder:
+        assert decoder[0].partitioner is not None
         mesh = decoder[0].partitioner.mesh
         report['decode'] = step_report(*compile_decode(*decoder), topology, ahead.places(mesh))
         report['decode']['mesh'] = dict(mesh.shape)
@@ -156,7 +157,9 @@ def compile_decode(model: LlamaForCausalLM, arguments: tuple[Any, ...]) -> tuple
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
     rows, length = tokens.shape[0], cache.keys.shape[2]
     causal, full = (flops / 3 * rows for flops in training_flops_per_token(model.config, length))
-    return compiled, Work(rows, (causal, full), device_bytes(params), kv_cache=device_bytes(cache))
+    return compiled, Work(
+        rows, (causal, full), device_bytes(params), kv_cache=device_bytes((cache.keys, cache.values))
+    )
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

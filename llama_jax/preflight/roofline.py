@@ -171,8 +171,8 @@ def link_seconds(
             shifts += collective.times * one.ici_seconds
         else:
             ici += collective.times * one.ici_seconds
-        known_so_far = dcn is not None and one.dcn_seconds is not None
-        dcn = dcn + collective.times * one.dcn_seconds if known_so_far else None
+        if dcn is not None:
+            dcn = None if one.dcn_seconds is None else dcn + collective.times * one.dcn_seconds
         kinds[collective.kind]['count'] += collective.times
         kinds[collective.kind]['ici_bytes'] += collective.times * one.ici_bytes
         kinds[collective.kind]['dcn_bytes'] += collective.times * one.dcn_bytes
