@@ -96,6 +96,7 @@ def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, 
     assert '--checkpoint was' in other
 
 
+@pytest.mark.slow
 def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_path):
     from array_record.python import array_record_module
 

@@ -60,6 +60,7 @@ def launch_commands():
     ]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_launch_guides_would_start(commands):
     found = launch_commands()
     assert [name for name, _ in found].count('pretrain') >= 10

@@ -88,6 +88,7 @@ def test_rows_of_several_blocks(length, parts, packed, blocks, fused):
         np.testing.assert_allclose(actual / scale, expected[:, order] / scale, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_model_that_recomputes_nothing_trains_with_it():
     batch = toy.packed_batch(2, 32)
 
