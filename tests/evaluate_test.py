@@ -190,6 +190,7 @@ def test_an_empty_choice_is_refused_and_a_long_context_is_cut_and_counted(comman
     assert 'lost its left end: lambada 1.' in finished.stdout
 
 
+@pytest.mark.slow
 def test_training_evaluates_on_its_mesh(commands, corpus, shared_data, tmp_path):
     run = tmp_path / 'run'
     wanted = {

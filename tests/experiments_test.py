@@ -245,6 +245,7 @@ def test_other_commands_refuse_in_one_line(commands, run, broken, corpus, tmp_pa
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_benchmark_writes_its_figures(commands, tmp_path):
     file = tmp_path / 'figures.json'
     small = ['--model=tiny', '--batch_size=2', '--seq_len=64', '--rounds=1', '--steps=1', '--nopeer']

@@ -79,6 +79,7 @@ def figures(text: str) -> list[dict]:
     return [{key: v for key, v in json.loads(line).items() if key not in RATES} for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_step_without_its_commit_is_not_restored(run):
     killed, newest, log = run
     assert 'bucket/run/checkpoints/2/commit_success.txt' in killed
@@ -88,6 +89,7 @@ def test_a_step_without_its_commit_is_not_restored(run):
     assert 'resuming at step 2 of 6' in log
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_bucket_equals_one_on_disk(run, local_run):
     here, there = epath.Path(local_run), epath.Path(RUN)
     for name in ('model.json', 'report.json', 'tokenizer.model'):
@@ -96,6 +98,7 @@ def test_a_killed_run_in_a_bucket_equals_one_on_disk(run, local_run):
     assert len(figures((there / 'metrics.jsonl').read_text())) == 6
 
 
+@pytest.mark.slow
 def test_what_a_bucket_holds(run, gcs):
     names = [name.removeprefix('bucket/run/') for name in gcs.names('bucket/run/')]
     assert {name.split('/')[0] for name in names} == {
@@ -114,6 +117,7 @@ def test_what_a_bucket_holds(run, gcs):
     assert gcs.counts['copy'] == 0
 
 
+@pytest.mark.slow
 def test_generate_reads_a_bucket(run, commands, local_run):
     options = ('--prompt=ba do', '--prompt=ga', '--max_new_tokens=8', '--format=jsonl')
     from_bucket = commands.run('generate', f'--checkpoint={RUN}', *options).succeeded()
@@ -140,6 +144,7 @@ def test_a_damaged_step_is_passed_over(gcs):
     assert 'bucket/damaged/2.damaged/file_sizes.json' in gcs.names()
 
 
+@pytest.mark.slow
 def test_prepared_rows_in_a_bucket(run, gcs, corpus, tmp_path):
     tokenizer = load_tokenizer(RUN)
     documents = list(read_documents('gs://bucket/data/*.txt', separator='<|endoftext|>'))

@@ -47,7 +47,10 @@ def whole_rows():
     return updates(1)
 
 
-@pytest.mark.parametrize(('size', 'remat'), [(2, 'none'), (4, 'attention'), (8, 'full_offload')])
+@pytest.mark.parametrize(
+    ('size', 'remat'),
+    [(2, 'none'), pytest.param(4, 'attention', marks=pytest.mark.slow), (8, 'full_offload')],
+)
 def test_split_rows_give_the_loss_and_gradients_of_whole_ones(whole_rows, size, remat):
     for (metrics, gradients), (wanted_metrics, wanted) in zip(
         updates(size, remat=remat), whole_rows, strict=True

@@ -146,6 +146,7 @@ def test_a_step_damaged_after_its_commit_is_passed_over(commands, corpus, uninte
     assert (workdir / 'checkpoints/10.damaged').is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('num_devices', 'mesh'),
     [
