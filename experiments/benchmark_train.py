@@ -27,6 +27,7 @@ from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import abstract_state, init_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
+from llama_jax.types import error_line
 
 _MODEL = flags.DEFINE_string('model', 'stories_15m', 'a preset')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update')
@@ -82,7 +83,7 @@ def run() -> dict[str, Any]:
             if name == 'llama_jax':
                 raise
             steps.pop(name, None)
-            print(f'{name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:160]}')
+            print(f'{name}: left out, {type(error).__name__}: {error_line(error)}')
             continue
         figures[f'{name}_first_step_seconds'] = time.perf_counter() - start
 

@@ -30,7 +30,7 @@ from llama_jax.train.loop import Callback
 from llama_jax.train.optimizer import OptimizerConfig
 from llama_jax.train.state import TrainState
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LossFn
+from llama_jax.types import InputError, LossFn, error_line
 
 CONFIG_FILE = 'config.json'
 
@@ -160,7 +160,7 @@ def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
     try:
         known = flatten(_load_config_file(path))
     except Exception as cause:
-        return f'--config={path} cannot be loaded: {type(cause).__name__}: {_first_line(cause)}'
+        return f'--config={path} cannot be loaded: {type(cause).__name__}: {error_line(cause)}'
     settings = {
         arg: arg.removeprefix('--config.').split('=', 1) for arg in argv if arg.startswith('--config.')
     }
@@ -176,7 +176,7 @@ def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
         kind = type(known[key]).__name__
         if f'flag {arg}:' in text or kind in text or repr(''.join(value)) in text:
             return f'{arg}: the value must be of type {kind}, as {known[key]!r} is'
-    return f'configuration: {_first_line(error)}'
+    return f'configuration: {error_line(error)}'
 
 
 def _load_config_file(path: str) -> ConfigDict:
@@ -185,10 +185,6 @@ def _load_config_file(path: str) -> ConfigDict:
     file, _, argument = path.partition(':')
     get_config = runpy.run_path(file)['get_config']
     return get_config(argument) if argument else get_config()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip('\'"').splitlines()[0]
 
 
 def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
@@ -318,7 +314,7 @@ def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str)
         recorded = json.loads(file.read_text())
         before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({_first_line(error)}); start in a new --workdir') from error
+        raise InputError(f'{file} is damaged ({error_line(error)}); start in a new --workdir') from error
     now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
     for key in sorted(set(before) | set(now)):
         if key.startswith(_IDENTITY) and before.get(key) != now.get(key):

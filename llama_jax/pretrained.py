@@ -31,7 +31,7 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.runtime import enable_bucket, new_folder, prefetch, write_atomically
-from llama_jax.types import InputError, Params
+from llama_jax.types import InputError, Params, error_line
 
 MODEL_FILE = 'model.json'
 CHECKPOINTS = 'checkpoints'
@@ -329,7 +329,7 @@ def _native_config(folder: epath.Path) -> LlamaConfig:
     try:
         return LlamaConfig.from_dict(json.loads(file.read_text())['config'])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f'{file} does not describe a model: {str(error).splitlines()[0]}') from error
+        raise InputError(f'{file} does not describe a model: {error_line(error)}') from error
 
 
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:

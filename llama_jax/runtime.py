@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 logger = logging.getLogger('llama_jax')
 
@@ -60,10 +60,9 @@ def initialize_distributed(
         try:
             _join(timeout, coordinator, num_processes, process_id, local_device_ids=_local_devices())
         except RuntimeError as error:  # of the service that process 0 starts
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f'process {process_id} cannot join at coordinator={coordinator} ({reason}); give the host of process '
-                '0 and a port that is free there'
+                f'process {process_id} cannot join at coordinator={coordinator} ({error_line(error)}); give the host '
+                'of process 0 and a port that is free there'
             ) from error
     elif any(given):
         raise InputError(

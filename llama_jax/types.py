@@ -29,6 +29,12 @@ class InputError(ValueError):
     """
 
 
+def error_line(error: BaseException) -> str:
+    """What a library's error says, short enough to be the reason within a line of ours; its type where it is silent."""
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    return next(lines, type(error).__name__)[:300]
+
+
 @runtime_checkable
 class LazyArray(Protocol):
     """A weight that stays in its file until a block of it is read, by any number of threads.

@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.runtime import enable_bucket, prefetch, refused_by_all
-from llama_jax.types import InputError, LazyArray, Params, PyTree
+from llama_jax.types import InputError, LazyArray, Params, PyTree, error_line
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
 
@@ -89,7 +89,7 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
         except InputError:
             raise
         except (ValueError, TypeError, FileNotFoundError, KeyError, AttributeError) as error:
-            raise InputError(f'checkpoint {state.parent} cannot be restored: {_first_line(error)}') from error
+            raise InputError(f'checkpoint {state.parent} cannot be restored: {error_line(error)}') from error
     return restored['params']
 
 
@@ -182,7 +182,7 @@ def open_params(step_folder: epath.PathLike) -> dict[str, LazyArray]:
         try:
             store = ts.open({'driver': driver, 'kvstore': kvstore}, context=context, open=True).result()
         except (ValueError, OSError) as error:
-            raise InputError(f'{state}: weight {name} cannot be read: {_first_line(error)}') from error
+            raise InputError(f'{state}: weight {name} cannot be read: {error_line(error)}') from error
         leaves['/'.join(map(str, key[1:]))] = _Stored(store, f'{state}: weight {name}')
     if not leaves:
         raise InputError(f'{state} holds no weights under params')
@@ -211,7 +211,7 @@ class _Stored:
             ts.array(block).write(stored).result()
             return block
         except (ValueError, OSError) as error:
-            raise InputError(f'{self.origin} cannot be read: {_first_line(error)}') from error
+            raise InputError(f'{self.origin} cannot be read: {error_line(error)}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,3 @@ def _chunk_indices(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tupl
 def _url(path: epath.Path) -> str:
     text = os.fspath(path)
     return f'{text if "://" in text else f"file://{text}"}/'
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [''])[0][:300]

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from llama_jax.runtime import enable_bucket
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _read_tfds(source: str, text_key: str) -> Iterator[str]:
     except Exception as error:  # whatever a builder of somebody else's raises
         raise InputError(
             f'source {source!r}: TFDS finds no dataset {name!r} in {data_dir or "its default data_dir"} '
-            f'({_first_line(error)}); some builders need TensorFlow until they are prepared'
+            f'({error_line(error)}); some builders need TensorFlow until they are prepared'
         ) from error
     if not prepared:
         raise InputError(
@@ -132,7 +132,7 @@ def _read_tfds(source: str, text_key: str) -> Iterator[str]:
     except Exception as error:
         raise InputError(
             f'source {source!r}: cannot read split {split!r} of {", ".join(builder.info.splits)} '
-            f'({_first_line(error)}); it must be prepared with file_format=array_record'
+            f'({error_line(error)}); it must be prepared with file_format=array_record'
         ) from error
     for number in range(len(examples)):
         text = examples[number][text_key]
@@ -187,9 +187,9 @@ def _read_file(path: epath.Path, text_key: str, separator: str) -> Iterator[str]
             else:
                 yield from _read_text(file, name, separator)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f'{name} is cut short or not gzip ({_first_line(error)}); copy it again') from error
+        raise InputError(f'{name} is cut short or not gzip ({error_line(error)}); copy it again') from error
     except OSError as error:
-        raise InputError(f'cannot read {name}: {error.strerror or _first_line(error)}') from error
+        raise InputError(f'cannot read {name}: {error.strerror or error_line(error)}') from error
 
 
 def _read_text(file: io.BufferedIOBase, name: str, separator: str) -> Iterator[str]:
@@ -221,7 +221,7 @@ def _read_json_lines(file: io.BufferedIOBase, name: str, text_key: str) -> Itera
         try:
             item = json.loads(text)
         except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-            raise InputError(f'{where} is not JSON: {_first_line(error)}') from error
+            raise InputError(f'{where} is not JSON: {error_line(error)}') from error
         if not isinstance(item, dict):
             raise InputError(f'{where} holds a JSON {type(item).__name__}, not one object a line')
         if text_key not in item:
@@ -259,7 +259,3 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
         raise InputError(
             f'{where} is not UTF-8: byte {data[error.start]:#04x} at offset {offset + error.start}'
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

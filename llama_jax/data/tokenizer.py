@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.runtime import enable_bucket
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 
 @runtime_checkable
@@ -219,8 +219,9 @@ class HuggingFaceTokenizer:
         except BaseException as error:  # the library raises nothing narrower, and a panic is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: {reason}') from error
+            raise InputError(
+                f'{path} is not a tokenizer.json that tokenizers can read: {error_line(error)}'
+            ) from error
         self._tokenizer.encode_special_tokens = True  # in text they are ordinary characters
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -296,8 +297,7 @@ def parse_json(data: bytes, path: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f'{path} is damaged: {reason}; get it again') from error
+        raise InputError(f'{path} is damaged: {error_line(error)}; get it again') from error
     if not isinstance(value, dict):
         raise InputError(f'{path} holds a {type(value).__name__} where a JSON object belongs')
     return value

@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.eval.task import Document
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 Fields = Mapping[str, type | tuple[type, ...]]
 MALFORMED = (KeyError, ValueError, IndexError, TypeError, AttributeError)
@@ -118,10 +118,8 @@ class Source:
             if self.check:
                 self.check(document)
         except MALFORMED as error:
-            reason = f'{error} is missing or not allowed' if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f'{place}: malformed item: {reason.splitlines()[0] if reason else error!r}'
-            ) from error
+            reason = error_line(error) + ' is missing or not allowed' * isinstance(error, KeyError)
+            raise InputError(f'{place}: malformed item: {reason}') from error
         return document
 
 
@@ -172,7 +170,7 @@ def read_text(path: epath.Path) -> str:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise InputError(f'no file {path}') from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f'{path} cannot be read as UTF-8 text: {str(error).splitlines()[0]}') from error
+        raise InputError(f'{path} cannot be read as UTF-8 text: {error_line(error)}') from error
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -198,7 +196,7 @@ def _from_huggingface(online: Online, rest: str) -> Iterator[tuple[str, Document
             rows: Any = datasets.load_dataset(name, config or None, split=online.split)
         except Exception as error:  # of many kinds: no network, no such dataset or split, damaged files
             raise InputError(
-                f'hf:// has no {name}{config and "/" + config} ({online.split}): {_first_line(error)}'
+                f'hf:// has no {name}{config and "/" + config} ({online.split}): {error_line(error)}'
             ) from error
         yield from _renamed(online, rows, config)
 
@@ -214,7 +212,7 @@ def _from_tfds(online: Online, rest: str) -> Iterator[tuple[str, Document]]:
             rows = builder.as_data_source(online.split) if builder.info.splits else None
         except Exception as error:  # of many kinds: not found, no such split, no bucket, another file format
             raise InputError(
-                f'TFDS has no {name} ({online.split}) in {rest or "its default folder"}: {_first_line(error)}'
+                f'TFDS has no {name} ({online.split}) in {rest or "its default folder"}: {error_line(error)}'
             ) from error
         if rows is None:
             raise InputError(
@@ -222,10 +220,6 @@ def _from_tfds(online: Online, rest: str) -> Iterator[tuple[str, Document]]:
                 f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
             )
         yield from _renamed(online, map(_plain, rows), config)
-
-
-def _first_line(error: Exception) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def _renamed(online: Online, rows: Iterable[Any], config: str) -> Iterator[tuple[str, Document]]:

@@ -40,10 +40,19 @@ class CommandRating:
 
     It is started once, at the first text, and ended by `close` (or as a context manager). Calls from several threads
     take turns.
+
+    Raises:
+      InputError: `command` is no command of a shell; or, when called, it cannot be started or answers no number.
     """
 
     def __init__(self, command: str):
         self.command = command
+        try:
+            self._arguments = shlex.split(command)
+        except ValueError as error:
+            raise InputError(f'the rating command {command!r} cannot be read: {error}') from error
+        if not self._arguments:
+            raise InputError(f'the rating command {command!r} is empty; give a program and its arguments')
         self._process: subprocess.Popen | None = None
         self._turn = threading.Lock()
 
@@ -51,7 +60,7 @@ class CommandRating:
         with self._turn:
             try:
                 self._process = self._process or subprocess.Popen(
-                    shlex.split(self.command),
+                    self._arguments,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,

@@ -308,9 +308,8 @@ def param_axes(model: Transformer) -> PyTree:
 
 def _init_boxed(model: Transformer, rng: Array) -> PyTree:
     _check_knobs(model)
-    # One token tells the shapes of all weights; no mesh, as that token would not divide over it, and nothing that
-    # some platforms lack.
-    plain = model.clone(partitioner=None, remat='none', attention_implementation='reference')
+    # One token tells the shapes of all weights; no mesh, as that token would not divide over it.
+    plain = model.clone(partitioner=None, remat='none')
     return plain.init(rng, jnp.zeros((1, 1), jnp.int32))['params']
 
 

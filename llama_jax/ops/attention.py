@@ -58,7 +58,8 @@ def attention(
       kv_segment_ids: document of each key; given with `q_segment_ids`.
       q_start: slot of row b's first query among the S keys (its tokens already in the cache). None: 0.
       implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes. It is for
-        self-attention: behind tokens in a cache a query sees most keys, little can be skipped, and `reference` serves.
+        self-attention: behind tokens in a cache a query sees most keys, little can be skipped, and `reference`
+        serves, as it does for a single token.
       partitioner: how the arguments are split over devices. Where rows are split (mesh axis `context`) all of them
         are in balanced order (`ops.context_parallel`).
 
@@ -75,7 +76,7 @@ def attention(
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError('q_segment_ids and kv_segment_ids are given together or not at all')
-    if q_start is not None or q.shape[1] != k.shape[1]:
+    if q_start is not None or q.shape[1] != k.shape[1] or q.shape[1] == 1:
         mask = causal_mask(q.shape[1], k.shape[1], q_start)
         if q_segment_ids is not None and kv_segment_ids is not None:
             mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from llama_jax.preflight.chips import Topology
 from llama_jax.preflight.roofline import Place
-from llama_jax.types import InputError, PyTree
+from llama_jax.types import InputError, PyTree, error_line
 
 # XLA's warning that it copies a whole array to every device, as it finds no cheaper way from one sharding to another.
 INVOLUNTARY = 'Involuntary full rematerialization'
@@ -111,7 +111,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         with captured_stderr():
             return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f'topology {topology}: libtpu refuses it: {str(error).splitlines()[0]}') from error
+        raise InputError(f'topology {topology}: libtpu refuses it: {error_line(error)}') from error
 
 
 def places(mesh: Mesh) -> list[Place]:

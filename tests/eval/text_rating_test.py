@@ -45,6 +45,12 @@ def test_command_that_gives_no_number(tmp_path, code):
         rate('abc')
 
 
+@pytest.mark.parametrize(('command', 'reason'), [(' ', 'is empty'), ("rate 'it", 'No closing quotation')])
+def test_command_that_is_none(command, reason):
+    with pytest.raises(InputError, match=reason):
+        CommandRating(command)
+
+
 def test_command_that_is_not_there():
     with CommandRating('/no/such/classifier') as rate, pytest.raises(InputError, match='/no/such/classifier'):
         rate('abc')

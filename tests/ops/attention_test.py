@@ -181,6 +181,14 @@ def test_attention_itself_logs_what_was_forced(caplog):
     assert caplog.messages == [f'attention: reference ({jax.default_backend()}, as asked for)']
 
 
+def test_one_token_is_no_choice_to_log(caplog):
+    """So neither the shapes of the weights nor a step of generation tell of a kernel."""
+    attention_module._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, 'llama_jax'):
+        attention(*(jnp.asarray(a[:, :1]) for a in random_qkv(2, 2)))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ('options', 'reason'),
     [
