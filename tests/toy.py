@@ -49,3 +49,14 @@ def packed_rows(num_rows: int, seq_len: int, seed: int = 0) -> tuple[np.ndarray,
 def packed_batch(num_rows: int, seq_len: int, seed: int = 0) -> LMBatch:
     """The batch that these rows make."""
     return jax.tree.map(jnp.asarray, lm_batch(*packed_rows(num_rows, seq_len, seed)))
+
+
+def assert_same_gradients(found: Params, wanted: Params) -> None:
+    """To 1e-5 of each weight's largest."""
+
+    def compare(path, found, want):
+        scale = np.abs(want).max()
+        assert scale > 0
+        np.testing.assert_allclose(found / scale, want / scale, atol=1e-5, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(compare, found, wanted)

@@ -20,7 +20,7 @@ from llama_jax.runtime import (
     refused_by_all,
     sync_processes,
 )
-from llama_jax.types import InputError, PyTree
+from llama_jax.types import InputError, PyTree, error_line
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Checkpointer:
                 cause = error
                 while cause.__cause__ is not None:
                     cause = cause.__cause__
-                line = f'{type(cause).__name__}: {(str(cause).splitlines() or [""])[0][:200]}'
+                line = f'{type(cause).__name__}: {error_line(cause)}'
                 if _is_damage(error):
                     damage = line
                 elif isinstance(error, ValueError):

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from llama_jax.losses.language_model import language_model_loss
@@ -57,13 +56,7 @@ def test_split_rows_give_the_loss_and_gradients_of_whole_ones(whole_rows, size, 
     ):
         for name, value in wanted_metrics.items():
             assert metrics[name] == pytest.approx(value, rel=1e-5), name
-
-        def compare(path, found, want):
-            scale = np.abs(want).max()
-            assert scale > 0
-            np.testing.assert_allclose(found / scale, want / scale, atol=1e-5, err_msg=str(path))
-
-        jax.tree_util.tree_map_with_path(compare, gradients, wanted)
+        toy.assert_same_gradients(gradients, wanted)
 
 
 def test_memory_of_a_step_falls_with_the_devices_that_share_a_row():
