@@ -174,7 +174,7 @@ def test_damage_that_one_process_meets_is_passed_over_by_all(commands, corpus, t
     shutil.copytree(two, workdir, ignore=shutil.ignore_patterns('batches-*', 'report.json'))
     for file in (workdir / f'checkpoints/{NUM_STEPS}/state/ocdbt.process_1/d').iterdir():
         file.write_bytes(bytes(file.stat().st_size))  # of the right size, as after a loss of power
-    resumed = train(commands, workdir, corpus, 2, quiet=False)  # Orbax complains of reads it has left behind
+    resumed = train(commands, workdir, corpus, 2, quiet=False)  # each process warns
     assert list(batches(resumed)) == [4, 5, 6] and losses(resumed) == losses(two)
     assert saved_steps(resumed) == [3, 6] and (workdir / f'checkpoints/{NUM_STEPS}.damaged').is_dir()
 

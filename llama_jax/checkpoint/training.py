@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from llama_jax.checkpoint.event_loop import all_reads_awaited
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.checkpoint.weights import CHUNK_BYTES
 from llama_jax.runtime import (
@@ -112,7 +113,7 @@ class Checkpointer:
         """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
         folder = self._directory / str(step)
         restored, damage = None, ''
-        with refused_by_all():
+        with refused_by_all(), all_reads_awaited():
             try:  # by the handlers, as the manager would wait for processes that have failed
                 restored = (
                     ocp.StandardCheckpointHandler().restore(

@@ -18,6 +18,7 @@ import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 
+from llama_jax.checkpoint.event_loop import all_reads_awaited
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.runtime import enable_bucket, prefetch, refused_by_all
 from llama_jax.types import InputError, LazyArray, Params, PyTree, error_line
@@ -79,7 +80,7 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
         partial_restore=True,
     )
     handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would wait for processes that have failed
-    with refused_by_all():
+    with refused_by_all(), all_reads_awaited():
         try:
             # Before anything is read: where shapes differ Orbax would stop half-way, its other reads left hanging.
             saved = handler.metadata(state).tree['params']
