@@ -82,7 +82,7 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
     handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would wait for processes that have failed
     with refused_by_all(), all_reads_awaited():
         try:
-            # Before anything is read: where shapes differ Orbax would stop half-way, its other reads left hanging.
+            # Before anything is read: where one shape differs Orbax would read all else first, and name no weight.
             saved = handler.metadata(state).tree['params']
             if difference := _compare_shapes(saved, abstract_params):
                 raise InputError(f'checkpoint {state.parent} cannot be restored: {difference}')
