@@ -17,7 +17,7 @@ from llama_jax import pretrained, runtime
 from llama_jax.convert import huggingface
 from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.mapping import Source
-from llama_jax.data.chat_format import chat_format_for
+from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.types import InputError
 
 _INPUT = flags.DEFINE_string('input', None, 'checkpoint of any format', required=True)

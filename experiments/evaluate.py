@@ -18,8 +18,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from llama_jax import pretrained, runtime
-from llama_jax.eval.code_execution import CodeExecution
+from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import Exam, Sampling, evaluate, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
@@ -28,6 +27,7 @@ from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Judges
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
+from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
@@ -165,10 +165,10 @@ def open_log(
 
 def write_results(output: epath.Path, results: dict[str, Any]) -> str:
     """Writes results.json, the report and the plot; returns the report."""
-    runtime.write_atomically(output / 'results.json', json.dumps(results, indent=2) + '\n')
+    storage.write_atomically(output / 'results.json', json.dumps(results, indent=2) + '\n')
     rows: list[Comparison] = compare(_COMPARE.value, results) if _COMPARE.value else []
     report = to_report(f'Evaluation of {_CHECKPOINT.value}', results, _COMPARE.value, rows)
-    runtime.write_atomically(output / 'report.md', report)
+    storage.write_atomically(output / 'report.md', report)
     if rows:
         plot_comparison(output / 'comparison.png', _COMPARE.value, rows)
     return report

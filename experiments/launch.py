@@ -15,8 +15,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from llama_jax import pretrained, runtime, xla_options
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax import pretrained, runtime, storage, xla_options
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import Exam, evaluate, prepare
 from llama_jax.eval.task import Judges
@@ -26,6 +25,7 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
 from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.train.loop import Callback
 from llama_jax.train.optimizer import OptimizerConfig
 from llama_jax.train.state import TrainState
@@ -115,7 +115,7 @@ def _new_folders() -> dict[epath.Path, bool]:
     """What --workdir and --output name where nothing is in it yet, and whether the empty folder is there."""
     named = [flags.FLAGS[name].value for name in ('workdir', 'output') if name in flags.FLAGS]
     for name in filter(None, named):
-        runtime.enable_bucket(name)
+        storage.enable_bucket(name)
     folders = [epath.Path(name) for name in named if name]
     existed = {folder: folder.exists() for folder in folders}
     return {
@@ -356,7 +356,7 @@ def record_run(
         'data_fingerprint': fingerprint,
     }
     if runtime.is_main_process():
-        runtime.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
+        storage.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
     return record
 
 

@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch
-from llama_jax import runtime
+from llama_jax import storage
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner
@@ -95,7 +95,7 @@ def main() -> None:
     report['process_memory'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     print(f'memory of this process: {report["process_memory"]:.2f} GiB at most')
     if _JSON.value:
-        runtime.write_atomically(epath.Path(_JSON.value), json.dumps(report, indent=2) + '\n')
+        storage.write_atomically(epath.Path(_JSON.value), json.dumps(report, indent=2) + '\n')
 
 
 def compile_training(

@@ -18,12 +18,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch
-from llama_jax import pretrained, runtime
+from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabulary import model_file
 from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
 from llama_jax.inference.generate import generate
 from llama_jax.losses.language_model import evaluate_loss
@@ -31,6 +29,8 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.vocabulary import model_file
 from llama_jax.train.loop import Callback, LoopConfig, train
 from llama_jax.train.metrics import (
     JsonlWriter,
@@ -139,7 +139,7 @@ def main() -> None:
     report = final_report(config, data, state, step, validate, tokenizer, llama.vocab_size)
     report['sample'] = sample(config, model, state, tokenizer)
     if runtime.is_main_process():
-        runtime.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
+        storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
         lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
         plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
         print(describe(report, workdir))
@@ -188,7 +188,7 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
             given = pretrained.load_tokenizer(source) if source else None
             if runtime.is_main_process():
                 if given:
-                    runtime.write_atomically(file, model_file(given))
+                    storage.write_atomically(file, model_file(given))
                 else:
                     logger.info('training a tokenizer of %d ids', config.data.vocab_size)
                     train_tokenizer(

@@ -23,14 +23,14 @@ from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.mapping import Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.convert.tensors import cast, row_blocks, same_bits
-from llama_jax.data import tokenizer as tokenizers
-from llama_jax.data.huggingface_tokenizer import huggingface_files
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.data.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.runtime import enable_bucket, new_folder, prefetch, write_atomically
+from llama_jax.storage import enable_bucket, new_folder, prefetch, write_atomically
+from llama_jax.tokenizer import tokenizer as tokenizers
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf
 from llama_jax.types import InputError, Params, error_line
 
 MODEL_FILE = 'model.json'

@@ -17,19 +17,18 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
-    ({'partitioning', 'runtime', 'xla_options'}, {'fsspec'}),
+    ({'partitioning', 'runtime', 'storage', 'chips', 'xla_options'}, {'etils', 'fsspec'}),
     ({'ops'}, set()),
-    ({'models'}, {'flax.linen'}),
+    ({'models', 'tokenizer', 'grading'}, {'flax.linen', 'sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'}),
     (
         {'lora', 'quantize', 'checkpoint', 'convert', 'data', 'losses'},
         {
-            *('optax', 'orbax', 'tensorstore', 'etils', 'ml_dtypes', 'flax.traverse_util'),
+            *('optax', 'orbax', 'tensorstore', 'ml_dtypes', 'flax.traverse_util'),
             *('grain', 'tensorflow_datasets', 'pyarrow', 'array_record', 'zstandard'),
-            *('sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'),
             *('safetensors', 'gguf'),
         },
     ),
-    ({'pretrained'}, {'huggingface_hub'}),
+    ({'pretrained', 'export'}, {'huggingface_hub'}),
     ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'tqdm'}),
     ({'rl', 'eval', 'preflight'}, {'lm_eval', 'datasets'}),
 ]

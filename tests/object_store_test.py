@@ -15,8 +15,8 @@ from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
 from llama_jax.data.sources import read_documents
-from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.runtime import enable_bucket
+from llama_jax.storage import enable_bucket
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 from tests.command_line import tiny_run
 from tests.reference.fake_gcs import FakeGCS

@@ -15,11 +15,11 @@ from etils import epath
 
 from llama_jax import pretrained
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.data.tokenizer_training import train_sentencepiece
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load, load_config, save_config
+from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import random_source

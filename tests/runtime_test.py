@@ -132,17 +132,3 @@ def test_jax_recognises_the_same_clusters(monkeypatch):
             assert cluster.is_env_present()
             assert cluster.get_process_count() == int(environment.get('SLURM_NTASKS', 16))
             assert ':' in cluster.get_coordinator_address(timeout_secs=1, override_coordinator_port=None)
-
-
-def test_prefetched_results_come_in_order_and_errors_where_they_belong():
-    assert list(runtime.prefetch([lambda i=i: i for i in range(20)])) == list(range(20))
-    results = runtime.prefetch([lambda: 1, lambda: 1 // 0, lambda: 2])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-@pytest.mark.parametrize('address', ['https://huggingface.co/a/b', 's3://bucket/a', 'memory://a'])
-def test_an_address_that_is_neither_local_nor_in_a_bucket_of_google_is_refused(address):
-    with pytest.raises(InputError, match=rf'{address} is no path; give a local one or gs://BUCKET/PATH'):
-        runtime.enable_bucket(address)

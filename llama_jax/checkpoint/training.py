@@ -14,13 +14,8 @@ from etils import epath
 from llama_jax.checkpoint.event_loop import all_reads_awaited
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.checkpoint.weights import CHUNK_BYTES
-from llama_jax.runtime import (
-    enable_bucket,
-    gather_texts,
-    is_main_process,
-    refused_by_all,
-    sync_processes,
-)
+from llama_jax.runtime import gather_texts, is_main_process, refused_by_all, sync_processes
+from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError, PyTree, error_line
 
 logger = logging.getLogger(__name__)

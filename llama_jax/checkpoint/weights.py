@@ -20,7 +20,8 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.event_loop import all_reads_awaited
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
-from llama_jax.runtime import enable_bucket, prefetch, refused_by_all
+from llama_jax.runtime import refused_by_all
+from llama_jax.storage import enable_bucket, prefetch
 from llama_jax.types import InputError, LazyArray, Params, PyTree, error_line
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once

@@ -22,7 +22,7 @@ from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.tensors import Tensor, cast, row_blocks, to_interleaved
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.ops.rope import inverse_frequencies
-from llama_jax.runtime import prefetch
+from llama_jax.storage import prefetch
 from llama_jax.types import InputError
 
 # What `write` makes matrices of: the number of the type in general.file_type (llama.cpp's) and of a tensor (ggml's).

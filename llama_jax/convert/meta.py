@@ -28,7 +28,7 @@ from llama_jax.convert.tensors import (
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.convert.torch_writer import TorchWriter
 from llama_jax.models.config import LlamaConfig
-from llama_jax.runtime import prefetch
+from llama_jax.storage import prefetch
 from llama_jax.types import InputError
 
 # Made anew from `rope_theta`.

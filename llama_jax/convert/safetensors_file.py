@@ -18,7 +18,7 @@ from etils import epath
 
 from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, row_blocks
-from llama_jax.runtime import prefetch
+from llama_jax.storage import prefetch
 from llama_jax.types import InputError
 
 DTYPES = {

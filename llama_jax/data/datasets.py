@@ -14,8 +14,8 @@ from llama_jax.data.mixture import mix
 from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.sources import read_documents
-from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.data.tokenizer_training import train_sentencepiece
+from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, LMBatch
 
 Row = dict[str, np.ndarray]  # 'tokens' and 'segment_ids', int32 [T + 1]

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.runtime import enable_bucket, write_atomically
+from llama_jax.storage import enable_bucket, write_atomically
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError
 
 MANIFEST = 'manifest.json'

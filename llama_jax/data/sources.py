@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from llama_jax.runtime import enable_bucket
+from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError, error_line
 
 _log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
 

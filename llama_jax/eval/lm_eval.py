@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.data.chat_format import chat_format_for
-from llama_jax.data.tokenizer import Tokenizer, parse_json
 from llama_jax.eval.engine import Engine, rolling_windows
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
 from llama_jax.inference.scoring import score
+from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.tokenizer import Tokenizer, parse_json
 from llama_jax.types import InputError
 
 Messages = Sequence[Mapping[str, str]]

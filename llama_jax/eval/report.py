@@ -8,7 +8,7 @@ from etils import epath
 
 from llama_jax.eval.published import Comparison, binomial_interval, is_share, to_markdown
 from llama_jax.eval.tasks import find_task
-from llama_jax.runtime import write_atomically
+from llama_jax.storage import write_atomically
 
 Results = Mapping[str, Mapping[str, Any]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.runtime import write_atomically
+from llama_jax.storage import write_atomically
 from llama_jax.types import InputError
 
 # A bucket cannot append: there the whole log is written again, so often at most.

@@ -107,7 +107,7 @@ class Judges:
     """What some tasks need to score generated text; handed to every `score`, None where there is none.
 
     Attributes:
-      run_code: runs a Python program in a sandbox, returns 'passed' or why not (`eval.code_execution`).
+      run_code: runs a Python program in a sandbox, returns 'passed' or why not (`grading.sandbox`).
       rate_text: rates a text, e.g. its toxicity in [0, 1] (`eval.text_rating`).
     """
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
-from llama_jax.runtime import write_atomically
+from llama_jax.storage import write_atomically
 from llama_jax.types import InputError
 
 

@@ -9,7 +9,7 @@ from llama_jax.eval.harness import Sampling, evaluate, prepare
 from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Continuation, Likelihood, Task
 from llama_jax.eval.tasks import find_task
-from llama_jax.runtime import enable_bucket
+from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError
 from tests.reference.fake_gcs import FakeGCS
 

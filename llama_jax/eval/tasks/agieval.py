@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from etils import epath
 
 from llama_jax.eval.documents import MALFORMED, Source, read_text
-from llama_jax.eval.latex import equivalent, last_boxed, normalize
 from llama_jax.eval.task import (
     Completion,
     Completions,
@@ -31,6 +30,7 @@ from llama_jax.eval.task import (
     harness,
     mean,
 )  # fmt: skip
+from llama_jax.grading.latex import equivalent, last_boxed, normalize
 from llama_jax.types import InputError
 
 LLAMA_ENGLISH = (

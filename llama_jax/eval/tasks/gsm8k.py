@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.sampling_metrics import exact_match_scores
 from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Request, Scores, Task
+from llama_jax.grading.sampling_metrics import exact_match_scores
 
 INVALID = '[invalid]'
 _FLEXIBLE = re.compile(r'(-?[$0-9.,]{2,})|(-?[0-9]+)')

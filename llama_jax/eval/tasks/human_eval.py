@@ -1,14 +1,14 @@
 """HumanEval (Chen et al. 2021): write the body of a function that its tests accept; 0-shot, pass@k.
 
 The LLaMA papers sample pass@1 at temperature 0.1 (top-p 0.95 for Llama 2) and pass@100 at 0.8; lm-evaluation-harness
-and this task's default are greedy. Needs `eval.code_execution`.
+and this task's default are greedy. Needs `grading.sandbox`.
 """
 
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.sampling_metrics import pass_at_k
 from llama_jax.eval.task import Completion, Completions, Document, Judges, Request, Scores, Task
+from llama_jax.grading.sampling_metrics import pass_at_k
 
 REPORTED_K = (1, 10, 80, 100)
 

@@ -2,16 +2,16 @@ r"""MATH (Hendrycks et al. 2021): competition problems after Minerva's four exam
 
 `exact_match` reads "Final Answer: The final answer is ...", as the examples end and lm-evaluation-harness's
 minerva_math does; `exact_match_boxed` falls back on the last \boxed{}. With several samples maj1@k is their majority
-vote (the LLaMA paper has k = 256). Whether answers are equal: `eval.latex`.
+vote (the LLaMA paper has k = 256). Whether answers are equal: `grading.latex`.
 """
 
 import re
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.latex import equivalent, last_boxed, normalize
-from llama_jax.eval.sampling_metrics import exact_match_scores
 from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Scores, Task
+from llama_jax.grading.latex import equivalent, last_boxed, normalize
+from llama_jax.grading.sampling_metrics import exact_match_scores
 
 INVALID = '[invalidanswer]'
 _SAYS = 'Final Answer: The final answer is'

@@ -1,7 +1,7 @@
 """MBPP (Austin et al. 2021): short Python functions from a sentence and three tests; 3-shot, pass@k.
 
 Test items are the publisher's 11 to 510, examples 2, 3 and 4. The LLaMA papers sample as on HumanEval, with pass@80.
-Needs `eval.code_execution`.
+Needs `grading.sandbox`.
 """
 
 from collections.abc import Sequence

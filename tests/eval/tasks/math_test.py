@@ -1,8 +1,8 @@
-"""MATH's answers out of solutions, and when two are the same; the latter is `eval.latex`."""
+"""MATH's answers out of solutions, and when two are the same; the latter is `grading.latex`."""
 
-from llama_jax.eval.latex import equivalent, normalize
 from llama_jax.eval.task import Completions
 from llama_jax.eval.tasks.math import MATH, boxed_answer, final_answer, gold_answer
+from llama_jax.grading.latex import equivalent, normalize
 
 
 def test_official_solutions_are_read(shared_data):

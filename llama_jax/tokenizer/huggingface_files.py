@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from llama_jax.data.sentencepiece_model import BYTE, CONTROL, UNKNOWN, USER_DEFINED
-from llama_jax.data.tokenizer import LLAMA3_PATTERN, HuggingFaceTokenizer, Tokenizer
-from llama_jax.data.vocabulary import Vocabulary, end_of_turn, model_file, vocabulary_of
+from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, UNKNOWN, USER_DEFINED
+from llama_jax.tokenizer.tokenizer import LLAMA3_PATTERN, HuggingFaceTokenizer, Tokenizer
+from llama_jax.tokenizer.vocabulary import Vocabulary, end_of_turn, model_file, vocabulary_of
 from llama_jax.types import InputError
 
 

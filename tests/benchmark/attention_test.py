@@ -8,12 +8,12 @@ TINY = ['--suite=attention', '--attention_shapes=1,64,4,2,16', '--attention_roun
 
 # A kernel that does not honour segment ids; one case finds it.
 WRONG = """
-import experiments.benchmark_attention
+import experiments.benchmark.attention
 import llama_jax.ops.attention as front
 chunked = front.chunked_attention
 front.chunked_attention = lambda q, k, v, q_ids, kv_ids, *rest: chunked(q, k, v, None, None, *rest)
-experiments.benchmark_attention.KERNELS = {'cpu': ('chunked',)}
-experiments.benchmark_attention._CPU_CASES = [(8, 64, True, 'bfloat16')]
+experiments.benchmark.attention.KERNELS = {'cpu': ('chunked',)}
+experiments.benchmark.attention._CPU_CASES = [(8, 64, True, 'bfloat16')]
 """
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from llama_jax.runtime import enable_bucket
+from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError, error_line
 
 

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from llama_jax.data.chat_format import chat_format_for
-from llama_jax.data.huggingface_tokenizer import huggingface_files
-from llama_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
-from llama_jax.data.vocabulary import model_file, tokenizer_from_gguf
+from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import SentencePieceTokenizer, load_tokenizer
+from llama_jax.tokenizer.vocabulary import model_file, tokenizer_from_gguf
 from llama_jax.types import InputError
 
 TEXTS = [

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from llama_jax.data.chat_format import (
+from llama_jax.tokenizer.chat_format import (
     LLAMA2_TEMPLATE,
     LLAMA3_TEMPLATE,
     Llama2ChatFormat,
@@ -10,8 +10,8 @@ from llama_jax.data.chat_format import (
     Message,
     chat_format_for,
 )
-from llama_jax.data.huggingface_tokenizer import huggingface_files
-from llama_jax.data.tokenizer import TiktokenTokenizer, llama3_special_names, load_tokenizer
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import TiktokenTokenizer, llama3_special_names, load_tokenizer
 from llama_jax.types import InputError
 
 # Ids that Meta's own code gives.

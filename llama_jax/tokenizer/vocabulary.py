@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.data.sentencepiece_model import (
+from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -24,7 +24,7 @@ from llama_jax.data.sentencepiece_model import (
     read_model,
     write_model,
 )
-from llama_jax.data.tokenizer import (
+from llama_jax.tokenizer.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,

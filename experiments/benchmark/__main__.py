@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --suite=train [--json=FILE]
 
-Each suite is a file of its own, `benchmark_SUITE.py`, which says what it measures and has its own flags.
+Each suite is a file of its own, `benchmark/SUITE.py`, which says what it measures and has its own flags.
 """
 
 import importlib
@@ -15,14 +15,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import benchmark_attention, benchmark_convert, benchmark_eval, benchmark_train, launch
+from experiments import launch
+from experiments.benchmark import attention, convert, train
+from experiments.benchmark import eval as evaluation
 from llama_jax import runtime
 
 SUITES = {
-    'train': benchmark_train.run,
-    'attention': benchmark_attention.run,
-    'convert': benchmark_convert.run,
-    'eval': benchmark_eval.run,
+    'train': train.run,
+    'attention': attention.run,
+    'convert': convert.run,
+    'eval': evaluation.run,
 }
 
 _SUITE = flags.DEFINE_enum('suite', 'train', list(SUITES), 'what to measure')

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from llama_jax.eval import code_execution
-from llama_jax.eval.code_execution import CodeExecution, Limits
 from llama_jax.eval.task import Completions, Judges
 from llama_jax.eval.tasks.human_eval import HUMAN_EVAL
 from llama_jax.eval.tasks.mbpp import ALL, MBPP
+from llama_jax.grading import sandbox
+from llama_jax.grading.sandbox import CodeExecution, Limits
 from llama_jax.types import InputError
 
 BEHAVIOUR = {
@@ -63,8 +63,8 @@ def test_without_namespaces(run, monkeypatch, name):
 
 def test_native_code_cannot_reach_the_network(run, monkeypatch):
     """By the kernel's part of the fence alone, without the hook; by the hook where there are no namespaces."""
-    if isolated := code_execution._can_unshare():
-        unhooked = code_execution._GUARD.replace('sys.addaudithook(hook)', '')
+    if isolated := sandbox._can_unshare():
+        unhooked = sandbox._GUARD.replace('sys.addaudithook(hook)', '')
         monkeypatch.setattr(code_execution, '_GUARD', unhooked)
     outcome = run('import socket; socket.create_connection(("192.0.2.1", 80), timeout=0.5)')
     assert ('unreachable' if isolated else 'refuses socket.') in outcome
@@ -72,8 +72,8 @@ def test_native_code_cannot_reach_the_network(run, monkeypatch):
 
 def test_no_process_outlives_its_program(run, monkeypatch, tmp_path):
     """One that left the session, which only the namespace holds on to; else the hook refuses it."""
-    if isolated := code_execution._can_unshare():
-        unhooked = code_execution._GUARD.replace('sys.addaudithook(hook)', '')
+    if isolated := sandbox._can_unshare():
+        unhooked = sandbox._GUARD.replace('sys.addaudithook(hook)', '')
         unlimited = unhooked.replace('limit(resource.RLIMIT_NPROC, 1)', '')
         monkeypatch.setattr(code_execution, '_GUARD', unlimited)
     left = tmp_path / 'left'
@@ -97,16 +97,16 @@ def unshare(monkeypatch, tmp_path):
         script.write_text(f'#!/bin/sh\necho "$@" > {arguments}\n{body}\n')
         script.chmod(0o755)
 
-    monkeypatch.setattr(code_execution.shutil, 'which', lambda name: str(script) if script.exists() else None)
-    code_execution._can_unshare.cache_clear()
+    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: str(script) if script.exists() else None)
+    sandbox._can_unshare.cache_clear()
     yield write, arguments.read_text
-    code_execution._can_unshare.cache_clear()
+    sandbox._can_unshare.cache_clear()
 
 
 def test_a_program_gets_namespaces_of_its_own_where_there_are_any(run, unshare):
     write, read = unshare
     write('while [ "$1" != -- ]; do shift; done; shift; exec "$@"')
-    assert code_execution._can_unshare()
+    assert sandbox._can_unshare()
     assert run('assert __name__ == "__main__"') == 'passed'
     options, _, command = read().partition(' -- ')
     assert {'--user', '--net', '--pid', '--fork', '--kill-child'} == set(options.split())
@@ -118,12 +118,12 @@ def test_without_namespaces_the_hook_contains_alone(run, unshare, body):
     """No such command, or a kernel that refuses it."""
     if body:
         unshare[0](body)
-    assert not code_execution._can_unshare()
+    assert not sandbox._can_unshare()
     assert 'refuses socket.' in run(BEHAVIOUR['network'][0])
 
 
 def test_nothing_is_left_behind(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(code_execution.tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
     assert run('open("left", "w").write("x")') == 'passed'
     assert not os.listdir(tmp_path)
     assert (

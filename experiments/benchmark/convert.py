@@ -23,7 +23,7 @@ from llama_jax.convert import meta
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16
 from llama_jax.data.sources import read_documents
-from llama_jax.data.tokenizer_training import train_sentencepiece
+from llama_jax.tokenizer.training import train_sentencepiece
 
 _MODELS = flags.DEFINE_string(
     'convert_models', 'llama3_2_1b,llama2_7b', "presets; the last one's memory is set against the first one's"

@@ -6,8 +6,8 @@ import tokenize
 import numpy as np
 import pytest
 
-from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.data.tokenizer_training import _sample_lines, train_sentencepiece
+from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.tokenizer.training import _sample_lines, train_sentencepiece
 from llama_jax.types import InputError
 
 

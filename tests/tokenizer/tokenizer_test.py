@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from llama_jax.data.huggingface_tokenizer import huggingface_files
-from llama_jax.data.tokenizer import (
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import (
     HuggingFaceTokenizer,
     TiktokenTokenizer,
     llama3_special_names,

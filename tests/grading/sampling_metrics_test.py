@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llama_jax.eval.sampling_metrics import majority, pass_at_k
+from llama_jax.grading.sampling_metrics import majority, pass_at_k
 
 
 @pytest.mark.parametrize(('n', 'c', 'k'), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 6), (7, 1, 7), (8, 3, 6)])

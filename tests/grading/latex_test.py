@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from llama_jax.eval.latex import equivalent, last_boxed, normalize
+from llama_jax.grading.latex import equivalent, last_boxed, normalize
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@ import random
 
 import pytest
 
-from llama_jax.data.huggingface_tokenizer import huggingface_files
-from llama_jax.data.tokenizer import (
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     llama3_special_names,
     load_tokenizer,
 )
-from llama_jax.data.tokenizer_training import train_sentencepiece
-from llama_jax.data.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf, vocabulary_of
+from llama_jax.tokenizer.training import train_sentencepiece
+from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf, vocabulary_of
 from llama_jax.types import InputError
 
 

@@ -1,0 +1,1 @@
+"""Is an answer right? Pure Python, used by evaluation and by rewards."""
