@@ -1,40 +1,19 @@
-"""From flags and ConfigDict to dataclasses, mesh and resumption: the only place where the two worlds meet."""
+"""The command line alone: flags, one line and a status for what is wrong, the same command on all processes."""
 
 import difflib
-import functools
 import json
-import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
-import optax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from llama_jax import pretrained, runtime, storage, xla_options
-from llama_jax.eval.engine import Engine
-from llama_jax.eval.harness import Exam, evaluate, prepare
-from llama_jax.eval.task import Judges
-from llama_jax.eval.tasks import find_task
-from llama_jax.losses.language_model import language_model_loss
-from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.models.presets import PRESETS, with_vocab_size
-from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
-from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.train.loop import Callback
-from llama_jax.train.optimizer import OptimizerConfig
-from llama_jax.train.state import TrainState
-from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LossFn, error_line
-
-CONFIG_FILE = 'config.json'
-
-logger = stdlib_logging.getLogger('llama_jax.launch')
+from llama_jax import pretrained, runtime, storage
+from llama_jax.types import InputError, error_line
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
@@ -42,7 +21,7 @@ _COORDINATOR = flags.DEFINE_string(
     'coordinator', '', 'host:port of process 0, to join several processes by hand'
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
-_XLA_OPTIONS = flags.DEFINE_string(
+XLA_OPTIONS = flags.DEFINE_string(
     'xla_options', '', 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
 )
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
@@ -205,189 +184,6 @@ def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -> Partitioner:
-    """The mesh of these devices (all there are) with the axis rules of `config.mesh`."""
-    mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES}, devices)
-    return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
-
-
-def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
-    """The model of an architecture with the knobs of `config.model`."""
-    if config.model.dtype not in DTYPES:
-        raise InputError(f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(DTYPES)}')
-    return LlamaForCausalLM(
-        llama,
-        dtype=DTYPES[config.model.dtype],
-        remat=config.model.remat,
-        unroll=config.model.unroll,
-        attention_implementation=config.model.attention,
-        partitioner=partitioner,
-    )
-
-
-def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) -> None:
-    """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
-    if config.data.seq_len > max_seq_len:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
-            f'{max_seq_len} tokens'
-        )
-    size, parts = config.train.batch_size, config.train.num_microbatches
-    if parts < 1 or size < 1 or size % parts:
-        raise InputError(
-            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
-        )
-    partitioner.batch_sharding(size // parts, config.data.seq_len)
-    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} does not divide into '
-            f'--config.train.loss_chunks={config.train.loss_chunks}'
-        )
-
-
-def make_train_step(
-    config: ConfigDict,
-    model: LlamaForCausalLM,
-    target: TrainState,
-    tx: optax.GradientTransformation,
-) -> tuple[LossFn, Callable]:
-    """(the loss of pretraining, the jitted update) that the config describes, for a state like `target`."""
-    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
-    assert model.partitioner is not None
-    step_fn = compile_train_step(
-        target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches,
-        compiler_options=compiler_options(model.partitioner),
-    )  # fmt: skip
-    return loss_fn, step_fn
-
-
-@functools.cache
-def compiler_options(partitioner: Partitioner) -> dict[str, Any]:
-    """What --xla_options sets, checked with the compiler for these devices."""
-    return xla_options.parse(_XLA_OPTIONS.value, partitioner.mesh)
-
-
-def find_preset(name: str) -> LlamaConfig:
-    """The preset of that name, or a line with the nearest ones."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
-        raise InputError(f'unknown model {name!r}; did you mean {" or ".join(near)}?')
-    return PRESETS[name]
-
-
-def fit_vocabulary(config: ConfigDict, llama: LlamaConfig, tokenizer_size: int) -> LlamaConfig:
-    """The architecture with room for every id of the tokenizer."""
-    wanted = config.model.vocab_size or max(llama.vocab_size, tokenizer_size)
-    if wanted < tokenizer_size:
-        raise InputError(
-            f'--config.model.vocab_size={wanted} is less than the tokenizer needs: {tokenizer_size} ids; '
-            'raise it, or 0 to fit'
-        )
-    return with_vocab_size(llama, wanted)
-
-
-def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    """`config.optimizer` as the dataclass that the library takes."""
-    return OptimizerConfig(**config.optimizer)
-
-
 def split_list(text: str) -> tuple[str, ...]:
     """'a, b' -> ('a', 'b')."""
     return tuple(filter(None, (part.strip() for part in text.split(','))))
-
-
-# What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
-_IDENTITY = (
-    'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
-    'train.z_loss', 'optimizer.',
-)  # fmt: skip
-
-
-def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
-    """Refuses a workdir of another run, naming the first key that differs."""
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
-    file = workdir / CONFIG_FILE
-    if not file.exists():
-        return
-    try:
-        recorded = json.loads(file.read_text())
-        before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({error_line(error)}); start in a new --workdir') from error
-    now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
-    for key in sorted(set(before) | set(now)):
-        if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
-            flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
-            raise InputError(
-                f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
-                f'{now.get(key)!r}; restore it, or choose a new --workdir'
-            )
-
-
-def check_data(workdir: epath.Path, fingerprint: str) -> None:
-    """Refuses to go on where the documents themselves have changed."""
-    file = workdir / CONFIG_FILE
-    if file.exists() and (before := json.loads(file.read_text())['data_fingerprint']) != fingerprint:
-        raise InputError(
-            f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
-            f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
-        )
-
-
-def check_same_data(fingerprint: str) -> None:
-    """Refuses hosts whose copies of the documents differ."""
-    first, *others = runtime.gather_texts(fingerprint)
-    for process, other in enumerate(others, start=1):
-        if other != first:
-            raise InputError(
-                f'process {process} finds other documents in --config.data.train than process 0 (fingerprint '
-                f'{other[:12]}, not {first[:12]}); give all hosts the same files'
-            )
-
-
-def record_run(
-    workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str
-) -> dict[str, Any]:
-    """Writes config.json and returns what it holds."""
-    record = {
-        'config': json.loads(config.to_json()),
-        'base_checkpoint': base_checkpoint,
-        'data_fingerprint': fingerprint,
-    }
-    if runtime.is_main_process():
-        storage.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
-    return record
-
-
-def prepare_exams(config: ConfigDict) -> list[Exam]:
-    """The benchmarks that `config.eval` names, read before anything is trained."""
-    exams = []
-    for name in split_list(config.eval.tasks):
-        task = find_task(name)
-        task.check(Judges())
-        if not config.eval.data_dir and not name.startswith('perplexity:'):
-            raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
-        exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
-    return exams
-
-
-def take_exams(
-    config: ConfigDict, exams: Sequence[Exam], model: LlamaForCausalLM, tokenizer: Tokenizer
-) -> Callback:
-    """A callback of the loop that evaluates the benchmarks on the training mesh: {'TASK/METRIC': value}."""
-    rows = config.train.batch_size // config.train.num_microbatches
-    model = model.clone(remat='none')
-
-    def callback(state: TrainState, step: int) -> dict[str, float]:
-        engine = Engine(model, state.params, tokenizer, batch_tokens=rows * config.data.seq_len)
-        figures = {}
-        for exam in exams:
-            found = evaluate(exam, engine, progress=False)
-            kept = {metric: found[metric] for metric in exam.task.metrics if metric in found}
-            figures |= {f'{exam.task.name}/{metric}': value for metric, value in kept.items()}
-        shown = ', '.join(f'{name} {value:.4f}' for name, value in figures.items())
-        logger.info('step %d: %s', step, shown)
-        return figures
-
-    return callback

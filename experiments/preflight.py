@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch
+from experiments import launch, training
 from llama_jax import storage
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
@@ -62,7 +62,7 @@ def main() -> None:
     topology = Topology.parse(_TOPOLOGY.value)
     devices = ahead.topology_devices(topology)
     config = _CONFIG.value
-    llama = launch.fit_vocabulary(config, launch.find_preset(config.model.preset), 0)
+    llama = training.fit_vocabulary(config, training.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
     decoder = make_decoder(config, llama, devices) if _DECODE_BATCH.value else None
     compiled, work, partitioner = compile_training(config, llama, devices)
@@ -102,13 +102,13 @@ def compile_training(
     config: ConfigDict, llama: LlamaConfig, devices: list[Any]
 ) -> tuple[ahead.Compiled, Work, Partitioner]:
     """The train step of `experiments.pretrain`, compiled for these devices, and what it is to do."""
-    partitioner = launch.make_partitioner(config, devices)
-    launch.check_sizes(config, llama.max_seq_len, partitioner)
-    model = launch.make_model(config, llama, partitioner)
-    optimizer = launch.make_optimizer_config(config)
+    partitioner = training.make_partitioner(config, devices)
+    training.check_sizes(config, llama.max_seq_len, partitioner)
+    model = training.make_model(config, llama, partitioner)
+    optimizer = training.make_optimizer_config(config)
     tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
     target = abstract_state(model, tx, partitioner)
-    _, step_fn = launch.make_train_step(config, model, target, tx)
+    _, step_fn = training.make_train_step(config, model, target, tx)
     shape = config.train.batch_size, config.data.seq_len
     sharding = partitioner.batch_sharding(*shape)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -136,15 +136,15 @@ def make_decoder(
 
     On the mesh of training, but for `context`: a row that grows is not split, so `fsdp` takes its devices.
     """
-    mesh = launch.make_partitioner(config, devices).mesh.shape
+    mesh = training.make_partitioner(config, devices).mesh.shape
     config = config.copy_and_resolve_references()
     config.mesh.fsdp, config.mesh.context = mesh['fsdp'] * mesh['context'], 1
-    partitioner = launch.make_partitioner(config, devices)
+    partitioner = training.make_partitioner(config, devices)
     if _DECODE_BATCH.value % (parts := partitioner.axis_size('batch')):
         raise InputError(
             f'--decode_batch={_DECODE_BATCH.value} does not divide over {parts} devices; make it a multiple of {parts}'
         )
-    model = launch.make_model(config, llama, partitioner)
+    model = training.make_model(config, llama, partitioner)
     return model, decode_arguments(model, _DECODE_BATCH.value, config.data.seq_len)
 
 
@@ -152,7 +152,7 @@ def compile_decode(model: LlamaForCausalLM, arguments: tuple[Any, ...]) -> tuple
     """One token more for every row."""
     params, cache, tokens = arguments
     assert model.partitioner is not None
-    options = launch.compiler_options(model.partitioner)
+    options = training.compiler_options(model.partitioner)
     compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens, compiler_options=options)
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
     rows, length = tokens.shape[0], cache.keys.shape[2]

@@ -17,7 +17,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch
+from experiments import launch, training
+from experiments.workdir import CONFIG_FILE, check_data, check_same_data, check_workdir, record_run
 from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
@@ -65,32 +66,32 @@ def main() -> None:
     # ---- What is refused before anything is written -----------------------------------------------------------------
     with runtime.refused_by_all():
         preset = starting_architecture(config)
-        partitioner = launch.make_partitioner(config)
-        launch.check_sizes(config, preset.max_seq_len, partitioner)
-        launch.compiler_options(partitioner)
+        partitioner = training.make_partitioner(config)
+        training.check_sizes(config, preset.max_seq_len, partitioner)
+        training.compiler_options(partitioner)
         weights = parse_weights(config)
-        optimizer = launch.make_optimizer_config(config)
+        optimizer = training.make_optimizer_config(config)
         schedule = make_schedule(optimizer, config.train.num_steps)
         tx = make_optimizer(optimizer, schedule)
-        exams = launch.prepare_exams(config)
+        exams = training.prepare_exams(config)
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
-        abstract_state(launch.make_model(config, preset, partitioner), tx, partitioner)
-        launch.check_workdir(workdir, config, _CHECKPOINT.value)
+        abstract_state(training.make_model(config, preset, partitioner), tx, partitioner)
+        check_workdir(workdir, config, _CHECKPOINT.value)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     tokenizer = find_tokenizer(config, workdir)
     with runtime.refused_by_all():
         data = read_data(config, tokenizer, weights)
-        launch.check_data(workdir, data.fingerprint)
-    launch.check_same_data(data.fingerprint)
+        check_data(workdir, data.fingerprint)
+    check_same_data(data.fingerprint)
 
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
-    llama = launch.fit_vocabulary(config, preset, tokenizer.vocab_size)
-    model = launch.make_model(config, llama, partitioner)
+    llama = training.fit_vocabulary(config, preset, tokenizer.vocab_size)
+    model = training.make_model(config, llama, partitioner)
     logger.info(
         '%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner)
     )
-    record = launch.record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
+    record = record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
         pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
     target = abstract_state(model, tx, partitioner)
@@ -100,7 +101,7 @@ def main() -> None:
     )
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    loss_fn, step_fn = launch.make_train_step(config, model, target, tx)
+    loss_fn, step_fn = training.make_train_step(config, model, target, tx)
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, record['config'])
     validate = make_validation(config, data, loss_fn, partitioner)
@@ -108,7 +109,7 @@ def main() -> None:
     if validate:
         callbacks.append((config.eval.every or config.train.num_steps, log_validation(validate)))
     if exams:
-        take = launch.take_exams(config, exams, model, tokenizer)
+        take = training.take_exams(config, exams, model, tokenizer)
         callbacks.append((config.eval.tasks_every or config.train.num_steps, take))
     with jax.set_mesh(partitioner.mesh):
         state, step = train(
@@ -147,7 +148,7 @@ def main() -> None:
 
 def starting_architecture(config: ConfigDict) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
-    preset = launch.find_preset(config.model.preset)
+    preset = training.find_preset(config.model.preset)
     if not _CHECKPOINT.value:
         return preset
     base = pretrained.load_config(pretrained.resolve(_CHECKPOINT.value))
@@ -183,7 +184,7 @@ def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     file = workdir / 'tokenizer.model'
     source = config.data.tokenizer or _CHECKPOINT.value
     # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
-    if not file.exists() or not (workdir / launch.CONFIG_FILE).exists():
+    if not file.exists() or not (workdir / CONFIG_FILE).exists():
         with runtime.refused_by_all():
             given = pretrained.load_tokenizer(source) if source else None
             if runtime.is_main_process():

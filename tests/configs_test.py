@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import pretrain
-from experiments import launch
+from experiments import launch, training
 from llama_jax.models.presets import PRESETS
 from llama_jax.train.optimizer import make_schedule
 
@@ -22,10 +22,10 @@ def flat(config) -> dict:
 def test_every_preset_has_a_recipe_that_fits_it(model):
     config = pretrain.get_config(model)
     assert config.model.preset == model
-    preset = launch.find_preset(model)
+    preset = training.find_preset(model)
     assert config.data.seq_len <= preset.max_seq_len
     assert config.data.seq_len % config.train.loss_chunks == 0
-    optimizer = launch.make_optimizer_config(config)
+    optimizer = training.make_optimizer_config(config)
     schedule = make_schedule(optimizer, config.train.num_steps)
     assert float(schedule(config.train.num_steps - 1)) == pytest.approx(
         optimizer.learning_rate * optimizer.final_fraction, rel=1e-5

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import launch
+from experiments import launch, training
 from llama_jax.convert import meta
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16
@@ -62,7 +62,7 @@ class _Noise:
 
 def make_checkpoint(model: str, folder: Path) -> None:
     """Writes a checkpoint of a preset's full size, in bfloat16, as Meta would, with a small tokenizer."""
-    config = launch.find_preset(model)
+    config = training.find_preset(model)
     values = np.random.default_rng(0).normal(0, 0.02, 1 << 25).astype(BFLOAT16)
     values = np.concatenate([values, values[: 1 << 23]])
     tensors = {

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import launch
+from experiments import launch, training
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
@@ -50,7 +50,7 @@ Step = Callable[[], float]  # one update; the loss before it
 
 def run() -> dict[str, Any]:
     """Times a training step of every contender in turns, and prints a table."""
-    config = launch.find_preset(_MODEL.value)
+    config = training.find_preset(_MODEL.value)
     seq_len = _SEQ_LEN.value or config.max_seq_len
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = automatic if _DTYPE.value == 'auto' else _DTYPE.value

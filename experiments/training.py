@@ -1,0 +1,151 @@
+"""What every training does around its objective: sizes, model and train step of a config, benchmarks on the way."""
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from experiments import launch
+from llama_jax import xla_options
+from llama_jax.eval.engine import Engine
+from llama_jax.eval.harness import Exam, evaluate, prepare
+from llama_jax.eval.task import Judges
+from llama_jax.eval.tasks import find_task
+from llama_jax.losses.language_model import language_model_loss
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS, with_vocab_size
+from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.train.loop import Callback
+from llama_jax.train.optimizer import OptimizerConfig
+from llama_jax.train.state import TrainState
+from llama_jax.train.step import compile_train_step
+from llama_jax.types import InputError, LossFn
+
+logger = logging.getLogger('llama_jax.training')
+
+
+def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -> Partitioner:
+    """The mesh of these devices (all there are) with the axis rules of `config.mesh`."""
+    mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES}, devices)
+    return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
+
+
+def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
+    """The model of an architecture with the knobs of `config.model`."""
+    if config.model.dtype not in launch.DTYPES:
+        raise InputError(
+            f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(launch.DTYPES)}'
+        )
+    return LlamaForCausalLM(
+        llama,
+        dtype=launch.DTYPES[config.model.dtype],
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention_implementation=config.model.attention,
+        partitioner=partitioner,
+    )
+
+
+def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) -> None:
+    """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
+    if config.data.seq_len > max_seq_len:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
+            f'{max_seq_len} tokens'
+        )
+    size, parts = config.train.batch_size, config.train.num_microbatches
+    if parts < 1 or size < 1 or size % parts:
+        raise InputError(
+            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
+        )
+    partitioner.batch_sharding(size // parts, config.data.seq_len)
+    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} does not divide into '
+            f'--config.train.loss_chunks={config.train.loss_chunks}'
+        )
+
+
+def make_train_step(
+    config: ConfigDict,
+    model: LlamaForCausalLM,
+    target: TrainState,
+    tx: optax.GradientTransformation,
+) -> tuple[LossFn, Callable]:
+    """(the loss of pretraining, the jitted update) that the config describes, for a state like `target`."""
+    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
+    assert model.partitioner is not None
+    step_fn = compile_train_step(
+        target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches,
+        compiler_options=compiler_options(model.partitioner),
+    )  # fmt: skip
+    return loss_fn, step_fn
+
+
+@functools.cache
+def compiler_options(partitioner: Partitioner) -> dict[str, Any]:
+    """What --xla_options sets, checked with the compiler for these devices."""
+    return xla_options.parse(launch.XLA_OPTIONS.value, partitioner.mesh)
+
+
+def find_preset(name: str) -> LlamaConfig:
+    """The preset of that name, or a line with the nearest ones."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
+        raise InputError(f'unknown model {name!r}; did you mean {" or ".join(near)}?')
+    return PRESETS[name]
+
+
+def fit_vocabulary(config: ConfigDict, llama: LlamaConfig, tokenizer_size: int) -> LlamaConfig:
+    """The architecture with room for every id of the tokenizer."""
+    wanted = config.model.vocab_size or max(llama.vocab_size, tokenizer_size)
+    if wanted < tokenizer_size:
+        raise InputError(
+            f'--config.model.vocab_size={wanted} is less than the tokenizer needs: {tokenizer_size} ids; '
+            'raise it, or 0 to fit'
+        )
+    return with_vocab_size(llama, wanted)
+
+
+def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """`config.optimizer` as the dataclass that the library takes."""
+    return OptimizerConfig(**config.optimizer)
+
+
+def prepare_exams(config: ConfigDict) -> list[Exam]:
+    """The benchmarks that `config.eval` names, read before anything is trained."""
+    exams = []
+    for name in launch.split_list(config.eval.tasks):
+        task = find_task(name)
+        task.check(Judges())
+        if not config.eval.data_dir and not name.startswith('perplexity:'):
+            raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
+        exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
+    return exams
+
+
+def take_exams(
+    config: ConfigDict, exams: Sequence[Exam], model: LlamaForCausalLM, tokenizer: Tokenizer
+) -> Callback:
+    """A callback of the loop that evaluates the benchmarks on the training mesh: {'TASK/METRIC': value}."""
+    rows = config.train.batch_size // config.train.num_microbatches
+    model = model.clone(remat='none')
+
+    def callback(state: TrainState, step: int) -> dict[str, float]:
+        engine = Engine(model, state.params, tokenizer, batch_tokens=rows * config.data.seq_len)
+        figures = {}
+        for exam in exams:
+            found = evaluate(exam, engine, progress=False)
+            kept = {metric: found[metric] for metric in exam.task.metrics if metric in found}
+            figures |= {f'{exam.task.name}/{metric}': value for metric, value in kept.items()}
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in figures.items())
+        logger.info('step %d: %s', step, shown)
+        return figures
+
+    return callback

@@ -1,0 +1,76 @@
+"""Whose run a workdir holds: what its checkpoints depend on is recorded, and another run is refused."""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments.launch import flatten
+from llama_jax import runtime, storage
+from llama_jax.types import InputError, error_line
+
+CONFIG_FILE = 'config.json'
+
+# What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
+_IDENTITY = (
+    'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
+    'train.z_loss', 'optimizer.',
+)  # fmt: skip
+
+
+def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
+    """Refuses a workdir of another run, naming the first key that differs."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        return
+    try:
+        recorded = json.loads(file.read_text())
+        before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f'{file} is damaged ({error_line(error)}); start in a new --workdir') from error
+    now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
+    for key in sorted(set(before) | set(now)):
+        if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
+            flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
+            raise InputError(
+                f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
+                f'{now.get(key)!r}; restore it, or choose a new --workdir'
+            )
+
+
+def check_data(workdir: epath.Path, fingerprint: str) -> None:
+    """Refuses to go on where the documents themselves have changed."""
+    file = workdir / CONFIG_FILE
+    if file.exists() and (before := json.loads(file.read_text())['data_fingerprint']) != fingerprint:
+        raise InputError(
+            f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
+            f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
+        )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Refuses hosts whose copies of the documents differ."""
+    first, *others = runtime.gather_texts(fingerprint)
+    for process, other in enumerate(others, start=1):
+        if other != first:
+            raise InputError(
+                f'process {process} finds other documents in --config.data.train than process 0 (fingerprint '
+                f'{other[:12]}, not {first[:12]}); give all hosts the same files'
+            )
+
+
+def record_run(
+    workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str
+) -> dict[str, Any]:
+    """Writes config.json and returns what it holds."""
+    record = {
+        'config': json.loads(config.to_json()),
+        'base_checkpoint': base_checkpoint,
+        'data_fingerprint': fingerprint,
+    }
+    if runtime.is_main_process():
+        storage.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
+    return record
