@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from llama_jax import pretrained, runtime, storage
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError, SystemFailure, error_line
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
             if runtime.is_main_process():
                 _discard(existed)
             _fail(str(error), 2)
-        except FloatingPointError as error:
+        except (FloatingPointError, SystemFailure) as error:
             _fail(str(error), 1)
         except OSError as error:
             if error.filename is None:

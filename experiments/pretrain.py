@@ -96,14 +96,12 @@ def main() -> None:
         pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
     target = abstract_state(model, tx, partitioner)
     checkpointer = Checkpointer(workdir / pretrained.CHECKPOINTS, config.checkpoint.keep)
-    state, start_step, rows_consumed = initial_state(
-        config, checkpointer, target, model, tx, partitioner.mesh
-    )
+    state, start_step, restored = initial_state(config, checkpointer, target, model, tx, partitioner.mesh)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     loss_fn, step_fn = training.make_train_step(config, model, target, tx)
     metrics_file = workdir / 'metrics.jsonl'
-    writers = make_writers(config, workdir, metrics_file, start_step, record['config'])
+    writers = make_writers(config, workdir, metrics_file, start_step, restored, record['config'])
     validate = make_validation(config, data, loss_fn, partitioner)
     callbacks: list[tuple[int, Callback]] = []
     if validate:
@@ -119,7 +117,7 @@ def main() -> None:
             frozen={},
             batches=batches(
                 data.train, batch_size=config.train.batch_size, seq_len=config.data.seq_len,
-                partitioner=partitioner, rows_consumed=rows_consumed,
+                partitioner=partitioner, rows_consumed=restored.get('rows_consumed', 0),
             ),
             rng=jax.random.key(config.seed + 1),
             start_step=start_step,
@@ -224,27 +222,32 @@ def initial_state(
     model: LlamaForCausalLM,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> tuple[TrainState, int, int]:
-    """(state, updates done, rows consumed): resumed, continued from --checkpoint, or fresh; born sharded."""
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """(state, updates done, what was saved with it): resumed, continued from --checkpoint, or fresh; born sharded."""
     if restored := checkpointer.restore_latest(target):
         step, state, metadata = restored
         logger.info('resuming at step %d of %d', step, config.train.num_steps)
-        return state, step, metadata['rows_consumed']
+        return state, step, metadata
     if _CHECKPOINT.value:
         _, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
         start = jax.jit(functools.partial(state_from_params, tx=tx), out_shardings=shardings_of(target))
-        return start(params), 0, 0
+        return start(params), 0, {}
     start = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))
-    return start(jax.random.key(config.seed)), 0, 0
+    return start(jax.random.key(config.seed)), 0, {}
 
 
 def make_writers(
-    config: ConfigDict, workdir: epath.Path, metrics_file: epath.Path, start_step: int, record: dict[str, Any]
+    config: ConfigDict,
+    workdir: epath.Path,
+    metrics_file: epath.Path,
+    start_step: int,
+    restored: dict[str, Any],
+    record: dict[str, Any],
 ) -> list[Writer]:
     """Where the main process writes figures to."""
     if not runtime.is_main_process():
         return []
-    writers: list[Writer] = [JsonlWriter(metrics_file, start_step)]
+    writers: list[Writer] = [JsonlWriter(metrics_file, start_step, restored)]
     if config.log.tensorboard:
         writers.append(TensorBoardWriter(workdir / 'tensorboard'))
     if config.log.wandb:

@@ -26,7 +26,7 @@ from llama_jax.convert.tensors import cast, row_blocks, same_bits
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.storage import enable_bucket, new_folder, prefetch, write_atomically
+from llama_jax.storage import enable_bucket, new_folder, prefetch, system_failures, write_atomically
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -252,8 +252,9 @@ def save(
 def _refused_in_one_line(path: epath.PathLike) -> Iterator[None]:
     """What the system says against writing there, such as that the disk is full."""
     try:
-        yield
-    except OSError as error:
+        with system_failures(f'{path} cannot be written'):
+            yield
+    except OSError as error:  # about the path itself
         raise InputError(f'{path} cannot be written: {error}') from error
 
 

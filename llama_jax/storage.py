@@ -1,16 +1,22 @@
 """Places of files: local paths and gs:// buckets, files and folders that appear whole, reading ahead."""
 
 import contextlib
+import errno
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure, error_line
 
 T = TypeVar('T')
+
+# What a wrong path causes; such errors name it, and stay what they are.
+_PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_PATH_ERROR_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY)
 
 
 def enable_bucket(path: str | os.PathLike) -> None:
@@ -33,24 +39,85 @@ def enable_bucket(path: str | os.PathLike) -> None:
         fsspec.config.conf.setdefault(protocol, {})['use_listings_cache'] = False
 
 
+@contextlib.contextmanager
+def system_failures(what: str) -> Iterator[None]:
+    """Within, what the system fails at (a full disk, a broken device, a bucket out of reach) becomes one line.
+
+    Args:
+      what: begins the line: 'PATH cannot be written'.
+
+    Raises:
+      SystemFailure: instead of an OSError, of TensorStore's errors that carry one, and of those of a bucket's client.
+        A path that is not there, not a folder or not permitted stays the OSError that it was.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError) and (reason := _system_reason(error)):
+            raise SystemFailure(f'{what}: {reason}') from error
+        raise
+
+
+def _system_reason(error: BaseException) -> str:
+    """What the system says in an error or its causes; '' where it is not the system's, or is about a path."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's, of any type
+        error = OSError(int(code[1]), os.strerror(int(code[1])))
+    if isinstance(error, OSError):
+        of_path = isinstance(error, _PATH_ERRORS) or error.errno in _PATH_ERROR_NUMBERS
+        return '' if of_path else error.strerror or error_line(error)
+    if type(error).__module__.partition('.')[0] in ('gcsfs', 'aiohttp', 'google'):
+        return f'{type(error).__name__}: {error_line(error)}'
+    return _system_reason(error.__cause__) if error.__cause__ else ''
+
+
 def write_atomically(path, data: bytes | str) -> None:
     """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half.
 
     Args:
       path: an `epath.Path`, local or `gs://...`; folders above it are made.
       data: bytes, or text to write as UTF-8.
+
+    Raises:
+      SystemFailure: the disk is full, or broken; what stood at `path` still does.
     """
     data = data.encode() if isinstance(data, str) else data
-    if '://' in os.fspath(path):
-        path.write_bytes(data)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with system_failures(f'{path} cannot be written'):
+        if '://' in os.fspath(path):
+            path.write_bytes(data)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
+        try:
+            with open(beside, 'wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name without its content
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+class AppendedFile:
+    """A local file that grows; what was appended is in the system's hands when `append` returns."""
+
+    def __init__(self, path: os.PathLike):
+        self._path = path
+        # Without a buffer: what a full disk has refused would be written again, and fail again, when Python ends.
+        self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
+
+    def append(self, data: bytes) -> None:
+        """Raises SystemFailure where it cannot be written; a part of it may have been."""
+        with system_failures(f'{self._path} cannot be written'):
+            while data:
+                data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        """Returns when it is on the disk, where a power cut cannot take it."""
+        with system_failures(f'{self._path} cannot be written'):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @contextlib.contextmanager

@@ -29,6 +29,13 @@ class InputError(ValueError):
     """
 
 
+class SystemFailure(Exception):
+    """The system failed while work was under way: a full disk, a quota, a device; the message is the one line.
+
+    Commands print it and exit with status 1. What was finished before stays, and the same command goes on from there.
+    """
+
+
 def error_line(error: BaseException) -> str:
     """What a library's error says, short enough to be the reason within a line of ours; its type where it is silent."""
     lines = filter(None, map(str.strip, str(error).splitlines()))

@@ -20,7 +20,7 @@ from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load, load_config, save_config
 from llama_jax.tokenizer.training import train_sentencepiece
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 from tests import toy
 from tests.convert.in_memory import random_source
 
@@ -207,7 +207,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_one_that_would_overwrite_is_
     source, tokenizer = pretrained.open_source(workdir), load(workdir)[2]
     broken = dataclasses.replace(source, tensors={**source.tensors, 'final_norm': [Unreadable()]})
     for to in ('orbax', 'meta', 'huggingface', 'gguf'):
-        with pytest.raises(InputError, match='out cannot be written: disk on fire'):
+        with pytest.raises(SystemFailure, match='out cannot be written: disk on fire'):
             pretrained.save(tmp_path / 'out', broken, tokenizer, to=to)
         assert not any(tmp_path.iterdir())
     (tmp_path / 'out').mkdir()
@@ -261,7 +261,7 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, workdi
         resource.RLIMIT_FSIZE, (20_000, limits[1])
     )  # as a full disk, at 20,000 bytes of a file
     try:
-        with pytest.raises(InputError, match='out cannot be written: .*File too large'):
+        with pytest.raises(SystemFailure, match='out cannot be written: .*File too large'):
             pretrained.save(tmp_path / 'out', source, tokenizer, to=to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

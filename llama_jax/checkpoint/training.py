@@ -3,6 +3,7 @@
 Restoring passes over a step that was damaged after its commit (`integrity`), for the one before.
 """
 
+import contextlib
 import json
 import logging
 from typing import Any
@@ -11,11 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llama_jax.checkpoint.event_loop import all_reads_awaited
+from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.checkpoint.weights import CHUNK_BYTES
 from llama_jax.runtime import gather_texts, is_main_process, refused_by_all, sync_processes
-from llama_jax.storage import enable_bucket
+from llama_jax.storage import enable_bucket, system_failures
 from llama_jax.types import InputError, PyTree, error_line
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,19 @@ class Checkpointer:
 
         Args:
           directory: local or `gs://...`.
-          keep: how many of the newest steps stay.
+          keep: how many of the newest steps stay; 0: all.
+
+        Raises:
+          InputError: keep is negative, or the directory is of a bucket that cannot be reached.
         """
+        if keep < 0:
+            raise InputError(
+                f'checkpoints to keep: {keep}; give the number of the newest that stay, or 0 for all'
+            )
         enable_bucket(directory)
         self._directory = absolute(directory)
         self._saving: int | None = None
+        self._at_end_of_save = contextlib.ExitStack()
         if is_main_process():
             self._directory.mkdir(parents=True, exist_ok=True)
         sync_processes('checkpoint directory')
@@ -43,7 +52,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=keep or None,
                 create=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
                 cleanup_tmp_directories=True,
@@ -58,15 +67,25 @@ class Checkpointer:
           step: the updates that `state` has had.
           state: a tree of arrays.
           metadata: JSON values that must be restored with the state (rows consumed, the run's configuration).
+
+        Raises:
+          SystemFailure: this one or the one before cannot be written; those of before stay.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state, jax.tree.map(_save_args, state)),
-                metadata=ocp.args.JsonSave(metadata),
-            ),
+        self._at_end_of_save.enter_context(told_once())
+        with self._failures_of(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, jax.tree.map(_save_args, state)),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
+
+    def _failures_of(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return system_failures(
+            f'the checkpoint of step {step} under {self._directory} cannot be written, those of before stay'
         )
 
     def _record_sizes(self) -> None:
@@ -108,7 +127,7 @@ class Checkpointer:
         """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
         folder = self._directory / str(step)
         restored, damage = None, ''
-        with refused_by_all(), all_reads_awaited():
+        with refused_by_all(), told_once():
             try:  # by the handlers, as the manager would wait for processes that have failed
                 restored = (
                     ocp.StandardCheckpointHandler().restore(
@@ -141,13 +160,25 @@ class Checkpointer:
         sync_processes(f'passed over {step}')
         self._manager.reload()
 
+    def raise_failure(self) -> None:
+        """Raises SystemFailure where the save under way has failed; waits for nothing."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when the last save is committed."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is committed; raises SystemFailure, once, where it cannot be."""
+        if self._saving is None:
+            return
+        try:
+            with self._failures_of(self._saving):
+                self._manager.wait_until_finished()
+        finally:
+            self._saving = None
+            self._at_end_of_save.close()
 
     def close(self) -> None:
         """Commits what is being saved and lets go of the directory."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 
-from llama_jax.checkpoint.event_loop import all_reads_awaited
+from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
 from llama_jax.runtime import refused_by_all
-from llama_jax.storage import enable_bucket, prefetch
+from llama_jax.storage import enable_bucket, prefetch, system_failures
 from llama_jax.types import InputError, LazyArray, Params, PyTree, error_line
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
@@ -81,7 +80,7 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
         partial_restore=True,
     )
     handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would wait for processes that have failed
-    with refused_by_all(), all_reads_awaited():
+    with refused_by_all(), told_once():
         try:
             # Before anything is read: where one shape differs Orbax would read all else first, and name no weight.
             saved = handler.metadata(state).tree['params']
@@ -129,7 +128,7 @@ def save_params(
       progress: called with the number of bytes of each block written.
 
     Raises:
-      OSError: the system refuses: the disk is full, say.
+      SystemFailure: the disk is full, or broken.
     """
     enable_bucket(directory)
     folder = absolute(directory)
@@ -139,15 +138,12 @@ def save_params(
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         item = {'params': traverse_util.unflatten_dict(tree, sep='/')}
-        try:
+        with told_once(), system_failures(f'{folder} cannot be written'):
             checkpointer.save(folder / '0/state', args=ocp.args.PyTreeSave(item))
-        except ValueError as error:  # TensorStore's, also for what the system refuses
-            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    record_sizes(folder, 0)
-    if '://' in os.fspath(folder):  # where a folder cannot be renamed, this file is what makes it whole
-        (folder / '0/commit_success.txt').write_text('')
+    with system_failures(f'{folder} cannot be written'):
+        record_sizes(folder, 0)
+        if '://' in os.fspath(folder):  # where a folder cannot be renamed, this file is what makes it whole
+            (folder / '0/commit_success.txt').write_text('')
 
 
 def open_params(step_folder: epath.PathLike) -> dict[str, LazyArray]:

@@ -95,8 +95,9 @@ def train(
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name, value in values.items():
             if not math.isfinite(value):
+                last = f'the last checkpoint is of step {saved}' if saved else 'no checkpoint was saved yet'
                 raise FloatingPointError(
-                    f'{name} is {value} at step {step}; the last checkpoint is of step {saved}. Look at the data of '
+                    f'{name} is {value} at step {step}; {last}. Look at the data of '
                     'this step, or start a new --workdir with a lower --config.optimizer.learning_rate'
                 )
         logged = extra or _is_due(step, config.log_every) or step == config.num_steps
@@ -112,9 +113,10 @@ def train(
     def save() -> None:
         nonlocal saved
         # The figures of every saved step must survive a kill: resuming keeps them, and computes only later ones.
+        kept = {'rows_consumed': done * config.batch_size}
         for writer in writers if is_main_process() else ():
-            writer.flush()
-        checkpointer.save(done, state, metadata | {'rows_consumed': done * config.batch_size})
+            kept |= writer.flush()
+        checkpointer.save(done, state, metadata | kept)
         saved = done
 
     # The loop reads one step behind: fetching a metric waits for its step, and the devices must not wait for us.
@@ -135,6 +137,7 @@ def train(
             bar.update()
             if pending:
                 report(*pending, {})
+            checkpointer.raise_failure()
             pending = (done, metrics)
             last = done == config.num_steps
             due = [callback for every, callback in callbacks if last or _is_due(done, every)]

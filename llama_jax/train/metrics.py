@@ -4,16 +4,22 @@ metrics.jsonl has one object per logged step and no step twice: resuming cuts it
 store cannot append or rename, so there the file is written whole, before each checkpoint and at the end.
 """
 
+import functools
 import io
 import json
+import logging
 import math
+import os
 import tempfile
+import zlib
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
-from llama_jax.storage import write_atomically
+from llama_jax.storage import AppendedFile, write_atomically
 from llama_jax.types import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -23,38 +29,66 @@ class Writer(Protocol):
     def write(self, step: int, values: dict[str, float]) -> None:
         """Takes the figures of a step; steps come in order."""
 
-    def flush(self) -> None:
-        """Returns when all figures are where a killed process cannot lose them."""
+    def flush(self) -> dict[str, Any]:
+        """Returns, when all figures are where a kill cannot take them, what a checkpoint should keep of them."""
+        ...
 
     def close(self) -> None:
         """Flushes and lets go."""
 
 
 class JsonlWriter:
-    """metrics.jsonl, cut back to the restored step first."""
+    """metrics.jsonl, cut back to the restored step first; what it has lost since then is said in a warning."""
 
-    def __init__(self, path: epath.PathLike, restored_step: int = 0):
+    def __init__(self, path: epath.PathLike, restored_step: int = 0, restored: dict[str, Any] | None = None):
+        """Opens or begins the file.
+
+        Args:
+          path: of the file.
+          restored_step: lines of later steps are dropped.
+          restored: what `flush` returned when that step was saved, where it is known.
+        """
         self._path = epath.Path(path)
-        self._lines = [line for line in _read_lines(self._path) if json.loads(line)['step'] <= restored_step]
-        self._appends = '://' not in str(path)
+        lines, damaged = _read_lines(self._path)
+        self._lines = [line for line, values in lines if values['step'] <= restored_step]
+        self._checksum = functools.reduce(_add_to_checksum, self._lines, 0)
+        self._warn_of_losses(restored_step, (restored or {}).get('metrics'), damaged)
         self._written = 0
         self._rewrite()
-        self._file = open(self._path, 'a', encoding='utf-8') if self._appends else None  # noqa: SIM115
+        self._file = None if '://' in os.fspath(path) else AppendedFile(self._path)
+
+    def _warn_of_losses(self, step: int, logged: dict[str, int] | None, damaged: list[int]) -> None:
+        if damaged:
+            logger.warning(
+                '%s: %s damaged and dropped (%s)', self._path, _count(len(damaged), 'line is', 'lines are'),
+                f'line {damaged[0]}' if len(damaged) == 1 else f'the first is line {damaged[0]}',
+            )  # fmt: skip
+        if not logged or logged['checksum'] == self._checksum:
+            return
+        total, lost = logged['lines'], logged['lines'] - len(self._lines)
+        if lost:
+            text = f'of the {total} steps that were logged up to step {step}, {lost} are lost'
+        else:
+            text = f'the figures up to step {step} are not those that were logged; the file was changed or is damaged'
+        logger.warning('%s: %s', self._path, text)
 
     def _rewrite(self) -> None:
-        write_atomically(self._path, ''.join(f'{line}\n' for line in self._lines))
+        write_atomically(self._path, b''.join(line + b'\n' for line in self._lines))
         self._written = len(self._lines)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        line = json.dumps({'step': step, **values})
+        line = json.dumps({'step': step, **values}).encode()
         self._lines.append(line)
+        self._checksum = _add_to_checksum(self._checksum, line)
         if self._file is not None:
-            self._file.write(f'{line}\n')
-            self._file.flush()
+            self._file.append(line + b'\n')
 
-    def flush(self) -> None:
-        if self._file is None and self._written < len(self._lines):
+    def flush(self) -> dict[str, Any]:
+        if self._file is not None:
+            self._file.sync()
+        elif self._written < len(self._lines):
             self._rewrite()
+        return {'metrics': {'lines': len(self._lines), 'checksum': self._checksum}}
 
     def close(self) -> None:
         self.flush()
@@ -62,17 +96,42 @@ class JsonlWriter:
             self._file.close()
 
 
-def _read_lines(path: epath.Path) -> list[str]:
-    """The whole lines of a metrics file; a last one that a kill cut off is dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split('\n')
-    return [line for line in lines[:-1] if line]
+def _add_to_checksum(checksum: int, line: bytes) -> int:
+    return zlib.crc32(line + b'\n', checksum)
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f'{number:,} {one if number == 1 else more}'
+
+
+def _read_lines(path: epath.Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]]:
+    """(the lines of a metrics file with their objects, numbers from 1 of lines that hold none).
+
+    A last line that a kill cut off is none. Steps rise from line to line; one that does not is damaged.
+    """
+    lines, damaged, step = [], [], 0
+    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1] if path.exists() else (), start=1):
+        values = _parse(line)
+        if values and values['step'] > step:
+            lines.append((line, values))
+            step = values['step']
+        else:
+            damaged.append(number)
+    return lines, damaged
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None where it is damaged."""
+    try:
+        values = json.loads(line)
+        return values if isinstance(values['step'], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl."""
-    return [json.loads(line) for line in _read_lines(epath.Path(path))]
+    return [values for _, values in _read_lines(epath.Path(path))[0]]
 
 
 class TensorBoardWriter:
@@ -90,12 +149,13 @@ class TensorBoardWriter:
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
-    def flush(self) -> None:
+    def flush(self) -> dict[str, Any]:
         self._writer.flush()
         if self._local != str(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             for file in epath.Path(self._local).iterdir():
                 (self._directory / file.name).write_bytes(file.read_bytes())
+        return {}
 
     def close(self) -> None:
         self.flush()
@@ -117,8 +177,8 @@ class WandbWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> dict[str, Any]:
+        return {}
 
     def close(self) -> None:
         self._run.finish()

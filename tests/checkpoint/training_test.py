@@ -1,6 +1,7 @@
 import gc
 import logging
 import os
+import resource
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.partitioning import make_mesh
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 
 
 def sharding(num_devices=8, *axes):
@@ -170,6 +171,46 @@ def test_content_that_does_not_decompress_is_passed_over(tmp_path):
     assert step == 3 and (tmp_path / '7.damaged').is_dir()
     assert_same(restored, state)
     gc.collect()  # what was left behind would warn, which fails a test
+
+
+def asked_until_it_fails(checkpointer):
+    while True:
+        checkpointer.raise_failure()
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, capfd):
+    state = {f'w{n}': jax.random.normal(jax.random.key(n), (64, 64)) for n in range(8)}
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, state, {})
+    checkpointer.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # its signal is one that Python ignores
+    try:
+        checkpointer.save(7, state, {})
+        with pytest.raises(SystemFailure, match=r'the checkpoint of step 7 under .* stay: File too large$'):
+            asked_until_it_fails(checkpointer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpointer.wait()  # was told
+    gc.collect()
+    assert capfd.readouterr().err == ''
+    checkpointer = Checkpointer(tmp_path)
+    step, restored, _ = checkpointer.restore_latest(state)
+    checkpointer.save(7, state, {})
+    checkpointer.close()
+    assert step == 3 and sorted(path.name for path in tmp_path.iterdir()) == ['3', '7']
+    assert_same(restored, state)
+
+
+@pytest.mark.parametrize('keep', [0, 1, 2])
+def test_so_many_of_the_newest_are_kept_and_zero_keeps_all(tmp_path, keep):
+    save_steps(tmp_path, [1, 2, 3])
+    save_steps(tmp_path, [4], keep=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2', '3', '4'][-keep:]
+    with pytest.raises(
+        InputError, match='checkpoints to keep: -1; give the number of the newest that stay, or 0'
+    ):
+        Checkpointer(tmp_path, keep=-1)
 
 
 def test_a_good_checkpoint_of_another_state_is_left_alone(saved):

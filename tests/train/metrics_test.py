@@ -34,6 +34,54 @@ def test_resuming_cuts_back_to_the_restored_step(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
+DAMAGED = {
+    'zeros': lambda lines: [*lines[:2], bytes(20), *lines[3:]],
+    'no object': lambda lines: [*lines[:2], b'[3]', *lines[3:]],
+    'no step': lambda lines: [*lines[:2], b'{"loss": 1.0}', *lines[3:]],
+    'not UTF-8': lambda lines: [*lines[:2], b'{"step": 3, "loss\xff": 1.0}', *lines[3:]],
+    'deep': lambda lines: [*lines[:2], b'[' * 100_000, *lines[3:]],
+    'a step of before': lambda lines: [*lines[:2], lines[0], *lines[3:]],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGED)
+def test_a_damaged_line_is_dropped_and_said(tmp_path, caplog, damage):
+    path = tmp_path / 'metrics.jsonl'
+    writer = JsonlWriter(path)
+    for step in range(1, 6):
+        writer.write(step, {'loss': 1 / step})
+    kept = writer.flush()
+    writer.close()
+    path.write_bytes(b''.join(line + b'\n' for line in DAMAGED[damage](path.read_bytes().splitlines())))
+    JsonlWriter(path, 5, kept).close()
+    assert steps(path) == [1, 2, 4, 5]
+    assert 'metrics.jsonl: 1 line is damaged and dropped (line 3)' in caplog.text
+    assert 'of the 5 steps that were logged up to step 5, 1 are lost' in caplog.text
+
+
+def test_figures_that_are_lost_or_changed_are_said(tmp_path, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    writer = JsonlWriter(path)
+    for step in range(1, 4):
+        writer.write(step, {'loss': 0.5})
+    kept = writer.flush()
+    writer.write(4, {'loss': 0.5})
+    writer.close()
+    whole = path.read_text()
+    for text, said in (
+        (whole, ''),
+        ('', 'of the 3 steps that were logged up to step 3, 3 are lost'),
+        (whole.replace('0.5', '0.4', 1), 'the figures up to step 3 are not those that were logged'),
+        (whole[:-1].replace('\n', ' '), 'of the 3 steps that were logged up to step 3, 3 are lost'),
+    ):
+        caplog.clear()
+        path.write_text(text)
+        JsonlWriter(path, 3, kept).close()
+        assert said in caplog.text and bool(said) == bool(caplog.text)
+    path.unlink()
+    JsonlWriter(path, 3).close()  # of a checkpoint that knows nothing of it
+
+
 def test_a_fresh_start_empties_the_file(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 1, "loss": 2.0}\n')
@@ -47,13 +95,13 @@ def test_an_object_store_gets_the_whole_file_at_each_flush(tmp_path, monkeypatch
     monkeypatch.setattr('llama_jax.train.metrics.epath.Path', lambda path: local)  # what gs:// would lead to
     monkeypatch.setattr(
         'llama_jax.train.metrics.write_atomically',
-        lambda path, data: (writes.append(data), path.write_text(data)),
+        lambda path, data: (writes.append(data), path.write_bytes(data)),
     )
     url = 'gs://bucket/run/metrics.jsonl'
     writer = JsonlWriter(url)
     for step in (1, 2):
         writer.write(step, {'loss': 1.0})
-    assert writes == ['']
+    assert writes == [b'']
     writer.flush()
     writer.flush()  # nothing new: nothing written
     assert steps(url) == [1, 2] and len(writes) == 2
