@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from experiments import launch, training
 from llama_jax import storage
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
@@ -107,7 +107,7 @@ def compile_training(
     model = training.make_model(config, llama, partitioner)
     optimizer = training.make_optimizer_config(config)
     tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
-    target = abstract_state(model, tx, partitioner)
+    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     _, step_fn = training.make_train_step(config, model, target, tx)
     shape = config.train.batch_size, config.data.seq_len
     sharding = partitioner.batch_sharding(*shape)

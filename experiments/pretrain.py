@@ -27,7 +27,7 @@ from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
 from llama_jax.inference.generate import generate
 from llama_jax.losses.language_model import evaluate_loss
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ from llama_jax.train.metrics import (
     read_metrics,
 )
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.state import TrainState, abstract_state, init_state, shardings_of, state_from_params
+from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.types import InputError
 
@@ -75,7 +75,9 @@ def main() -> None:
         tx = make_optimizer(optimizer, schedule)
         exams = training.prepare_exams(config)
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
-        abstract_state(training.make_model(config, preset, partitioner), tx, partitioner)
+        abstract_state(
+            *abstract_params_and_axes(training.make_model(config, preset, partitioner)), tx, partitioner
+        )
         check_workdir(workdir, config, _CHECKPOINT.value)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def main() -> None:
     record = record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
         pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
-    target = abstract_state(model, tx, partitioner)
+    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     checkpointer = Checkpointer(workdir / pretrained.CHECKPOINTS, config.checkpoint.keep)
     state, start_step, restored = initial_state(config, checkpointer, target, model, tx, partitioner.mesh)
 
@@ -230,9 +232,9 @@ def initial_state(
         return state, step, metadata
     if _CHECKPOINT.value:
         _, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
-        start = jax.jit(functools.partial(state_from_params, tx=tx), out_shardings=shardings_of(target))
+        start = jax.jit(functools.partial(new_state, tx=tx), out_shardings=shardings_of(target))
         return start(params), 0, {}
-    start = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))
+    start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
     return start(jax.random.key(config.seed)), 0, {}
 
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.models.llama import abstract_params, param_axes
+from llama_jax.models.llama import abstract_params_and_axes
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import (
     DEFAULT_RULES,
@@ -108,9 +108,7 @@ def test_the_advice_of_an_error_helps():
 
 def test_specs_of_every_weight():
     model = toy.make_model()
-    shardings = partitioner(data=2, fsdp=2, tensor=2).tree_shardings(
-        abstract_params(model), param_axes(model)
-    )
+    shardings = partitioner(data=2, fsdp=2, tensor=2).tree_shardings(*abstract_params_and_axes(model))
     inward, outward = P(None, 'fsdp', 'tensor'), P(None, 'tensor', 'fsdp')
     heads = P(None, 'fsdp', 'tensor', None)
     assert jax.tree.map(lambda sharding: sharding.spec, shardings) == {
@@ -129,7 +127,7 @@ def test_specs_of_every_weight():
 def test_a_weight_that_does_not_divide_is_named_by_its_path():
     model = toy.make_model().clone(config=PRESETS['llama_33b'])  # 52 heads
     with pytest.raises(InputError) as error:
-        partitioner(tensor=8).tree_shardings(abstract_params(model), param_axes(model))
+        partitioner(tensor=8).tree_shardings(*abstract_params_and_axes(model))
     message = one_line(error)
     assert 'blocks/attention/' in message and 'size 52 does not divide over mesh axes tensor=8' in message
 

@@ -21,10 +21,10 @@ from experiments import launch, training
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import abstract_state, init_state, shardings_of
+from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.types import error_line
@@ -140,8 +140,8 @@ def our_step(config: LlamaConfig, rows: np.ndarray, dtype: str) -> Step:
         config, dtype=launch.DTYPES[dtype], remat=_REMAT.value, unroll=_UNROLL.value, partitioner=partitioner
     )
     tx = make_optimizer(_OPTIMIZER, _OPTIMIZER.learning_rate)
-    target = abstract_state(model, tx, partitioner)
-    start = jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))
+    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
+    start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
     state = start(jax.random.key(0))
     batch = jax.device_put(
         lm_batch(rows, np.ones_like(rows)), partitioner.batch_sharding(len(rows), rows.shape[1] - 1)

@@ -20,7 +20,7 @@ from llama_jax.models.kv_cache import KVCache
 from llama_jax.ops.activations import swiglu
 from llama_jax.ops.attention import IMPLEMENTATIONS, attention
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
-from llama_jax.ops.linear import einsum
+from llama_jax.ops.linear import Weight, einsum, take
 from llama_jax.ops.normalization import rms_norm
 from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
@@ -60,10 +60,12 @@ RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
 _INIT_STDDEV = 0.02
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Callable) -> Array:
-    """A master weight (fp32) that carries its logical axes; Linen takes it out of its box."""
-    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-    return value
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Callable) -> Any:
+    """A master weight (fp32) that carries its logical axes; Linen takes it out of its box.
+
+    In its place the params may hold any `ops.linear.Representation` of it.
+    """
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 class _Layer(nn.Module):
@@ -239,13 +241,8 @@ class Transformer(nn.Module):
         return x, cache
 
     def embed_tokens(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-        table = self.embed.astype(self.dtype)
-        if self.partitioner is None:
-            return jnp.take(table, tokens, axis=0)
-        # Looking up in a table split along `embed` makes XLA replicate the result first ("involuntary full
-        # rematerialization"); with the table's rows whole it gathers from the shard that has them.
-        table = self.partitioner.shard(table, ('vocab', 'act_embed'), 'embed')
-        return self.partitioner.shard(jnp.take(table, tokens, axis=0), ('batch', 'length', 'act_embed'))
+        x = take(self.embed, tokens, self.dtype, self.partitioner)
+        return x if self.partitioner is None else self.partitioner.shard(x, ('batch', 'length', 'act_embed'))
 
 
 class LlamaForCausalLM(Transformer):
@@ -283,7 +280,7 @@ class LlamaForCausalLM(Transformer):
         return logits, None if cache is None else cache.advance(tokens.shape[1])
 
 
-def head_weight(params: Params) -> Float[Array, 'V D']:
+def head_weight(params: Params) -> Weight:
     """The weight that makes logits of hidden states: the head, or the embedding where the two are tied."""
     return params['head'] if 'head' in params else params['embed']
 
@@ -304,6 +301,11 @@ def param_axes(model: Transformer) -> PyTree:
     return jax.tree.map(
         lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     )
+
+
+def abstract_params_and_axes(model: Transformer) -> tuple[Params, PyTree]:
+    """What a training state is made of: `abstract_params` and `param_axes`."""
+    return abstract_params(model), param_axes(model)
 
 
 def _init_boxed(model: Transformer, rng: Array) -> PyTree:

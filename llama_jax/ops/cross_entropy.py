@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.ops.linear import einsum
+from llama_jax.ops.linear import Weight, einsum, materialize
 from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
@@ -23,9 +23,43 @@ def token_losses(
     return log_normalizer - target_logits + z_loss * jnp.square(log_normalizer)
 
 
+def token_log_probabilities(
+    hidden: Float[Array, 'B T D'],
+    head: Weight,
+    targets: Int[Array, 'B T'],
+    num_chunks: int = 1,
+    partitioner: Partitioner | None = None,
+) -> Float[Array, 'B T']:
+    """Log softmax(hidden @ head.T)[target] of every token in nats, fp32; what preferences and policies are scored by.
+
+    Peak memory is one chunk's logits, in the backward pass too, which computes them again.
+
+    Args:
+      hidden: normalised outputs of the last layer.
+      head: [V, D].
+      targets: ids.
+      num_chunks: pieces that the sequence is taken in.
+      partitioner: as for `head_cross_entropy`.
+
+    Raises:
+      InputError: T is not a multiple of `num_chunks`.
+    """
+    weight = _gathered(materialize(head).astype(hidden.dtype), partitioner)
+
+    @jax.checkpoint
+    def of_chunk(x, target):
+        return -token_losses(einsum('btd,vd->btv', x, weight, jnp.float32), target)
+
+    def body(_, chunk):
+        return None, of_chunk(*chunk)
+
+    _, by_chunk = jax.lax.scan(body, None, _chunks((hidden, targets), num_chunks))
+    return jnp.moveaxis(by_chunk, 0, 2).reshape(targets.shape)
+
+
 def head_cross_entropy(
     hidden: Float[Array, 'B T D'],
-    head: Float[Array, 'V D'],
+    head: Weight,
     targets: Int[Array, 'B T'],
     mask: Bool[Array, 'B T'],
     num_chunks: int = 1,
@@ -42,12 +76,12 @@ def head_cross_entropy(
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    return _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss, partitioner)
+    return _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
-    chunks = _chunks(hidden, targets, mask, num_chunks)
+    chunks = _chunks((hidden, targets, mask), num_chunks)
     weight = _gathered(head.astype(hidden.dtype), partitioner)
 
     def chunk_loss(total, chunk):
@@ -63,20 +97,19 @@ def _gathered(weight, partitioner):
     return weight if partitioner is None else partitioner.shard(weight, ('vocab', 'act_embed'), 'head')
 
 
-def _chunks(hidden, targets, mask, num_chunks):
-    """[B, T, ...] -> [num_chunks, B, T / num_chunks, ...] of each argument.
+def _chunks(arrays, num_chunks):
+    """[B, T, ...] -> [num_chunks, B, T / num_chunks, ...] of each array.
 
     Token t goes to chunk t % num_chunks: where rows are split over devices, each has its part of every chunk.
     """
-    if hidden.shape[1] % num_chunks:
-        raise InputError(
-            f'sequence length {hidden.shape[1]} is not a multiple of the {num_chunks} loss chunks'
-        )
+    length = arrays[0].shape[1]
+    if length % num_chunks:
+        raise InputError(f'sequence length {length} is not a multiple of the {num_chunks} loss chunks')
 
     def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, num_chunks, *x.shape[2:]), 2, 0)
 
-    return split(hidden), split(targets), split(mask)
+    return tuple(map(split, arrays))
 
 
 def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
@@ -117,7 +150,7 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
     # Summed as [D, V] and turned once: the other way round XLA would turn the far larger logits of every chunk.
     start = (jnp.float32(0.0), place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)))
     (total, head_gradient), x_gradients = jax.lax.scan(
-        chunk_gradients, start, _chunks(hidden, targets, mask, num_chunks)
+        chunk_gradients, start, _chunks((hidden, targets, mask), num_chunks)
     )
     if parts:
         head_gradient = _sum_over_devices(head_gradient, partitioner)

@@ -89,19 +89,24 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) ->
 
 def decayed(params: Params) -> PyTree:
     """True for every weight that decays: all but the norms' scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith('norm'), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _weight_name(path).endswith('norm'), params)
+
+
+def _weight_name(path: tuple) -> str:
+    """Of the weight that a leaf is part of: the last key of the params' dicts, whatever representation stands there."""
+    return next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
 
 
 def _muon_dimensions(params: Params) -> PyTree:
-    """Which axes of a weight Muon's matrix is made of; None (embedding, head, norms) is left to Adam.
+    """Which axes of a weight Muon's matrix is made of; None (embedding, head, norms, parts of a weight) is Adam's.
 
     The weights are stacked [L, in..., out...]: `o` reduces over heads and head_dim, all others over their first axis.
     """
     dimensions = optax.contrib.MuonDimensionNumbers
 
     def of(path, leaf):
-        name = path[-1].key
-        if name in ('embed', 'head') or name.endswith('norm'):
+        name, is_whole = _weight_name(path), isinstance(path[-1], jax.tree_util.DictKey)
+        if not is_whole or name in ('embed', 'head') or name.endswith('norm'):
             return None
         if name == 'o':
             return dimensions(reduction_axis=(1, 2), output_axis=(3,))

@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.kv_cache import KVCache
-from llama_jax.models.llama import REMAT_POLICIES, abstract_params, head_weight, param_axes
+from llama_jax.models.llama import REMAT_POLICIES, abstract_params, abstract_params_and_axes, head_weight
 from llama_jax.partitioning import DEFAULT_RULES, Partitioner, make_mesh
 from llama_jax.types import InputError
 from tests import toy
@@ -185,7 +185,7 @@ def test_weights_stay_fp32_whatever_the_computation():
 
 def test_every_weight_names_its_axes():
     model = toy.make_model()
-    shapes, axes = abstract_params(model), param_axes(model)
+    shapes, axes = abstract_params_and_axes(model)
     c = toy.CONFIG
     sizes = {
         'vocab': c.vocab_size, 'embed': c.embed_dim, 'mlp': c.mlp_dim, 'heads': c.num_heads,

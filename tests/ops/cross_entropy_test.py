@@ -1,11 +1,13 @@
 """Cross-entropy against float64, from logits and folded into the head's product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ops.cross_entropy import head_cross_entropy, token_losses
+from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
 from llama_jax.types import InputError
 
 BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40
@@ -104,3 +106,23 @@ def test_chunks_save_the_memory_of_the_logits():
 def test_length_must_divide_into_chunks():
     with pytest.raises(InputError, match='12.*5'):
         head_cross_entropy(*(jnp.asarray(a) for a in random_inputs()), 5)
+
+
+@pytest.mark.parametrize('num_chunks', [1, 4])
+def test_log_probabilities_by_token_are_those_of_the_logits(num_chunks):
+    rng = np.random.default_rng(3)
+    hidden, head = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 8, 16), (VOCAB_SIZE, 16))
+    )
+    targets = jnp.asarray(rng.integers(VOCAB_SIZE, size=(2, 8)))
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    expected = -reference(logits, np.asarray(targets), 0.0)[0]
+    found = token_log_probabilities(hidden, head, targets, num_chunks)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)  # fp32 sums of 16 and 40 terms
+
+    def total(function):  # weights of both signs, as an advantage has
+        return jax.grad(lambda h, w: jnp.sum(jnp.cos(targets) * function(h, w)), argnums=(0, 1))(hidden, head)
+
+    chunked = total(lambda h, w: token_log_probabilities(h, w, targets, num_chunks))
+    whole = total(lambda h, w: -token_losses(jnp.einsum('btd,vd->btv', h, w), targets))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, whole)

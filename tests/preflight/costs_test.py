@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax.losses.language_model import language_model_loss
-from llama_jax.models.llama import abstract_params
+from llama_jax.models.llama import abstract_params, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.preflight.costs import Costs, program_costs
 from llama_jax.preflight.hlo import Program
@@ -36,7 +36,7 @@ def costs(
     partitioner = Partitioner(make_mesh(sizes))
     model = toy.make_model(remat=remat, partitioner=partitioner, attention_implementation=attention)
     tx = make_optimizer(OptimizerConfig(), 1e-3)
-    state = abstract_state(model, tx, partitioner)
+    state = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     loss_fn = language_model_loss(model, num_chunks=num_chunks)
     step = compile_train_step(state, loss_fn=loss_fn, tx=tx, num_microbatches=num_microbatches)
     sharding = partitioner.batch_sharding(ROWS, LENGTH)
@@ -167,7 +167,9 @@ def test_between_slices_go_only_gradients():
 
 def test_bytes_on_a_device():
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 4}))
-    state = abstract_state(toy.make_model(), make_optimizer(OptimizerConfig(), 1e-3), partitioner)
+    state = abstract_state(
+        *abstract_params_and_axes(toy.make_model()), make_optimizer(OptimizerConfig(), 1e-3), partitioner
+    )
     layers, table = weight_bytes()
     norms = (2 * toy.CONFIG.num_layers + 1) * toy.CONFIG.embed_dim * FP32
     assert device_bytes(state.params) == (layers + 2 * table) // 8 + norms

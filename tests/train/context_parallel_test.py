@@ -9,10 +9,10 @@ import pytest
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import abstract_state, shardings_of, state_from_params
+from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.types import InputError, LMBatch
 from tests import toy
@@ -25,8 +25,8 @@ def updates(size: int, **knobs):
     """Metrics and gradients of the real step on a packed batch and on one of whole rows, one document each."""
     partitioner = Partitioner(make_mesh({'context': size}, jax.devices()[:size]))
     model = toy.make_model(partitioner=partitioner, **knobs)
-    target = abstract_state(model, toy.KEEP_GRADIENTS, partitioner)
-    start = functools.partial(state_from_params, tx=toy.KEEP_GRADIENTS)
+    target = abstract_state(*abstract_params_and_axes(model), toy.KEEP_GRADIENTS, partitioner)
+    start = functools.partial(new_state, tx=toy.KEEP_GRADIENTS)
     packed = toy.packed_batch(ROWS, LENGTH)
     positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), WHOLE.shape)
     whole = packed.replace(positions=positions, segment_ids=WHOLE, loss_mask=WHOLE.astype(bool))
@@ -71,7 +71,7 @@ def test_memory_of_a_step_falls_with_the_devices_that_share_a_row():
         partitioner = Partitioner(make_mesh({'context': size}, jax.devices()[:size]))
         model = LlamaForCausalLM(config, dtype=jnp.float32, remat='full', partitioner=partitioner)
         tx = make_optimizer(OptimizerConfig(), 1e-3)
-        state = abstract_state(model, tx, partitioner)
+        state = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
         step = compile_train_step(state, loss_fn=language_model_loss(model, num_chunks=8), tx=tx)
         sharding = partitioner.batch_sharding(1, length)
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)

@@ -12,7 +12,7 @@ import pytest
 
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.train.state import abstract_state, shardings_of, state_from_params
+from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from tests import toy
 
@@ -33,8 +33,8 @@ def update(sizes, *, remat='none', num_chunks=1, num_microbatches=1):
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     partitioner = Partitioner(mesh)
     model = toy.make_model(remat=remat, partitioner=partitioner)
-    target = abstract_state(model, toy.KEEP_GRADIENTS, partitioner)
-    start = functools.partial(state_from_params, tx=toy.KEEP_GRADIENTS)
+    target = abstract_state(*abstract_params_and_axes(model), toy.KEEP_GRADIENTS, partitioner)
+    start = functools.partial(new_state, tx=toy.KEEP_GRADIENTS)
     state = jax.device_put(start(toy.make_params(model)), shardings_of(target))
     batch = jax.device_put(toy.packed_batch(ROWS, LENGTH), partitioner.batch_sharding(ROWS, LENGTH))
     step = compile_train_step(
@@ -70,7 +70,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.losses.language_model import language_model_loss
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import abstract_state
@@ -91,7 +91,7 @@ def compile_step(model_class, sizes):
     partitioner = Partitioner(make_mesh(sizes))
     model = model_class(toy.CONFIG, remat='full', partitioner=partitioner)
     tx = make_optimizer(OptimizerConfig(), 1e-3)
-    state = abstract_state(model, tx, partitioner)
+    state = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     step = compile_train_step(state, loss_fn=language_model_loss(model, num_chunks=2), tx=tx, num_microbatches=2)
     sharding = partitioner.batch_sharding(16, 16)
     ids = jax.ShapeDtypeStruct((16, 16), jnp.int32, sharding=sharding)

@@ -9,10 +9,10 @@ import pytest
 
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
-from llama_jax.models.llama import abstract_params
+from llama_jax.models.llama import abstract_params, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer, make_schedule
-from llama_jax.train.state import abstract_state, init_state
+from llama_jax.train.state import abstract_state, new_state
 from llama_jax.train.step import train_step
 from llama_jax.types import InputError
 from tests import toy
@@ -100,7 +100,7 @@ def successor_batch(seed):
 def test_every_optimizer_learns(name, learning_rate):
     config = OptimizerConfig(name=name, learning_rate=learning_rate, warmup_steps=5)
     model, tx = toy.make_model(), make_optimizer(config, make_schedule(config, 60))
-    state = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
+    state = jax.jit(lambda key: new_state(init_params(model, key), tx))(jax.random.key(0))
     step = jax.jit(functools.partial(train_step, loss_fn=language_model_loss(model), tx=tx))
     losses = []
     for index in range(60):
@@ -114,7 +114,7 @@ def test_every_optimizer_learns(name, learning_rate):
 def test_moments_lie_as_their_weights_do(name):
     tx = make_optimizer(OptimizerConfig(name=name), 1e-3)
     partitioner = Partitioner(make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
-    state = abstract_state(toy.make_model(), tx, partitioner)
+    state = abstract_state(*abstract_params_and_axes(toy.make_model()), tx, partitioner)
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
     for path, weight in jax.tree_util.tree_leaves_with_path(state.params):
         mine = [leaf for where, leaf in moments if _ends_with(where, path) and leaf.shape == weight.shape]
@@ -133,6 +133,8 @@ def _ends_with(path, suffix) -> bool:
 def test_factored_moments_are_kept_whole():
     tx = make_optimizer(OptimizerConfig(name='adafactor'), 1e-3)
     wide = toy.make_model().clone(config=dataclasses.replace(toy.CONFIG, embed_dim=128, mlp_dim=256))
-    state = abstract_state(wide, tx, Partitioner(make_mesh({'fsdp': 4, 'tensor': 2})))
+    state = abstract_state(
+        *abstract_params_and_axes(wide), tx, Partitioner(make_mesh({'fsdp': 4, 'tensor': 2}))
+    )
     factored = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (3, 256)]
     assert factored and all(leaf.sharding.is_fully_replicated for leaf in factored)

@@ -1,13 +1,12 @@
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from llama_jax.losses.language_model import language_model_loss
+from llama_jax.models.llama import abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import abstract_state, init_state, shardings_of, state_from_params
+from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from tests import toy
 
@@ -24,11 +23,11 @@ def model():
 
 @pytest.fixture(scope='module')
 def target(model, tx):
-    return abstract_state(model, tx, model.partitioner)
+    return abstract_state(*abstract_params_and_axes(model), tx, model.partitioner)
 
 
 def make_state(model, tx, target):
-    return jax.jit(functools.partial(init_state, model, tx), out_shardings=shardings_of(target))(
+    return jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))(
         jax.random.key(0)
     )
 
@@ -43,7 +42,7 @@ def test_a_state_is_born_with_its_shardings_and_the_weights_of_one_device(model,
     assert_placed(state, target)
     q = state.params['blocks']['attention']['q']
     assert {shard.data.shape for shard in q.addressable_shards} == {(3, 16, 4, 8)}  # of (3, 32, 8, 8)
-    alone = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
+    alone = jax.jit(lambda key: new_state(init_params(model, key), tx))(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, state, alone)
 
 
@@ -62,6 +61,6 @@ def test_a_step_keeps_the_shardings_and_takes_the_buffers(model, tx, target):
 
 def test_given_weights_start_with_a_new_optimizer(tx):
     params = toy.make_params(toy.make_model())
-    state = state_from_params(params, tx)
+    state = new_state(params, tx)
     assert state.step == 0 and state.params is params
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llama_jax.losses.language_model import language_model_loss
-from llama_jax.train.state import state_from_params
+from llama_jax.train.state import new_state
 from llama_jax.train.step import train_step
 from tests import toy
 
@@ -23,7 +23,7 @@ def params(model):
 
 
 def run(loss_fn, params, batch, num_microbatches=1, step=0):
-    state = state_from_params(params, toy.KEEP_GRADIENTS).replace(step=jnp.int32(step))
+    state = new_state(params, toy.KEEP_GRADIENTS).replace(step=jnp.int32(step))
     update = functools.partial(
         train_step, loss_fn=loss_fn, tx=toy.KEEP_GRADIENTS, num_microbatches=num_microbatches
     )
@@ -87,7 +87,7 @@ def test_frozen_reaches_the_loss_and_has_no_gradient():
     def loss_fn(params, frozen, batch, rng):
         return params['w'] * frozen['scale'], jnp.float32(1.0), {}
 
-    state = state_from_params({'w': jnp.float32(2.0)}, toy.KEEP_GRADIENTS)
+    state = new_state({'w': jnp.float32(2.0)}, toy.KEEP_GRADIENTS)
     state, metrics = train_step(
         state, {'scale': jnp.float32(5.0)}, {}, jax.random.key(0), loss_fn=loss_fn, tx=toy.KEEP_GRADIENTS
     )

@@ -10,7 +10,7 @@ import pytest
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import state_from_params
+from llama_jax.train.state import new_state
 from llama_jax.train.step import train_step
 from llama_jax.types import LMBatch
 from tests.models.parity_test import RELEASES, VOCAB_SIZE, random_params, small_config
@@ -58,7 +58,7 @@ def our_losses(
     tx = make_optimizer(recipe, LEARNING_RATE)
     loss_fn = language_model_loss(model, num_chunks=num_chunks)
     step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx, num_microbatches=num_microbatches))
-    state, losses = state_from_params(jax.tree.map(jnp.asarray, params), tx), []
+    state, losses = new_state(jax.tree.map(jnp.asarray, params), tx), []
     for batch in batches:
         state, metrics = step(state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
         losses.append(metrics['loss'])
