@@ -23,7 +23,7 @@ import json, os, runpy, sys
 import matplotlib.pyplot, tensorboardX
 import experiments.launch, llama_jax.data.datasets, llama_jax.eval.perplexity, llama_jax.inference.generate
 import llama_jax.train.loop, llama_jax.train.state, llama_jax.train.step
-from array_record.python import array_record_data_source
+from array_record.python import array_record_module
 for line in sys.stdin:
     pids = []
     for request in json.loads(line):

@@ -9,6 +9,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import grain
 
@@ -45,11 +46,39 @@ def mix(sources: Sequence[Rows], weights: Sequence[float | int] | None, seed: in
             raise InputError(
                 f'a data weight is {weight}; each must be a positive number (leave out an unused source)'
             )
-    shuffled = [
-        grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, i)).repeat()
-        for i, source in enumerate(sources)
+    endless = [
+        grain.MapDataset.source(_Shuffled(source, _source_seed(seed, i))) for i, source in enumerate(sources)
     ]
-    return grain.MapDataset.select_from_datasets(shuffled, _Proportions(weights))
+    return grain.MapDataset.select_from_datasets(endless, _Proportions(weights))
+
+
+# Last indices for which grain's cipher has a bit too few: 4^k; below k = 8 it has 16 all the same.
+_MISCOUNTED = frozenset(4**k for k in range(8, 32))
+
+
+class _Shuffled:
+    """A source for ever: row `i` is of pass `i // len(source)`, and every pass has an order of its own.
+
+    The order is that of `grain.MapDataset.shuffle`, but where that is none: of 65,537 rows, for one, it never draws the
+    last, and another one twice.
+    """
+
+    def __init__(self, rows: Any, seed: int):
+        self._rows, self._seed = rows, seed
+        self._last = len(rows) - 1
+        # One index more has the bit; it stands for no row, and whoever lands there goes on to where it leads.
+        self._max_index = self._last + (self._last in _MISCOUNTED)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: SupportsIndex) -> Any:
+        number, place = divmod(index.__index__(), self._last + 1)
+        seed = (self._seed + number) % 2**32
+        while True:
+            place = grain.experimental.index_shuffle(place, max_index=self._max_index, seed=seed, rounds=4)
+            if place <= self._last:
+                return self._rows[place]
 
 
 class _Proportions(grain.transforms.DatasetSelectionMap):
@@ -83,5 +112,5 @@ class _Proportions(grain.transforms.DatasetSelectionMap):
 
 
 def _source_seed(seed: int, source: int) -> int:
-    """Seeds far apart: grain adds the epoch to them, so neighbours would repeat each other's order."""
+    """Seeds far apart: a pass adds its number to them, so neighbours would repeat each other's order."""
     return int.from_bytes(hashlib.sha256(f'{seed} {source}'.encode()).digest()[:4], 'big')

@@ -4,13 +4,18 @@ A record is the row's tokens in the manifest's dtype, then its segment ids as ui
 folder readable, so a run that was cut off leaves nothing that passes for data.
 """
 
+import bisect
 import contextlib
+import errno
+import functools
 import hashlib
+import itertools
 import json
 import os
+import resource
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from etils import epath
@@ -18,7 +23,7 @@ from etils import epath
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
 from llama_jax.storage import enable_bucket, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 MANIFEST = 'manifest.json'
 _FORMAT = 'llama_jax packed rows 1'
@@ -165,13 +170,21 @@ def _stream_rows(
         yield pad_row(tokens, 1 + numbers - numbers[0], seq_len)
 
 
-class _ShardFile(NamedTuple):
-    """Tells the reader how many rows a shard has, so that it opens the file when a row is asked for."""
+def _max_open_shards() -> int:
+    """A quarter of the descriptors that the process may have; an open shard holds one, and some 0.8 MB."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(limit // 4, 1) if 0 <= limit < 4096 else 1024
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+
+# Of all folders together; a reader that a thread still uses is closed when it is done.
+@functools.lru_cache(_max_open_shards())
+def _open_shard(file: str, sha256: str) -> Any:
+    del sha256  # tells apart what has stood under one name
+    from array_record.python import array_record_module
+
+    return array_record_module.ArrayRecordReader(
+        file, options='readahead_buffer_size:0', file_reader_buffer_size=1 << 15
+    )
 
 
 class PreparedRows:
@@ -193,8 +206,6 @@ class PreparedRows:
         Raises:
           InputError: no manifest, or a broken one; a shard is missing or cut short; seq_len does not divide.
         """
-        from array_record.python import array_record_data_source
-
         enable_bucket(directory)
         self._folder = epath.Path(directory)
         manifest = _read_manifest(self._folder)
@@ -227,23 +238,14 @@ class PreparedRows:
                     f'{file} has {file.stat().length} bytes where its manifest says {shard["bytes"]}; '
                     'it is cut short or changed: copy or prepare it again'
                 )
-        files = [
-            _ShardFile(os.fspath(self._folder / shard['file']), 0, shard['rows'], shard['rows'])
-            for shard in self._shards
-        ]
-        self._source = array_record_data_source.ArrayRecordDataSource(files)
+        self._ends = list(itertools.accumulate(shard['rows'] for shard in self._shards))
 
     def __len__(self) -> int:
         return -(-(self.num_tokens - 1) // self.seq_len)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
         number, part = divmod(range(len(self))[index], self._parts)
-        try:
-            record = self._source[number]
-        except (RuntimeError, IndexError) as error:
-            ends = np.cumsum([shard['rows'] for shard in self._shards])
-            file = self._folder / self._shards[np.searchsorted(ends, number, side='right')]['file']
-            raise InputError(f'{file} is damaged at row {number}; copy or prepare it again') from error
+        record = self._read(number)
         width = (self._stored + 1) * self._dtype.itemsize
         if len(record) != width + (self._stored + 1) * 4:
             raise InputError(f'row {number} of {self._folder} has {len(record)} bytes; prepare it again')
@@ -252,6 +254,30 @@ class PreparedRows:
         segment_ids = np.frombuffer(record[width:], '<u4')[cut].astype(np.int32)
         offset = segment_ids[0] - 1
         return pad_row(tokens, np.where(segment_ids > 0, segment_ids - offset, 0), self.seq_len)
+
+    def _read(self, number: int) -> bytes:
+        """The record of a stored row."""
+        place = bisect.bisect_right(self._ends, number)
+        shard = self._shards[place]
+        file = os.fspath(self._folder / shard['file'])
+        try:
+            return _open_shard(file, shard['sha256']).read([number - self._ends[place] + shard['rows']])[0]
+        except (RuntimeError, IndexError) as error:
+            _open_shard.cache_clear()  # a reader that failed would fail for ever
+            reason = error_line(error)
+            if os.strerror(errno.EMFILE) in reason:
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                raise InputError(
+                    f'{file} cannot be opened: the process has as many files open as it may have, {limit}; '
+                    'raise that limit (ulimit -n)'
+                ) from error
+            if (
+                ' failed: ' in reason and 'Corrupted' not in reason
+            ):  # of the system: of the file nothing is known
+                raise InputError(f'{file} cannot be read at row {number}: {reason}') from error
+            raise InputError(
+                f'{file} is damaged at row {number} ({reason}); copy or prepare it again'
+            ) from error
 
     def verify(self) -> None:
         """Compares every shard with its hash; raises InputError naming the first that differs."""

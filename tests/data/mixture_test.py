@@ -1,7 +1,10 @@
+import inspect
+
+import grain
 import numpy as np
 import pytest
 
-from llama_jax.data.mixture import mix
+from llama_jax.data.mixture import _Shuffled, mix
 from llama_jax.types import InputError
 
 
@@ -47,6 +50,26 @@ def test_each_pass_over_a_source_is_a_new_order_of_all_of_it():
         assert all(sorted(one) == list(range(8)) for one in passes)
         assert len(set(passes)) > 1
     assert [i for s, i in drawn if s == 0] != [i for s, i in drawn if s == 1]
+
+
+def test_of_65537_rows_each_is_drawn_once():
+    size = 4**8 + 1
+    shuffled = _Shuffled(range(size), seed=2**32 - 1)
+    draw = inspect.unwrap(_Shuffled.__getitem__)  # without the checks of its signature, which take longer
+    for number in (0, 1):
+        drawn = np.array([draw(shuffled, i) for i in range(number * size, (number + 1) * size)])
+        np.testing.assert_array_equal(np.sort(drawn), np.arange(size))
+        assert abs(np.corrcoef(drawn, np.arange(size))[0, 1]) < 0.02
+
+
+def test_the_order_is_that_of_grain():
+    """Runs that were begun before go on with the rows that they have not seen."""
+    sizes = {4**k + difference for k in range(1, 12) for difference in (-2, -1, 0, 1, 2)}
+    for size in sorted(sizes - {4**k + 1 for k in range(8, 12)}):
+        shuffled = _Shuffled(range(size), seed=7)
+        theirs = grain.MapDataset.source(range(size)).shuffle(seed=7).repeat()
+        for index in (0, size - 1, size, 5 * size + size // 3):
+            assert shuffled[index] == theirs[index]
 
 
 def test_row_is_a_function_of_its_index():

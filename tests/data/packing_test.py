@@ -1,5 +1,7 @@
+import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from llama_jax.data import prepared
 from llama_jax.data.packing import PackedRows, lm_batch, tokenize_documents
 from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
 from llama_jax.types import InputError
@@ -163,6 +166,37 @@ def test_bad_prepared_folders_are_named(tmp_path):
     assert 'has no manifest.json' in error(PreparedRows, folder)
     assert '0 tokens' in error(write_prepared, [], Letters(), 32, tmp_path / 'q')
     assert not is_prepared(str(tmp_path / 'q'))
+
+
+def test_many_shards_take_few_descriptors(tmp_path):
+    write_prepared(documents(), Letters(), 8, tmp_path, rows_per_shard=1)
+    rows = PreparedRows(tmp_path)
+    assert len(rows) > 60
+
+    def count_open():
+        return len(os.listdir('/proc/self/fd'))
+
+    before = count_open()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    patched = functools.lru_cache(8)(prepared._open_shard.__wrapped__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, '_open_shard', patched)
+        for row in rows:
+            assert row['tokens'].shape == (9,)
+        assert count_open() - before <= 9
+        patched.cache_clear()
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            with pytest.raises(InputError, match='as many files open as it may have.*raise that limit'):
+                rows[3]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert rows[3]['tokens'].shape == (9,)
+        (tmp_path / 'rows-00005.array_record').unlink()
+        with pytest.raises(
+            InputError, match='rows-00005.array_record cannot be read at row 5: .*No such file'
+        ):
+            rows[5]
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
