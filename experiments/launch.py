@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from llama_jax import pretrained, runtime, storage
+from llama_jax import pretrained, runtime, signals, storage
 from llama_jax.types import InputError, SystemFailure, error_line
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
@@ -39,8 +39,14 @@ def define_config() -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line and runs `main`; what the user got wrong is one line and status 2."""
+def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+    """Parses the command line and runs `main`; what the user got wrong is one line and status 2.
+
+    Args:
+      main: the command.
+      resumable: stopped by a signal it has ended well, with status 0: given again it goes on.
+    """
+    interrupts = signals.Interrupts(resumable)
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -48,12 +54,16 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.ERROR)  # JAX and Orbax narrate through absl at INFO
         existed: dict[epath.Path, bool] = {}
         try:
+            interrupts.install()
             existed = _new_folders()
             runtime.initialize_distributed(
                 _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _INITIALIZATION_TIMEOUT.value
             )
+            interrupts.install()
         except InputError as error:
             _fail(str(error), 2, at_once=True)  # JAX may still wait for processes, and would tell at length
+        except signals.Interrupted as error:
+            interrupts.end(error)
         try:
             runtime.setup_logging()
             _check_same_command()
@@ -62,6 +72,8 @@ def run(main: Callable[[], None]) -> None:
             if runtime.is_main_process():
                 _discard(existed)
             _fail(str(error), 2)
+        except signals.Interrupted as error:
+            interrupts.end(error)
         except (FloatingPointError, SystemFailure) as error:
             _fail(str(error), 1)
         except OSError as error:

@@ -32,7 +32,7 @@ from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import model_file
-from llama_jax.train.loop import Callback, LoopConfig, train
+from llama_jax.train.loop import LoopConfig, Measurement, train
 from llama_jax.train.metrics import (
     JsonlWriter,
     TensorBoardWriter,
@@ -56,6 +56,9 @@ logger = logging.getLogger('llama_jax.pretrain')
 
 # Rows that the unigram and bigram models are fitted on at most: counting more takes longer than it tells.
 _MAX_BASELINE_ROWS = 100_000
+
+# What validation adds to a step's figures.
+_VALIDATION = ('validation_loss', 'validation_bits_per_byte')
 
 
 def main() -> None:
@@ -105,14 +108,13 @@ def main() -> None:
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, restored, record['config'])
     validate = make_validation(config, data, loss_fn, partitioner)
-    callbacks: list[tuple[int, Callback]] = []
+    measurements: list[Measurement] = []
     if validate:
-        callbacks.append((config.eval.every or config.train.num_steps, log_validation(validate)))
+        measurements.append(log_validation(config, validate))
     if exams:
-        take = training.take_exams(config, exams, model, tokenizer)
-        callbacks.append((config.eval.tasks_every or config.train.num_steps, take))
+        measurements.append(training.take_exams(config, exams, model, tokenizer))
     with jax.set_mesh(partitioner.mesh):
-        state, step = train(
+        trained = train(
             state,
             config=loop_config(config, model, workdir),
             step_fn=step_fn,
@@ -127,13 +129,15 @@ def main() -> None:
             checkpointer=checkpointer,
             metadata=record,
             writers=writers,
-            callbacks=callbacks,
+            measurements=measurements,
+            measured=figures_of(metrics_file, start_step),
         )  # fmt: skip
     for writer in writers:
         writer.close()
     checkpointer.close()
-    if step < config.train.num_steps:
-        logger.info('stopped at step %d and saved; run the same command to go on', step)
+    state, step = trained.state, trained.step
+    if trained.stopped:
+        logger.info('stopped at step %d%s; run the same command to go on', step, ' and saved' if step else '')
         return
 
     # ---- Report -----------------------------------------------------------------------------------------------------
@@ -282,10 +286,10 @@ def make_validation(config: ConfigDict, data: PretrainData, loss_fn, partitioner
     )  # fmt: skip
 
 
-def log_validation(validate):
-    """A callback of the loop that adds the validation loss to the step's figures."""
+def log_validation(config: ConfigDict, validate) -> Measurement:
+    """Validation as the loop makes it."""
 
-    def callback(state: TrainState, step: int) -> dict[str, float]:
+    def measure(state: TrainState, step: int) -> dict[str, float]:
         found: Perplexity = validate(params=state.params)
         logger.info(
             'step %d: validation %.4f nats/token, %.4f bits/byte',
@@ -293,9 +297,16 @@ def log_validation(validate):
             found.nats_per_token,
             found.bits_per_byte,
         )
-        return {'validation_loss': found.nats_per_token, 'validation_bits_per_byte': found.bits_per_byte}
+        return dict(zip(_VALIDATION, (found.nats_per_token, found.bits_per_byte), strict=True))
 
-    return callback
+    return Measurement(config.eval.every or config.train.num_steps, measure, _VALIDATION)
+
+
+def figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:
+    """What is logged of a step, on all processes; {} where nothing is."""
+    lines = read_metrics(metrics_file) if runtime.is_main_process() and step else []
+    logged = next((line for line in lines if line['step'] == step), {})
+    return json.loads(runtime.gather_texts(json.dumps(logged))[0])
 
 
 def final_report(
@@ -357,4 +368,4 @@ def describe(report: dict[str, Any], workdir: epath.Path) -> str:
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    launch.run(main, resumable=True)

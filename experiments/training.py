@@ -21,7 +21,7 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
 from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.train.loop import Callback
+from llama_jax.train.loop import Measurement
 from llama_jax.train.optimizer import OptimizerConfig
 from llama_jax.train.state import TrainState
 from llama_jax.train.step import compile_train_step
@@ -132,12 +132,12 @@ def prepare_exams(config: ConfigDict) -> list[Exam]:
 
 def take_exams(
     config: ConfigDict, exams: Sequence[Exam], model: LlamaForCausalLM, tokenizer: Tokenizer
-) -> Callback:
-    """A callback of the loop that evaluates the benchmarks on the training mesh: {'TASK/METRIC': value}."""
+) -> Measurement:
+    """The benchmarks, evaluated on the training mesh: {'TASK/METRIC': value}."""
     rows = config.train.batch_size // config.train.num_microbatches
     model = model.clone(remat='none')
 
-    def callback(state: TrainState, step: int) -> dict[str, float]:
+    def measure(state: TrainState, step: int) -> dict[str, float]:
         engine = Engine(model, state.params, tokenizer, batch_tokens=rows * config.data.seq_len)
         figures = {}
         for exam in exams:
@@ -148,4 +148,5 @@ def take_exams(
         logger.info('step %d: %s', step, shown)
         return figures
 
-    return callback
+    names = tuple(f'{exam.task.name}/{metric}' for exam in exams for metric in exam.task.metrics)
+    return Measurement(config.eval.tasks_every or config.train.num_steps, measure, names)

@@ -1,10 +1,9 @@
-"""The process: multi-host start-up, logging, compilation cache, host sync, memory, preemption."""
+"""The process: multi-host start-up, logging, compilation cache, host sync, memory."""
 
 import contextlib
 import ctypes
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -232,32 +231,3 @@ def free_memory_at_once() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
-
-class PreemptionSignal:
-    """SIGTERM as a question that the training loop asks between steps.
-
-    A second SIGTERM ends the process as usual. Only the main thread can catch signals; elsewhere the answer stays no.
-    """
-
-    def __init__(self):
-        self._received = threading.Event()
-        self._previous = None
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, signum, frame):
-        del signum, frame
-        self._received.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def received(self, step: int) -> bool:
-        """Whether to save and stop before `step`; with several processes all of them answer the same."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received.is_set()
-
-    def close(self) -> None:
-        """Gives the signal back to whoever handled it before."""
-        if self._previous is not None and not self._received.is_set():
-            signal.signal(signal.SIGTERM, self._previous)

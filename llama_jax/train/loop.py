@@ -1,24 +1,56 @@
-"""The training loop: launch a step, and while it runs look at the one before."""
+"""The training loop: launch a step, and while it runs look at the one before. Save first, then measure."""
 
 import contextlib
 import dataclasses
-import functools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import tqdm
 
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.runtime import PreemptionSignal, is_main_process
+from llama_jax.runtime import is_main_process
+from llama_jax.signals import Interrupted, PreemptionSignal
 from llama_jax.train.metrics import Writer
 from llama_jax.train.state import TrainState
 from llama_jax.types import Array, Metrics, PyTree
 
-# (state after `step` updates, step) -> figures to log with that step.
-Callback = Callable[[TrainState, int], dict[str, float]]
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is found out about the weights now and then, beside training.
+
+    Attributes:
+      every: after so many updates (0: never), and after the last.
+      measure: (state after `step` updates, step) -> figures to log with that step.
+      figures: names of what it finds; none of them logged with the step that a run resumes at: it is made up for then.
+    """
+
+    every: int
+    measure: Callable[[TrainState, int], dict[str, float]]
+    figures: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """How training ended.
+
+    Attributes:
+      state: the last.
+      step: updates that it has had.
+      figures: what was measured of it.
+      stopped: by a signal, before all was trained and measured; the same again goes on from here.
+    """
+
+    state: TrainState
+    step: int
+    figures: dict[str, float]
+    stopped: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +93,13 @@ def train(
     checkpointer: Checkpointer,
     metadata: dict[str, Any],
     writers: Sequence[Writer] = (),
-    callbacks: Sequence[tuple[int, Callback]] = (),
-) -> tuple[TrainState, int]:
-    """Runs until `num_steps`, or until a preemption signal has been answered with a checkpoint.
+    measurements: Sequence[Measurement] = (),
+    measured: Mapping[str, float] | None = None,
+) -> Trained:
+    """Runs until `num_steps`, or until a signal to end has been answered with a checkpoint.
+
+    A step's checkpoint is written before anything is measured of it, and the last one's is committed by then: whatever
+    ends the process in a long measurement, training is not lost, and what is missing is measured on resuming.
 
     Args:
       state: at `start_step`; donated.
@@ -76,11 +112,9 @@ def train(
       schedule: update count -> learning rate, for the log.
       checkpointer: saves state with the rows consumed.
       metadata: saved with every checkpoint.
-      writers: take each logged step, on process 0.
-      callbacks: (every, function), called after every that many updates (0: none) and after the last.
-
-    Returns:
-      The last state, and the number of updates it has had (below `num_steps` after a preemption).
+      writers: take each logged step, on process 0; what is measured of it comes after.
+      measurements: made when they are due, in this order.
+      measured: what is logged of `start_step`, the same on all processes.
 
     Raises:
       FloatingPointError: a metric is not finite; the message names it and the step. Nothing later than the last
@@ -88,10 +122,18 @@ def train(
     """
     preemption = PreemptionSignal()
     timer = _Timer(config, start_step)
-    bar = tqdm.tqdm(total=config.num_steps, initial=start_step, unit='step', disable=not is_main_process())
+    # Without a terminal a bar would be one endless line: there each logged step is a line of the log.
+    bar = tqdm.tqdm(
+        total=config.num_steps, initial=start_step, unit='step', disable=None if is_main_process() else True
+    )
     done = saved = start_step
+    figures: dict[str, float] = {}
 
-    def report(step: int, metrics: Metrics, extra: dict[str, float]) -> None:
+    def write(step: int, values: dict[str, float]) -> None:
+        for writer in writers if is_main_process() else ():
+            writer.write(step, values)
+
+    def report(step: int, metrics: Metrics, measuring: bool) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -100,15 +142,16 @@ def train(
                     f'{name} is {value} at step {step}; {last}. Look at the data of '
                     'this step, or start a new --workdir with a lower --config.optimizer.learning_rate'
                 )
-        logged = extra or _is_due(step, config.log_every) or step == config.num_steps
+        logged = measuring or _is_due(step, config.log_every) or step == config.num_steps
         if not logged and step > start_step + 1:
             return
         rates = timer.rates(step)  # also after the first step, which compiles: the next rates are without it
-        bar.set_postfix_str(f'loss {values["loss"]:.3f}, {rates["tokens_per_second"]:,.0f} tok/s')
-        if logged and is_main_process():
-            values |= {'learning_rate': float(schedule(step - 1)), **rates, **extra}
-            for writer in writers:
-                writer.write(step, values)
+        line = f'loss {values["loss"]:.3f}, {rates["tokens_per_second"]:,.0f} tok/s'
+        bar.set_postfix_str(line)
+        if logged and bar.disable:
+            logger.info('step %d: %s', step, line)
+        if logged:
+            write(step, values | {'learning_rate': float(schedule(step - 1)), **rates})
 
     def save() -> None:
         nonlocal saved
@@ -119,8 +162,22 @@ def train(
         checkpointer.save(done, state, metadata | kept)
         saved = done
 
+    def due() -> list[Measurement]:
+        last = done == config.num_steps
+        return [item for item in measurements if last or _is_due(done, item.every)]
+
+    def measure(items: Sequence[Measurement]) -> None:
+        preemption.listen()
+        for item in items:
+            with timer.paused(), preemption.interruptible():
+                found = item.measure(state, done)
+            figures.update(found)
+            if found:
+                write(done, found)
+
     # The loop reads one step behind: fetching a metric waits for its step, and the devices must not wait for us.
     pending: tuple[int, Metrics] | None = None
+    stopped = False
     with (
         contextlib.closing(preemption),
         contextlib.ExitStack() as at_exit,
@@ -128,34 +185,47 @@ def train(
         bar,
     ):
         at_exit.callback(checkpointer.wait)  # after an error too: what Python's end cuts off is lost
-        while done < config.num_steps and not preemption.received(done):
-            profiler.before_step(done)
-            batch = next(batches)
-            with jax.profiler.StepTraceAnnotation('train', step_num=done):
-                state, metrics = step_fn(state, frozen, batch, rng)
-            done += 1
-            bar.update()
-            if pending:
-                report(*pending, {})
-            checkpointer.raise_failure()
-            pending = (done, metrics)
-            last = done == config.num_steps
-            due = [callback for every, callback in callbacks if last or _is_due(done, every)]
-            save_due = last or _is_due(done, config.checkpoint_every)
-            if due or save_due:
-                jax.block_until_ready(metrics)
-                with timer.paused():
-                    extra = functools.reduce(dict.__or__, (callback(state, done) for callback in due), {})
-                report(*pending, extra)
-                pending = None
-            if save_due:
-                with timer.paused():
-                    save()
+        try:
+            if start_step:
+                known = measured or {}
+                figures.update(
+                    {name: known[name] for item in measurements for name in item.figures if name in known}
+                )
+                measure([item for item in due() if item.figures and not figures.keys() & set(item.figures)])
+            while done < config.num_steps:
+                profiler.before_step(done)
+                with preemption.interruptible():
+                    batch = next(batches)
+                with jax.profiler.StepTraceAnnotation('train', step_num=done):
+                    state, metrics = step_fn(state, frozen, batch, rng)
+                preemption.listen()  # now there is something to save; while the first step compiled there was not
+                done += 1
+                figures.clear()
+                bar.update()
+                if pending:
+                    report(*pending, measuring=False)
+                checkpointer.raise_failure()
+                pending = (done, metrics)
+                last, items = done == config.num_steps, due()
+                save_due = last or _is_due(done, config.checkpoint_every)
+                if items or save_due:
+                    jax.block_until_ready(metrics)
+                    report(*pending, measuring=bool(items))
+                    pending = None
+                if save_due:
+                    with timer.paused():
+                        save()
+                        if last:
+                            checkpointer.wait()
+                measure(items)
+            stopped = preemption.received()
+        except Interrupted:
+            stopped = True
         if pending:
-            report(*pending, {})
+            report(*pending, measuring=False)
         if done > saved:
             save()
-    return state, done
+    return Trained(state, done, figures, stopped)
 
 
 def _is_due(step: int, every: int) -> bool:

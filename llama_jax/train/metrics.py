@@ -27,7 +27,7 @@ class Writer(Protocol):
     """A sink for figures."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Takes the figures of a step; steps come in order."""
+        """Takes figures of a step; steps come in order, and those of one step may come one after the other."""
 
     def flush(self) -> dict[str, Any]:
         """Returns, when all figures are where a kill cannot take them, what a checkpoint should keep of them."""
@@ -51,7 +51,7 @@ class JsonlWriter:
         self._path = epath.Path(path)
         lines, damaged = _read_lines(self._path)
         self._lines = [line for line, values in lines if values['step'] <= restored_step]
-        self._checksum = functools.reduce(_add_to_checksum, self._lines, 0)
+        self._checksum = _checksum(self._lines)
         self._warn_of_losses(restored_step, (restored or {}).get('metrics'), damaged)
         self._written = 0
         self._rewrite()
@@ -63,7 +63,7 @@ class JsonlWriter:
                 '%s: %s damaged and dropped (%s)', self._path, _count(len(damaged), 'line is', 'lines are'),
                 f'line {damaged[0]}' if len(damaged) == 1 else f'the first is line {damaged[0]}',
             )  # fmt: skip
-        if not logged or logged['checksum'] == self._checksum:
+        if not logged or logged['checksum'] == _checksum(self._lines, logged.get('last')):
             return
         total, lost = logged['lines'], logged['lines'] - len(self._lines)
         if lost:
@@ -77,23 +77,44 @@ class JsonlWriter:
         self._written = len(self._lines)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if self._lines and (before := json.loads(self._lines[-1]))['step'] == step:
+            self._extend(before | values)
+            return
         line = json.dumps({'step': step, **values}).encode()
         self._lines.append(line)
         self._checksum = _add_to_checksum(self._checksum, line)
         if self._file is not None:
             self._file.append(line + b'\n')
 
+    def _extend(self, values: dict[str, Any]) -> None:
+        """What was measured of the last step joins its line, which grows at its end."""
+        self._lines[-1] = json.dumps(values).encode()
+        self._checksum = _checksum(self._lines)
+        self._written = len(self._lines) - 1
+        if self._file is not None:
+            self._file.close()
+            self._rewrite()
+            self._file = AppendedFile(self._path)
+
     def flush(self) -> dict[str, Any]:
         if self._file is not None:
             self._file.sync()
         elif self._written < len(self._lines):
             self._rewrite()
-        return {'metrics': {'lines': len(self._lines), 'checksum': self._checksum}}
+        last = len(self._lines[-1]) if self._lines else 0
+        return {'metrics': {'lines': len(self._lines), 'checksum': self._checksum, 'last': last}}
 
     def close(self) -> None:
         self.flush()
         if self._file is not None:
             self._file.close()
+
+
+def _checksum(lines: list[bytes], last: int | None = None) -> int:
+    """Of the lines, the last of which had so many bytes: what was measured of its step came later."""
+    if last and lines and len(lines[-1]) > last:
+        lines = [*lines[:-1], lines[-1][: last - 1] + b'}']
+    return functools.reduce(_add_to_checksum, lines, 0)
 
 
 def _add_to_checksum(checksum: int, line: bytes) -> int:

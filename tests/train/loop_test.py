@@ -4,28 +4,30 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.train.loop import LoopConfig, train
+from llama_jax.signals import ENDING
+from llama_jax.train.loop import LoopConfig, Measurement, train
 from llama_jax.train.state import TrainState
 
 
 class Saves(Checkpointer):
-    """Remembers what it was asked to save."""
+    """Remembers what it was asked to save, and how much of it was waited for."""
 
     def __init__(self):
-        self.saved = []
+        self.saved, self.committed = [], 0
 
     def save(self, step, state, metadata):
         assert int(state.step) == step
         self.saved.append((step, metadata))
 
     def wait(self):
-        pass
+        self.committed = len(self.saved)
 
     def raise_failure(self):
         pass
@@ -46,7 +48,17 @@ class Log:
         pass
 
 
-def run(num_steps, *, step_fn=None, start_step=0, callbacks=(), **intervals):
+def run(
+    num_steps,
+    *,
+    step_fn=None,
+    start_step=0,
+    measurements=(),
+    measured=None,
+    saves=None,
+    batches=None,
+    **intervals,
+):
     def count(state, frozen, batch, rng):
         assert batch == int(state.step)  # each step has the batch of its number
         return state.replace(step=state.step + 1), {
@@ -57,13 +69,13 @@ def run(num_steps, *, step_fn=None, start_step=0, callbacks=(), **intervals):
     config = LoopConfig(
         num_steps=num_steps, batch_size=4, tokens_per_step=32, flops_per_token=(1e3, 2e3), peak_flops=1e9, **intervals
     )  # fmt: skip
-    saves, log = Saves(), Log()
+    saves, log = saves or Saves(), Log()
     try:
         result = train(
             TrainState(jnp.int32(start_step), {}, {}), config=config, step_fn=step_fn or count, frozen={},
-            batches=itertools.count(start_step), rng=jax.random.key(0), start_step=start_step,
+            batches=batches or itertools.count(start_step), rng=jax.random.key(0), start_step=start_step,
             schedule=lambda count: 0.1 * count, checkpointer=saves, metadata={'seed': 7}, writers=[log],
-            callbacks=callbacks,
+            measurements=measurements, measured=measured,
         )  # fmt: skip
     except FloatingPointError as error:
         result = error
@@ -71,8 +83,8 @@ def run(num_steps, *, step_fn=None, start_step=0, callbacks=(), **intervals):
 
 
 def test_steps_are_logged_at_intervals_and_at_the_end():
-    (state, done), _, log = run(8, log_every=3)
-    assert done == 8 and state.step == 8
+    result, _, log = run(8, log_every=3)
+    assert result.step == result.state.step == 8 and not result.stopped
     assert [step for step, _ in log.lines] == [3, 6, 8]
     for step, values in log.lines:
         assert values['loss'] == step
@@ -84,20 +96,94 @@ def test_steps_are_logged_at_intervals_and_at_the_end():
         assert values['mfu_full'] == pytest.approx(2 * values['mfu_causal'])
 
 
-def test_callbacks_come_at_their_interval_and_after_the_last_step():
+def validation(found, every, seen=None):
+    def measure(state, step):
+        assert state.step == step
+        if seen is not None:
+            seen.append(step)
+        return {'validation_loss': found * step}
+
+    return Measurement(every, measure, ('validation_loss',))
+
+
+def by_step(log, name):
+    """{step: figure}; a step's figures may come in parts, in order."""
+    assert [step for step, _ in log.lines] == sorted(step for step, _ in log.lines)
+    return {step: values[name] for step, values in log.lines if name in values}
+
+
+def test_measurements_come_at_their_interval_and_after_the_last_step():
+    seen, at_end = [], []
+    last = Measurement(0, lambda _, step: at_end.append(step) or {})
+    result, _, log = run(10, log_every=0, measurements=[validation(10.0, 4, seen), last])
+    assert seen == [4, 8, 10] and at_end == [10]
+    assert by_step(log, 'validation_loss') == {4: 40.0, 8: 80.0, 10: 100.0}
+    assert list(by_step(log, 'loss')) == [4, 8, 10]
+    assert result.figures == {'validation_loss': 100.0}
+
+
+def test_a_step_is_saved_before_it_is_measured():
+    saves, seen = Saves(), []
+
+    def measure(_, step):
+        seen.append((step, [saved for saved, _ in saves.saved], saves.committed))
+        return {}
+
+    run(6, saves=saves, checkpoint_every=4, measurements=[Measurement(2, measure)])
+    assert seen == [
+        (2, [], 0),
+        (4, [4], 0),
+        (6, [4, 6], 2),
+    ]  # the last is committed, for the rest may take hours
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('at', [4, 10])
+def test_a_measurement_that_is_cut_off_is_made_up_for(at, signum, given_back):
+    """Whether within the run or after its last step, and by each signal."""
     seen = []
 
-    def callback(state, step):
-        assert state.step == step
-        seen.append(step)
-        return {'validation_loss': 10.0 * step}
+    def measure(_, step):
+        if step == at:
+            os.kill(os.getpid(), signum)
+            pytest.fail('the signal was not heard at once')
+        return {}
 
-    at_end = []
-    _, _, log = run(
-        10, log_every=0, callbacks=[(4, callback), (0, lambda _, step: at_end.append(step) or {})]
-    )
-    assert seen == [4, 8, 10] and at_end == [10]
-    assert {step: values['validation_loss'] for step, values in log.lines} == {4: 40.0, 8: 80.0, 10: 100.0}
+    cut = Measurement(2, measure, ('score',))
+    result, saves, log = run(10, checkpoint_every=4, measurements=[validation(1.0, 2), cut])
+    assert result.stopped and result.step == at == saves.saved[-1][0]
+    assert by_step(log, 'validation_loss')[at] == at == result.figures['validation_loss']
+    assert at in by_step(log, 'loss')
+
+    resumed, _, log = run(
+        10, start_step=at, measured=dict(log.lines[-1][1]),
+        measurements=[validation(1.0, 2, seen), Measurement(2, lambda _, step: {'score': 5.0}, ('score',))],
+    )  # fmt: skip
+    assert by_step(log, 'score')[at] == 5.0 and at not in seen and not resumed.stopped
+    assert resumed.figures == {'validation_loss': 10.0, 'score': 5.0}
+    assert list(by_step(log, 'loss')) == ([] if at == 10 else [6, 8, 10])
+
+
+def test_a_signal_while_the_last_step_is_saved_waits_for_it(given_back):
+    class Slow(Saves):
+        def wait(self):
+            if not self.committed:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().wait()
+
+    result, saves, log = run(3, saves=Slow(), measurements=[validation(1.0, 0)])
+    assert result.stopped and result.step == 3 and saves.committed == 1 and result.figures == {}
+    assert list(by_step(log, 'loss')) == [3] and not by_step(log, 'validation_loss')
+
+
+def test_a_run_that_waits_for_data_is_saved(given_back):
+    def batches():
+        yield from (0, 1, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    result, saves, _ = run(10, batches=batches())
+    assert result.stopped and result.step == 3 == saves.saved[-1][0]
 
 
 def test_checkpoints_come_at_their_interval_and_after_the_last_step():
@@ -109,13 +195,13 @@ def test_checkpoints_come_at_their_interval_and_after_the_last_step():
 
 
 def test_a_resumed_run_goes_on_from_its_step():
-    (_, done), saves, log = run(10, start_step=7, log_every=1)
-    assert done == 10 and [step for step, _ in saves.saved] == [10]
+    result, saves, log = run(10, start_step=7, log_every=1)
+    assert result.step == 10 and [step for step, _ in saves.saved] == [10]
     assert [step for step, _ in log.lines] == [8, 9, 10]
     _, saves, log = run(3, log_every=0, checkpoint_every=0)
     assert [step for step, _ in saves.saved] == [step for step, _ in log.lines] == [3]  # the last alone
-    (_, done), saves, _ = run(10, start_step=10)
-    assert done == 10 and not saves.saved
+    result, saves, _ = run(10, start_step=10)
+    assert result.step == 10 and not saves.saved and not result.stopped
 
 
 @pytest.mark.parametrize('broken', [1, 3, 4, 5, 8])
@@ -134,27 +220,32 @@ def test_a_figure_that_is_not_finite_stops_the_run_before_it_is_saved(broken, na
     assert [step for step, _ in log.lines] == list(range(1, broken))
 
 
-def test_a_preempted_run_saves_where_it_stands():
-    handler = signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def given_back():
+    """Signals end the process after a test as they did before it."""
+    handlers = {signum: signal.getsignal(signum) for signum in ENDING}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_preempted_run_saves_where_it_stands(signum, given_back):
     def step_fn(state, frozen, batch, rng):
         if batch == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return state.replace(step=state.step + 1), {'loss': jnp.float32(1.0)}
 
-    try:
-        (state, done), saves, _ = run(100, step_fn=step_fn, checkpoint_every=3)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert done == 5 == state.step
+    result, saves, _ = run(100, step_fn=step_fn, checkpoint_every=3)
+    assert result.stopped and result.step == 5 == result.state.step
     assert saves.saved[-1][0] == 5 and saves.saved[-1][1]['rows_consumed'] == 20
     assert [step for step, _ in saves.saved] == [3, 5]
 
 
-def test_the_signal_is_given_back():
-    handler = signal.getsignal(signal.SIGTERM)
+def test_the_signals_are_given_back():
+    handlers = [signal.getsignal(signum) for signum in ENDING]
     run(2)
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [signal.getsignal(signum) for signum in ENDING] == handlers
 
 
 def test_a_range_of_steps_is_profiled(tmp_path):

@@ -82,6 +82,25 @@ def test_figures_that_are_lost_or_changed_are_said(tmp_path, caplog):
     JsonlWriter(path, 3).close()  # of a checkpoint that knows nothing of it
 
 
+def test_what_a_step_is_measured_at_joins_its_line(tmp_path, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    writer = JsonlWriter(path)
+    writer.write(1, {'loss': 2.0})
+    writer.write(2, {'loss': 1.5})
+    kept = writer.flush()
+    writer.write(2, {'validation_loss': 1.25})
+    writer.write(2, {'piqa/acc': 0.5})
+    joined = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5, "validation_loss": 1.25, "piqa/acc": 0.5}\n'
+    assert path.read_text() == joined
+    writer.write(3, {'loss': 1.0})
+    writer.close()
+    writer = JsonlWriter(path, 2, kept)
+    assert not caplog.text  # nothing of what the checkpoint knows was lost
+    writer.write(2, {'piqa/acc': 0.75})  # as a run that is resumed makes up for it
+    writer.close()
+    assert path.read_text() == joined.replace('0.5}', '0.75}')
+
+
 def test_a_fresh_start_empties_the_file(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 1, "loss": 2.0}\n')
@@ -108,6 +127,9 @@ def test_an_object_store_gets_the_whole_file_at_each_flush(tmp_path, monkeypatch
     writer.write(3, {'loss': 1.0})
     writer.close()
     assert steps(url) == [1, 2, 3]
+    writer.write(3, {'validation_loss': 0.5})
+    writer.flush()
+    assert read_metrics(url)[2:] == [{'step': 3, 'loss': 1.0, 'validation_loss': 0.5}]
     JsonlWriter(url, restored_step=1).close()
     assert steps(url) == [1]
 
