@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from llama_jax.grading.program_tests import ProgramTest
 from llama_jax.types import InputError
 
 Document = dict[str, Any]  # one item, with the field names of its publisher; plain JSON values
@@ -107,11 +108,11 @@ class Judges:
     """What some tasks need to score generated text; handed to every `score`, None where there is none.
 
     Attributes:
-      run_code: runs a Python program in a sandbox, returns 'passed' or why not (`grading.sandbox`).
+      run_code: runs a Python program and its tests, returns 'passed' or why not (`grading.sandbox`).
       rate_text: rates a text, e.g. its toxicity in [0, 1] (`eval.text_rating`).
     """
 
-    run_code: Callable[[str], str] | None = None
+    run_code: Callable[[ProgramTest], str] | None = None
     rate_text: Callable[[str], float] | None = None
 
 

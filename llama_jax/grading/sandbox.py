@@ -1,66 +1,49 @@
-"""Runs generated Python in a subprocess that may use little time, memory and disk, and no network.
+"""Judges generated Python: runs it in a process that may use little and reach nothing, and compares in another.
 
 Layers, each of which holds without the others:
-  - its own session, killed as a whole (`killpg`) when the wall-clock limit passes, and in any case at the end;
-  - resource limits: CPU time, address space, file size, open files, processes, no core dump;
-  - an empty environment, an empty temporary directory as home and working directory, closed standard input;
-  - standard output and error go to a pipe of which a bounded part is read; writing more kills the program;
-  - user, network and process-id namespaces of its own (`unshare`) where the kernel permits: no interface to send on,
-    and no process outlives the first. Elsewhere sockets and new processes are refused in Python (an audit hook, which
-    a program that means harm through native code can get around: use a container for models you do not trust).
-It is not a security boundary against a hostile author; files that the user may read are readable.
+  - two processes: the program's own is handed arguments and returns values; tests, expected results and the verdict are
+    in a second one, which never ran the program (`grading.program_tests`);
+  - namespaces (user, mount, process, network, ...) where the kernel permits: of the files there are Python's own, to
+    read, and an empty folder in memory that is gone with the program; no interface to send on; no process outlives it;
+  - resource limits: CPU time, address space, size of files, open files, processes, no core dump;
+  - a wall-clock limit, after which program and tests are killed;
+  - an empty environment, closed standard input, output that nobody reads;
+  - an audit hook that refuses sockets and new processes and, without namespaces, files outside the program's folder.
+    Native code gets around it. Without namespaces it stands alone, and a warning says so: use a container.
 """
 
 import contextlib
 import dataclasses
 import functools
+import json
+import logging
 import os
-import secrets
-import selectors
-import shutil
+import queue
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
+import weakref
 
+from llama_jax.grading.keeper import REFUSED
+from llama_jax.grading.program_tests import ProgramTest, receive, send
 from llama_jax.types import InputError
 
-# Runs before the program, as its own interpreter starts: limits first, then the hook, which cannot be taken off again.
-_GUARD = r"""
-import os, resource, sys
-def limit(which, value):
-    soft, hard = resource.getrlimit(which)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
-cpu, memory, file_size, mark, path = sys.argv[1:6]
-limit(resource.RLIMIT_CORE, 0)
-limit(resource.RLIMIT_CPU, int(cpu))
-limit(resource.RLIMIT_AS, int(memory))
-limit(resource.RLIMIT_FSIZE, int(file_size))
-limit(resource.RLIMIT_NOFILE, 64)
-limit(resource.RLIMIT_NPROC, 1)
-sys.argv[:] = ['program.py']
-REFUSED = (
-    'socket.', 'os.fork', 'os.forkpty', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.system', 'os.kill', 'os.killpg',
-    'subprocess.Popen', 'pty.spawn', 'ctypes.dlsym', 'ctypes.call_function', 'resource.setrlimit', 'resource.prlimit',
-    'ftplib.', 'http.client.', 'imaplib.', 'nntplib.', 'poplib.', 'smtplib.', 'telnetlib.', 'urllib.Request',
-    'webbrowser.', 'syslog.', 'sys.addaudithook', 'gc.get_objects',
-)
-def hook(event, args, refused=REFUSED, exit=PermissionError):
-    if event.startswith(refused):
-        raise exit(f'the sandbox refuses {event}')
-sys.addaudithook(hook)
-del hook, limit, resource
-source = open(path).read()
-space = {'__name__': '__main__', '__file__': 'program.py'}
-
-def run(exec=exec, compile=compile, stdout=sys.stdout, write=os.write, mark=mark.encode()):
-    exec(compile(source, 'program.py', 'exec'), space)
-    stdout.flush()
-    write(1, b'\n' + mark)  # tells a program that ran to its end from one that left with status 0
-run()
+_LOG = logging.getLogger(__name__)
+# Makes `llama_jax` a package without its `__init__`, which would load JAX.
+_START = """
+import sys, types
+package = types.ModuleType('llama_jax')
+package.__path__ = [sys.argv.pop(1)]
+sys.modules['llama_jax'] = package
+from llama_jax.grading import keeper
+keeper.main(sys.argv[1:])
 """
+# The order of sets is the same in every run.
+_ENVIRONMENT = {'PATH': '/nonexistent', 'PYTHONHASHSEED': '0', 'OPENBLAS_NUM_THREADS': '1'}
+_PATIENCE = 60.0  # seconds for what is done in milliseconds where nothing else runs
+_MAX_VERDICT = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +54,20 @@ class Limits:
       seconds: of wall-clock time, and of CPU time.
       memory_bytes: of address space.
       file_bytes: size of one file.
-      output_bytes: of standard output and error together.
+      disk_bytes: of all its files together; without namespaces only `file_bytes` holds.
     """
 
     seconds: float = 3.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
-    output_bytes: int = 1 << 16
+    disk_bytes: int = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeExecution:
     """The sandbox, as a judge: `Judges(run_code=CodeExecution(allowed=True))`.
+
+    Safe to call from several threads; each keeps a small process, which ends with this object.
 
     Attributes:
       allowed: must be said; generated code is run by nobody who did not ask for it.
@@ -91,101 +76,124 @@ class CodeExecution:
 
     allowed: bool = False
     limits: Limits = Limits()
+    _idle: queue.SimpleQueue['_Keeper'] = dataclasses.field(
+        default_factory=queue.SimpleQueue, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.allowed:
-            raise InputError('executing generated code is off; allow it with --allow_code_execution')
+            raise InputError('executing generated code is off; it runs only where `allowed` is True')
         if sys.platform not in ('linux', 'darwin'):
             raise InputError(f'no sandbox for generated code on {sys.platform}; run on Linux or macOS')
 
-    def __call__(self, program: str) -> str:
-        """Runs a program to its end: 'passed', or what happened instead, in one line."""
-        with tempfile.TemporaryDirectory(prefix='llama_jax_code_') as folder:
-            path = os.path.join(folder, 'program.py')
-            with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:
-                file.write(program)
-            return self._run(path, folder)
-
-    def _run(self, path: str, folder: str) -> str:
-        limits, isolated, mark = self.limits, _can_unshare(), secrets.token_hex(16)
-        arguments = [
-            sys.executable, '-I', '-B', '-X', 'utf8', '-c', _GUARD, str(int(limits.seconds) + 1),
-            str(limits.memory_bytes), str(limits.file_bytes), mark, path,
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            [*_unshare(), *arguments] if isolated else arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env={'HOME': folder, 'TMPDIR': folder, 'PATH': '/nonexistent', 'OPENBLAS_NUM_THREADS': '1'},
-            start_new_session=True,
-        )
-        try:
-            output, ended = _read(process, limits)
-        finally:
-            _kill_session(process)
-        if ended:
-            return ended
-        return _verdict(output.decode('utf-8', 'replace'), process.returncode, mark)
-
-
-def _read(process: subprocess.Popen, limits: Limits) -> tuple[bytes, str]:
-    """Output until the program ends, and why it had to be stopped ('' where it ended itself)."""
-    assert process.stdout is not None
-    deadline, output = time.monotonic() + limits.seconds, b''
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if not selector.select(left):
+    def __call__(self, test: ProgramTest) -> str:
+        """Runs a program and its tests: 'passed', or what happened instead, in one line."""
+        for _ in range(2):
+            try:
+                keeper = self._idle.get_nowait()
+            except queue.Empty:
+                keeper = _Keeper(self.limits)
+            try:
+                verdict = keeper.run(test)
+            except (OSError, EOFError):  # an idle one may have been killed meanwhile; a new one may not
+                keeper.close()
                 continue
-            chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:  # every writer is gone
-                try:
-                    process.wait(max(deadline - time.monotonic(), 0.1))
-                except subprocess.TimeoutExpired:
-                    break
-                return output, ''
-            output += chunk
-            if len(output) > limits.output_bytes:
-                return output, f'failed: more than {limits.output_bytes} bytes of output'
-    return output, f'timed out after {limits.seconds:g} s'
+            self._idle.put(keeper)
+            return verdict
+        return 'failed: it ended the sandbox'
 
 
-def _kill_session(process: subprocess.Popen) -> None:
-    """Ends the program and what it started, however it stands."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
-    if process.stdout:
-        process.stdout.close()
+class _Keeper:
+    """A process of `grading.keeper` and the connection to it."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        reason = self._start(isolated=sys.platform == 'linux')
+        if reason:
+            _warn(reason)
+            reason = self._start(isolated=False)
+            if reason:
+                raise OSError(f'the sandbox for generated code does not start: {reason}')
+
+    def _start(self, isolated: bool) -> str:
+        """Why it did not start; '' where it did."""
+        limits = self.limits
+        self.control, theirs = socket.socketpair()
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        numbers = (limits.seconds, limits.memory_bytes, limits.file_bytes, limits.disk_bytes)
+        process = subprocess.Popen(
+            [
+                sys.executable, '-P', '-s', '-B', '-X', 'utf8', '-c', _START, package, str(theirs.fileno()),
+                str(int(isolated)), *map(str, numbers),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd='/',
+            env=_ENVIRONMENT,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self.close = weakref.finalize(self, _end, process, self.control)
+        self.control.settimeout(_PATIENCE)
+        try:
+            answer = self.control.recv(1000).decode()
+        except OSError as error:
+            answer = str(error)
+        if answer == 'ready':
+            return ''
+        self.close()
+        return answer or 'its process ended'
+
+    def run(self, test: ProgramTest) -> str:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                socket.send_fds(self.control, [b'.'], [theirs.fileno()])
+            verdict = self._verdict(ours, test)
+        self.control.sendall(b'.')
+        status = self.control.recv(1)
+        if not status:
+            raise EOFError('the process that keeps the sandbox is gone')
+        if status[0] == REFUSED:
+            raise InputError(
+                'the sandbox of generated programs cannot be set up any more: is the memory used up?'
+            )
+        if status[0] and verdict.startswith('failed: it left'):
+            return f'failed: killed by {signal.Signals(status[0]).name}'
+        return verdict
+
+    def _verdict(self, ours: socket.socket, test: ProgramTest) -> str:
+        start = time.monotonic()
+        ours.settimeout(self.limits.seconds)
+        try:
+            send(ours, json.dumps(dataclasses.asdict(test)).encode())
+            verdict = receive(ours, _MAX_VERDICT).decode('utf-8', 'replace')
+        except (OSError, EOFError, ValueError):
+            if time.monotonic() - start >= self.limits.seconds:
+                return f'timed out after {self.limits.seconds:g} s'
+            return 'failed: its tests ended without a verdict'
+        verdict = ' '.join(verdict.split())[:200]
+        return 'failed: out of memory' if verdict.startswith('failed: MemoryError') else verdict
 
 
-def _verdict(output: str, status: int, mark: str) -> str:
-    lines = output.rstrip().split('\n')
-    if status == 0:
-        return 'passed' if lines[-1] == mark else 'failed: it left before its end'
-    if status < 0:
-        return f'failed: killed by {signal.Signals(-status).name}'
-    last = lines[-1][:200]
-    if 'MemoryError' in last:
-        return 'failed: out of memory'
-    return f'failed: {last or f"exit status {status}"}'
+def _end(process: subprocess.Popen, control: socket.socket) -> None:
+    """Its children end with the keeper, which ends with the connection; what does not is killed."""
+    with contextlib.suppress(OSError):  # it has ended already
+        control.shutdown(socket.SHUT_RDWR)
+    control.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
-def _unshare() -> list[str]:
-    """The command that gives a program namespaces of its own; [] where there is no such command."""
-    command = shutil.which('unshare')
-    return [command, '--user', '--net', '--pid', '--fork', '--kill-child', '--'] if command else []
-
-
-@functools.cache
-def _can_unshare() -> bool:
-    """Whether the kernel lets this user make namespaces; containers often do not."""
-    if sys.platform != 'linux' or not _unshare():
-        return False
-    done = subprocess.run(
-        [*_unshare(), sys.executable, '-I', '-S', '-c', ''], capture_output=True, timeout=30
+@functools.cache  # once for each reason
+def _warn(reason: str) -> None:
+    _LOG.warning(
+        'generated programs get no namespaces of their own here (%s): resource limits and a hook in Python contain '
+        'them, which native code gets around; use a container for models that you do not trust',
+        reason,
     )
-    return done.returncode == 0

@@ -4,16 +4,18 @@ The LLaMA papers sample pass@1 at temperature 0.1 (top-p 0.95 for Llama 2) and p
 and this task's default are greedy. Needs `grading.sandbox`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from llama_jax.eval.documents import Online, Source
 from llama_jax.eval.task import Completion, Completions, Document, Judges, Request, Scores, Task
+from llama_jax.grading.program_tests import ProgramTest
 from llama_jax.grading.sampling_metrics import pass_at_k
 
 REPORTED_K = (1, 10, 80, 100)
 
 
-def code_scores(programs: Sequence[str], judges: Judges) -> Scores:
+def code_scores(programs: Sequence[ProgramTest], judges: Judges) -> Scores:
     """pass@k for every reported k that the number of programs allows, and what became of each program."""
     assert judges.run_code is not None  # Task.check
     outcomes = [judges.run_code(program) for program in programs]
@@ -30,8 +32,16 @@ def _ask(document: Document, prefix: str) -> list[Request]:
 
 
 def _judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
-    tests = f'{document["test"]}\ncheck({document["entry_point"]})'
-    return code_scores([f'{document["prompt"]}{text}\n{tests}' for text in results[0].texts], judges)
+    prompt, name = document['prompt'], document['entry_point']
+    # Some tests use a function that the prompt defines; the one that they get is the prompt's own.
+    question = ProgramTest(
+        program='',
+        tests=f'{document["test"]}\ncheck({name})',
+        names=(name,),
+        definitions=f'{prompt}\n    pass\n',
+    )
+    programs = [dataclasses.replace(question, program=prompt + text) for text in results[0].texts]
+    return code_scores(programs, judges)
 
 
 HUMAN_EVAL = Task(
