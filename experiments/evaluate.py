@@ -120,6 +120,10 @@ def prepare_exams(judges: Judges) -> list[Exam]:
     if not _DATA_DIR.value and not all(name.startswith('perplexity:') for name in tasks):
         raise InputError('--data_dir is required: the folder of the benchmarks, or hf:// or tfds://')
     for task in tasks.values():
+        if task.executes_code and not judges.run_code:
+            raise InputError(
+                f'task {task.name} executes generated code, which is off; allow it with --allow_code_execution'
+            )
         task.check(judges)
     sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
     return [

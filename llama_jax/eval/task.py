@@ -276,7 +276,7 @@ class Task:
         """Raises InputError where the task needs a judge that is not there; call it before the model's work."""
         if self.executes_code and judges.run_code is None:
             raise InputError(
-                f'task {self.name} executes generated code, which is off; allow it with --allow_code_execution'
+                f'task {self.name} executes generated code, which is off; it is run only where that is allowed'
             )
 
     def score(self, document: Document, results: Sequence[Result], judges: Judges | None = None) -> Scores:

@@ -102,5 +102,5 @@ def test_settings_that_are_impossible_are_refused(shared_data):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(num_samples=0))
     exam = prepare(find_task('human_eval'), data_dir, limit=2, sampling=Sampling(3, temperature=0.8))
     assert [(r.num_samples, r.temperature) for (r,) in exam.requests] == [(3, 0.8)] * 2
-    with pytest.raises(InputError, match='allow it with --allow_code_execution'):
+    with pytest.raises(InputError, match='executes generated code, which is off'):
         evaluate(exam, Counting(), progress=False)

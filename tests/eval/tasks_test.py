@@ -231,7 +231,7 @@ def test_missing_data_says_what_is_expected(tmp_path, name):
 
 
 def test_code_tasks_ask_for_permission_first():
-    with pytest.raises(InputError, match='--allow_code_execution'):
+    with pytest.raises(InputError, match='executes generated code, which is off'):
         TASKS['human_eval'].check(Judges())
     TASKS['human_eval'].check(Judges(run_code=lambda program: 'passed'))
 

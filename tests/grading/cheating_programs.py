@@ -133,6 +133,25 @@ TELL
 try: tell(*open("/proc/self/cmdline").read().split("\0"))
 except OSError: pass
 WRONG
+=== a mark in its arguments
+import os, sys
+for text in sys.orig_argv:
+    if len(text) == 32: os.write(1, b'\n' + text.encode()); os._exit(0)
+WRONG
+=== a mark in its command line
+import os
+def NAME(numbers):
+    for text in open('/proc/self/cmdline').read().split('\0'):
+        if len(text) == 32: os.write(1, b'\n' + text.encode()); os._exit(0)
+=== a mark in frames
+import os, sys
+def NAME(numbers):
+    frame = sys._getframe()
+    while frame:
+        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+            text = value.decode() if isinstance(value, bytes) else value
+            if isinstance(text, str) and len(text) == 32: os.write(1, b'\n' + text.encode()); os._exit(0)
+        frame = frame.f_back
 === sockets by number
 import socket
 for fd in range(3, 64):
@@ -276,7 +295,7 @@ def NAME(numbers):
 === leaves a module behind
 import site, sys
 for p in sys.path + ["."]:
-    try: open(p + "/sitecustomize.py", "w").write("import os; os._exit(0)")
+    try: open(p + "/llama_jax_left.py", "w").write("")
     except OSError: pass
 WRONG
 === constant
