@@ -5,19 +5,15 @@
 CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, or hf://ORGANISATION/MODEL.
 """
 
-import json
-from collections.abc import Mapping
-
 from absl import flags
 from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from llama_jax import pretrained, runtime
-from llama_jax.convert import huggingface
-from llama_jax.convert.gguf_file import read_metadata
+from llama_jax import export, pretrained, runtime
 from llama_jax.convert.mapping import Source
 from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError
 
 _INPUT = flags.DEFINE_string('input', None, 'checkpoint of any format', required=True)
@@ -25,7 +21,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'folder to make; for gguf, the fil
 _TO = flags.DEFINE_enum(
     'to', None, ['orbax', 'meta', 'huggingface', 'gguf'], 'format to write', required=True
 )
-_DTYPE = flags.DEFINE_enum('dtype', '', ['', *pretrained.GGUF_DTYPES], "type to write; '' keeps the input's")
+_DTYPE = flags.DEFINE_enum('dtype', '', ['', *export.GGUF_DTYPES], "type to write; '' keeps the input's")
 _MODEL_PARALLEL = flags.DEFINE_integer('model_parallel', 1, "number of files of Meta's format")
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file or folder, instead of the input's own")
 _CHAT = flags.DEFINE_bool(
@@ -37,49 +33,34 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and com
 def main() -> None:
     """Opens, writes, verifies."""
     runtime.free_memory_at_once()
-    path = pretrained.resolve(_INPUT.value)
-    source = pretrained.open_source(path)
-    tokenizer = pretrained.load_tokenizer(_TOKENIZER.value or path)
-    template, files = _carried(path)
+    if _TO.value == 'gguf' or _CHAT.value:
+        checkpoint = launch.open_with_tokenizer(_INPUT.value, _TOKENIZER.value)
+    else:
+        checkpoint = pretrained.open(_INPUT.value)
+    source = checkpoint.source
+    tokenizer = pretrained.load_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else checkpoint.tokenizer
+    template, files = checkpoint.template, checkpoint.files
     if _CHAT.value and not template:
-        template = chat_format_for(tokenizer).template
+        template, files = chat_format_for(required(tokenizer)).template, {}
+    if _TOKENIZER.value:  # another one's files would contradict it
+        files = {}
     with _progress_bar(source, 'writing') as bar:
-        pretrained.save(
+        export.save(
             _OUTPUT.value, source, tokenizer, to=_TO.value, dtype=_DTYPE.value, files=files,
             model_parallel=_MODEL_PARALLEL.value, chat_template=template, progress=bar.update,
         )  # fmt: skip
     if _VERIFY.value:
         try:
             with _progress_bar(source, 'verifying') as bar:
-                pretrained.verify(_OUTPUT.value, source, dtype=_DTYPE.value, progress=bar.update)
+                written = pretrained.open(_OUTPUT.value).source
+                export.verify(written, source, dtype=_DTYPE.value, progress=bar.update)
         except InputError:
             output = epath.Path(_OUTPUT.value)  # what is wrong must not look complete
             output.rmtree() if output.is_dir() else output.unlink()
             raise
     verified = ', read back and found equal' if _VERIFY.value else ''
-    print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}')
-
-
-def _carried(path: epath.Path) -> tuple[str, dict[str, bytes]]:
-    """The input's chat template, and the files of a Hugging Face folder that go into another one."""
-    kind, found = pretrained.find(path)
-    if kind == 'gguf':
-        template = read_metadata(found).get('tokenizer.chat_template')
-        return (template if isinstance(template, str) else ''), {}
-    files = huggingface.carried_files(found) if kind == 'huggingface' else {}
-    template = _template_of(files)
-    return template, ({} if _TOKENIZER.value or (_CHAT.value and not template) else files)
-
-
-def _template_of(files: Mapping[str, bytes]) -> str:
-    """The chat template of a Hugging Face folder: a file of its own, or part of the tokenizer's configuration."""
-    if 'chat_template.jinja' in files:
-        return files['chat_template.jinja'].decode(errors='replace')
-    try:
-        template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
-    except (ValueError, AttributeError, RecursionError):
-        return ''
-    return template if isinstance(template, str) else ''
+    without = '' if tokenizer else ', without a tokenizer: there is none in the input'
+    print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}{without}')
 
 
 def _progress_bar(source: Source, verb: str) -> tqdm:

@@ -138,7 +138,10 @@ def load_engine() -> Engine:
     dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]
     partitioner = Partitioner(make_mesh(parse_mesh(_MESH.value)), parse_rules(_AXIS_RULES.value))
     config, params, tokenizer = pretrained.load(
-        _CHECKPOINT.value, mesh=partitioner.mesh, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
+        launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value),
+        partitioner=partitioner,
+        dtype=jnp.dtype(dtype),
+        tokenizer=_TOKENIZER.value,
     )
     logger.info(
         '%s: %s weights on %d devices', _CHECKPOINT.value, f'{config.num_params:,}', jax.device_count()

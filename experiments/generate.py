@@ -47,8 +47,9 @@ def main() -> None:
     runtime.enable_compilation_cache()
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]
+    checkpoint = launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
     config, params, tokenizer = pretrained.load(
-        _CHECKPOINT.value, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
+        checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
     )
     completions = generate(
         LlamaForCausalLM(config, dtype=dtype), params, tokenizer, _PROMPT.value,

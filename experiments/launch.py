@@ -196,6 +196,20 @@ def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def open_with_tokenizer(checkpoint: str, tokenizer: str) -> pretrained.Checkpoint:
+    """--checkpoint opened, for a command that reads or writes text; its weights are still in their files.
+
+    Raises:
+      InputError: it has no tokenizer, and --tokenizer gives none; or as `pretrained.open`.
+    """
+    opened = pretrained.open(checkpoint)
+    if not tokenizer and opened.tokenizer is None:
+        raise InputError(
+            f'{checkpoint} has no tokenizer; give the one that the weights were trained with by --tokenizer'
+        )
+    return opened
+
+
 def split_list(text: str) -> tuple[str, ...]:
     """'a, b' -> ('a', 'b')."""
     return tuple(filter(None, (part.strip() for part in text.split(','))))

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from experiments import launch, training
 from experiments.workdir import CONFIG_FILE, check_data, check_same_data, check_workdir, record_run
 from llama_jax import pretrained, runtime, storage
+from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
@@ -98,10 +99,10 @@ def main() -> None:
     )
     record = record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
-        pretrained.save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
+        save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
-    checkpointer = Checkpointer(workdir / pretrained.CHECKPOINTS, config.checkpoint.keep)
-    state, start_step, restored = initial_state(config, checkpointer, target, model, tx, partitioner.mesh)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep)
+    state, start_step, restored = initial_state(config, checkpointer, target, model, tx)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     loss_fn, step_fn = training.make_train_step(config, model, target, tx)
@@ -150,12 +151,18 @@ def main() -> None:
         print(describe(report, workdir))
 
 
+@functools.cache
+def base_checkpoint() -> pretrained.Checkpoint:
+    """--checkpoint, opened once."""
+    return pretrained.open(_CHECKPOINT.value)
+
+
 def starting_architecture(config: ConfigDict) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
     preset = training.find_preset(config.model.preset)
     if not _CHECKPOINT.value:
         return preset
-    base = pretrained.load_config(pretrained.resolve(_CHECKPOINT.value))
+    base = base_checkpoint().config
     for name, value in vars(base).items():
         # What changes no weight may change: this is how a context is lengthened.
         may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
@@ -164,6 +171,16 @@ def starting_architecture(config: ConfigDict) -> LlamaConfig:
                 f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
                 f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
             )
+    if 0 < (wanted := config.model.vocab_size) < base.vocab_size:
+        raise InputError(
+            f'--config.model.vocab_size={wanted} is less than --checkpoint={_CHECKPOINT.value} has: {base.vocab_size} '
+            'ids; raise it, which adds rows to its tables, or 0 to fit'
+        )
+    if not config.data.tokenizer and base_checkpoint().tokenizer is None:
+        raise InputError(
+            f'--checkpoint={_CHECKPOINT.value} has no tokenizer; give the one it was trained with by '
+            '--config.data.tokenizer'
+        )
     return with_vocab_size(preset, base.vocab_size)
 
 
@@ -186,11 +203,12 @@ def describe_devices(partitioner: Partitioner) -> str:
 def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
     """The workdir's tokenizer: copied there from `data.tokenizer` or the base checkpoint, or trained on the data."""
     file = workdir / 'tokenizer.model'
-    source = config.data.tokenizer or _CHECKPOINT.value
     # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
     if not file.exists() or not (workdir / CONFIG_FILE).exists():
         with runtime.refused_by_all():
-            given = pretrained.load_tokenizer(source) if source else None
+            given = base_checkpoint().tokenizer if _CHECKPOINT.value else None
+            if config.data.tokenizer:
+                given = pretrained.load_tokenizer(config.data.tokenizer)
             if runtime.is_main_process():
                 if given:
                     storage.write_atomically(file, model_file(given))
@@ -227,7 +245,6 @@ def initial_state(
     target: TrainState,
     model: LlamaForCausalLM,
     tx: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """(state, updates done, what was saved with it): resumed, continued from --checkpoint, or fresh; born sharded."""
     if restored := checkpointer.restore_latest(target):
@@ -235,9 +252,10 @@ def initial_state(
         logger.info('resuming at step %d of %d', step, config.train.num_steps)
         return state, step, metadata
     if _CHECKPOINT.value:
-        _, params, _ = pretrained.load(_CHECKPOINT.value, mesh=mesh)
-        start = jax.jit(functools.partial(new_state, tx=tx), out_shardings=shardings_of(target))
-        return start(params), 0, {}
+        params = base_checkpoint().params(target.params, grow_vocabulary=True)
+        # Donated, for they become the state's: there is no second copy.
+        start = functools.partial(new_state, tx=tx)
+        return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}
     start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
     return start(jax.random.key(config.seed)), 0, {}
 

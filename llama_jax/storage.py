@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from llama_jax.types import InputError, SystemFailure, error_line
 
@@ -37,6 +37,39 @@ def enable_bucket(path: str | os.PathLike) -> None:
     # Otherwise gcsfs answers from what a folder held at first; TensorStore and other processes write there too.
     for protocol in ('gs', 'gcs'):
         fsspec.config.conf.setdefault(protocol, {})['use_listings_cache'] = False
+
+
+def read_range(path, offset: int, length: int) -> bytes:
+    """These bytes of a file, fewer where it ends; of a bucket no more than they are transferred.
+
+    Args:
+      path: an `epath.Path`, local or `gs://...`.
+      offset: of the first byte.
+      length: how many.
+    """
+    if '://' not in os.fspath(path):
+        with open(path, 'rb') as file:
+            file.seek(offset)
+            return file.read(length)
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    return system.cat_file(name, start=offset, end=offset + length)
+
+
+def open_sparsely(path, ahead: int = 0) -> IO[bytes]:
+    """Opens a file of which little is read: in a bucket `ahead` more bytes than asked for, and not 5 MiB as usual.
+
+    Args:
+      path: an `epath.Path`, local or `gs://...`.
+      ahead: 0 where what is read is scattered.
+    """
+    if '://' not in os.fspath(path):
+        return open(path, 'rb')
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    return system.open(name, 'rb', block_size=ahead or None, cache_type='readahead' if ahead else 'none')
 
 
 @contextlib.contextmanager

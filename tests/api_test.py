@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.models.llama import init_params
 from llama_jax.models.presets import with_vocab_size
-from llama_jax.pretrained import save_config
 from llama_jax.tokenizer.training import train_sentencepiece
 
 

@@ -18,7 +18,7 @@ MAX_LINES = 400
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     ({'partitioning', 'runtime', 'signals', 'storage', 'chips', 'xla_options'}, {'etils', 'fsspec'}),
-    ({'ops'}, set()),
+    ({'ops', 'placement'}, set()),
     ({'models', 'tokenizer', 'grading'}, {'flax.linen', 'sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'}),
     (
         {'lora', 'quantize', 'checkpoint', 'convert', 'data', 'losses'},

@@ -240,7 +240,7 @@ from llama_jax import pretrained
 from llama_jax.convert.tensors import FileTensor
 from llama_jax.models.presets import PRESETS
 
-PRESETS['stories_260k'] = pretrained.load_config(pretrained.resolve('CHECKPOINT'))
+PRESETS['stories_260k'] = pretrained.open('CHECKPOINT').config
 read = []
 
 

@@ -61,7 +61,7 @@ def run(gcs, commands, corpus):
     finally:
         gcs.before = lambda kind, name: None
     killed = gcs.names('bucket/run/')
-    shape = (pretrained.load_config(epath.Path(RUN)).embed_dim,)
+    shape = (pretrained.open(RUN).config.embed_dim,)
     norm = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_one_device())
     step = latest_step(f'{RUN}/checkpoints')
     restore_params(step, {'final_norm': norm})

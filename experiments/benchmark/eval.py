@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from llama_jax import pretrained
+from llama_jax import export, pretrained
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.tasks import find_task
@@ -94,9 +94,8 @@ def huggingface(scratch: Path) -> Contender:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    source = pretrained.open_source(pretrained.resolve(_CHECKPOINT.value))
-    tokenizer = pretrained.load_tokenizer(_CHECKPOINT.value)
-    pretrained.save(scratch / 'model', source, tokenizer, to='huggingface', dtype='float32')
+    checkpoint = pretrained.open(_CHECKPOINT.value)
+    export.save(scratch / 'model', checkpoint.source, checkpoint.tokenizer, to='huggingface', dtype='float32')
     items = prepare(find_task('hellaswag'), _DATA_DIR.value, limit=_ITEMS.value).documents
     file = scratch / 'hellaswag.jsonl'
     file.write_text('\n'.join(map(json.dumps, items)))

@@ -19,9 +19,10 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
+from llama_jax.placement import BlockArray, copy_tiles, place
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, prefetch, system_failures
-from llama_jax.types import InputError, LazyArray, Params, PyTree, error_line
+from llama_jax.types import InputError, LazyArray, Params, error_line
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
 
@@ -67,42 +68,28 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Params:
-    """The weights alone of a step, cast and placed as `abstract_params` says.
+    """The weights alone of a step, cast and placed as `abstract_params` says; each stored chunk is read once.
 
     Raises:
       InputError: the step cannot be read, or holds weights of other shapes.
     """
-    state = absolute(step_folder) / 'state'
-    target = {'params': abstract_params}
-    restore = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-    )
-    handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would wait for processes that have failed
-    with refused_by_all(), told_once():
-        try:
-            # Before anything is read: where one shape differs Orbax would read all else first, and name no weight.
-            saved = handler.metadata(state).tree['params']
-            if difference := _compare_shapes(saved, abstract_params):
-                raise InputError(f'checkpoint {state.parent} cannot be restored: {difference}')
-            restored = handler.restore(state, args=restore)
-        except InputError:
-            raise
-        except (ValueError, TypeError, FileNotFoundError, KeyError, AttributeError) as error:
-            raise InputError(f'checkpoint {state.parent} cannot be restored: {error_line(error)}') from error
-    return restored['params']
+    wanted, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
+    with refused_by_all():
+        stored = open_params(step_folder)
+        for path, leaf in wanted:
+            if difference := _compare_shapes(stored, _name(path), leaf):
+                raise InputError(f'checkpoint {absolute(step_folder)} cannot be restored: {difference}')
+        jobs = (functools.partial(place, stored[_name(path)], leaf, _name(path)) for path, leaf in wanted)
+        restored = list(prefetch(jobs))
+    return jax.tree.unflatten(structure, restored)
 
 
-def _compare_shapes(saved: PyTree, wanted: PyTree) -> str:
-    """The first weight that is missing or of another shape; '' where there is none."""
-    shapes = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        name = _name(path)
-        if name not in shapes:
-            return f'it has no weight {name}'
-        if shapes[name] != tuple(leaf.shape):
-            return f'its weight {name} has shape {shapes[name]}, the model {tuple(leaf.shape)}'
+def _compare_shapes(stored: Mapping[str, LazyArray], name: str, leaf: jax.ShapeDtypeStruct) -> str:
+    """That the weight is missing or of another shape; '' where it is not."""
+    if name not in stored:
+        return f'it has no weight {name}'
+    if (shape := tuple(stored[name].shape)) != tuple(leaf.shape):
+        return f'its weight {name} has shape {shape}, the model {tuple(leaf.shape)}'
     return ''
 
 
@@ -146,7 +133,7 @@ def save_params(
             (folder / '0/commit_success.txt').write_text('')
 
 
-def open_params(step_folder: epath.PathLike) -> dict[str, LazyArray]:
+def open_params(step_folder: epath.PathLike) -> dict[str, BlockArray]:
     """The weights of a step by path, to read in blocks.
 
     Raises:
@@ -202,6 +189,11 @@ class _Stored:
     def dtype(self) -> np.dtype:
         return np.dtype(self.store.dtype.numpy_dtype)
 
+    def blocks(self) -> Iterator[tuple[slice, ...]]:
+        """What is stored as one piece."""
+        chunk = self.store.chunk_layout.read_chunk.shape
+        return _chunk_indices(self.shape, chunk if chunk and all(chunk) else self.shape)
+
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         try:
             stored = self.store[index]
@@ -253,7 +245,7 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
                 create=True,
             )
             indices = list(_chunk_indices(leaf.shape, chunks))
-            blocks = prefetch(functools.partial(leaf.read, index) for index in indices)
+            blocks = prefetch(functools.partial(_read, leaf, index) for index in indices)
             writing: list[tuple[Any, int]] = []
             try:
                 for index, block in zip(indices, blocks, strict=True):
@@ -267,6 +259,16 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
                     with contextlib.suppress(ValueError):
                         await write
         return []
+
+
+def _read(leaf: LazyArray, index: tuple[slice, ...]) -> np.ndarray:
+    """The block in row-major order, as it is written."""
+    values = leaf.read(index)
+    if values.flags.c_contiguous:
+        return values
+    block = np.empty(values.shape, values.dtype)
+    copy_tiles(block, values)
+    return block
 
 
 async def _finish(write: Any, num_bytes: int, progress: Callable[[int], None]) -> None:

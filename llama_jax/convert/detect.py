@@ -5,6 +5,7 @@ from typing import Literal
 from etils import epath
 
 from llama_jax.convert.llama2c import HEADER_BYTES, MAGIC
+from llama_jax.storage import read_range
 from llama_jax.types import InputError
 
 Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c']
@@ -38,8 +39,7 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
 
 
 def _detect_file(path: epath.Path) -> Format:
-    with path.open('rb') as file:
-        head = file.read(HEADER_BYTES[0])
+    head = read_range(path, 0, HEADER_BYTES[0])
     if head[:4] == b'GGUF':
         return 'gguf'
     may_be_version_0 = len(head) == HEADER_BYTES[0] and path.name.endswith('.bin')

@@ -9,12 +9,13 @@ import functools
 import math
 import struct
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from etils import epath
 
 from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor, Tensor, read_array
+from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
 DEFAULT_ALIGNMENT = 32
@@ -23,6 +24,7 @@ _MAX_NAME = 64  # bytes of a tensor's name
 _MAX_KEY = 2**16 - 1
 _MAX_VALUE = 256 << 20  # bytes of one value; the largest real ones, lists of merges, have a few MB
 _MAX_AXES = 4
+_READ_AHEAD = 64 << 10  # bytes; the header is read some eight at a time
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: 'u1', 10: '<u8', 11: '<i8', 12: '<f8',
 }  # fmt: skip
@@ -63,6 +65,9 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) // self.type.size * self.type.num_bytes
+
+
+Header: TypeAlias = tuple[dict[str, Any], dict[str, TensorInfo]]
 
 
 def import_gguf() -> ModuleType:
@@ -140,17 +145,17 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     Raises:
       InputError: the file is no GGUF that can be read.
     """
-    with path.open('rb') as file:
+    with open_sparsely(path, ahead=_READ_AHEAD) as file:
         return _metadata(_Cursor(file, str(path), path.stat().length))[0]
 
 
-def read_header(path: epath.Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def read_header(path: epath.Path) -> Header:
     """All key/values, and each tensor by its name; every one of them lies inside the file, apart from the others.
 
     Raises:
       InputError: the file is no GGUF that can be read, or a tensor's type needs the library `gguf`.
     """
-    with path.open('rb') as file:
+    with open_sparsely(path, ahead=_READ_AHEAD) as file:
         cursor = _Cursor(file, str(path), path.stat().length)
         metadata, num_tensors = _metadata(cursor)
         cursor.expect(num_tensors * _MIN_TENSOR, f'a list of {num_tensors} tensors')

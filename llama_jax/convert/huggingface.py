@@ -13,9 +13,10 @@ from etils import epath
 from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, cast, same_values
+from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, same_values
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig, RopeScaling
+from llama_jax.placement import cast
 from llama_jax.types import InputError
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from llama_jax.convert.meta_params import parse_params, to_config
 from llama_jax.convert.tensors import ALL, FileTensor, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
+from llama_jax.storage import read_range
 from llama_jax.types import InputError
 
 MAGIC = b'24ka'  # of versions 1 and 2; 0 has none
@@ -32,8 +33,7 @@ def open_source(path: epath.Path) -> Source:
     Raises:
       InputError: it is damaged, or another kind of file.
     """
-    with path.open('rb') as file:
-        header = file.read(max(HEADER_BYTES.values()))
+    header = read_range(path, 0, max(HEADER_BYTES.values()))
     return _open_pt(path) if header.startswith(b'PK') else _open_bin(path, header)
 
 

@@ -20,7 +20,6 @@ from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
     Tensor,
-    cast,
     row_blocks,
     same_values,
     to_interleaved,
@@ -28,6 +27,7 @@ from llama_jax.convert.tensors import (
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.convert.torch_writer import TorchWriter
 from llama_jax.models.config import LlamaConfig
+from llama_jax.placement import cast
 from llama_jax.storage import prefetch
 from llama_jax.types import InputError
 

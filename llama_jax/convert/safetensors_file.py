@@ -18,7 +18,7 @@ from etils import epath
 
 from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, row_blocks
-from llama_jax.storage import prefetch
+from llama_jax.storage import open_sparsely, prefetch
 from llama_jax.types import InputError
 
 DTYPES = {
@@ -50,7 +50,7 @@ def open_safetensors(path: epath.Path) -> dict[str, FileTensor]:
       InputError: the header is damaged, or does not describe exactly what the file holds.
     """
     size = path.stat().length
-    with path.open('rb') as file:
+    with open_sparsely(path) as file:
         prefix = file.read(8)
         if prefix == b'version ':
             raise InputError(f'{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull')

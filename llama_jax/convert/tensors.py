@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama_jax.types import InputError
+from llama_jax.storage import read_range
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALL = slice(None)
@@ -80,10 +80,7 @@ def read_array(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.
         return np.zeros(shape, dtype)
     if '://' not in os.fspath(path):
         return np.memmap(path, dtype, mode='r', offset=offset, shape=shape).view(np.ndarray)
-    with path.open('rb') as file:
-        file.seek(offset)
-        data = file.read(math.prod(shape) * dtype.itemsize)
-    return np.frombuffer(data, dtype).reshape(shape)
+    return np.frombuffer(read_range(path, offset, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,23 +150,6 @@ def to_half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [n * H, D] of whole heads, from half-split to interleaved."""
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The values in another floating-point type.
-
-    Raises:
-      InputError: the type is float16, and a finite value beyond its range; `name` says where.
-    """
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over='ignore', invalid='ignore'):  # the latter for a signalling NaN
-        converted = values.astype(dtype)
-    if dtype == np.float16 and (lost := np.isinf(converted) & np.isfinite(values)).any():
-        raise InputError(
-            f'{name} holds {values[lost][0]}, which float16 cannot (at most 65504); convert to bfloat16 or float32'
-        )
-    return converted
 
 
 def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1, limit: int = 0) -> list[slice]:

@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +17,7 @@ from etils import epath
 from llama_jax.convert import torch_pickle
 from llama_jax.convert.tensors import BFLOAT16, FileTensor
 from llama_jax.convert.torch_pickle import Storage, StorageType, Unreadable, are_sizes, show
+from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
 _MAX_PICKLE = 4 << 20  # bytes; the 405B's takes 0.3 MB a file, and what it describes is held in memory
@@ -33,7 +34,7 @@ def open_torch_file(path: epath.Path) -> Any:
     Raises:
       InputError: it is damaged, or asks for anything but tensors in plain containers.
     """
-    with path.open('rb') as file:
+    with open_sparsely(path) as file:
         archive = _Archive(path, file)
         order = archive.small('byteorder', b'little')
         if order != b'little':
@@ -94,7 +95,7 @@ def _extent(tensor: FileTensor) -> tuple[int, int]:
 class _Archive:
     """The entries of a zip file; each is checked when it is asked for."""
 
-    def __init__(self, path: epath.Path, file: BinaryIO):
+    def __init__(self, path: epath.Path, file: IO[bytes]):
         self._path, self._file = path, file
         self._length = path.stat().length
         self._entries = self._directory()

@@ -15,6 +15,7 @@ from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError, Params
 
 
@@ -25,7 +26,7 @@ class Engine:
         self,
         model: LlamaForCausalLM,
         params: Params,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         batch_tokens: int = 8192,
         seed: int = 0,
@@ -42,7 +43,7 @@ class Engine:
           decode_alone: completions are decoded without their prompt, as lm-evaluation-harness does; sentencepiece then
             drops a space in front.
         """
-        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.model, self.params, self.tokenizer = model, params, required(tokenizer)
         self.batch_tokens, self.seed, self.decode_alone = batch_tokens, seed, decode_alone
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
 from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
@@ -27,7 +28,7 @@ _LONG_PROMPT = 128
 def generate(
     model: LlamaForCausalLM,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 256,
@@ -52,6 +53,7 @@ def generate(
     Raises:
       InputError: a prompt leaves no room in the model's context, or a sampling setting is out of range.
     """
+    tokenizer = required(tokenizer)
     ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     completions = generate_tokens(
         model, params, ids, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p),

@@ -74,6 +74,19 @@ class Vocabulary:
         return pairs
 
 
+def required(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of what reads or writes text.
+
+    Raises:
+      InputError: it is None, as that of a checkpoint without one.
+    """
+    if tokenizer is None:
+        raise InputError(
+            'text needs a tokenizer, and the checkpoint has none; give the one that the weights were trained with'
+        )
+    return tokenizer
+
+
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The description of any tokenizer.
 

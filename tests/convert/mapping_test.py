@@ -9,12 +9,12 @@ from llama_jax.convert import mapping
 from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
-    cast,
     row_blocks,
     to_half_split,
     to_interleaved,
 )
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
+from llama_jax.placement import cast
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory, matrices, random_source

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 import llama_jax
-from llama_jax import pretrained
+from llama_jax import export, pretrained
 from llama_jax.convert.mapping import weights_of
 
 CHAIN = [
@@ -38,13 +38,13 @@ def chain(stories, tmp_path_factory):
     previous = epath.Path(stories / 'stories260K.pt')
     places = []
     for to, name in CHAIN:
-        source = pretrained.open_source(previous)
+        source = pretrained.open(previous).source
         tokenizer = pretrained.load_tokenizer(previous)
         written = []
         previous = epath.Path(folder / name)
-        pretrained.save(previous, source, tokenizer, to=to, progress=written.append)
+        export.save(previous, source, tokenizer, to=to, progress=written.append)
         assert sum(written) >= 4 * source.config.num_params
-        pretrained.verify(previous, source)
+        export.verify(pretrained.open(previous).source, source)
         places.append(previous)
     return places
 
@@ -79,9 +79,9 @@ def test_likelihood_of_real_stories(shared_data, stories, expected):
 
 
 def test_every_tensor_is_bit_equal_after_every_format(stories, chain):
-    original = pretrained.open_source(epath.Path(stories / 'stories260K.pt'))
+    original = pretrained.open(stories / 'stories260K.pt').source
     for place in chain:
-        copy = pretrained.open_source(place)
+        copy = pretrained.open(place).source
         for weight in weights_of(original.config):
             for ours, theirs in zip(original.tensors[weight.path], copy.tensors[weight.path], strict=True):
                 np.testing.assert_array_equal(ours.read().view(np.uint32), theirs.read().view(np.uint32))

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax
-from llama_jax import pretrained
+from llama_jax import export, pretrained
 from llama_jax.eval.engine import Engine
 
 
@@ -23,6 +23,6 @@ def engine(stories):
 def huggingface_folder(stories, engine, tmp_path_factory):
     """The same weights and tokenizer as transformers reads them."""
     folder = tmp_path_factory.mktemp('huggingface') / 'stories'
-    source = pretrained.open_source(pretrained.resolve(stories))
-    pretrained.save(folder, source, engine.tokenizer, to='huggingface')
+    source = pretrained.open(stories).source
+    export.save(folder, source, engine.tokenizer, to='huggingface')
     return folder

@@ -1,0 +1,32 @@
+"""`model.json` of a workdir: the architecture that its checkpoints are meaningless without."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from llama_jax.models.config import LlamaConfig
+from llama_jax.storage import write_atomically
+from llama_jax.types import InputError, error_line
+
+MODEL_FILE = 'model.json'
+CHECKPOINTS = 'checkpoints'  # the folder of steps beside it
+
+
+def read_config(folder: epath.Path) -> LlamaConfig:
+    """The architecture of a workdir.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    file = folder / MODEL_FILE
+    try:
+        return LlamaConfig.from_dict(json.loads(file.read_text())['config'])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f'{file} does not describe a model: {error_line(error)}') from error
+
+
+def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
+    """Writes `model.json`: the architecture, and where the weights started from."""
+    text = json.dumps({'config': config.to_dict(), **provenance}, indent=2)
+    write_atomically(folder / MODEL_FILE, text + '\n')

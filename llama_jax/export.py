@@ -1,0 +1,153 @@
+"""save(), verify(): a checkpoint written in any format, and read back to be compared with its source."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
+from llama_jax.checkpoint.weights import save_params
+from llama_jax.convert import gguf, huggingface, meta
+from llama_jax.convert.mapping import Leaf, Source, weights_of
+from llama_jax.convert.tensors import row_blocks, same_bits
+from llama_jax.placement import cast
+from llama_jax.storage import new_folder, system_failures
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, required
+from llama_jax.types import InputError
+
+FLOAT_DTYPES = ('float32', 'bfloat16', 'float16')
+GGUF_DTYPES = tuple(gguf.WRITTEN_TYPES)
+
+
+def save(
+    path: epath.PathLike,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    *,
+    to: str,
+    dtype: str = '',
+    model_parallel: int = 1,
+    chat_template: str = '',
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    progress: Callable[[int], Any] = lambda _: None,
+) -> None:
+    """Writes a checkpoint in any format, a few blocks of it in memory at a time; it appears whole or not at all.
+
+    Args:
+      path: the folder to make (for GGUF the file), on a local disk; ours may be `gs://...`.
+      source: of an opened checkpoint, or `native_source` for weights in memory.
+      tokenizer: written along; None writes none, but GGUF needs one.
+      to: 'orbax', 'meta', 'huggingface' or 'gguf'.
+      dtype: 'float32', 'bfloat16' or 'float16', for GGUF also 'q8_0' or 'q4_0'; '' keeps the source's.
+      model_parallel: number of files of Meta's format.
+      chat_template: Jinja, for Hugging Face and GGUF.
+      files: to carry along into a Hugging Face folder; see `huggingface.carried_files`.
+      progress: called with the bytes of each block written.
+
+    Raises:
+      InputError: something is at the path already, it cannot be written, or the model has no place in that format.
+    """
+    folder = epath.Path(path)
+    allowed = GGUF_DTYPES if to == 'gguf' else FLOAT_DTYPES
+    if dtype and dtype not in allowed:
+        raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
+    held = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
+    if to in ('meta', 'gguf') and not dtype and (wide := held - set(FLOAT_DTYPES)):
+        raise InputError(f'{source.origin} holds {min(wide)}, which {to} does not; give dtype float32')
+    if model_parallel != 1 and to != 'meta':
+        raise InputError(f'model_parallel is {model_parallel}; only files of meta are split so, not {to}')
+    if to != 'orbax' and '://' in os.fspath(path):
+        raise InputError(f'{path} is not on a local disk; write {to} to one, then copy it')
+    float_dtype = jnp.dtype(dtype) if dtype in FLOAT_DTYPES else None
+    if to == 'gguf':
+        if folder.exists():
+            raise InputError(f'{folder} exists; give a new file, or remove it first')
+        vocabulary = gguf_vocabulary(required(tokenizer), chat_template, source.config.vocab_size)
+        with _refused_in_one_line(path):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            gguf.write(
+                source, folder, dtype=dtype or source.dtype.name, vocabulary=vocabulary, name=folder.stem,
+                progress=progress,
+            )  # fmt: skip
+        return
+    with _refused_in_one_line(path), new_folder(folder) as target:
+        if to == 'huggingface':
+            huggingface.write(
+                source, target, dtype=float_dtype, progress=progress,
+                **_with_tokenizer(tokenizer, chat_template, source, files),
+            )  # fmt: skip
+            return
+        if tokenizer:
+            (target / 'tokenizer.model').write_bytes(model_file(tokenizer))
+        if to == 'meta':
+            meta.write(source, target, model_parallel=model_parallel, dtype=float_dtype, progress=progress)
+            return
+        leaves = {w.path: Leaf(source, w, float_dtype) for w in weights_of(source.config)}
+        save_params(target / CHECKPOINTS, leaves, progress)
+        save_config(target, source.config, base_checkpoint='', converted_from=source.origin)
+
+
+def _with_tokenizer(
+    tokenizer: Tokenizer | None, chat_template: str, source: Source, files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """What `huggingface.write` is given because of a tokenizer."""
+    if not tokenizer:
+        return {'files': files}
+    own = huggingface_files(tokenizer, chat_template=chat_template, max_seq_len=source.config.max_seq_len)
+    eos_ids = tokenizer.stop_ids if chat_template else (tokenizer.eos_id,)
+    return {'bos_id': tokenizer.bos_id, 'eos_ids': eos_ids, 'files': {**own, **files}}
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(path: epath.PathLike) -> Iterator[None]:
+    """What the system says against writing there, such as that the disk is full."""
+    try:
+        with system_failures(f'{path} cannot be written'):
+            yield
+    except OSError as error:  # about the path itself
+        raise InputError(f'{path} cannot be written: {error}') from error
+
+
+def verify(
+    written: Source, source: Source, *, dtype: str = '', progress: Callable[[int], Any] = lambda _: None
+) -> None:
+    """Compares every value of a checkpoint that was written with its source's, cast or quantised alike.
+
+    Args:
+      written: the new checkpoint, opened.
+      source: what was given to `save`.
+      dtype: as given to `save`.
+      progress: called with the bytes of each block compared.
+
+    Raises:
+      InputError: a weight differs; it is named.
+    """
+    differing = {
+        field.name: (getattr(written.config, field.name), value)
+        for field in dataclasses.fields(source.config)
+        if getattr(written.config, field.name) != (value := getattr(source.config, field.name))
+    }
+    if differing:
+        raise InputError(f'{written.origin} was written wrong: {differing} (read back, original)')
+    for weight in weights_of(source.config):
+        pairs = zip(source.tensors[weight.path], written.tensors[weight.path], strict=True)
+        for layer, (original, copy) in enumerate(pairs):
+            for rows in row_blocks(tuple(original.shape), original.dtype, multiple=source.config.head_dim):
+                expected, found = original.read(rows), copy.read(rows)
+                if dtype and dtype not in FLOAT_DTYPES:
+                    expected = gguf.as_read_back(expected, dtype, weight.path)
+                else:
+                    expected = cast(expected, found.dtype, weight.path)
+                if not same_bits(expected, found):
+                    raise InputError(
+                        f'{written.origin} was written wrong: weight {weight.path}, layer {layer}, rows '
+                        f'{rows.start} to {rows.stop} differ from {source.origin}'
+                    )
+                progress(found.nbytes)
