@@ -7,6 +7,7 @@ metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
 """
 
 import functools
+import importlib.util
 import json
 import logging
 from typing import Any
@@ -35,6 +36,7 @@ from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import model_file
 from llama_jax.train.loop import LoopConfig, Measurement, train
 from llama_jax.train.metrics import (
+    Aside,
     JsonlWriter,
     TensorBoardWriter,
     WandbWriter,
@@ -78,6 +80,8 @@ def main() -> None:
         schedule = make_schedule(optimizer, config.train.num_steps)
         tx = make_optimizer(optimizer, schedule)
         exams = training.prepare_exams(config)
+        if config.log.wandb and importlib.util.find_spec('wandb') is None:
+            raise InputError("--config.log.wandb needs the package wandb: pip install 'llama_jax[wandb]'")
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
         abstract_state(
             *abstract_params_and_axes(training.make_model(config, preset, partitioner)), tx, partitioner
@@ -273,9 +277,10 @@ def make_writers(
         return []
     writers: list[Writer] = [JsonlWriter(metrics_file, start_step, restored)]
     if config.log.tensorboard:
-        writers.append(TensorBoardWriter(workdir / 'tensorboard'))
+        writers.append(Aside('TensorBoard', lambda: TensorBoardWriter(workdir / 'tensorboard', start_step)))
     if config.log.wandb:
-        writers.append(WandbWriter(config.log.wandb, workdir.name, record))
+        begun = WandbWriter(config.log.wandb, workdir, record)  # here, where an error is the user's
+        writers.append(Aside('W&B', lambda: begun))
     return writers
 
 

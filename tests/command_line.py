@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -55,11 +56,11 @@ class Finished:
         return self
 
     def error(self, status: int = 2) -> str:
-        """The one line of a refusal; above it there may be the log and a progress bar, and nothing else."""
+        """The one line of a refusal; above it there may be lines of the log, and nothing else: no bar, no warning."""
         *above, last = self.stderr.splitlines()
         assert self.status == status, self.stderr
         assert last.startswith('error: '), self.stderr
-        assert all(re.match(r'\d\d:\d\d:\d\d | *\d+%\||$', line) for line in above), self.stderr
+        assert all(re.match(r'\d\d:\d\d:\d\d |$', line) for line in above), self.stderr
         assert not self.stdout
         return last
 
@@ -76,15 +77,22 @@ class CommandLine:
             [sys.executable, '-c', _SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )  # fmt: skip
 
-    def start(self, name: str, *arguments: str, num_devices: int = 0) -> int:
-        """Starts `python -m experiments.NAME ARGUMENTS` and returns its process id; `wait` must follow."""
-        return self._start(name, {0: arguments}, num_devices or self._num_devices, '')[0]
+    def start(self, name: str, *arguments: str, num_devices: int = 0, before: str = '') -> int:
+        """Starts `python -m experiments.NAME ARGUMENTS` and returns its process id; `wait` must follow.
+
+        Args:
+          name: of the command.
+          arguments: its flags.
+          num_devices: where not those that all runs have.
+          before: Python that the process runs first.
+        """
+        return self._start(name, {0: arguments}, num_devices or self._num_devices, before)[0]
 
     def wait(self) -> Finished:
         return self._wait()[0]
 
-    def run(self, name: str, *arguments: str, num_devices: int = 0) -> Finished:
-        self.start(name, *arguments, num_devices=num_devices)
+    def run(self, name: str, *arguments: str, **options: Any) -> Finished:
+        self.start(name, *arguments, **options)
         return self.wait()
 
     def start_processes(

@@ -10,14 +10,20 @@ import json
 import logging
 import math
 import os
-import tempfile
+import queue
+import socket
+import struct
+import threading
+import time
+import uuid
 import zlib
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
 from llama_jax.storage import AppendedFile, write_atomically
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 logger = logging.getLogger(__name__)
 
@@ -156,44 +162,87 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Event files under a folder; for an object store they are written locally and copied at each flush."""
+    """An events file under a folder; in a bucket it is written whole at each flush."""
 
-    def __init__(self, directory: epath.PathLike):
-        from tensorboardX import SummaryWriter
+    def __init__(self, directory: epath.PathLike, restored_step: int = 0):
+        """Begins a file; TensorBoard then drops what files of before hold of steps later than `restored_step`."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._directory = epath.Path(directory)
-        self._local = tempfile.mkdtemp() if '://' in str(directory) else str(directory)
-        self._writer = SummaryWriter(self._local)
+        name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}'
+        self._path = epath.Path(directory) / name
+        self._data = bytearray()
+        self._file: AppendedFile | None = None
+        if '://' not in os.fspath(directory):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = AppendedFile(self._path)
+        self._add(Event(wall_time=time.time(), file_version='brain.Event:2'))
+        restart = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=restored_step + 1, session_log=restart))
+
+    def _add(self, event: Any) -> None:
+        """As TensorFlow's records are: the length with its checksum, the data with theirs."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        head = struct.pack('<Q', len(data))
+        record = b''.join(
+            (head, struct.pack('<I', masked_crc32c(head)), data, struct.pack('<I', masked_crc32c(data)))
+        )
+        if self._file is not None:
+            self._file.append(record)
+        else:
+            self._data += record
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def flush(self) -> dict[str, Any]:
-        self._writer.flush()
-        if self._local != str(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for file in epath.Path(self._local).iterdir():
-                (self._directory / file.name).write_bytes(file.read_bytes())
+        if self._file is not None:
+            self._file.sync()
+        else:
+            self._path.write_bytes(bytes(self._data))
         return {}
 
     def close(self) -> None:
         self.flush()
-        self._writer.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class WandbWriter:
-    """A Weights & Biases run; resumed with the same id when the workdir is."""
+    """A Weights & Biases run, which goes on when the workdir does: its id is kept there."""
 
-    def __init__(self, project: str, run_id: str, config: dict[str, Any]):
+    def __init__(self, project: str, workdir: epath.PathLike, config: dict[str, Any]):
+        """Begins or resumes the run.
+
+        Args:
+          project: of W&B.
+          workdir: of the run, local or in a bucket; its name is shown, and wandb.json within holds the id.
+          config: shown with the run.
+
+        Raises:
+          InputError: the package is missing, or W&B cannot begin (no key, no network).
+        """
         try:
             import wandb
         except ImportError as error:
-            raise InputError(
-                "--config.log.wandb needs the package wandb: pip install 'llama_jax[wandb]'"
-            ) from error
-        self._run = wandb.init(project=project, id=run_id, resume='allow', config=config)
+            raise InputError("W&B needs the package wandb: pip install 'llama_jax[wandb]'") from error
+        workdir = epath.Path(workdir)
+        file = workdir / 'wandb.json'
+        if not file.exists():  # no two runs share an id, whatever their folders are called
+            write_atomically(file, json.dumps({'id': uuid.uuid4().hex}) + '\n')
+        try:
+            self._run = wandb.init(
+                project=project, id=json.loads(file.read_text())['id'], name=workdir.name, resume='allow',
+                config=config, dir=None if '://' in os.fspath(workdir) else os.fspath(workdir),
+            )  # fmt: skip
+        except (wandb.Error, ValueError, TypeError, KeyError) as error:
+            raise InputError(f'W&B cannot begin: {error_line(error)}') from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -203,6 +252,68 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Aside:
+    """A writer that a run can do without, on a thread of its own: where it fails or hangs, a warning ends it alone."""
+
+    def __init__(self, name: str, begin: Callable[[], Writer], patience: float = 10.0):
+        """Begins on the thread.
+
+        Args:
+          name: of where the figures go.
+          begin: makes the writer.
+          patience: seconds that one call may take; `close` may take six times as long, for what is still to be sent.
+        """
+        self._name, self._patience = name, patience
+        self._calls: queue.SimpleQueue[Callable[[Writer], Any] | None] = queue.SimpleQueue()
+        self._since: float | None = None  # when the call that is being made began
+        self._off = False
+        self._thread = threading.Thread(target=self._work, args=(begin,), daemon=True, name=name)
+        self._thread.start()
+
+    def _work(self, begin: Callable[[], Writer]) -> None:
+        try:
+            self._since = time.monotonic()
+            writer = begin()
+            self._since = None
+            while not self._off and (call := self._calls.get()):
+                self._since = time.monotonic()
+                call(writer)
+                self._since = None
+        except Exception as error:
+            self._give_up(error_line(error))
+
+    def _give_up(self, reason: str) -> None:
+        if not self._off:
+            self._off = True
+            logger.warning('%s takes no more figures (%s); the run goes on without it', self._name, reason)
+
+    def _call(self, call: Callable[[Writer], Any]) -> None:
+        since = self._since
+        if since is not None and time.monotonic() - since > self._patience:
+            self._give_up(f'it has not answered for {self._patience:g} s')
+        if not self._off:
+            self._calls.put(call)
+
+    def _wait(self, call: Callable[[Writer], Any], seconds: float) -> None:
+        done = threading.Event()
+        self._call(lambda writer: (call(writer), done.set()))
+        end = time.monotonic() + seconds
+        while not self._off and not done.wait(0.05):
+            if time.monotonic() > end:
+                self._give_up(f'it has not answered for {seconds:g} s')
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._call(lambda writer: writer.write(step, values))
+
+    def flush(self) -> dict[str, Any]:
+        self._wait(lambda writer: writer.flush(), self._patience)
+        return {}
+
+    def close(self) -> None:
+        self._wait(lambda writer: writer.close(), 6 * self._patience)
+        self._calls.put(None)
 
 
 def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:

@@ -1,11 +1,25 @@
+import errno
 import json
+import struct
 import sys
+import threading
+import time
 import types
 
 import pytest
 from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
-from llama_jax.train.metrics import JsonlWriter, TensorBoardWriter, WandbWriter, plot_loss, read_metrics
+from llama_jax.train.metrics import (
+    Aside,
+    JsonlWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    plot_loss,
+    read_metrics,
+)
+from llama_jax.types import InputError
 
 
 def steps(path):
@@ -134,12 +148,94 @@ def test_an_object_store_gets_the_whole_file_at_each_flush(tmp_path, monkeypatch
     assert steps(url) == [1]
 
 
+def events(folder):
+    """[(step, {name: value}, whether it marks a start)] of the records under a folder, read as TensorBoard does."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        data, place = file.read_bytes(), 0
+        while place < len(data):
+            (size,) = struct.unpack('<Q', data[place : place + 8])
+            check, record, record_check = struct.unpack(f'<I{size}sI', data[place + 8 : place + 16 + size])
+            assert check == masked_crc32c(data[place : place + 8]) and record_check == masked_crc32c(record)
+            event = Event.FromString(record)
+            place += 16 + size
+            scalars = {value.tag: value.simple_value for value in event.summary.value}
+            found.append((event.step, scalars, event.session_log.status == SessionLog.START))
+    return found
+
+
 def test_tensorboard_gets_what_is_finite(tmp_path):
     writer = TensorBoardWriter(tmp_path / 'tensorboard')
     writer.write(1, {'loss': 2.5, 'broken': float('nan')})
+    assert events(tmp_path / 'tensorboard') == [(0, {}, False), (1, {}, True), (1, {'loss': 2.5}, False)]
     writer.close()
-    (events,) = (tmp_path / 'tensorboard').iterdir()
-    assert b'loss' in events.read_bytes() and b'broken' not in events.read_bytes()
+
+
+@pytest.mark.parametrize('in_bucket', [False, True])
+def test_tensorboard_drops_the_steps_behind_the_checkpoint(tmp_path, monkeypatch, in_bucket):
+    place = epath.Path(tmp_path / 'tensorboard')
+    place.mkdir()
+    if in_bucket:
+        monkeypatch.setattr('llama_jax.train.metrics.epath.Path', lambda path: place)
+    for restored, last in ((0, 6), (4, 5)):
+        monkeypatch.setattr(
+            time, 'time', lambda restored=restored: 1e9 + restored
+        )  # names rise with the time
+        writer = TensorBoardWriter('gs://bucket/tensorboard' if in_bucket else place, restored)
+        for step in range(restored + 1, last + 1):
+            writer.write(step, {'loss': 1.0})
+        writer.close()
+    kept = []
+    for step, scalars, is_start in events(place):
+        if is_start:  # what TensorBoard does at one
+            kept = [before for before in kept if before < step]
+        kept += [step] if scalars else []
+    assert kept == [1, 2, 3, 4, 5]
+    assert len(list(place.iterdir())) == 2
+
+
+class Failing:
+    """A writer whose disk is full, or whose service does not answer, from the second step on."""
+
+    def __init__(self, failure):
+        self.steps, self._failure, self.let_go = [], failure, threading.Event()
+
+    def write(self, step, values):
+        if step > 1 and self._failure == 'hangs':
+            self.let_go.wait(60)
+        if step > 1:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        self.steps.append(step)
+
+    def flush(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize('failure', ['fails', 'hangs'])
+def test_a_writer_aside_ends_alone(caplog, failure):
+    writer = Failing(failure)
+    aside = Aside('TensorBoard', lambda: writer, patience=0.2)
+    start = time.monotonic()
+    for step in range(1, 50):
+        aside.write(step, {'loss': 1.0})
+        aside.flush()
+    aside.close()
+    assert time.monotonic() - start < 5 and writer.steps == [1]
+    (line,) = caplog.messages
+    reason = 'No space left on device' if failure == 'fails' else 'it has not answered for 0.2 s'
+    assert line.startswith('TensorBoard takes no more figures') and reason in line
+    writer.let_go.set()
+
+
+def test_a_writer_aside_takes_all(tmp_path):
+    aside = Aside('TensorBoard', lambda: TensorBoardWriter(tmp_path))
+    for step in range(1, 200):
+        aside.write(step, {'loss': 1.0})
+    aside.close()
+    assert [step for step, scalars, _ in events(tmp_path) if scalars] == list(range(1, 200))
 
 
 @pytest.mark.parametrize('baselines', [{}, {'unigram': 3.0}])
@@ -149,26 +245,37 @@ def test_the_loss_is_drawn(tmp_path, baselines):
     assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_wandb_gets_each_step_and_the_run_of_before(monkeypatch):
+@pytest.fixture
+def wandb(monkeypatch):
+    """What W&B was asked for."""
     calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append('finished')
+    )
+    module = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    return calls
 
-    class Run:
-        def log(self, values, step):
-            calls.append((step, values))
 
-        def finish(self):
-            calls.append('finished')
+def test_wandb_gets_each_step_and_the_run_of_before(tmp_path, wandb):
+    for folder in ('ann/tiny', 'ben/tiny', 'ann/tiny'):
+        writer = WandbWriter('project', tmp_path / folder, {'seed': 0})
+        writer.write(3, {'loss': 2.0})
+        writer.close()
+    first, other, again = wandb[::3]
+    assert wandb[1:3] == [(3, {'loss': 2.0}), 'finished']
+    assert first == again and first['id'] != other['id']
+    assert len(first.pop('id')) == 32 and first.pop('dir') == str(tmp_path / 'ann/tiny')
+    assert first == {'project': 'project', 'name': 'tiny', 'resume': 'allow', 'config': {'seed': 0}}
 
-    def init(**settings):
-        calls.append(settings)
-        return Run()
 
-    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-    writer = WandbWriter('project', 'run-1', {'seed': 0})
-    writer.write(3, {'loss': 2.0})
-    writer.close()
-    assert calls == [
-        {'project': 'project', 'id': 'run-1', 'resume': 'allow', 'config': {'seed': 0}},
-        (3, {'loss': 2.0}),
-        'finished',
-    ]
+def test_wandb_that_is_missing_or_refuses_is_one_line(tmp_path, wandb, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError('api_key not configured (no-tty)')
+
+    monkeypatch.setattr(sys.modules['wandb'], 'init', refuse)
+    with pytest.raises(InputError, match='W&B cannot begin: .*api_key not configured'):
+        WandbWriter('project', tmp_path, {})
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(InputError, match=r"pip install 'llama_jax\[wandb\]'"):
+        WandbWriter('project', tmp_path, {})
