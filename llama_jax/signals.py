@@ -65,6 +65,11 @@ class Interrupts:
         self._say(interrupted.signum)
         raise SystemExit(self._status(interrupted.signum))
 
+    def end_unless_heard(self, signum: int) -> None:
+        """Ends the process where the main thread has not come back to Python since the signal."""
+        if signal.getsignal(signum) is self:
+            self._end_at_once(signum)
+
     def _end_at_once(self, signum: int) -> NoReturn:
         self._say(signum)
         os._exit(self._status(signum))
@@ -95,22 +100,18 @@ def _watch() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
 
-    # Each of our handlers gives way to the default when it runs: one that is still there has not run.
-    def end_unless_heard(signum: int) -> None:
-        if isinstance(handler := signal.getsignal(signum), Interrupts):
-            handler._end_at_once(signum)
-
     def watch() -> None:
-        seen = set()
+        unheard = {}
         while True:
             for signum in os.read(reader, 64):
+                # Each of our handlers gives way to the default when it runs: one that is still there has not run.
                 handler = signal.getsignal(signum)
-                if signum in seen and isinstance(
-                    getattr(handler, '__self__', handler), Interrupts | PreemptionSignal
-                ):
+                ours = isinstance(getattr(handler, '__self__', handler), Interrupts | PreemptionSignal)
+                if ours and unheard.get(signum) == handler:
                     os._exit(128 + signum)
-                seen.add(signum)
-                _later(_PATIENCE, functools.partial(end_unless_heard, signum))
+                unheard[signum] = handler
+                if isinstance(handler, Interrupts):
+                    _later(_PATIENCE, functools.partial(handler.end_unless_heard, signum))
 
     threading.Thread(target=watch, daemon=True, name='signals').start()
 
