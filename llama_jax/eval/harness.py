@@ -140,11 +140,15 @@ def evaluate(
                     log.add(item)
                 bar.update()
 
-        for index, results in _results(exam, todo, engine):
-            if is_main:
-                scoring.append(pool.submit(_item, exam, index, results, judges))
-                take(wait=False)
-        take(wait=True)
+        try:
+            for index, results in _results(exam, todo, engine):
+                if is_main:
+                    scoring.append(pool.submit(_item, exam, index, results, judges))
+                    take(wait=False)
+            take(wait=True)
+        except BaseException:  # an error or a signal ends it: what waits for its turn is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return _metrics(exam, items) if is_main else {}
 
 

@@ -3,16 +3,21 @@
 They stand in for services such as Perspective (toxicity) and for libraries such as VADER (sentiment).
 """
 
+import contextlib
 import json
+import logging
 import shlex
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
 from llama_jax.eval.documents import Source, read_rows
 from llama_jax.types import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def file_rating(file: str) -> Callable[[str], float]:
@@ -39,14 +44,16 @@ class CommandRating:
     """A command that reads one JSON string a line and answers each with one number a line.
 
     It is started once, at the first text, and ended by `close` (or as a context manager). Calls from several threads
-    take turns.
+    take turns. One that does not answer is said in a warning, and later given up.
 
     Raises:
-      InputError: `command` is no command of a shell; or, when called, it cannot be started or answers no number.
+      InputError: `command` is no command of a shell; or, when called, it cannot be started, answers no number or not in
+        time.
     """
 
-    def __init__(self, command: str):
-        self.command = command
+    def __init__(self, command: str, patience: float = 10.0, timeout: float = 300.0):
+        """Args: command: for a shell's eyes. patience, timeout: seconds until one text is warned of, and given up."""
+        self.command, self._patience, self._timeout = command, patience, timeout
         try:
             self._arguments = shlex.split(command)
         except ValueError as error:
@@ -54,32 +61,63 @@ class CommandRating:
         if not self._arguments:
             raise InputError(f'the rating command {command!r} is empty; give a program and its arguments')
         self._process: subprocess.Popen | None = None
+        self._asking = ThreadPoolExecutor(1, 'rating')  # its pipes may block, in both directions
         self._turn = threading.Lock()
 
     def __call__(self, text: str) -> float:
         with self._turn:
+            answer = self._asking.submit(self._ask, text)
             try:
-                self._process = self._process or subprocess.Popen(
-                    self._arguments,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    bufsize=1,
-                )
-                assert self._process.stdin and self._process.stdout
-                self._process.stdin.write(json.dumps(text) + '\n')
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline()
-                return float(answer)
+                try:
+                    return float(answer.result(self._patience))
+                except TimeoutError:
+                    logger.warning(
+                        'the rating command %r has not answered for %g s', self.command, self._patience
+                    )
+                    return float(answer.result(self._timeout - self._patience))
+            except TimeoutError as error:
+                self._kill()
+                raise InputError(
+                    f'the rating command {self.command!r} did not answer {text[:40]!r} within {self._timeout:g} s'
+                ) from error
             except (OSError, ValueError) as error:
                 raise InputError(
                     f'the rating command {self.command!r} did not answer {text[:40]!r} with a number: {error}'
+                    f'{self._how_it_ended()}'
                 ) from error
 
-    def close(self) -> None:
-        """Ends the command."""
+    def _ask(self, text: str) -> str:
+        self._process = self._process or subprocess.Popen(
+            self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(text) + '\n')
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def _how_it_ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process and (status := self._process.wait(0.2)):
+                return f'; it ended with status {status}'
+        return ''
+
+    def _kill(self) -> None:
         if self._process is not None:
-            self._process.communicate(timeout=10)
+            self._process.kill()
+
+    def close(self) -> None:
+        """Ends the command: by the end of its input, and by force if that does not end it."""
+        if self._process is not None:
+            assert self._process.stdin and self._process.stdout
+            with contextlib.suppress(OSError):  # what it has not read is of no use now
+                self._process.stdin.close()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._kill()
+                self._process.wait()
+            self._asking.shutdown()
+            self._process.stdout.close()
             self._process = None
 
     def __enter__(self) -> 'CommandRating':

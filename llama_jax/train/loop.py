@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -175,6 +176,23 @@ def train(
             if found:
                 write(done, found)
 
+    def next_batch() -> PyTree:
+        try:
+            with overdue.told('the next batch'), preemption.interruptible():
+                return next(batches)
+        except Exception:  # data that cannot be read: what was trained before is good
+            if jax.process_count() == 1:  # saving takes all processes, and the others do not know
+                finish()
+            raise
+
+    def finish() -> None:
+        nonlocal pending
+        if pending:
+            report(*pending, measuring=False)
+            pending = None
+        if done > saved:
+            save()
+
     # The loop reads one step behind: fetching a metric waits for its step, and the devices must not wait for us.
     pending: tuple[int, Metrics] | None = None
     stopped = False
@@ -182,6 +200,7 @@ def train(
         contextlib.closing(preemption),
         contextlib.ExitStack() as at_exit,
         contextlib.closing(_Profiler(config)) as profiler,
+        contextlib.closing(_Overdue()) as overdue,
         bar,
     ):
         at_exit.callback(checkpointer.wait)  # after an error too: what Python's end cuts off is lost
@@ -194,8 +213,7 @@ def train(
                 measure([item for item in due() if item.figures and not figures.keys() & set(item.figures)])
             while done < config.num_steps:
                 profiler.before_step(done)
-                with preemption.interruptible():
-                    batch = next(batches)
+                batch = next_batch()
                 with jax.profiler.StepTraceAnnotation('train', step_num=done):
                     state, metrics = step_fn(state, frozen, batch, rng)
                 preemption.listen()  # now there is something to save; while the first step compiled there was not
@@ -216,21 +234,49 @@ def train(
                     with timer.paused():
                         save()
                         if last:
-                            checkpointer.wait()
+                            with overdue.told(f'the checkpoint of step {done}'):
+                                checkpointer.wait()
                 measure(items)
             stopped = preemption.received()
         except Interrupted:
             stopped = True
-        if pending:
-            report(*pending, measuring=False)
-        if done > saved:
-            save()
+        finish()
     return Trained(state, done, figures, stopped)
 
 
 def _is_due(step: int, every: int) -> bool:
     """Whether `step` is one of every so many; 0 makes none due."""
     return every > 0 and step % every == 0
+
+
+class _Overdue:
+    """A thread that says what the run waits for, where it waits long: nothing else would tell of a disk that hangs."""
+
+    def __init__(self, patience: float = 10.0):
+        self._patience = patience
+        self._waiting: tuple[str, float] | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name='overdue').start()
+
+    def _watch(self) -> None:
+        said = None
+        while not self._closed.wait(self._patience / 10):
+            waiting = self._waiting
+            if waiting and waiting is not said and time.monotonic() - waiting[1] > self._patience:
+                said = waiting
+                logger.warning('waiting for %s for more than %g s', waiting[0], self._patience)
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Around what should not take long."""
+        self._waiting = what, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def close(self) -> None:
+        self._closed.set()
 
 
 class _Profiler:

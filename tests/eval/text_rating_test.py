@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -41,6 +42,28 @@ def test_command_that_gives_no_number(tmp_path, code):
     with (
         CommandRating(f'{sys.executable} {script}') as rate,
         pytest.raises(InputError, match='with a number'),
+    ):
+        rate('abc')
+
+
+def test_command_that_does_not_answer_is_said_and_given_up(tmp_path, caplog):
+    script = tmp_path / 'rate.py'
+    script.write_text('import time\nprint(open("/dev/stdin").readline() and 1, flush=True)\ntime.sleep(60)\n')
+    start = time.monotonic()
+    with CommandRating(f'{sys.executable} {script}', patience=0.1, timeout=0.5) as rate:
+        long = 'b' * 1_000_000  # more than a pipe takes
+        with pytest.raises(InputError, match="did not answer 'b{40}' within 0.5 s"):
+            rate('a'), rate(long)
+    assert 'has not answered for 0.1 s' in caplog.text
+    assert time.monotonic() - start < 8
+
+
+def test_command_that_dies_says_how(tmp_path):
+    script = tmp_path / 'rate.py'
+    script.write_text('import sys\nsys.exit(3)\n')
+    with (
+        CommandRating(f'{sys.executable} {script}') as rate,
+        pytest.raises(InputError, match='ended with status 3'),
     ):
         rate('abc')
 

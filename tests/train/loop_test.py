@@ -1,5 +1,6 @@
 """The loop around a step that only counts."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.signals import ENDING
-from llama_jax.train.loop import LoopConfig, Measurement, train
+from llama_jax.train.loop import LoopConfig, Measurement, _Overdue, train
 from llama_jax.train.state import TrainState
 
 
@@ -184,6 +185,24 @@ def test_a_run_that_waits_for_data_is_saved(given_back):
 
     result, saves, _ = run(10, batches=batches())
     assert result.stopped and result.step == 3 == saves.saved[-1][0]
+
+
+def test_data_that_cannot_be_read_lose_no_step():
+    def batches():
+        yield from (0, 1, 2)
+        raise OSError('Input/output error')
+
+    saves = Saves()
+    with pytest.raises(OSError, match='Input/output error'):
+        run(10, batches=batches(), saves=saves)
+    assert saves.saved[-1][0] == 3 and saves.committed
+
+
+def test_a_long_wait_is_said(caplog):
+    with contextlib.closing(_Overdue(0.05)) as overdue, overdue.told('the next batch'):
+        time.sleep(0.3)
+    (line,) = caplog.messages
+    assert line == 'waiting for the next batch for more than 0.05 s'
 
 
 def test_checkpoints_come_at_their_interval_and_after_the_last_step():
