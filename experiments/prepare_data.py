@@ -6,6 +6,8 @@ Point --config.data.train at the folder.
 """
 
 import itertools
+import logging
+import time
 
 import tqdm
 from absl import flags
@@ -25,6 +27,10 @@ _TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the field of JSONL and TFDS
 _SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a text file')
 _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and compare it with its hashes')
 
+_SECONDS_BETWEEN_LINES = 10.0
+
+logger = logging.getLogger('llama_jax.prepare_data')
+
 
 def main() -> None:
     """Reads, tokenises, packs, writes."""
@@ -33,11 +39,18 @@ def main() -> None:
     documents = itertools.chain.from_iterable(
         read_documents(source, text_key=_TEXT_KEY.value, separator=_SEPARATOR.value) for source in sources
     )
-    with tqdm.tqdm(unit='B', unit_scale=True) as bar:
+    # Without a terminal a bar would be one endless line: there it is a line of the log now and then.
+    with tqdm.tqdm(unit='B', unit_scale=True, disable=None) as bar:
+        said = time.monotonic()
 
         def progress(num_documents: int, num_bytes: int) -> None:
-            bar.set_postfix_str(f'{num_documents:,} documents')
-            bar.update(num_bytes - bar.n)
+            nonlocal said
+            if not bar.disable:
+                bar.set_postfix_str(f'{num_documents:,} documents')
+                bar.update(num_bytes - bar.n)
+            elif time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                logger.info('tokenised %s documents, %.1f MB', f'{num_documents:,}', num_bytes / 1e6)
 
         manifest = write_prepared(documents, tokenizer, _SEQ_LEN.value, _OUTPUT.value, progress=progress)
     if _VERIFY.value:

@@ -7,6 +7,8 @@ metrics = evaluate(exam, Engine(model, params, tokenizer))
 import dataclasses
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +23,10 @@ from llama_jax.types import InputError
 
 # Programs that are executed, and texts that are rated, beside the devices' work.
 _SCORING_THREADS = 4
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -104,7 +110,7 @@ def evaluate(
       engine: answers the requests.
       judges: what the task may need beside the model; None: it needs none.
       log: on process 0, of the items that are finished already and those that become so.
-      progress: shows a bar with the time left, on process 0.
+      progress: shows a bar with the time left, or without a terminal a line now and then, on process 0.
 
     Returns:
       The metrics, on process 0; other processes, which do their part of the model's work, get {}.
@@ -124,14 +130,16 @@ def evaluate(
     with (
         tqdm.tqdm(
             total=len(exam.documents), initial=len(exam.documents) - len(todo), unit='item',
-            postfix=exam.task.name, disable=not (progress and is_main),
+            postfix=exam.task.name, disable=None if progress and is_main else True,
         ) as bar,
         ThreadPoolExecutor(_SCORING_THREADS) as pool,
     ):  # fmt: skip
         scoring: list[Future[dict[str, Any]]] = []
+        said = time.monotonic()
 
         def take(wait: bool) -> None:
             """Items whose scores are there, to the log."""
+            nonlocal said
             for future in [f for f in scoring if wait or f.done()]:
                 scoring.remove(future)
                 item = future.result()
@@ -139,6 +147,9 @@ def evaluate(
                 if log is not None:
                     log.add(item)
                 bar.update()
+            if progress and bar.disable and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                logger.info('%s: %d of %d items', exam.task.name, len(items), len(exam.documents))
 
         try:
             for index, results in _results(exam, todo, engine):

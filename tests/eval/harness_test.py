@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 
+from llama_jax.eval import harness
 from llama_jax.eval.harness import Sampling, evaluate, prepare
 from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Continuation, Likelihood, Task
@@ -104,3 +105,11 @@ def test_settings_that_are_impossible_are_refused(shared_data):
     assert [(r.num_samples, r.temperature) for (r,) in exam.requests] == [(3, 0.8)] * 2
     with pytest.raises(InputError, match='executes generated code, which is off'):
         evaluate(exam, Counting(), progress=False)
+
+
+def test_without_a_terminal_the_progress_is_lines(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(harness, '_SECONDS_BETWEEN_LINES', -1.0)
+    with caplog.at_level('INFO'):
+        evaluate(prepare(toy_task(), ''), Counting())
+    assert caplog.messages[-1] == 'toy: 6 of 6 items'
+    assert not capsys.readouterr().err
