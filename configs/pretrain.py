@@ -74,6 +74,9 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000  # steps
     config.checkpoint.keep = 3  # the newest N; 0: all
+    config.checkpoint.verify = (
+        True  # read every file of a checkpoint and compare its checksum, before it is restored
+    )
 
     config.eval = ConfigDict()
     config.eval.every = 1000  # steps between validations; 0: at the end only

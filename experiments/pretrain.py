@@ -105,7 +105,7 @@ def main() -> None:
     if runtime.is_main_process():
         save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
-    checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep)
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
     state, start_step, restored = initial_state(config, checkpointer, target, model, tx)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
@@ -139,6 +139,7 @@ def main() -> None:
         )  # fmt: skip
     for writer in writers:
         writer.close()
+    checkpointer.check_latest()
     checkpointer.close()
     state, step = trained.state, trained.step
     if trained.stopped:

@@ -23,7 +23,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     (
         {'lora', 'quantize', 'checkpoint', 'convert', 'data', 'losses'},
         {
-            *('optax', 'orbax', 'tensorstore', 'ml_dtypes', 'flax.traverse_util'),
+            *('optax', 'orbax', 'tensorstore', 'google_crc32c', 'ml_dtypes', 'flax.traverse_util'),
             *('grain', 'tensorflow_datasets', 'pyarrow', 'array_record', 'zstandard'),
             *('safetensors', 'gguf'),
         },

@@ -1,9 +1,11 @@
 """A bucket in the place of a folder: objects are written whole, and nothing is appended or renamed."""
 
+import base64
 import json
 import os
 import signal
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def figures(text: str) -> list[dict]:
 def test_a_step_without_its_commit_is_not_restored(run):
     killed, newest, log = run
     assert 'bucket/run/checkpoints/2/commit_success.txt' in killed
-    assert 'bucket/run/checkpoints/4/file_sizes.json' in killed  # all is there, but
+    assert 'bucket/run/checkpoints/4/files.json' in killed  # all is there, but
     assert 'bucket/run/checkpoints/4/commit_success.txt' not in killed
     assert newest == 2
     assert 'resuming at step 2 of 6' in log
@@ -108,9 +110,11 @@ def test_what_a_bucket_holds(run, gcs):
     assert {name.split('/')[1] for name in names if name.startswith('checkpoints/')} == {'4', '6'}
     assert len([name for name in names if name.startswith('tensorboard/')]) == 2  # one a launch
     for step in ('4', '6'):
-        sizes = json.loads(gcs.objects['bucket', f'run/checkpoints/{step}/file_sizes.json'])
-        for name, size in sizes.items():
-            assert len(gcs.objects['bucket', f'run/checkpoints/{step}/{name}']) == size
+        sizes = json.loads(gcs.objects['bucket', f'run/checkpoints/{step}/files.json'])
+        for name, entry in sizes.items():
+            content = gcs.objects['bucket', f'run/checkpoints/{step}/{name}']
+            assert len(content) == entry['bytes']
+            assert google_crc32c.value(content) == int.from_bytes(base64.b64decode(entry['crc32c']))
         data = [name for name in names if name.startswith(f'checkpoints/{step}/state/') and '/d/' in name]
         assert len(data) == sum('/d/' in name for name in sizes)
     assert gcs.refused == []
@@ -133,7 +137,13 @@ def test_a_damaged_step_is_passed_over(gcs):
         checkpointer.save(step, {'w': state['w'] + step}, {'rows_consumed': step})
     checkpointer.close()
     data = max(name for name in gcs.names('bucket/damaged/2/state/d/')).partition('/')[2]
-    gcs.objects['bucket', data] = gcs.objects['bucket', data][:-1]
+    flipped = bytearray(gcs.objects['bucket', data])
+    flipped[len(flipped) // 2] ^= 1
+    gcs.objects['bucket', data] = bytes(flipped)
+    gcs.counts.clear()
+    assert (
+        latest_step(folder).name == '1' and gcs.counts['read'] < 8
+    )  # the records: the bucket knows the checksums
     checkpointer = Checkpointer(folder)
     target = {'w': jax.ShapeDtypeStruct((4,), jnp.float32, sharding=on_one_device())}
     step, restored, metadata = checkpointer.restore_latest(target)
@@ -141,7 +151,7 @@ def test_a_damaged_step_is_passed_over(gcs):
     assert (step, metadata) == (1, {'rows_consumed': 1})
     np.testing.assert_array_equal(restored['w'], state['w'] + 1)
     assert gcs.names('bucket/damaged/2/') == []
-    assert 'bucket/damaged/2.damaged/file_sizes.json' in gcs.names()
+    assert 'bucket/damaged/2.damaged/files.json' in gcs.names()
 
 
 @pytest.mark.slow

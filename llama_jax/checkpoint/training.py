@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llama_jax.checkpoint.failures import told_once
-from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
-from llama_jax.checkpoint.weights import CHUNK_BYTES
+from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
+from llama_jax.checkpoint.weights import CHUNK_BYTES, open_params
 from llama_jax.runtime import gather_texts, is_main_process, refused_by_all, sync_processes
 from llama_jax.storage import enable_bucket, system_failures
-from llama_jax.types import InputError, PyTree, error_line
+from llama_jax.types import InputError, PyTree, SystemFailure, error_line
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 class Checkpointer:
     """The checkpoints under one directory, `directory/STEP/{state,metadata}`."""
 
-    def __init__(self, directory: epath.PathLike, keep: int = 3):
+    def __init__(self, directory: epath.PathLike, keep: int = 3, verify: bool = True):
         """Opens or creates the directory, and clears away what a killed save left.
 
         Args:
           directory: local or `gs://...`.
           keep: how many of the newest steps stay; 0: all.
+          verify: compare the content of every file with what was written before a step is restored; else sizes alone.
 
         Raises:
           InputError: keep is negative, or the directory is of a bucket that cannot be reached.
@@ -41,6 +42,7 @@ class Checkpointer:
             )
         enable_bucket(directory)
         self._directory = absolute(directory)
+        self._verify = verify
         self._saving: int | None = None
         self._at_end_of_save = contextlib.ExitStack()
         if is_main_process():
@@ -56,7 +58,7 @@ class Checkpointer:
                 create=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._record_sizes),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._record_files),
             ),
         )
 
@@ -88,9 +90,9 @@ class Checkpointer:
             f'the checkpoint of step {step} under {self._directory} cannot be written, those of before stay'
         )
 
-    def _record_sizes(self) -> None:
+    def _record_files(self) -> None:
         if is_main_process() and self._saving is not None:
-            record_sizes(self._directory, self._saving)
+            record_files(self._directory, self._saving)
 
     def restore_latest(self, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest undamaged step, restored onto the shardings of `abstract_state`.
@@ -119,9 +121,11 @@ class Checkpointer:
         return None
 
     def _find_damage(self, step: int) -> str:
-        """What differs from the sizes recorded at commit; '' where nothing does. All processes get one answer."""
-        damage = find_damage(self._directory / str(step)) if is_main_process() else ''
-        return gather_texts(damage)[0]
+        """What differs from what was recorded at commit; '' where nothing does. Each process looks at its share."""
+        share = (jax.process_index(), jax.process_count())
+        with refused_by_all():
+            damage = find_damage(self._directory / str(step), hashes=self._verify, share=share)
+        return next(filter(None, gather_texts(damage)), '')
 
     def _restore(self, step: int, abstract_state: PyTree) -> tuple[Any, str]:
         """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
@@ -175,6 +179,26 @@ class Checkpointer:
         finally:
             self._saving = None
             self._at_end_of_save.close()
+
+    def check_latest(self) -> None:
+        """Returns when the newest step is found to be what was written, and opens as a checkpoint.
+
+        Raises:
+          SystemFailure: it is not.
+        """
+        self.wait()
+        step = self._manager.latest_step()
+        if step is None:
+            return
+        folder = self._directory / str(step)
+        damage = self._find_damage(step)
+        if not damage:
+            try:
+                open_params(folder)
+            except InputError as error:
+                damage = str(error)
+        if damage:
+            raise SystemFailure(f'checkpoint {folder} was written, and cannot be read back: {damage}')
 
     def close(self) -> None:
         """Commits what is being saved and lets go of the directory."""

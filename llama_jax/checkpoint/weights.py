@@ -18,7 +18,7 @@ from etils import epath
 from flax import traverse_util
 
 from llama_jax.checkpoint.failures import told_once
-from llama_jax.checkpoint.integrity import absolute, find_damage, record_sizes
+from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
 from llama_jax.placement import BlockArray, copy_tiles, place
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, prefetch, system_failures
@@ -39,7 +39,7 @@ def latest_step(directory: epath.PathLike) -> epath.Path:
         raise InputError(f'no checkpoint under {folder}: it should hold folders named by step')
     damage = ''
     for step in reversed(steps):
-        if not (damage := find_damage(folder / str(step))):
+        if not (damage := _find_damage(folder / str(step))):
             return folder / str(step)
     raise InputError(
         f'all checkpoints under {folder} are damaged (steps {steps}); of step {steps[0]}, {damage}'
@@ -50,15 +50,28 @@ def check_step(step_folder: epath.PathLike) -> epath.Path:
     """The folder of a step that was asked for by name.
 
     Raises:
-      InputError: it is not there, or damaged: what is missing would be read as zeros.
+      InputError: it is not there, or damaged.
     """
     folder = absolute(step_folder)
     steps = _steps(folder.parent)
     if folder.name not in map(str, steps):
         raise InputError(f'no checkpoint {folder}; the steps there are {steps}')
-    if damage := find_damage(folder):
+    if damage := _find_damage(folder):
         raise InputError(f'checkpoint {folder} is damaged: {damage}; take another of the steps {steps}')
     return folder
+
+
+def _find_damage(folder: epath.Path) -> str:
+    """What of a step differs from what was written; of its content, each process looks at a share.
+
+    Raises:
+      InputError: several processes share it, and content of this one's part is damaged; the others do not see that.
+    """
+    share = (jax.process_index(), jax.process_count())
+    damage = find_damage(folder, hashes=False)
+    if not damage and (damage := find_damage(folder, share=share)) and jax.process_count() > 1:
+        raise InputError(f'checkpoint {folder} is damaged: {damage}; name another step')
+    return damage
 
 
 def _steps(folder: epath.Path) -> list[int]:
@@ -128,7 +141,7 @@ def save_params(
         with told_once(), system_failures(f'{folder} cannot be written'):
             checkpointer.save(folder / '0/state', args=ocp.args.PyTreeSave(item))
     with system_failures(f'{folder} cannot be written'):
-        record_sizes(folder, 0)
+        record_files(folder, 0)
         if '://' in os.fspath(folder):  # where a folder cannot be renamed, this file is what makes it whole
             (folder / '0/commit_success.txt').write_text('')
 
@@ -160,9 +173,9 @@ def open_params(step_folder: epath.PathLike) -> dict[str, BlockArray]:
             continue
         name = '.'.join(map(str, key))
         kvstore = (
-            {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'}
+            {'driver': 'ocdbt', 'base': _kvstore(state), 'path': f'{name}/'}
             if is_database
-            else _url(state / name)
+            else _kvstore(state / name)
         )
         try:
             store = ts.open({'driver': driver, 'kvstore': kvstore}, context=context, open=True).result()
@@ -233,7 +246,7 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
             store = await ts.open(
                 {
                     'driver': 'zarr',
-                    'kvstore': _url(info.path),
+                    'kvstore': _kvstore(info.path),
                     'metadata': {
                         'shape': leaf.shape,
                         'chunks': chunks,
@@ -298,6 +311,10 @@ def _chunk_indices(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tupl
         )
 
 
-def _url(path: epath.Path) -> str:
+def _kvstore(path: epath.Path) -> dict[str, str]:
+    """Where TensorStore finds a folder; an address would have it read % and # as more than themselves."""
     text = os.fspath(path)
-    return f'{text if "://" in text else f"file://{text}"}/'
+    if '://' not in text:
+        return {'driver': 'file', 'path': f'{text}/'}
+    bucket, _, name = text.removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}

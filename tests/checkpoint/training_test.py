@@ -1,4 +1,5 @@
 import gc
+import json
 import logging
 import os
 import resource
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.checkpoint.integrity import find_damage, record_files
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.checkpoint.weights import latest_step, restore_params
+from llama_jax.checkpoint.weights import check_step, latest_step, open_params, restore_params, save_params
 from llama_jax.partitioning import make_mesh
 from llama_jax.types import InputError, SystemFailure
 
@@ -115,6 +118,100 @@ def test_a_missing_file_and_one_of_another_size_are_noticed(saved, tmp_path):
         assert latest_step(tmp_path / name).name == '3'
 
 
+def test_one_flipped_bit_is_noticed_in_every_file(saved, tmp_path, caplog):
+    shutil.copytree(saved, tmp_path / 'run')
+    step = tmp_path / 'run/7'
+    files = [path for path in step.rglob('*') if path.is_file() and path.parent != step]
+    assert len(files) > 8 and find_damage(epath.Path(step)) == ''
+    for number, file in enumerate(files):
+        content = file.read_bytes()
+        flip_a_bit(file, number)
+        assert (
+            find_damage(epath.Path(step)) == f'{file.relative_to(step)} has not the content that was written'
+        )
+        assert find_damage(epath.Path(step), hashes=False) == ''
+        shares = [find_damage(epath.Path(step), share=(process, 3)) for process in range(3)]
+        assert sorted(map(bool, shares)) == [False, False, True]  # each process looks at some of the files
+        file.write_bytes(content)
+    record = step / 'files.json'
+    content = record.read_bytes()
+    for number in range(0, 8 * len(content), 97):
+        flip_a_bit(record, number)
+        assert find_damage(epath.Path(step))
+        record.write_bytes(content)
+    data = max(files, key=lambda path: path.stat().st_size)
+    flip_a_bit(data, 5000)
+    for find in (latest_step, lambda folder: check_step(folder / '3')):
+        assert find(tmp_path / 'run').name == '3'
+    with pytest.raises(InputError, match=f'7 is damaged: .*{data.name} has not the content that was written'):
+        check_step(step)
+    assert restore(tmp_path / 'run')[0] == 3
+    assert f'step 7 is damaged ({data.relative_to(step)} has not the content' in caplog.text
+
+
+def flip_a_bit(file, number):
+    content = bytearray(file.read_bytes())
+    content[number // 8 % len(content)] ^= 1 << number % 8
+    file.write_bytes(content)
+
+
+def test_contents_are_not_compared_where_nobody_wants_it(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / 'run')
+    flip_a_bit(tmp_path / 'run/7/state/_sharding', 8)
+    checkpointer = Checkpointer(tmp_path / 'run', verify=False)
+    assert checkpointer.restore_latest(abstract(make_state(0)))[0] == 7
+    checkpointer.close()
+
+
+def test_steps_of_before_there_were_checksums_are_restored(saved, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(saved, folder)
+    for step in ('3', '7'):
+        record = json.loads((folder / step / 'files.json').read_text())
+        (folder / step / 'files.json').unlink()
+        sizes = {name: entry['bytes'] for name, entry in record.items()}
+        (folder / step / 'file_sizes.json').write_text(json.dumps(sizes))
+    assert restore(folder)[0] == 7
+    os.truncate(folder / '7/state/_METADATA', 5)
+    assert restore(folder)[0] == 3
+
+
+def test_a_step_is_read_back_after_it_was_written(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.check_latest()  # there is none
+    checkpointer.save(3, make_state(3), {})
+    checkpointer.check_latest()
+    flip_a_bit(tmp_path / '3/state/manifest.ocdbt', 300)
+    with pytest.raises(
+        SystemFailure, match='3 was written, and cannot be read back: state/manifest.ocdbt has not'
+    ):
+        checkpointer.check_latest()
+    (tmp_path / '3/state/manifest.ocdbt').unlink()
+    with pytest.raises(SystemFailure, match='were not put together'):
+        record_files(epath.Path(tmp_path), 3)
+    checkpointer.close()
+
+
+def test_a_path_loads_whatever_its_characters_or_is_refused(tmp_path):
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'link').symlink_to('there')
+    folder = tmp_path / 'link/a b%20#ä\'"$~:|;{}&=,+日/checkpoints'
+    save_steps(f'{folder}/', [3])
+    assert restore(folder)[0] == 3
+    stored = open_params(latest_step(folder))
+    np.testing.assert_array_equal(stored['b'].read((slice(0, 4),)), make_state(3)['params']['b'])
+    save_params(folder.parent / 'streamed', stored)
+    np.testing.assert_array_equal(
+        open_params(folder.parent / 'streamed/0')['w'].read((slice(0, 16), slice(0, 4))),
+        make_state(3)['params']['w'],
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ('there', 'link')] == []
+    for name in ('a*b', 'a?b', 'a[b', 'a\\b', 'a\udcff'):
+        with pytest.raises(InputError, match='checkpoints cannot be kept under'):
+            Checkpointer(tmp_path / name)
+        assert not os.path.exists(tmp_path / name)
+
+
 def test_after_a_damaged_step_its_number_is_saved_again(saved, tmp_path):
     folder = tmp_path / 'checkpoints'
     shutil.copytree(saved, folder)
@@ -132,8 +229,8 @@ def test_after_a_damaged_step_its_number_is_saved_again(saved, tmp_path):
 def test_only_damaged_steps_are_an_error(saved, tmp_path):
     folder = tmp_path / 'checkpoints'
     shutil.copytree(saved, folder)
-    (folder / '3/file_sizes.json').unlink()
-    (folder / '7/file_sizes.json').write_text('[]')
+    (folder / '3/files.json').unlink()
+    (folder / '7/files.json').write_text('[]')
     with pytest.raises(InputError, match='damaged'):
         latest_step(folder)
     with pytest.raises(InputError, match=r'all checkpoints under .* are damaged \(steps \[3, 7\]'):
