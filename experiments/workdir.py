@@ -1,5 +1,6 @@
 """Whose run a workdir holds: what its checkpoints depend on is recorded, and another run is refused."""
 
+import atexit
 import json
 from typing import Any
 
@@ -7,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.launch import flatten
-from llama_jax import runtime, storage
+from llama_jax import lock, runtime, storage
 from llama_jax.types import InputError, error_line
 
 CONFIG_FILE = 'config.json'
@@ -17,6 +18,13 @@ _IDENTITY = (
     'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
     'train.z_loss', 'optimizer.',
 )  # fmt: skip
+
+
+def hold_folder(folder: epath.Path) -> None:
+    """Refuses a folder that another run writes into; until this process ends no other may."""
+    with runtime.refused_by_all():
+        if runtime.is_main_process():
+            atexit.register(lock.hold(folder))
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:

@@ -1,0 +1,126 @@
+"""Who may write into a folder: one process at a time, whatever became of the one before."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from etils import epath
+
+from llama_jax import lock
+from llama_jax.lock import Locked, hold
+
+HOLDER = """
+import sys
+from etils import epath
+from llama_jax.lock import hold
+release = hold(epath.Path(sys.argv[1]))
+print('held', flush=True)
+sys.stdin.read()
+release()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds a folder."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout.readline() == 'held\n'
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody(tmp_path, holder):
+    folder = epath.Path(tmp_path / 'run')
+    since = r'2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S+'
+    said = rf'run is in use by another run \(host \S+, process {holder.pid}, since {since}\)'
+    for _ in range(2):
+        with pytest.raises(Locked, match=said):
+            hold(folder)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (folder / lock.FILE).exists()  # of the dead one
+    release = hold(folder)
+    with pytest.raises(Locked, match=f'process {os.getpid()}'):
+        hold(folder)  # within one process too
+    release()
+    assert not (folder / lock.FILE).exists()
+    hold(folder)()
+
+
+def test_of_many_at_once_one_has_it(tmp_path):
+    """Also while others let go of it and take the file away."""
+    folder, end, times = epath.Path(tmp_path), time.monotonic() + 0.5, []
+
+    def take_and_let_go():
+        while time.monotonic() < end:
+            with contextlib.suppress(Locked):
+                release = hold(folder)
+                os.close(os.open(folder / 'inside', os.O_CREAT | os.O_EXCL))
+                os.unlink(folder / 'inside')
+                times.append(time.monotonic())
+                release()
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(take_and_let_go) for _ in range(4)]:
+            done.result()
+    assert len(times) > 10
+
+
+@pytest.fixture
+def beating(monkeypatch):
+    """Locks as where the file system has none, and less patient."""
+    monkeypatch.setattr(lock, '_system_lock', lambda file: None)
+    monkeypatch.setattr(lock, '_BEAT_SECONDS', 0.1)
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 0.5)
+
+
+def as_of_another_host(file):
+    owner = json.loads(file.read_text())
+    owner |= {'host': 'elsewhere', 'process': 7, 'boot': 'another', 'token': 'another'}
+    file.write_text(json.dumps(owner))
+    return owner
+
+
+def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating):
+    folder, file = epath.Path(tmp_path), tmp_path / lock.FILE
+    release = hold(folder)
+    first = json.loads(file.read_text())
+    with pytest.raises(Locked, match=rf'process {os.getpid()}, since {re.escape(first["since"])}'):
+        hold(folder)
+    release()
+    assert not file.exists()
+    # Dead on another host: nobody writes its file.
+    file.write_text(json.dumps(first))
+    as_of_another_host(file)
+    start = time.monotonic()
+    hold(folder)()
+    assert time.monotonic() - start > 0.5
+    # Dead on this one, its number given to another process since; at once.
+    file.write_text(json.dumps(first | {'started': '1'}))
+    start = time.monotonic()
+    hold(folder)()
+    assert time.monotonic() - start < 0.4
+    # Damaged, by nobody.
+    file.write_bytes(bytes(100))
+    hold(folder)()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
+    ended = []
+    monkeypatch.setattr(lock.os, '_exit', lambda status: (ended.append(status), time.sleep(60)))
+    hold(epath.Path(tmp_path))
+    as_of_another_host(tmp_path / lock.FILE)
+    while not ended:
+        time.sleep(0.01)
+    assert ended == [1] and 'was taken over by host elsewhere, process 7' in caplog.text
