@@ -19,7 +19,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch, training
-from experiments.workdir import CONFIG_FILE, check_data, check_same_data, check_workdir, record_run
+from experiments.workdir import (
+    CONFIG_FILE,
+    check_data,
+    check_same_data,
+    check_workdir,
+    hold_folder,
+    record_run,
+)
 from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
@@ -87,6 +94,7 @@ def main() -> None:
             *abstract_params_and_axes(training.make_model(config, preset, partitioner)), tx, partitioner
         )
         check_workdir(workdir, config, _CHECKPOINT.value)
+    held = hold_folder(workdir, only_existing=True)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     tokenizer = find_tokenizer(config, workdir)
@@ -101,6 +109,10 @@ def main() -> None:
     logger.info(
         '%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner)
     )
+    hold_folder(workdir, held=held)
+    with runtime.refused_by_all():  # what another run may have begun there until now
+        check_workdir(workdir, config, _CHECKPOINT.value)
+        check_data(workdir, data.fingerprint)
     record = record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
         save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)

@@ -20,11 +20,22 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def hold_folder(folder: epath.Path) -> None:
-    """Refuses a folder that another run writes into; until this process ends no other may."""
+def hold_folder(folder: epath.Path, *, held: bool = False, only_existing: bool = False) -> bool:
+    """Refuses a folder that another run writes into; until this process ends no other may.
+
+    Args:
+      folder: made where it is missing.
+      held: it is already.
+      only_existing: where it is missing, do nothing yet: what is refused must leave no trace.
+
+    Returns:
+      Whether it is held; process 0 does that for all.
+    """
     with runtime.refused_by_all():
-        if runtime.is_main_process():
+        if runtime.is_main_process() and not held and (not only_existing or folder.exists()):
             atexit.register(lock.hold(folder))
+            return True
+    return held
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
