@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import json
 import logging
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,10 +33,10 @@ from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
-from llama_jax.data.loader import batches
-from llama_jax.eval.perplexity import Perplexity, evaluate_rows, fit_baselines
+from llama_jax.data.loader import batches, read_ahead
+from llama_jax.data.packing import Row, Rows
+from llama_jax.eval.perplexity import fit_baselines
 from llama_jax.inference.generate import generate
-from llama_jax.losses.language_model import evaluate_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.models.presets import with_vocab_size
@@ -54,6 +56,7 @@ from llama_jax.train.metrics import (
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
+from llama_jax.train.validation import bits_per_byte, count_predicted, make_validation
 from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
@@ -64,11 +67,9 @@ _CHECKPOINT = flags.DEFINE_string(
 
 logger = logging.getLogger('llama_jax.pretrain')
 
-# Rows that the unigram and bigram models are fitted on at most: counting more takes longer than it tells.
-_MAX_BASELINE_ROWS = 100_000
-
-# What validation adds to a step's figures.
-_VALIDATION = ('validation_loss', 'validation_bits_per_byte')
+# What the unigram and bigram models are fitted on at most: counting more takes longer than it tells. One process counts;
+# the others have ended and wait for it, not much longer than this.
+_MAX_BASELINE_ROWS, _MAX_BASELINE_SECONDS = 100_000, 120
 
 
 def main() -> None:
@@ -121,13 +122,15 @@ def main() -> None:
     state, start_step, restored = initial_state(config, checkpointer, target, model, tx)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    loss_fn, step_fn = training.make_train_step(config, model, target, tx)
+    _, step_fn = training.make_train_step(config, model, target, tx)
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, restored, record['config'])
-    validate = make_validation(config, data, loss_fn, partitioner)
     measurements: list[Measurement] = []
-    if validate:
-        measurements.append(log_validation(config, validate))
+    if data.validation:
+        measurements.append(make_validation(
+            model, data.validation, every=config.eval.every, batch_size=config.train.batch_size,
+            partitioner=partitioner, max_rows=config.eval.max_rows, num_chunks=config.train.loss_chunks,
+        ))  # fmt: skip
     if exams:
         measurements.append(training.take_exams(config, exams, model, tokenizer))
     with jax.set_mesh(partitioner.mesh):
@@ -159,9 +162,9 @@ def main() -> None:
         return
 
     # ---- Report -----------------------------------------------------------------------------------------------------
-    report = final_report(config, data, state, step, validate, tokenizer, llama.vocab_size)
-    report['sample'] = sample(config, model, state, tokenizer)
-    if runtime.is_main_process():
+    text = sample(config, model, state, tokenizer)
+    if runtime.is_main_process():  # the others have done their part
+        report = final_report(config, data, step, trained.figures, llama.vocab_size) | {'sample': text}
         storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
         lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
         plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
@@ -312,32 +315,6 @@ def loop_config(config: ConfigDict, model: LlamaForCausalLM, workdir: epath.Path
     )
 
 
-def make_validation(config: ConfigDict, data: PretrainData, loss_fn, partitioner):
-    """A function of the params: Perplexity on the validation rows, or None where there are none."""
-    if data.validation is None:
-        return None
-    return functools.partial(
-        evaluate_rows, evaluate_loss(loss_fn), rows=data.validation, batch_size=config.train.batch_size,
-        partitioner=partitioner, max_rows=config.eval.max_rows,
-    )  # fmt: skip
-
-
-def log_validation(config: ConfigDict, validate) -> Measurement:
-    """Validation as the loop makes it."""
-
-    def measure(state: TrainState, step: int) -> dict[str, float]:
-        found: Perplexity = validate(params=state.params)
-        logger.info(
-            'step %d: validation %.4f nats/token, %.4f bits/byte',
-            step,
-            found.nats_per_token,
-            found.bits_per_byte,
-        )
-        return dict(zip(_VALIDATION, (found.nats_per_token, found.bits_per_byte), strict=True))
-
-    return Measurement(config.eval.every or config.train.num_steps, measure, _VALIDATION)
-
-
 def figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:
     """What is logged of a step, on all processes; {} where nothing is."""
     lines = read_metrics(metrics_file) if runtime.is_main_process() and step else []
@@ -346,35 +323,45 @@ def figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:
 
 
 def final_report(
-    config: ConfigDict,
-    data: PretrainData,
-    state: TrainState,
-    step: int,
-    validate,
-    tokenizer: Tokenizer,
-    vocab_size: int,
+    config: ConfigDict, data: PretrainData, step: int, figures: dict[str, float], vocab_size: int
 ) -> dict[str, Any]:
     """Validation loss beside those of count models fitted on the rows that the run was trained on."""
     report: dict[str, Any] = {'step': step}
-    rows = data.validation
+    rows, max_rows = data.validation, config.eval.max_rows
     if rows is None:
         return report
-    found = validate(params=state.params)
-    per_byte = found.bits_per_byte / found.nats_per_token
-    used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
-    count = min(len(rows), config.eval.max_rows or len(rows))
     baselines = fit_baselines(
-        (data.train[i] for i in range(used)), (rows[i] for i in range(count)), vocab_size
+        baseline_rows(data, step * config.train.batch_size),
+        (rows[i] for i in range(min(len(rows), max_rows or len(rows)))),
+        vocab_size,
     )
+    per_byte = bits_per_byte(1.0, rows)
     return report | {
-        'validation_tokens': found.num_tokens,
-        'validation_loss': found.nats_per_token,
-        'validation_bits_per_byte': found.bits_per_byte,
+        'validation_tokens': count_predicted(rows, max_rows),
+        'validation_loss': figures['validation_loss'],
+        'validation_bits_per_byte': figures['validation_bits_per_byte'],
         'bigram': baselines.bigram,
         'bigram_bits_per_byte': baselines.bigram * per_byte,
         'unigram': baselines.unigram,
         'unigram_bits_per_byte': baselines.unigram * per_byte,
     }
+
+
+def baseline_rows(data: PretrainData, trained: int) -> Iterator[Row]:
+    """The first rows of training, as far as they may be counted; tells how far it is."""
+    limit = min(trained, _MAX_BASELINE_ROWS)
+    begin = said = time.monotonic()
+    for number, row in enumerate(read_ahead(data.train, limit)):
+        now = time.monotonic()
+        if now - begin > _MAX_BASELINE_SECONDS:
+            logger.warning(
+                'unigram and bigram are fitted on %s of %s rows: time is up', f'{number:,}', f'{limit:,}'
+            )
+            return
+        if now - said > 10:
+            logger.info('unigram and bigram: %s of %s rows counted', f'{number:,}', f'{limit:,}')
+            said = now
+        yield row
 
 
 def sample(config: ConfigDict, model: LlamaForCausalLM, state: TrainState, tokenizer: Tokenizer) -> str:

@@ -76,7 +76,21 @@ def head_cross_entropy(
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    return _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
+    return head_losses(hidden, head, targets, mask, num_chunks, z_loss, partitioner)[0]
+
+
+def head_losses(
+    hidden: Float[Array, 'B T D'],
+    head: Weight,
+    targets: Int[Array, 'B T'],
+    mask: Bool[Array, 'B T'],
+    num_chunks: int = 1,
+    z_loss: float = 0.0,
+    partitioner: Partitioner | None = None,
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+    """(`head_cross_entropy`, what of it is negative log-likelihood): the first to minimise, the second to read."""
+    sums = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
+    return sums[0], jax.lax.stop_gradient(sums[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -84,12 +98,22 @@ def _head_cross_entropy(hidden, head, targets, mask, num_chunks, z_loss, partiti
     chunks = _chunks((hidden, targets, mask), num_chunks)
     weight = _gathered(head.astype(hidden.dtype), partitioner)
 
-    def chunk_loss(total, chunk):
+    def chunk_loss(sums, chunk):
         x, target, keep = chunk
         logits = einsum('btd,vd->btv', x, weight, jnp.float32)
-        return total + jnp.sum(token_losses(logits, target, z_loss), where=keep), None
+        losses = [token_losses(logits, target, z) for z in _weights(z_loss)]
+        return _add(sums, losses, keep), None
 
-    return jax.lax.scan(chunk_loss, jnp.float32(0.0), chunks)[0]
+    return jax.lax.scan(chunk_loss, (jnp.float32(0.0),) * len(_weights(z_loss)), chunks)[0]
+
+
+def _weights(z_loss):
+    """Of the squared log-normaliser in the sums that are taken: the loss, and where that has more, the likelihood."""
+    return (z_loss, 0.0) if z_loss else (0.0,)
+
+
+def _add(sums, losses, keep):
+    return tuple(total + jnp.sum(each, where=keep) for total, each in zip(sums, losses, strict=True))
 
 
 def _gathered(weight, partitioner):
@@ -117,12 +141,12 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
     parts = _token_parts(hidden.shape[0], hidden.shape[1] // num_chunks, partitioner)
 
     def chunk_gradients(carry, chunk):
-        total, head_gradient = carry
+        sums, head_gradient = carry
         x, target, keep = chunk
         logits = einsum('btd,vd->btv', x, weight, jnp.float32)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
-        losses = log_normalizer - target_logits + z_loss * jnp.square(log_normalizer)
+        losses = [log_normalizer - target_logits + z * jnp.square(log_normalizer) for z in _weights(z_loss)]
         # d loss / d logits = softmax * (1 + 2 z log Z) - onehot(target), and 0 where masked.
         probabilities = jnp.exp(logits - log_normalizer[:, :, None])
         scale = jnp.where(keep, 1.0 + 2.0 * z_loss * log_normalizer, 0.0)[:, :, None]
@@ -131,7 +155,7 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
         logits_gradient = logits_gradient.astype(hidden.dtype)
         x_gradient = einsum('btv,vd->btd', logits_gradient, weight)
         head_gradient = place(head_gradient + product(x, logits_gradient))
-        return (total + jnp.sum(losses, where=keep), head_gradient), x_gradient
+        return (_add(sums, losses, keep), head_gradient), x_gradient
 
     def product(x, logits_gradient):
         if not parts:
@@ -148,15 +172,18 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
         return partitioner.shard(sums, axes, 'head gradient') if parts else sums
 
     # Summed as [D, V] and turned once: the other way round XLA would turn the far larger logits of every chunk.
-    start = (jnp.float32(0.0), place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)))
-    (total, head_gradient), x_gradients = jax.lax.scan(
+    start = (
+        (jnp.float32(0.0),) * len(_weights(z_loss)),
+        place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)),
+    )
+    (sums, head_gradient), x_gradients = jax.lax.scan(
         chunk_gradients, start, _chunks((hidden, targets, mask), num_chunks)
     )
     if parts:
         head_gradient = _sum_over_devices(head_gradient, partitioner)
         # The sum over devices comes before the layers' backward pass: after it, the parts would be held all along.
         x_gradients, head_gradient = jax.lax.optimization_barrier((x_gradients, head_gradient))
-    return total, (jnp.moveaxis(x_gradients, 0, 2).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
+    return sums, (jnp.moveaxis(x_gradients, 0, 2).reshape(hidden.shape), head_gradient.T.astype(head.dtype))
 
 
 def _token_parts(batch, length, partitioner):
@@ -196,8 +223,9 @@ def _sum_over_devices(sums: Float[Array, 'R C D V'], partitioner: Partitioner) -
     return partitioner.shard(jnp.sum(within, axis=0), ('embed', 'vocab'), 'head gradient')
 
 
-def _backward(num_chunks, z_loss, partitioner, residuals, cotangent):
+def _backward(num_chunks, z_loss, partitioner, residuals, cotangents):
     del num_chunks, z_loss, partitioner
+    cotangent = cotangents[0]
     hidden_gradient, head_gradient = residuals
     return (
         (hidden_gradient * cotangent).astype(hidden_gradient.dtype),

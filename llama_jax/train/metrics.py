@@ -324,7 +324,9 @@ def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: di
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
-    styles: dict[str, dict[str, Any]] = {'loss': {'linewidth': 1.0}, 'validation_loss': {'marker': 'o'}}
+    # Where the loss is more than likelihood, the likelihood is what compares with validation and baselines.
+    trained = 'nll' if any('nll' in item for item in metrics) else 'loss'
+    styles: dict[str, dict[str, Any]] = {trained: {'linewidth': 1.0}, 'validation_loss': {'marker': 'o'}}
     for key, style in styles.items():
         logged = [item for item in metrics if key in item]
         if logged:

@@ -1,0 +1,119 @@
+"""Validation: how well text that is not trained on is predicted, by likelihood alone, whatever training minimises."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from llama_jax.data.loader import PaddedRows, batches
+from llama_jax.data.packing import Rows
+from llama_jax.losses.language_model import language_model_loss
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.partitioning import Partitioner
+from llama_jax.train.loop import Measurement
+from llama_jax.train.state import TrainState
+from llama_jax.types import Array, LMBatch, Params
+
+_log = logging.getLogger(__name__)
+
+FIGURES = ('validation_loss', 'validation_bits_per_byte')
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """How well text is predicted.
+
+    Attributes:
+      nats_per_token: mean negative log-likelihood of the predicted tokens.
+      bits_per_byte: the same per byte of text, which compares across tokenizers.
+      num_tokens: predicted.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    num_tokens: int
+
+
+def bits_per_byte(nats_per_token: float, rows: Rows) -> float:
+    """A token's nats as a byte's bits: each document's tokens but its BOS are predicted, each byte belongs to one."""
+    predicted = rows.num_tokens - rows.num_documents
+    return nats_per_token * predicted / rows.num_bytes / math.log(2)
+
+
+def evaluate_rows(
+    loss_step: Callable[[Params, LMBatch], tuple[Array, Array]],
+    params: Params,
+    rows: Rows,
+    *,
+    batch_size: int,
+    partitioner: Partitioner,
+    max_rows: int = 0,
+) -> Perplexity:
+    """Perplexity over the first `max_rows` rows (0: all), however the last batch falls.
+
+    Args:
+      loss_step: from `make_loss_step`.
+      params: of the model.
+      rows: packed text.
+      batch_size: rows at a time.
+      partitioner: places the batches.
+      max_rows: 0 for all.
+    """
+    padded = PaddedRows(rows, batch_size, max_rows)
+    losses, weights = [], []
+    for batch in batches(padded, batch_size=batch_size, seq_len=rows.seq_len, partitioner=partitioner):
+        loss, weight = loss_step(params, batch)
+        losses.append(loss)
+        weights.append(weight)
+    total = math.fsum(float(weight) for weight in weights)
+    nats = math.fsum(float(loss) for loss in losses) / total
+    return Perplexity(nats, bits_per_byte(nats, rows), int(total))
+
+
+def make_loss_step(
+    model: LlamaForCausalLM, num_chunks: int = 1
+) -> Callable[[Params, LMBatch], tuple[Array, Array]]:
+    """A jitted (params, batch) -> (sum of negative log-likelihoods, number of predicted tokens)."""
+    loss_fn = language_model_loss(model, num_chunks=num_chunks)
+
+    @jax.jit
+    def step(params: Params, batch: LMBatch) -> tuple[Array, Array]:
+        loss, weight, _ = loss_fn(params, None, batch, jax.random.key(0))
+        return loss, weight
+
+    return step
+
+
+def make_validation(
+    model: LlamaForCausalLM,
+    rows: Rows,
+    *,
+    every: int,
+    batch_size: int,
+    partitioner: Partitioner,
+    max_rows: int = 0,
+    num_chunks: int = 1,
+) -> Measurement:
+    """Validation as the loop makes it, after every so many updates; the rest is as for what it is made of."""
+    loss_step = make_loss_step(model, num_chunks)
+
+    def measure(state: TrainState, step: int) -> dict[str, float]:
+        found = evaluate_rows(
+            loss_step, state.params, rows, batch_size=batch_size, partitioner=partitioner, max_rows=max_rows
+        )
+        nats, bits = found.nats_per_token, found.bits_per_byte
+        _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
+        return dict(zip(FIGURES, (nats, bits), strict=True))
+
+    return Measurement(every, measure, FIGURES)
+
+
+def count_predicted(rows: Rows, max_rows: int = 0) -> int:
+    """Tokens that are predicted in the first `max_rows` rows (0: all)."""
+    if not max_rows or max_rows >= len(rows):
+        return rows.num_tokens - rows.num_documents
+    segments = (rows[i]['segment_ids'] for i in range(max_rows))
+    return sum(int(np.sum((ids[:-1] == ids[1:]) & (ids[1:] != 0))) for ids in segments)
