@@ -34,7 +34,7 @@ from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches, read_ahead
-from llama_jax.data.packing import Row, Rows
+from llama_jax.data.packing import Row
 from llama_jax.eval.perplexity import fit_baselines
 from llama_jax.inference.generate import generate
 from llama_jax.models.config import LlamaConfig
@@ -56,7 +56,7 @@ from llama_jax.train.metrics import (
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.train.validation import bits_per_byte, count_predicted, make_validation
+from llama_jax.train.validation import count_predicted, make_validation
 from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
@@ -67,8 +67,8 @@ _CHECKPOINT = flags.DEFINE_string(
 
 logger = logging.getLogger('llama_jax.pretrain')
 
-# What the unigram and bigram models are fitted on at most: counting more takes longer than it tells. One process counts;
-# the others have ended and wait for it, not much longer than this.
+# What the unigram and bigram models are fitted on at most: more takes longer than it tells. One process counts, and the
+# others, which have ended, wait for it.
 _MAX_BASELINE_ROWS, _MAX_BASELINE_SECONDS = 100_000, 120
 
 
@@ -164,7 +164,8 @@ def main() -> None:
     # ---- Report -----------------------------------------------------------------------------------------------------
     text = sample(config, model, state, tokenizer)
     if runtime.is_main_process():  # the others have done their part
-        report = final_report(config, data, step, trained.figures, llama.vocab_size) | {'sample': text}
+        report = final_report(config, data, step, trained.figures, llama.vocab_size)
+        report['sample'] = text
         storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
         lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
         plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
@@ -335,7 +336,7 @@ def final_report(
         (rows[i] for i in range(min(len(rows), max_rows or len(rows)))),
         vocab_size,
     )
-    per_byte = bits_per_byte(1.0, rows)
+    per_byte = figures['validation_bits_per_byte'] / figures['validation_loss']
     return report | {
         'validation_tokens': count_predicted(rows, max_rows),
         'validation_loss': figures['validation_loss'],

@@ -36,7 +36,7 @@ def test_what_a_workdir_holds(run, corpus):
     assert (run / 'loss.png').read_bytes().startswith(b'\x89PNG')
     assert json.loads((run / 'config.json').read_text())['config']['data']['train'] == str(corpus)
     assert json.loads((run / 'model.json').read_text())['config']['vocab_size'] == 320
-    metrics = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    metrics = logged(run)
     assert [item['step'] for item in metrics] == list(range(1, 13))
     keys = {'step', 'loss', 'learning_rate', 'grad_norm', 'weight', 'tokens_per_second'}
     keys |= {'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
@@ -47,6 +47,10 @@ def test_what_a_workdir_holds(run, corpus):
     report = json.loads((run / 'report.json').read_text())
     assert report['step'] == 12 and report['sample'].startswith('ba') and report['bigram'] < report['unigram']
     assert report['validation_loss'] == metrics[-1]['validation_loss']
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
 
 
 def test_generate_prints_the_completion_alone(commands, run):
@@ -83,13 +87,15 @@ def test_more_steps_go_on_from_the_last(commands, run, corpus, tmp_path):
 
 
 def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, tmp_path):
-    arguments = tiny_run(tmp_path / 'run', corpus, train__num_steps=4)
+    arguments = tiny_run(tmp_path / 'run', corpus, train__num_steps=4, train__z_loss=1.0)
     commands.run('pretrain', *arguments, f'--checkpoint={run}').succeeded()
-    before, after = figures(run), figures(tmp_path / 'run')
-    assert [step for step, *_ in after] == [1, 2, 3, 4]
-    assert (
-        after[0][1] < before[-1][1] + 0.2 < before[0][1] - 1.0
-    )  # no start from scratch; batches differ by 0.1
+    before, after = (logged(folder) for folder in (run, tmp_path / 'run'))
+    assert [item['step'] for item in after] == [1, 2, 3, 4]
+    # No start from scratch; batches differ by 0.1.
+    assert after[0]['nll'] < before[-1]['loss'] + 0.2 < before[0]['loss'] - 1.0
+    # What the objective adds is no part of validation.
+    assert after[-1]['loss'] > 2 * after[-1]['nll']
+    assert after[-1]['validation_loss'] == pytest.approx(after[-1]['nll'], abs=0.5)
     assert (tmp_path / 'run/tokenizer.model').read_bytes() == (run / 'tokenizer.model').read_bytes()
     other = commands.run('pretrain', *arguments).error()
     assert '--checkpoint was' in other

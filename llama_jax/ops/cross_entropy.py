@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def head_losses(
     partitioner: Partitioner | None = None,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
     """(`head_cross_entropy`, what of it is negative log-likelihood): the first to minimise, the second to read."""
-    sums = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
+    sums: Any = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
     return sums[0], jax.lax.stop_gradient(sums[-1])
 
 

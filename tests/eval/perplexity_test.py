@@ -1,16 +1,13 @@
 import collections
 import math
+import tracemalloc
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.data.packing import PackedRows, TokenizedCorpus
-from llama_jax.eval.perplexity import bits_per_byte, evaluate_rows, fit_baselines
-from llama_jax.losses.language_model import evaluate_loss, language_model_loss
-from llama_jax.partitioning import Partitioner, make_mesh
-from tests import toy
+from llama_jax.eval import perplexity
+from llama_jax.eval.perplexity import fit_baselines
 
 VOCAB, LENGTH = 12, 8
 
@@ -29,77 +26,6 @@ def corpus(seed, num_documents=9):
 
 def pairs(documents):
     return [(int(a), int(b)) for document in documents for a, b in zip(document, document[1:], strict=False)]
-
-
-def table_loss(params, batch):
-    """A bigram model: params['table'][v, w] is log p(w | v)."""
-    losses = -params['table'][batch.tokens, batch.targets]
-    return jnp.sum(losses, where=batch.loss_mask), jnp.sum(batch.loss_mask, dtype=jnp.float32)
-
-
-@pytest.mark.parametrize('batch_size', [4, 8])
-def test_perplexity_is_the_mean_over_all_predicted_tokens(batch_size):
-    documents, tokens = corpus(0)
-    rows = PackedRows(tokens, LENGTH)
-    assert len(rows) % batch_size  # so that the last batch is padded
-    table = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)))
-    found = evaluate_rows(
-        jax.jit(table_loss), {'table': table}, rows, batch_size=batch_size,
-        partitioner=Partitioner(make_mesh({'data': 4}, jax.devices()[:4])),
-    )  # fmt: skip
-    losses = [-float(table[a, b]) for a, b in pairs(documents)]
-    assert found.num_tokens == len(losses) == tokens.num_tokens - tokens.num_documents
-    assert found.nats_per_token == pytest.approx(
-        math.fsum(losses) / len(losses), rel=1e-6
-    )  # fp32 sums of a batch
-    assert found.bits_per_byte == pytest.approx(math.fsum(losses) / math.log(2) / 500, rel=1e-6)
-
-
-def test_only_the_first_rows_are_read_where_asked():
-    rows = PackedRows(corpus(0)[1], LENGTH)
-    partitioner = Partitioner(make_mesh({}, jax.devices()[:1]))
-    found = evaluate_rows(
-        table_loss, {'table': jnp.zeros((VOCAB, VOCAB))}, rows, batch_size=2, partitioner=partitioner, max_rows=3,
-    )  # fmt: skip
-    targets = [rows[i]['segment_ids'] for i in range(3)]
-    assert found.num_tokens == sum(np.sum(ids[:-1] == ids[1:]) for ids in targets)
-
-
-def test_a_model_is_scored_as_by_hand():
-    _, tokens = corpus(1)
-    rows = PackedRows(tokens, LENGTH)
-    model = toy.make_model()
-    params = toy.make_params(model)
-    found = evaluate_rows(
-        evaluate_loss(language_model_loss(model)), params, rows, batch_size=8,
-        partitioner=Partitioner(make_mesh({'data': 8})),
-    )  # fmt: skip
-    apply = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({'params': params}, tokens)[0][0]))
-    total = count = 0
-    for row in (rows[i] for i in range(len(rows))):
-        for segment in set(row['segment_ids'].tolist()) - {0}:
-            piece = row['tokens'][row['segment_ids'] == segment]
-            # Alone at the start of a row; what is behind it is not seen.
-            alone = np.pad(piece, (0, LENGTH + 1 - len(piece)))[None, :]
-            log_p = np.asarray(apply(jnp.asarray(alone)))
-            total -= log_p[np.arange(len(piece) - 1), piece[1:]].sum()
-            count += len(piece) - 1
-    assert found.num_tokens == count
-    assert found.nats_per_token == pytest.approx(total / count, rel=1e-5)  # fp32 logits, packed or alone
-
-
-def test_bits_per_byte_by_arithmetic():
-    class Text:
-        seq_len, fingerprint, num_documents, num_tokens, num_bytes = 8, '', 10, 110, 400
-
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            raise IndexError
-
-    # 100 tokens are predicted, 2 bits each, of a text of 400 bytes.
-    assert bits_per_byte(2 * math.log(2), Text()) == pytest.approx(0.5)
 
 
 def test_count_models_by_hand():
@@ -128,3 +54,30 @@ def test_count_models_by_hand():
     losses = [-np.mean([math.log(bigram(a, b, share)) for a, b in scored]) for share in shares]
     assert found.bigram == pytest.approx(min(losses), rel=1e-9)
     assert found.bigram < found.unigram - 0.3  # what x tells of the next token
+
+
+def test_memory_does_not_grow_with_the_training_rows(monkeypatch):
+    monkeypatch.setattr(perplexity, '_CHUNK', 1 << 12)
+    size, length = 50_000, 1023
+
+    def row(seed):
+        tokens = np.random.default_rng(seed).integers(size, size=length + 1, dtype=np.int32)
+        return {'tokens': tokens, 'segment_ids': np.ones(length + 1, np.int32)}
+
+    validation = [row(seed) for seed in range(3)]
+    peaks, found = [], []
+    for count in (50, 400):
+        tracemalloc.start()
+        found.append(fit_baselines((row(seed % 50) for seed in range(count)), iter(validation), size))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[0] < 10e6  # tables of the vocabulary and a chunk; its pairs alone are 50 times as many
+    assert found[0].unigram > found[1].unigram  # the same tokens, eight times as often
+
+
+def test_of_very_long_validation_the_first_part_is_scored(monkeypatch):
+    train, held_out = (list(PackedRows(corpus(seed, 30)[1], LENGTH)) for seed in (2, 3))
+    count = sum(np.sum(row['segment_ids'][1:] == row['segment_ids'][:-1]) for row in held_out[:5])
+    monkeypatch.setattr(perplexity, '_MAX_VALIDATION_TARGETS', int(count))
+    assert fit_baselines(train, held_out, VOCAB) == fit_baselines(train, held_out[:5], VOCAB)

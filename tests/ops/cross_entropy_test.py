@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
+from llama_jax.ops.cross_entropy import head_cross_entropy, head_losses, token_log_probabilities, token_losses
 from llama_jax.types import InputError
 
 BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40
@@ -71,6 +71,15 @@ def test_head_cross_entropy(num_chunks, z_loss):
         head_gradient, np.einsum('btv,btd->vd', gradient, hidden64), rtol=1e-5, atol=2e-5
     )
     assert (np.asarray(hidden_gradient)[~mask] == 0).all()
+
+    def both(hidden, head):
+        return head_losses(hidden, head, jnp.asarray(targets), jnp.asarray(mask), num_chunks, z_loss)
+
+    likelihood = (reference(hidden64 @ head64.T, targets, 0.0)[0] * mask).sum()
+    np.testing.assert_allclose(both(*weights)[1], likelihood, rtol=1e-6)
+    (_, beside), (once, _) = jax.value_and_grad(both, argnums=(0, 1), has_aux=True)(*weights)
+    np.testing.assert_allclose(beside, likelihood, rtol=1e-6)
+    np.testing.assert_array_equal(2 * once, hidden_gradient)  # the second has no part in it
 
 
 def test_bf16_activations_leave_loss_and_master_gradient_in_fp32():
