@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TypeVar
+from typing import Any, TypeVar
 
 from llama_jax.types import InputError, SystemFailure, error_line
 
@@ -57,19 +57,38 @@ def read_range(path, offset: int, length: int) -> bytes:
     return system.cat_file(name, start=offset, end=offset + length)
 
 
-def open_sparsely(path, ahead: int = 0) -> IO[bytes]:
-    """Opens a file of which little is read: in a bucket `ahead` more bytes than asked for, and not 5 MiB as usual.
+def open_sparsely(path, from_start: bool = False) -> Any:
+    """Opens a file of which little is read, for `with`: of a bucket not 5 MiB more than that, as is usual.
 
     Args:
       path: an `epath.Path`, local or `gs://...`.
-      ahead: 0 where what is read is scattered.
+      from_start: it is read from its start, in many small pieces, and not scattered.
     """
     if '://' not in os.fspath(path):
         return open(path, 'rb')
+    if from_start:
+        return contextlib.nullcontext(_ReadAhead(path))
     import fsspec
 
     system, name = fsspec.core.url_to_fs(os.fspath(path))
-    return system.open(name, 'rb', block_size=ahead or None, cache_type='readahead' if ahead else 'none')
+    return system.open(name, 'rb', cache_type='none')
+
+
+class _ReadAhead:
+    """The start of a file in a bucket; each request is for as much again as the ones before have brought."""
+
+    def __init__(self, path):
+        self._path, self._length = path, path.stat().length
+        self._position, self._waiting = 0, b''
+
+    def read(self, count: int) -> bytes:
+        if (missing := count - len(self._waiting)) > 0:
+            ahead = min(max(self._position, 4 << 10), 1 << 20)
+            size = min(max(missing, ahead), self._length - self._position)
+            self._waiting += read_range(self._path, self._position, size) if size else b''
+            self._position += size
+        data, self._waiting = self._waiting[:count], self._waiting[count:]
+        return data
 
 
 @contextlib.contextmanager

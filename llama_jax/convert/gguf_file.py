@@ -9,7 +9,7 @@ import functools
 import math
 import struct
 from types import ModuleType
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from etils import epath
@@ -24,7 +24,6 @@ _MAX_NAME = 64  # bytes of a tensor's name
 _MAX_KEY = 2**16 - 1
 _MAX_VALUE = 256 << 20  # bytes of one value; the largest real ones, lists of merges, have a few MB
 _MAX_AXES = 4
-_READ_AHEAD = 64 << 10  # bytes; the header is read some eight at a time
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: 'u1', 10: '<u8', 11: '<i8', 12: '<f8',
 }  # fmt: skip
@@ -104,7 +103,7 @@ def block_type(number: int) -> BlockType | None:
 class _Cursor:
     """Reads the header in order and never past the file's end."""
 
-    def __init__(self, file: IO[bytes], origin: str, size: int):
+    def __init__(self, file: Any, origin: str, size: int):
         self.file, self.origin, self.size, self.position = file, origin, size, 0
 
     def error(self, problem: str) -> InputError:
@@ -145,7 +144,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
     Raises:
       InputError: the file is no GGUF that can be read.
     """
-    with open_sparsely(path, ahead=_READ_AHEAD) as file:
+    with open_sparsely(path, from_start=True) as file:
         return _metadata(_Cursor(file, str(path), path.stat().length))[0]
 
 
@@ -155,7 +154,7 @@ def read_header(path: epath.Path) -> Header:
     Raises:
       InputError: the file is no GGUF that can be read, or a tensor's type needs the library `gguf`.
     """
-    with open_sparsely(path, ahead=_READ_AHEAD) as file:
+    with open_sparsely(path, from_start=True) as file:
         cursor = _Cursor(file, str(path), path.stat().length)
         metadata, num_tensors = _metadata(cursor)
         cursor.expect(num_tensors * _MIN_TENSOR, f'a list of {num_tensors} tensors')

@@ -13,7 +13,7 @@ from etils import epath
 from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, same_values
+from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.placement import cast
@@ -63,17 +63,16 @@ def open_source(folder: epath.Path) -> Source:
         found[full_name] = tensor
     head = found.pop(_HEAD, None) if config.tie_embeddings else None
     if head is not None:
-        found.setdefault(_EMBED, head)
-    source = assemble(found, 'huggingface', config, origin=str(folder), ignored=_IGNORED)
-    if head is not None:
         # transformers 4 drops a head of its own, 5 unties it: no reading would be right for both.
-        if not same_values(head, source.tensors['embed'][0]):
-            raise InputError(
-                f'{folder}: {_HEAD} differs from {_EMBED}, although tie_word_embeddings is true in {CONFIG_FILE}; '
-                'set it to false there to keep both'
-            )
+        refusal = (
+            f'{folder}: {_HEAD} differs from {_EMBED}, although tie_word_embeddings is true in {CONFIG_FILE}; '
+            'set it to false there to keep both'
+        )
+        if (tied := tie(found.get(_EMBED, head), head, refusal)) is None:
+            raise InputError(refusal)
+        found[_EMBED] = tied
         logger.info('%s: %s is the embedding (tie_word_embeddings)', folder, _HEAD)
-    return source
+    return assemble(found, 'huggingface', config, origin=str(folder), ignored=_IGNORED)
 
 
 # Weights.

@@ -22,6 +22,7 @@ from llama_jax.convert.tensors import (
     Tensor,
     row_blocks,
     same_values,
+    tie,
     to_interleaved,
 )
 from llama_jax.convert.torch_file import open_torch_file, weights
@@ -67,11 +68,14 @@ def assemble_meta(found: Mapping[str, Tensor], params: Params, origin: str) -> S
     if _EMBEDDING not in found:
         raise InputError(f'{origin} has no tensor {_EMBEDDING}')
     embedding, head = found[_EMBEDDING], found.get(_HEAD)
-    tied = head is not None and same_values(embedding, head)
+    refusal = (
+        f'{origin}: {_HEAD} is {_EMBEDDING} in some rows and differs in others; copy or download it again'
+    )
+    tied = head and tie(embedding, head, refusal)
     if tied:
-        found = {name: tensor for name, tensor in found.items() if name != _HEAD}
+        found = {name: tensor for name, tensor in found.items() if name != _HEAD} | {_EMBEDDING: tied}
     vocab_size = params.vocab_size or embedding.shape[0]
-    config = to_config(params, vocab_size=vocab_size, tied=tied, dtype=embedding.dtype)
+    config = to_config(params, vocab_size=vocab_size, tied=bool(tied), dtype=embedding.dtype)
     return assemble(found, 'meta', config, origin=origin)
 
 

@@ -15,10 +15,12 @@ import numpy as np
 from etils import epath
 
 from llama_jax.storage import read_range
+from llama_jax.types import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALL = slice(None)
 _BLOCK_BYTES = 32 << 20  # of a piece: large for a disk, small for the memory
+_ROWS_COMPARED = 8
 _STRIP_BYTES = 4 << 20  # mapped at once where only some columns are read
 
 
@@ -116,6 +118,51 @@ class Concatenated:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tied:
+    """One tensor that a checkpoint holds twice; whoever reads a piece of it reads it of both and compares.
+
+    Attributes:
+      tensor: the one.
+      copy: the other.
+      refusal: the message where they differ after all.
+    """
+
+    tensor: Tensor
+    copy: Tensor
+    refusal: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        block = self.tensor.read(rows, columns)
+        if not same_bits(block, self.copy.read(rows, columns)):
+            raise InputError(self.refusal)
+        return block
+
+
+def tie(tensor: Tensor, copy: Tensor, refusal: str) -> Tensor | None:
+    """The one tensor that both are, or None where they differ in one of the few rows that are compared at once.
+
+    Comparing all of them at once would read them twice: they are read again to be used.
+    """
+    if tensor == copy:
+        return tensor
+    if (tensor.shape, tensor.dtype) != (copy.shape, copy.dtype):
+        return None
+    last = tensor.shape[0] - 1
+    for row in sorted({last * i // (_ROWS_COMPARED - 1) for i in range(_ROWS_COMPARED)}):
+        if not same_bits(tensor.read(slice(row, row + 1)), copy.read(slice(row, row + 1))):
+            return None
+    return Tied(tensor, copy, refusal)
+
+
+@dataclasses.dataclass(frozen=True)
 class HalfSplit:
     """The query or key rows of Meta's order, each head's RoPE pairs side by side, as half-split: pairs H/2 rows apart.
 
@@ -169,7 +216,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def same_values(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
     """Whether two tensors (or their first rows) are equal bit by bit; reads little where they are not."""
-    if a is b:
+    if a == b:
         return True
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False

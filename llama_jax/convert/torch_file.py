@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -95,7 +95,7 @@ def _extent(tensor: FileTensor) -> tuple[int, int]:
 class _Archive:
     """The entries of a zip file; each is checked when it is asked for."""
 
-    def __init__(self, path: epath.Path, file: IO[bytes]):
+    def __init__(self, path: epath.Path, file: Any):
         self._path, self._file = path, file
         self._length = path.stat().length
         self._entries = self._directory()
@@ -138,8 +138,11 @@ class _Archive:
 
     def _directory(self) -> dict[str, tuple[int, int, int, int, int]]:
         """Flags, compression, packed size, size and header's offset by name; PKWARE's APPNOTE, 4.3.12 to 4.3.16."""
-        start = max(self._length - 22 - 65535 - 20, 0)
+        start = max(self._length - 22 - 20, 0)
         tail = self._read(start, self._length - start)
+        if tail[-22:-18] != b'PK\5\6':  # a comment stands behind it
+            start = max(start - 65535, 0)
+            tail = self._read(start, self._length - start)
         end = tail.rfind(b'PK\5\6', 0, max(len(tail) - 18, 0))
         if end < 0:
             raise InputError(

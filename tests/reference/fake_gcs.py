@@ -30,6 +30,7 @@ class FakeGCS:
     Attributes:
       objects: (bucket, name) -> content.
       counts: requests by kind: insert, get, read, list, delete, copy, bucket.
+      sent: bytes of content that were read, by name of the object.
       refused: what was asked for and an object store does not have.
       before: called with (kind, name) before each request takes effect; raising ConnectionError drops it.
     """
@@ -38,6 +39,7 @@ class FakeGCS:
         self.objects: dict[tuple[str, str], bytes] = {}
         self.generations: dict[tuple[str, str], int] = {}
         self.counts: collections.Counter[str] = collections.Counter()
+        self.sent: collections.Counter[str] = collections.Counter()
         self.refused: list[str] = []
         self.before = before
         self._uploads: dict[str, tuple[str, str, dict, bytearray]] = {}
@@ -276,9 +278,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif not is_media:
             self._send(200, metadata)
         else:
-            self._send_media(data, metadata)
+            self._send_media(name, data, metadata)
 
-    def _send_media(self, data: bytes, metadata: dict) -> None:
+    def _send_media(self, name: str, data: bytes, metadata: dict) -> None:
         headers = {
             'Content-Type': metadata['contentType'], 'ETag': metadata['etag'],
             'X-Goog-Generation': metadata['generation'], 'X-Goog-Stored-Content-Length': metadata['size'],
@@ -292,9 +294,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._send(416, {}, {'Content-Range': f'bytes */{size}'})
                 return
             headers['Content-Range'] = f'bytes {first}-{last}/{size}'
-            self._send(206, data[first : last + 1], headers)
-            return
-        self._send(200, data, headers)
+            status, data = 206, data[first : last + 1]
+        else:
+            status = 200
+        self.store.sent[name] += len(data)
+        self._send(status, data, headers)
 
     def _list(self, query: dict[str, str], body: bytes, bucket: str) -> None:
         self._begin('list', query.get('prefix', ''))
