@@ -128,7 +128,7 @@ def _llama_3(config: ConfigDict, model: str) -> None:
     config.data.seq_len = 8192
     config.train.batch_size = 2048  # 16M tokens, the last stage of 405B's ramp
     config.train.num_steps = 1_200_000
-    size = model.rsplit('_', 1)[1]
+    size = model.rpartition('_')[2]
     config.optimizer.learning_rate = {'405b': 8e-5, '70b': 1.5e-4}.get(size, 3e-4)
     config.optimizer.warmup_steps = 8000
     config.optimizer.final_fraction = 0.01

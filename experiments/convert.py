@@ -10,20 +10,20 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from llama_jax import export, pretrained, runtime
+from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError
 
-_INPUT = flags.DEFINE_string('input', None, 'checkpoint of any format', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'folder to make; for gguf, the file', required=True)
+_INPUT = launch.define_path('input', None, 'checkpoint of any format', required=True)
+_OUTPUT = launch.define_path('output', None, 'folder to make; for gguf, the file', required=True)
 _TO = flags.DEFINE_enum(
     'to', None, ['orbax', 'meta', 'huggingface', 'gguf'], 'format to write', required=True
 )
 _DTYPE = flags.DEFINE_enum('dtype', '', ['', *export.GGUF_DTYPES], "type to write; '' keeps the input's")
 _MODEL_PARALLEL = flags.DEFINE_integer('model_parallel', 1, "number of files of Meta's format")
-_TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file or folder, instead of the input's own")
+_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file or folder, instead of the input's own")
 _CHAT = flags.DEFINE_bool(
     'chat', False, "the weights chat: write their family's chat template along, where the input has none"
 )
@@ -33,6 +33,11 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and com
 def main() -> None:
     """Opens, writes, verifies."""
     runtime.free_memory_at_once()
+    storage.check_place(_OUTPUT.value, folder=_TO.value != 'gguf')
+    if _CHAT.value and _TO.value not in ('huggingface', 'gguf'):
+        raise InputError(f'--chat: {_TO.value} has no place for a chat template; write huggingface or gguf')
+    if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
+        raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
     if _TO.value == 'gguf' or _CHAT.value:
         checkpoint = launch.open_with_tokenizer(_INPUT.value, _TOKENIZER.value)
     else:
@@ -54,10 +59,10 @@ def main() -> None:
             with _progress_bar(source, 'verifying') as bar:
                 written = pretrained.open(_OUTPUT.value).source
                 export.verify(written, source, dtype=_DTYPE.value, progress=bar.update)
-        except InputError:
-            output = epath.Path(_OUTPUT.value)  # what is wrong must not look complete
-            output.rmtree() if output.is_dir() else output.unlink()
-            raise
+        except InputError as error:  # what is wrong must not look complete, and is not ours to take away
+            output = epath.Path(_OUTPUT.value)
+            kept = output.rename(output.with_name(f'{output.name}.damaged'))
+            raise InputError(f'{error}; it is now {kept}') from error
     verified = ', read back and found equal' if _VERIFY.value else ''
     without = '' if tokenizer else ', without a tokenizer: there is none in the input'
     print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}{without}')

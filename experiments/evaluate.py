@@ -10,6 +10,7 @@ model. The same command again goes on where it was killed.
 import contextlib
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,11 @@ from etils import epath
 from experiments import launch
 from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
-from llama_jax.eval.harness import Exam, Sampling, evaluate, prepare
+from llama_jax.eval.harness import Exam, Sampling, evaluate, finished_items, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
 from llama_jax.eval.report import plot_comparison, to_report
 from llama_jax.eval.sample_log import SampleLog
-from llama_jax.eval.task import Judges
+from llama_jax.eval.task import Completion, Judges, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
@@ -32,14 +33,14 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = launch.define_path(
     'checkpoint', None, 'anything that is a Llama, as for generate', required=True
 )
-_TASKS = flags.DEFINE_list(
+_TASKS = launch.define_path(
     'tasks', None, "benchmarks, by our names or lm-evaluation-harness's, or perplexity:FILE", required=True
 )
-_DATA_DIR = flags.DEFINE_string('data_dir', '', 'folder of the benchmarks, or hf:// or tfds://')
-_OUTPUT = flags.DEFINE_string('output', None, 'folder for the results, local or gs://...', required=True)
+_DATA_DIR = launch.define_path('data_dir', '', 'folder of the benchmarks, or hf:// or tfds://')
+_OUTPUT = launch.define_path('output', None, 'folder for the results, local or gs://...', required=True)
 _LIMIT = flags.DEFINE_integer('limit', 0, 'the first so many items of each task; 0: all')
 _NUM_FEWSHOT = flags.DEFINE_integer(
     'num_fewshot', None, "examples in a prompt; by default each task's own number"
@@ -53,13 +54,13 @@ _TOP_P = flags.DEFINE_float('top_p', None, "of completions; by default the task'
 _ALLOW_CODE = flags.DEFINE_boolean(
     'allow_code_execution', False, 'run generated programs, in a sandbox (human_eval, mbpp)'
 )
-_RATINGS = flags.DEFINE_string(
+_RATINGS = launch.define_path(
     'ratings', '', 'JSON Lines of {"text", "score"} for tasks whose texts are rated'
 )
 _RATING_COMMAND = flags.DEFINE_string(
     'rating_command', '', 'program that answers each line, a JSON string, with its score'
 )
-_TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
+_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
 )
@@ -71,83 +72,135 @@ _MESH = flags.DEFINE_list(
 )
 _AXIS_RULES = flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)")
 _SEED = flags.DEFINE_integer('seed', 0, 'of sampled completions')
+launch.define_processes()
 
 logger = logging.getLogger('llama_jax.evaluate')
 
 
 def main() -> None:
     """Prepares all tasks, then loads the model, then evaluates one task after the other."""
-    runtime.enable_compilation_cache()
     output = epath.Path(_OUTPUT.value)
-    if _BATCH_SIZE.value < 1:
-        raise InputError(f'--batch_size={_BATCH_SIZE.value}: it is a number of tokens, at least 1')
-    if _COMPARE.value:
-        published_scores(_COMPARE.value)
+    runtime.enable_compilation_cache()
+    # ---- What is refused before anything is written -----------------------------------------------------------------
     with contextlib.ExitStack() as at_exit:
-        judges = make_judges(at_exit)
-        exams = prepare_exams(judges)
-        engine = load_engine()
+        with runtime.refused_by_all():
+            storage.check_place(_OUTPUT.value, folder=True)
+            if _BATCH_SIZE.value < 1:
+                raise InputError(f'--batch_size={_BATCH_SIZE.value}: it is a number of tokens, at least 1')
+            if _COMPARE.value:
+                with launch.flags_named('--compare'):
+                    published_scores(_COMPARE.value)
+            partitioner = make_partitioner(_MESH.value, _AXIS_RULES.value)
+            tasks = find_tasks(_TASKS.value, _DATA_DIR.value)
+            judges = make_judges(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
+            sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
+            settings = {'limit': _LIMIT.value, 'num_fewshot': _NUM_FEWSHOT.value, 'sampling': sampling}
+            names = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
+            with launch.flags_named(*(f'--{name}' for name in names if name != 'sampling')):
+                exams = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
+            check_sampling(exams, (_NUM_SAMPLES, _TEMPERATURE, _TOP_P))
+        engine = load_engine(
+            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value
+        )
+        # All processes compute it: the weights may be spread over them.
+        header = {'model': engine.fingerprint, 'seed': engine.seed}
+        with runtime.refused_by_all(), launch.flags_named('--output'):
+            logs = [open_log(output, exam, header, at_exit) for exam in exams]
+        # ---- From here on the output is written to, and nothing in it is taken away ----------------------------------
         results, report = {}, ''
-        for exam in exams:
-            log = open_log(output, exam, engine, at_exit)
-            results[exam.task.name] = found = evaluate(exam, engine, judges=judges, log=log)
+        for exam, log in zip(exams, logs, strict=True):
+            try:
+                found = evaluate(exam, engine, judges=judges, log=log)
+            except InputError as error:
+                raise InputError(f'{exam.task.name}: {error}; {what_is_kept(output, results)}') from error
+            results[exam.task.name] = found
             if count := found.get('truncated'):
                 logger.warning(
                     '%s: %d items are too long for the model and lost their left end', exam.task.name, count
                 )
             if runtime.is_main_process():
-                report = write_results(output, results)
+                report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results)
     if runtime.is_main_process():
         print(report)
 
 
-def make_judges(at_exit: contextlib.ExitStack) -> Judges:
-    """What scores generated text, as the flags say."""
-    if _RATINGS.value and _RATING_COMMAND.value:
-        raise InputError('--ratings and --rating_command are both given; texts are rated by one of them')
-    rate = file_rating(_RATINGS.value) if _RATINGS.value else None
-    if _RATING_COMMAND.value:
-        rate = at_exit.enter_context(CommandRating(_RATING_COMMAND.value))
-    return Judges(CodeExecution(allowed=True) if _ALLOW_CODE.value else None, rate)
+def what_is_kept(output: epath.Path, results: dict[str, Any]) -> str:
+    """Where an evaluation stands that cannot go on."""
+    done = f'{", ".join(results)} done and kept in {output}; ' if results else ''
+    return f'{done}the finished items are in {output / "samples"}, and the same command goes on from them'
 
 
-def prepare_exams(judges: Judges) -> list[Exam]:
-    """Documents and prompts of every task; what is wrong with any is known before the model is loaded."""
-    names = [name.strip() for name in _TASKS.value if name.strip()]
-    tasks = {task.name: task for task in map(find_task, names)}
+def find_tasks(names: str, data_dir: str) -> list[Task]:
+    """The tasks, each once."""
+    with launch.flags_named('--tasks'):
+        tasks = {task.name: task for task in map(find_task, launch.split_list(names))}
     if not tasks:
         raise InputError('--tasks is empty; name at least one, such as --tasks=piqa,hellaswag')
-    if not _DATA_DIR.value and not all(name.startswith('perplexity:') for name in tasks):
+    if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
         raise InputError('--data_dir is required: the folder of the benchmarks, or hf:// or tfds://')
-    for task in tasks.values():
-        if task.executes_code and not judges.run_code:
-            raise InputError(
-                f'task {task.name} executes generated code, which is off; allow it with --allow_code_execution'
-            )
-        task.check(judges)
-    sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
-    return [
-        prepare(task, _DATA_DIR.value, limit=_LIMIT.value, num_fewshot=_NUM_FEWSHOT.value, sampling=sampling)
-        for task in tasks.values()
-    ]
+    return list(tasks.values())
 
 
-def load_engine() -> Engine:
+def make_judges(
+    tasks: Sequence[Task], allow_code: bool, ratings: str, rating_command: str, at_exit: contextlib.ExitStack
+) -> Judges:
+    """What scores generated text, as the flags say: all that the tasks need, and nothing that none of them uses."""
+    if ratings and rating_command:
+        raise InputError('--ratings and --rating_command are both given; texts are rated by one of them')
+    if (ratings or rating_command) and not any(task.rates_text for task in tasks):
+        name = '--ratings' if ratings else '--rating_command'
+        raise InputError(f'{name} is given, and none of --tasks rates texts; leave it out')
+    if allow_code and not any(task.executes_code for task in tasks):
+        raise InputError('--allow_code_execution is given, and none of --tasks executes code; leave it out')
+    rate = None
+    if ratings:
+        with launch.flags_named('--ratings'):
+            rate = file_rating(ratings)
+    if rating_command:
+        with launch.flags_named('--rating_command'):
+            rate = at_exit.enter_context(CommandRating(rating_command))
+    judges = Judges(CodeExecution(allowed=True) if allow_code else None, rate)
+    with launch.flags_named('--allow_code_execution'):
+        for task in tasks:
+            task.check(judges)
+    return judges
+
+
+def check_sampling(exams: Sequence[Exam], sampling: Sequence[flags.FlagHolder]) -> None:
+    """Refuses settings of completions where none is asked for."""
+    asked = (request for exam in exams for requests in exam.requests for request in requests)
+    given = [f'--{flag.name}' for flag in sampling if flag.value is not None]
+    if given and not any(isinstance(request, Completion) for request in asked):
+        raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
+
+
+def make_partitioner(mesh: list[str], axis_rules: str) -> Partitioner:
+    """The mesh of all devices."""
+    with launch.flags_named('--mesh'):
+        made = make_mesh(parse_mesh(mesh))
+    with launch.flags_named('--axis_rules'):
+        return Partitioner(made, parse_rules(axis_rules))
+
+
+def load_engine(
+    checkpoint: str,
+    tokenizer_file: str,
+    dtype_name: str,
+    partitioner: Partitioner,
+    batch_size: int,
+    seed: int,
+) -> Engine:
     """The checkpoint on the mesh."""
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]
-    partitioner = Partitioner(make_mesh(parse_mesh(_MESH.value)), parse_rules(_AXIS_RULES.value))
-    config, params, tokenizer = pretrained.load(
-        launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value),
-        partitioner=partitioner,
-        dtype=jnp.dtype(dtype),
-        tokenizer=_TOKENIZER.value,
-    )
-    logger.info(
-        '%s: %s weights on %d devices', _CHECKPOINT.value, f'{config.num_params:,}', jax.device_count()
-    )
+    dtype = launch.DTYPES[automatic if dtype_name == 'auto' else dtype_name]
+    with launch.flags_named('--checkpoint', '--tokenizer'):
+        config, params, tokenizer = pretrained.load(
+            launch.open_with_tokenizer(checkpoint, tokenizer_file), partitioner=partitioner, dtype=jnp.dtype(dtype),
+            tokenizer=tokenizer_file,
+        )  # fmt: skip
+    logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
     model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner)
-    return Engine(model, params, tokenizer, batch_tokens=_BATCH_SIZE.value, seed=_SEED.value)
+    return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)
 
 
 def parse_mesh(items: list[str]) -> dict[str, int]:
@@ -159,25 +212,25 @@ def parse_mesh(items: list[str]) -> dict[str, int]:
 
 
 def open_log(
-    output: epath.Path, exam: Exam, engine: Engine, at_exit: contextlib.ExitStack
+    output: epath.Path, exam: Exam, header: dict[str, Any], at_exit: contextlib.ExitStack
 ) -> SampleLog | None:
-    """The task's samples, on process 0."""
-    # All processes compute it: the weights may be spread over them.
-    header = {'task': exam.task.name, 'model': engine.fingerprint, 'seed': engine.seed}
+    """The task's samples, on process 0; refused where they are of another evaluation."""
     if not runtime.is_main_process():
         return None
-    name = exam.task.name.replace('/', '_')
-    return at_exit.enter_context(contextlib.closing(SampleLog(output / 'samples' / f'{name}.jsonl', header)))
+    file = output / 'samples' / f'{exam.task.name.replace("/", "_")}.jsonl'
+    log = at_exit.enter_context(contextlib.closing(SampleLog(file, {'task': exam.task.name, **header})))
+    finished_items(exam, log)
+    return log
 
 
-def write_results(output: epath.Path, results: dict[str, Any]) -> str:
+def write_results(output: epath.Path, checkpoint: str, compared_to: str, results: dict[str, Any]) -> str:
     """Writes results.json, the report and the plot; returns the report."""
     storage.write_atomically(output / 'results.json', json.dumps(results, indent=2) + '\n')
-    rows: list[Comparison] = compare(_COMPARE.value, results) if _COMPARE.value else []
-    report = to_report(f'Evaluation of {_CHECKPOINT.value}', results, _COMPARE.value, rows)
+    rows: list[Comparison] = compare(compared_to, results) if compared_to else []
+    report = to_report(f'Evaluation of {checkpoint}', results, compared_to, rows)
     storage.write_atomically(output / 'report.md', report)
     if rows:
-        plot_comparison(output / 'comparison.png', _COMPARE.value, rows)
+        plot_comparison(output / 'comparison.png', compared_to, rows)
     return report
 
 

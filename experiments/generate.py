@@ -6,6 +6,7 @@ Standard output is the completion alone, or with --format=jsonl one object {"pro
 """
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,17 @@ from absl import flags
 from experiments import launch
 from llama_jax import pretrained, runtime
 from llama_jax.inference.generate import generate
+from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import InputError
 
-_CHECKPOINT = flags.DEFINE_string(
+_CHECKPOINT = launch.define_path(
     'checkpoint',
     None,
     'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...',
     required=True,
 )
-_TOKENIZER = flags.DEFINE_string('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
+_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _PROMPT = flags.DEFINE_multi_string(
     'prompt', None, 'text to complete; give it several times for several', required=True
 )
@@ -39,18 +41,26 @@ _DTYPE = flags.DEFINE_enum(
 )
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
 
+logger = logging.getLogger('llama_jax.generate')
+
 
 def main() -> None:
     """Loads, generates, prints."""
-    if jax.process_count() > 1:
-        raise InputError('generate runs in one process; start it once, without --coordinator or a launcher')
+    with launch.flags_named('--max_new_tokens', '--temperature', '--top_k', '--top_p'):
+        if _MAX_NEW_TOKENS.value < 1:
+            raise InputError(f'max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1')
+        Sampler(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _SEED) if f.present]):
+        names = ', '.join(f'--{flag.name}' for flag in idle)
+        logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
     runtime.enable_compilation_cache()
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]
-    checkpoint = launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
-    config, params, tokenizer = pretrained.load(
-        checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
-    )
+    with launch.flags_named('--checkpoint', '--tokenizer'):
+        checkpoint = launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
+        config, params, tokenizer = pretrained.load(
+            checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
+        )
     completions = generate(
         LlamaForCausalLM(config, dtype=dtype), params, tokenizer, _PROMPT.value,
         max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,

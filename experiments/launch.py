@@ -1,33 +1,63 @@
 """The command line alone: flags, one line and a status for what is wrong, the same command on all processes."""
 
-import difflib
+import contextlib
+import errno
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from llama_jax import pretrained, runtime, signals, storage
-from llama_jax.types import InputError, SystemFailure, error_line
+from llama_jax.types import InputError, SystemFailure, did_you_mean, error_line
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
-_COORDINATOR = flags.DEFINE_string(
-    'coordinator', '', 'host:port of process 0, to join several processes by hand'
+# What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
+PATH_KEYS = (
+    'data.train', 'data.validation', 'data.tokenizer', 'eval.tasks', 'eval.data_dir', 'log.compilation_cache',
+)  # fmt: skip
+
+# Nothing is wrong with the command or the program: the disk, the quota, the cable.
+_MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
-XLA_OPTIONS = flags.DEFINE_string(
-    'xla_options', '', 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
-)
-_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
-_INITIALIZATION_TIMEOUT = flags.DEFINE_float(
-    'initialization_timeout', 300.0, 'seconds to wait for the other processes of the job', lower_bound=1
-)
+
+
+class _PathParser(flags.ArgumentParser):
+    """A path or several, by commas; '~' stands for the user's folder, which no shell expands within --name=value."""
+
+    def parse(self, argument: str | None) -> str | None:
+        return argument and expand_paths(argument)
+
+    def flag_type(self) -> str:
+        return 'path'
+
+
+def expand_paths(text: str) -> str:
+    """'~' at the beginning of each path of a list, also behind the mark of a source or a task."""
+    return ','.join(storage.expand_user(part) for part in text.split(','))
+
+
+def define_path(name: str, default: str | None, help: str, required: bool = False) -> flags.FlagHolder:
+    """A flag that names a file, a folder or a bucket's, or several by commas."""
+    return flags.DEFINE(
+        _PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), required=required
+    )
 
 
 def define_config() -> flags.FlagHolder:
@@ -37,6 +67,25 @@ def define_config() -> flags.FlagHolder:
     )
     flags.mark_flag_as_required('config')
     return holder
+
+
+def define_xla_options() -> flags.FlagHolder:
+    """--xla_options, for the commands that compile a train step; see `xla_options.parse`."""
+    return flags.DEFINE_string(
+        'xla_options',
+        '',
+        'settings of the compiler for the train step: preset names and NAME=VALUE, by commas',
+    )
+
+
+def define_processes() -> None:
+    """The flags of a command that several processes run together; all others run in one."""
+    flags.DEFINE_string('coordinator', '', 'host:port of process 0, to join several processes by hand')
+    flags.DEFINE_integer('num_processes', 0, 'processes of the job, with --coordinator')
+    flags.DEFINE_integer('process_id', -1, 'number of this process, with --coordinator')
+    flags.DEFINE_float(
+        'initialization_timeout', 300.0, 'seconds to wait for the other processes of the job', lower_bound=1
+    )
 
 
 def run(main: Callable[[], None], *, resumable: bool = False) -> None:
@@ -52,36 +101,101 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
         if len(argv) > 1:
             _fail(f'unexpected argument {argv[1]!r}; every option is given as --name=value', 2)
         logging.set_verbosity(logging.ERROR)  # JAX and Orbax narrate through absl at INFO
-        existed: dict[epath.Path, bool] = {}
         try:
             interrupts.install()
-            existed = _new_folders()
-            runtime.initialize_distributed(
-                _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _INITIALIZATION_TIMEOUT.value
-            )
+            _join_processes()
             interrupts.install()
         except InputError as error:
             _fail(str(error), 2, at_once=True)  # JAX may still wait for processes, and would tell at length
         except signals.Interrupted as error:
             interrupts.end(error)
         try:
+            runtime.check_devices()
             runtime.setup_logging()
             _check_same_command()
             main()
-        except InputError as error:
-            if runtime.is_main_process():
-                _discard(existed)
-            _fail(str(error), 2)
         except signals.Interrupted as error:
             interrupts.end(error)
-        except (FloatingPointError, SystemFailure) as error:
-            _fail(str(error), 1)
-        except OSError as error:
-            if error.filename is None:
+        except Exception as error:
+            message, status = describe_failure(error)
+            if status:
+                _fail(message, status)
+            if jax.process_count() == 1:
                 raise
-            _fail(f'{error.filename}: {error.strerror}', 2)  # a file that may not be read, a folder not made
+            traceback.print_exc()
+            if not runtime.leave_job():
+                os._exit(1)
+            sys.exit(1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _join_processes() -> None:
+    """Joins the others of a job; refuses several processes of a command that one runs."""
+    values = flags.FLAGS
+    if 'coordinator' not in values:
+        runtime.require_single_process(os.path.basename(sys.argv[0]).removesuffix('.py'))
+        return
+    with flags_named('--coordinator', '--num_processes', '--process_id', '--initialization_timeout'):
+        runtime.initialize_distributed(
+            values.coordinator, values.num_processes, values.process_id, values.initialization_timeout
+        )
+
+
+def describe_failure(error: Exception) -> tuple[str, int]:
+    """(the one line, exit status) of what the user (2) or the machine (1) got wrong; status 0: a defect of ours."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, FloatingPointError | SystemFailure):
+        return str(error), 1
+    if isinstance(error, BrokenPipeError):
+        return 'what read the output has closed it', 1
+    if not isinstance(error, OSError) or error.errno is None:
+        return '', 0
+    line = ': '.join(str(part) for part in (error.filename, error.strerror) if part)
+    if error.errno in _MACHINE_ERRORS:
+        return line, 1
+    theirs = isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
+    )
+    return (line, 2) if theirs and error.filename and _is_given(os.fsdecode(error.filename)) else ('', 0)
+
+
+def _is_given(file: str) -> bool:
+    """Whether a path is one that the command line names, lies in one, or leads to one."""
+    given = [
+        flags.FLAGS[name].value for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _PathParser)
+    ]
+    if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
+        known = flatten(flags.FLAGS.config)
+        given += [known[key] for key in PATH_KEYS if key in known]
+    file = os.path.abspath(file)
+    for text in filter(None, given):
+        for part in text.split(','):
+            place = os.path.abspath(re.split(r'[*?[]', part)[0])
+            if f'{file}/'.startswith(f'{place}/') or f'{place}/'.startswith(f'{file}/'):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def flags_named(*names: str) -> Iterator[None]:
+    """Puts the flag into what the library refuses within, as it knows none.
+
+    Before a line that begins with a setting's own name, 'beta1 is 2' becoming '--config.optimizer.beta1 is 2'; else
+    behind it all that may have led to it.
+    """
+    try:
+        yield
+    except InputError as error:
+        line = str(error)
+        for name in names:
+            own = name.removeprefix('--').rpartition('.')[2]
+            if line.startswith((f'{own} ', f'{own}=')):
+                raise InputError(f'{name}{line.removeprefix(own)}') from error
+        if any(name in line for name in names):
+            raise
+        raise InputError(f'{line} (set by {", ".join(names)})') from error
 
 
 def _check_same_command() -> None:
@@ -102,34 +216,18 @@ def _check_same_command() -> None:
                 )
 
 
-def _new_folders() -> dict[epath.Path, bool]:
-    """What --workdir and --output name where nothing is in it yet, and whether the empty folder is there."""
-    named = [flags.FLAGS[name].value for name in ('workdir', 'output') if name in flags.FLAGS]
-    for name in filter(None, named):
-        storage.enable_bucket(name)
-    folders = [epath.Path(name) for name in named if name]
-    existed = {folder: folder.exists() for folder in folders}
-    return {
-        folder: there for folder, there in existed.items()
-        if not there or (folder.is_dir() and not any(folder.iterdir()))
-    }  # fmt: skip
-
-
-def _discard(existed: Mapping[epath.Path, bool]) -> None:
-    """Takes away what a refused command began, unless a checkpoint is among it; a folder that existed stays."""
-    for folder, stays in existed.items():
-        checkpoints = folder / pretrained.CHECKPOINTS
-        saved = checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
-        if folder.is_dir() and not saved:
-            for path in folder.iterdir() if stays else [folder]:
-                path.rmtree() if path.is_dir() else path.unlink()
-
-
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    argv = [
+        f'--config={storage.expand_user(arg.removeprefix("--config="))}'
+        if arg.startswith('--config=')
+        else arg
+        for arg in argv
+    ]
     try:
         rest = flags.FLAGS(argv)
         if 'config' in flags.FLAGS:
             flags.FLAGS.config.to_dict()  # a file that failed to load says so only when it is looked at
+            _expand_config(flags.FLAGS.config)
         return rest
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix('flag --').partition('=')[0]
@@ -140,6 +238,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(str(error), 2)
     except Exception as error:  # a configuration file may raise anything
         _fail(_describe_config_error(error, argv), 2)
+
+
+def _expand_config(config: ConfigDict) -> None:
+    known = flatten(config)
+    for key in PATH_KEYS:
+        if isinstance(known.get(key), str):
+            section, _, name = key.partition('.')
+            config[section][name] = expand_paths(known[key])
 
 
 def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
@@ -157,8 +263,7 @@ def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
     }
     for key, *_ in settings.values():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)[:5]
-            return f'unknown config key --config.{key}; did you mean {" or ".join(near)}?'
+            return f'unknown config key --config.{key}; {did_you_mean(key, known)}'
     text = str(error)
     for arg in sorted(
         settings, key=lambda arg: f'flag {arg}:' not in text
@@ -180,7 +285,7 @@ def _load_config_file(path: str) -> ConfigDict:
 
 def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
     print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
-    if at_once:
+    if at_once or not runtime.leave_job():  # who waits for this process would wait for ever
         os._exit(status)
     sys.exit(status)
 

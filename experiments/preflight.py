@@ -45,7 +45,8 @@ _CONFIG = launch.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, '[SLICESx]CHIP:AxB[xC], as v5e:4x4 or 2xv5p:4x4x8', required=True
 )
-_JSON = flags.DEFINE_string('json', '', 'file for the report')
+_JSON = launch.define_path('json', '', 'file for the report')
+_XLA_OPTIONS = launch.define_xla_options()
 _DECODE_BATCH = flags.DEFINE_integer(
     'decode_batch', 0, 'rows of a decode step to compile too; 0: none', lower_bound=0
 )
@@ -62,10 +63,13 @@ def main() -> None:
     topology = Topology.parse(_TOPOLOGY.value)
     devices = ahead.topology_devices(topology)
     config = _CONFIG.value
+    if _JSON.value:
+        storage.check_place(_JSON.value, folder=False)
+    training.check_settings(config)
     llama = training.fit_vocabulary(config, training.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
-    decoder = make_decoder(config, llama, devices) if _DECODE_BATCH.value else None
-    compiled, work, partitioner = compile_training(config, llama, devices)
+    decoder = make_decoder(config, llama, devices, _DECODE_BATCH.value) if _DECODE_BATCH.value else None
+    compiled, work, partitioner = compile_training(config, llama, devices, _XLA_OPTIONS.value)
     report = {
         'model': config.model.preset,
         'topology': str(topology),
@@ -82,11 +86,23 @@ def main() -> None:
         describe(f'{title}, train step of {settings_line(report["settings"])}', report['train']), flush=True
     )
     if compiled.memory is None and _MAX_TRIES.value:
-        report['search'] = search(config, llama, devices, compiled, work, partitioner)
+        report['search'] = search(
+            config,
+            llama,
+            topology,
+            devices,
+            compiled,
+            work,
+            partitioner,
+            _XLA_OPTIONS.value,
+            _MAX_TRIES.value,
+        )
     if decoder:
         assert decoder[0].partitioner is not None
         mesh = decoder[0].partitioner.mesh
-        report['decode'] = step_report(*compile_decode(*decoder), topology, ahead.places(mesh))
+        report['decode'] = step_report(
+            *compile_decode(*decoder, _XLA_OPTIONS.value), topology, ahead.places(mesh)
+        )
         report['decode']['mesh'] = dict(mesh.shape)
         rows = f'{_DECODE_BATCH.value} rows'
         if mesh.shape != partitioner.mesh.shape:
@@ -99,7 +115,7 @@ def main() -> None:
 
 
 def compile_training(
-    config: ConfigDict, llama: LlamaConfig, devices: list[Any]
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any], xla_options: str
 ) -> tuple[ahead.Compiled, Work, Partitioner]:
     """The train step of `experiments.pretrain`, compiled for these devices, and what it is to do."""
     partitioner = training.make_partitioner(config, devices)
@@ -108,7 +124,7 @@ def compile_training(
     optimizer = training.make_optimizer_config(config)
     tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
-    _, step_fn = training.make_train_step(config, model, target, tx)
+    _, step_fn = training.make_train_step(config, model, target, tx, xla_options)
     shape = config.train.batch_size, config.data.seq_len
     sharding = partitioner.batch_sharding(*shape)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -130,9 +146,9 @@ def compile_training(
 
 
 def make_decoder(
-    config: ConfigDict, llama: LlamaConfig, devices: list[Any]
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any], rows: int
 ) -> tuple[LlamaForCausalLM, tuple[Any, ...]]:
-    """A model and the arguments of its `decode_step`: --decode_batch rows, a cache of data.seq_len tokens.
+    """A model and the arguments of its `decode_step`: so many rows, a cache of data.seq_len tokens.
 
     On the mesh of training, but for `context`: a row that grows is not split, so `fsdp` takes its devices.
     """
@@ -140,19 +156,21 @@ def make_decoder(
     config = config.copy_and_resolve_references()
     config.mesh.fsdp, config.mesh.context = mesh['fsdp'] * mesh['context'], 1
     partitioner = training.make_partitioner(config, devices)
-    if _DECODE_BATCH.value % (parts := partitioner.axis_size('batch')):
+    if rows % (parts := partitioner.axis_size('batch')):
         raise InputError(
-            f'--decode_batch={_DECODE_BATCH.value} does not divide over {parts} devices; make it a multiple of {parts}'
+            f'--decode_batch={rows} does not divide over {parts} devices; make it a multiple of {parts}'
         )
     model = training.make_model(config, llama, partitioner)
-    return model, decode_arguments(model, _DECODE_BATCH.value, config.data.seq_len)
+    return model, decode_arguments(model, rows, config.data.seq_len)
 
 
-def compile_decode(model: LlamaForCausalLM, arguments: tuple[Any, ...]) -> tuple[ahead.Compiled, Work]:
+def compile_decode(
+    model: LlamaForCausalLM, arguments: tuple[Any, ...], xla_options: str
+) -> tuple[ahead.Compiled, Work]:
     """One token more for every row."""
     params, cache, tokens = arguments
     assert model.partitioner is not None
-    options = training.compiler_options(model.partitioner)
+    options = training.compiler_options(xla_options, model.partitioner)
     compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens, compiler_options=options)
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
     rows, length = tokens.shape[0], cache.keys.shape[2]
@@ -183,10 +201,13 @@ def settings_line(values: dict[str, Any]) -> str:
 def search(
     config: ConfigDict,
     llama: LlamaConfig,
+    topology: Topology,
     devices: list[Any],
     compiled: ahead.Compiled,
     work: Work,
     partitioner: Partitioner,
+    xla_options: str,
+    max_tries: int,
 ) -> dict[str, Any]:
     """Compiles with other settings until one fits; says which flags that are."""
     mesh = partitioner.mesh.shape
@@ -206,7 +227,8 @@ def search(
         tried.model.remat, tried.train.num_microbatches = knobs.remat, knobs.num_microbatches
         tried.train.loss_chunks, tried.mesh.axis_rules = knobs.loss_chunks, knobs.axis_rules
         tried.mesh.data, tried.mesh.fsdp, tried.mesh.context = knobs.data, knobs.fsdp, knobs.context
-        found = outcome(knobs, *compile_training(tried, llama, devices)[:2], batch_bytes(config, bounds))
+        compiled, work, _ = compile_training(tried, llama, devices, xla_options)
+        found = outcome(knobs, compiled, work, batch_bytes(config, bounds), topology)
         room = found.state + found.temporaries
         logger.info(
             '  %s: %.2f of %.2f GiB',
@@ -216,8 +238,8 @@ def search(
         )
         return found
 
-    failed = outcome(start, compiled, work, batch_bytes(config, bounds))
-    tried, fitting = find_fit(failed, bounds, attempt, _MAX_TRIES.value)
+    failed = outcome(start, compiled, work, batch_bytes(config, bounds), topology)
+    tried, fitting = find_fit(failed, bounds, attempt, max_tries)
     flags_that_fit = changes(start, fitting.knobs) if fitting else []
     if fitting:
         room = fitting.state + fitting.temporaries
@@ -250,11 +272,11 @@ def rules_over_slices(config: ConfigDict, partitioner: Partitioner) -> str:
     return ','.join([*filter(None, rules), '+'.join(['embed=dcn_data', *embed])])
 
 
-def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int) -> Attempt:
+def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int, topology: Topology) -> Attempt:
     """A compilation as the search sees it."""
     memory = compiled.memory
     temporaries = memory.temporaries + memory.outputs if memory else compiled.needed
-    available = available_bytes(compiled, Topology.parse(_TOPOLOGY.value))
+    available = available_bytes(compiled, topology)
     state = memory.arguments if memory else work.parameters + work.optimizer + batch
     return Attempt(knobs, memory is not None, state, work.gradients, temporaries, available)
 

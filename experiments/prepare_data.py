@@ -13,16 +13,15 @@ import tqdm
 from absl import flags
 
 from experiments import launch
+from llama_jax import storage
 from llama_jax.data.prepared import PreparedRows, write_prepared
-from llama_jax.data.sources import read_documents
+from llama_jax.data.sources import check_source, read_documents
 from llama_jax.pretrained import load_tokenizer
 
-_INPUT = flags.DEFINE_string(
-    'input', None, 'sources, comma-separated: files, globs, tfds:NAME', required=True
-)
-_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'sentencepiece or tiktoken file', required=True)
+_INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME', required=True)
+_TOKENIZER = launch.define_path('tokenizer', None, 'sentencepiece or tiktoken file', required=True)
 _SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'folder to write, local or gs://...', required=True)
+_OUTPUT = launch.define_path('output', None, 'folder to write, local or gs://...', required=True)
 _TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the field of JSONL and TFDS records that holds the text')
 _SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a text file')
 _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and compare it with its hashes')
@@ -34,8 +33,13 @@ logger = logging.getLogger('llama_jax.prepare_data')
 
 def main() -> None:
     """Reads, tokenises, packs, writes."""
-    tokenizer = load_tokenizer(_TOKENIZER.value)
+    storage.check_place(_OUTPUT.value, folder=True)
+    with launch.flags_named('--tokenizer'):
+        tokenizer = load_tokenizer(_TOKENIZER.value)
     sources = launch.split_list(_INPUT.value)
+    with launch.flags_named('--input'):
+        for source in sources:
+            check_source(source)
     documents = itertools.chain.from_iterable(
         read_documents(source, text_key=_TEXT_KEY.value, separator=_SEPARATOR.value) for source in sources
     )

@@ -7,32 +7,35 @@ metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
 """
 
 import functools
-import importlib.util
 import json
 import logging
+import math
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import optax
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch, training
 from experiments.workdir import (
     CONFIG_FILE,
+    TOKENIZER_FILE,
     check_data,
     check_same_data,
     check_workdir,
+    has_checkpoint,
     hold_folder,
     record_run,
 )
 from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.data.datasets import PretrainData, pretrain_dataset, train_tokenizer
+from llama_jax.data.datasets import PretrainData, check_sources, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches, read_ahead
 from llama_jax.data.packing import Row
 from llama_jax.eval.perplexity import fit_baselines
@@ -41,7 +44,7 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.partitioning import Partitioner
-from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from llama_jax.tokenizer.vocabulary import model_file
 from llama_jax.train.loop import LoopConfig, Measurement, train
 from llama_jax.train.metrics import (
@@ -60,10 +63,12 @@ from llama_jax.train.validation import count_predicted, make_validation
 from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run, local or gs://...', required=True)
-_CHECKPOINT = flags.DEFINE_string(
+_WORKDIR = launch.define_path('workdir', None, 'folder of the run, local or gs://...', required=True)
+_CHECKPOINT = launch.define_path(
     'checkpoint', '', 'a checkpoint whose weights to continue from, with a new optimiser'
 )
+_XLA_OPTIONS = launch.define_xla_options()
+launch.define_processes()
 
 logger = logging.getLogger('llama_jax.pretrain')
 
@@ -74,31 +79,35 @@ _MAX_BASELINE_ROWS, _MAX_BASELINE_SECONDS = 100_000, 120
 
 def main() -> None:
     """One run from start to report; the banners are its chapters."""
-    config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+    config, workdir, checkpoint = _CONFIG.value, epath.Path(_WORKDIR.value), _CHECKPOINT.value
     runtime.enable_compilation_cache(config.log.compilation_cache)
 
     # ---- What is refused before anything is written -----------------------------------------------------------------
     with runtime.refused_by_all():
-        preset = starting_architecture(config)
+        storage.check_place(workdir, folder=True)
+        training.check_settings(config)
+        with launch.flags_named('--checkpoint'):
+            base = pretrained.open(checkpoint) if checkpoint else None
+        preset = starting_architecture(config, base)
         partitioner = training.make_partitioner(config)
         training.check_sizes(config, preset.max_seq_len, partitioner)
-        training.compiler_options(partitioner)
+        training.compiler_options(_XLA_OPTIONS.value, partitioner)
         weights = parse_weights(config)
         optimizer = training.make_optimizer_config(config)
         schedule = make_schedule(optimizer, config.train.num_steps)
         tx = make_optimizer(optimizer, schedule)
         exams = training.prepare_exams(config)
-        if config.log.wandb and importlib.util.find_spec('wandb') is None:
-            raise InputError("--config.log.wandb needs the package wandb: pip install 'llama_jax[wandb]'")
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
         abstract_state(
             *abstract_params_and_axes(training.make_model(config, preset, partitioner)), tx, partitioner
         )
-        check_workdir(workdir, config, _CHECKPOINT.value)
+        check_workdir(workdir, config, checkpoint)
+        with launch.flags_named('--config.data.train', '--config.data.validation'):
+            check_sources(launch.split_list(f'{config.data.train},{config.data.validation}'))
     held = hold_folder(workdir, only_existing=True)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
-    tokenizer = find_tokenizer(config, workdir)
+    tokenizer = find_tokenizer(config, workdir, base)
     with runtime.refused_by_all():
         data = read_data(config, tokenizer, weights)
         check_data(workdir, data.fingerprint)
@@ -106,23 +115,36 @@ def main() -> None:
 
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
     llama = training.fit_vocabulary(config, preset, tokenizer.vocab_size)
+    training.check_prompt(config, tokenizer, llama.max_seq_len)
     model = training.make_model(config, llama, partitioner)
     logger.info(
         '%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', describe_devices(partitioner)
     )
+    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
+    start = None
+    if not has_checkpoint(workdir):  # what it starts from may be damaged: it is read before it is begun
+        start = first_state(config, base, target, model, tx)
+
+    # ---- From here on the workdir is written to, and nothing in it is taken away -------------------------------------
     hold_folder(workdir, held=held)
     with runtime.refused_by_all():  # what another run may have begun there until now
-        check_workdir(workdir, config, _CHECKPOINT.value)
+        check_workdir(workdir, config, checkpoint)
         check_data(workdir, data.fingerprint)
-    record = record_run(workdir, config, _CHECKPOINT.value, data.fingerprint)
     if runtime.is_main_process():
-        save_config(workdir, llama, base_checkpoint=_CHECKPOINT.value)
-    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
+        storage.write_atomically(workdir / TOKENIZER_FILE, model_file(tokenizer))
+    record = record_run(workdir, config, checkpoint, data.fingerprint)
+    if runtime.is_main_process():
+        save_config(workdir, llama, base_checkpoint=checkpoint)
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
-    state, start_step, restored = initial_state(config, checkpointer, target, model, tx)
+    if restored := checkpointer.restore_latest(target):
+        step, state, metadata = restored
+        logger.info('resuming at step %d of %d', step, config.train.num_steps)
+        start = state, step, metadata
+    state, start_step, restored = start or first_state(config, base, target, model, tx)
+    del start
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    _, step_fn = training.make_train_step(config, model, target, tx)
+    _, step_fn = training.make_train_step(config, model, target, tx, _XLA_OPTIONS.value)
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, restored, record['config'])
     measurements: list[Measurement] = []
@@ -172,47 +194,48 @@ def main() -> None:
         print(describe(report, workdir))
 
 
-@functools.cache
-def base_checkpoint() -> pretrained.Checkpoint:
-    """--checkpoint, opened once."""
-    return pretrained.open(_CHECKPOINT.value)
-
-
-def starting_architecture(config: ConfigDict) -> LlamaConfig:
+def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
     preset = training.find_preset(config.model.preset)
-    if not _CHECKPOINT.value:
+    if not base:
         return preset
-    base = base_checkpoint().config
-    for name, value in vars(base).items():
+    found = base.config
+    for name, value in vars(found).items():
         # What changes no weight may change: this is how a context is lengthened.
         may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
         if name not in may_differ and value != getattr(preset, name):
             raise InputError(
-                f'--checkpoint={_CHECKPOINT.value} has {name} {value}, {config.model.preset} has '
+                f'--checkpoint={base.path} has {name} {value}, {config.model.preset} has '
                 f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
             )
-    if 0 < (wanted := config.model.vocab_size) < base.vocab_size:
+    if 0 < (wanted := config.model.vocab_size) < found.vocab_size:
         raise InputError(
-            f'--config.model.vocab_size={wanted} is less than --checkpoint={_CHECKPOINT.value} has: {base.vocab_size} '
+            f'--config.model.vocab_size={wanted} is less than --checkpoint={base.path} has: {found.vocab_size} '
             'ids; raise it, which adds rows to its tables, or 0 to fit'
         )
-    if not config.data.tokenizer and base_checkpoint().tokenizer is None:
+    if not config.data.tokenizer and base.tokenizer is None:
         raise InputError(
-            f'--checkpoint={_CHECKPOINT.value} has no tokenizer; give the one it was trained with by '
+            f'--checkpoint={base.path} has no tokenizer; give the one it was trained with by '
             '--config.data.tokenizer'
         )
-    return with_vocab_size(preset, base.vocab_size)
+    return with_vocab_size(preset, found.vocab_size)
 
 
 def parse_weights(config: ConfigDict) -> list[float] | None:
     """`data.weights` as numbers; None weighs the sources by their size."""
+    given = f'--config.data.weights={config.data.weights!r}'
     try:
-        return [float(weight) for weight in launch.split_list(config.data.weights)] or None
+        weights = [float(weight) for weight in launch.split_list(config.data.weights)] or None
     except ValueError as error:
+        raise InputError(f'{given}: {error}; give numbers or none') from error
+    sources = launch.split_list(config.data.train)
+    if weights and len(weights) != len(sources):
         raise InputError(
-            f'--config.data.weights={config.data.weights!r}: {error}; give numbers or none'
-        ) from error
+            f'{given} are {len(weights)} weights for {len(sources)} data sources; give one each, or none for all'
+        )
+    if weights and not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f'{given}: each must be a positive number (leave out an unused source)')
+    return weights
 
 
 def describe_devices(partitioner: Partitioner) -> str:
@@ -221,26 +244,34 @@ def describe_devices(partitioner: Partitioner) -> str:
     return f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
 
 
-def find_tokenizer(config: ConfigDict, workdir: epath.Path) -> Tokenizer:
-    """The workdir's tokenizer: copied there from `data.tokenizer` or the base checkpoint, or trained on the data."""
-    file = workdir / 'tokenizer.model'
-    # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
-    if not file.exists() or not (workdir / CONFIG_FILE).exists():
-        with runtime.refused_by_all():
-            given = base_checkpoint().tokenizer if _CHECKPOINT.value else None
-            if config.data.tokenizer:
-                given = pretrained.load_tokenizer(config.data.tokenizer)
-            if runtime.is_main_process():
-                if given:
-                    storage.write_atomically(file, model_file(given))
-                else:
-                    logger.info('training a tokenizer of %d ids', config.data.vocab_size)
-                    train_tokenizer(
-                        launch.split_list(config.data.train), config.data.vocab_size, file,
+def find_tokenizer(config: ConfigDict, workdir: epath.Path, base: pretrained.Checkpoint | None) -> Tokenizer:
+    """The workdir's tokenizer; of a new run the given or the checkpoint's, or one trained on the data.
+
+    It is written nowhere yet.
+    """
+    file = workdir / TOKENIZER_FILE
+    data = b''
+    with runtime.refused_by_all():
+        if runtime.is_main_process():
+            # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
+            if file.exists() and (workdir / CONFIG_FILE).exists():
+                data = file.read_bytes()
+            elif config.data.tokenizer:
+                with launch.flags_named('--config.data.tokenizer'):
+                    data = model_file(pretrained.load_tokenizer(config.data.tokenizer))
+            elif base and base.tokenizer:
+                data = model_file(base.tokenizer)
+            else:
+                logger.info('training a tokenizer of %d ids', config.data.vocab_size)
+                with tempfile.TemporaryDirectory() as folder, launch.flags_named('--config.data.vocab_size'):
+                    trained = train_tokenizer(
+                        launch.split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
                         text_key=config.data.text_key, separator=config.data.separator,
                     )  # fmt: skip
-    with runtime.refused_by_all():  # where hosts do not share the workdir
-        return pretrained.load_tokenizer(file)
+                    data = model_file(trained)
+    data = runtime.bytes_from_main_process(data)
+    with runtime.refused_by_all():
+        return parse_tokenizer(os.fspath(file), data)
 
 
 def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | None) -> PretrainData:
@@ -260,20 +291,17 @@ def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | N
     return data
 
 
-def initial_state(
+def first_state(
     config: ConfigDict,
-    checkpointer: Checkpointer,
+    base: pretrained.Checkpoint | None,
     target: TrainState,
     model: LlamaForCausalLM,
     tx: optax.GradientTransformation,
 ) -> tuple[TrainState, int, dict[str, Any]]:
-    """(state, updates done, what was saved with it): resumed, continued from --checkpoint, or fresh; born sharded."""
-    if restored := checkpointer.restore_latest(target):
-        step, state, metadata = restored
-        logger.info('resuming at step %d of %d', step, config.train.num_steps)
-        return state, step, metadata
-    if _CHECKPOINT.value:
-        params = base_checkpoint().params(target.params, grow_vocabulary=True)
+    """(state, updates done, what was saved with it): with the weights of a checkpoint, or fresh ones; born sharded."""
+    if base:
+        with launch.flags_named('--checkpoint'):
+            params = base.params(target.params, grow_vocabulary=True)
         # Donated, for they become the state's: there is no second copy.
         start = functools.partial(new_state, tx=tx)
         return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}

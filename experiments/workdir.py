@@ -4,14 +4,17 @@ import atexit
 import json
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.launch import flatten
 from llama_jax import lock, runtime, storage
+from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.types import InputError, error_line
 
 CONFIG_FILE = 'config.json'
+TOKENIZER_FILE = 'tokenizer.model'
 
 # What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
 _IDENTITY = (
@@ -93,3 +96,11 @@ def record_run(
     if runtime.is_main_process():
         storage.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
     return record
+
+
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Whether there is something to resume from; process 0 looks, for all."""
+    checkpoints = workdir / CHECKPOINTS
+    found = runtime.is_main_process() and checkpoints.exists()
+    found = found and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return bool(runtime.from_main_process(np.array(found)))

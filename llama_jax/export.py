@@ -16,7 +16,7 @@ from llama_jax.convert import gguf, huggingface, meta
 from llama_jax.convert.mapping import Leaf, Source, weights_of
 from llama_jax.convert.tensors import row_blocks, same_bits
 from llama_jax.placement import cast
-from llama_jax.storage import new_folder, system_failures
+from llama_jax.storage import new_folder, parents_made, system_failures
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, required
@@ -70,8 +70,7 @@ def save(
         if folder.exists():
             raise InputError(f'{folder} exists; give a new file, or remove it first')
         vocabulary = gguf_vocabulary(required(tokenizer), chat_template, source.config.vocab_size)
-        with _refused_in_one_line(path):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+        with _refused_in_one_line(path), parents_made(folder):
             gguf.write(
                 source, folder, dtype=dtype or source.dtype.name, vocabulary=vocabulary, name=folder.stem,
                 progress=progress,

@@ -55,15 +55,15 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f'impossible mesh ({shown}): there are {len(devices)} devices; change --config.mesh.* so that the sizes '
-            f'multiply to {len(devices)} (-1 takes what the others leave)'
+            f'impossible mesh ({shown}): there are {len(devices)} devices, and the sizes must multiply to that '
+            '(-1 takes what the others leave)'
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     slices = {getattr(device, 'slice_index', None) for device in devices}
     if len(slices) > 1 and devices[0].platform == 'tpu' and sizes[0] != len(slices):
         raise InputError(
             f'impossible mesh ({shown}): the devices are in {len(slices)} slices; '
-            f'set --config.mesh.dcn_data={len(slices)}'
+            f'dcn_data must be {len(slices)}'
         )
     if 1 < sizes[0] == len(slices):
         inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
@@ -141,7 +141,7 @@ class Partitioner:
                 if mesh_axis in used:
                     raise InputError(
                         f'{name}: logical axes {used[mesh_axis]!r} and {axis!r} are both split over mesh axis '
-                        f"{mesh_axis!r}; free one with --config.mesh.axis_rules='{axis}='"
+                        f"{mesh_axis!r}; free one with the axis rule '{axis}='"
                     )
                 used[mesh_axis] = axis
         for index, entry in enumerate(entries):
@@ -150,7 +150,7 @@ class Partitioner:
                 over = ' x '.join(f'{mesh_axis}={self.mesh.shape[mesh_axis]}' for mesh_axis in entry)
                 raise InputError(
                     f'{name}: axis {axes[index]!r} of size {shape[index]} does not divide over mesh axes {over}; '
-                    f"change --config.mesh.{entry[0]}, or replicate it with --config.mesh.axis_rules='{axes[index]}='"
+                    f"change the size of {entry[0]}, or replicate it with the axis rule '{axes[index]}='"
                 )
         return PartitionSpec(*[entry[0] if len(entry) == 1 else entry or None for entry in entries])
 
@@ -184,13 +184,13 @@ class Partitioner:
         if batch_size % parts:
             raise InputError(
                 f'batch size {batch_size} does not divide over the {parts} devices of mesh axes data x fsdp; '
-                f'make --config.train.batch_size a multiple of {parts}'
+                f'it must be a multiple of {parts}'
             )
         parts = self.axis_size('length')
         if seq_len is not None and parts > 1 and seq_len % (2 * parts):
             raise InputError(
                 f"batch: axis 'length' of size {seq_len} does not divide into two chunks (ops.context_parallel) for "
-                f'each device of mesh axis context={parts}; make --config.data.seq_len a multiple of {2 * parts}'
+                f'each device of mesh axis context={parts}; it must be a multiple of {2 * parts}'
             )
         shape = None if seq_len is None else (batch_size, seq_len)
         return self.sharding(('batch', 'length'), shape, 'batch')

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError, SystemFailure, error_line
 
 logger = logging.getLogger('llama_jax')
 
@@ -67,7 +68,7 @@ def initialize_distributed(
         if 'OMPI_COMM_WORLD_SIZE' in os.environ and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
             raise InputError(
                 f'Open MPI started {ranks[0]} processes without telling where the first is; give each '
-                '--coordinator=HOST:PORT, the host of rank 0 and a free port'
+                'coordinator=HOST:PORT, the host of rank 0 and a free port'
             )
         _join(timeout, local_device_ids=_local_devices())
     elif _on_tpu_pod():
@@ -80,7 +81,7 @@ def initialize_distributed(
         ) as error:  # of an HTTP client, a parser or a resolver: the metadata server's answers vary
             raise InputError(
                 f'this machine has a TPU, but its pod cannot be asked ({type(error).__name__}: {error}); give '
-                '--coordinator, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is all there is'
+                'coordinator, num_processes and process_id, or set TPU_SKIP_MDS_QUERY=1 if it is all there is'
             ) from error
 
 
@@ -103,7 +104,7 @@ def _join(timeout: float, *arguments: Any, **options: Any) -> None:
     if thread.is_alive():
         raise InputError(
             f'not all processes of the job have joined within {timeout:g} s; start each with the same command (by hand '
-            'with its own --process_id, and --coordinator where process 0 is), or raise --initialization_timeout'
+            'with its own process_id, and the coordinator where process 0 is), or wait longer'
         )
     if failures:
         raise failures[0]
@@ -145,6 +146,38 @@ def _on_tpu_pod() -> bool:
         return ',' in hosts or int(os.environ.get('MEGASCALE_NUM_SLICES') or 1) > 1
     # On import JAX looks for chips on the PCI bus, and marks the environment where it finds some with libtpu, or none.
     return os.environ.get('TPU_ML_PLATFORM') == 'JAX' and 'TPU_SKIP_MDS_QUERY' not in os.environ
+
+
+def require_single_process(name: str) -> None:
+    """Refuses to be one of several processes that a launcher started: all would do the same work, in one place.
+
+    Raises:
+      InputError: `srun` or `mpirun` started more than one.
+    """
+    if (ranks := _launcher_ranks()) and ranks[0] > 1:
+        raise InputError(
+            f'{name} runs in one process, and the launcher started {ranks[0]}; start it once, without one'
+        )
+
+
+def check_devices() -> None:
+    """Looks for the devices for the first time.
+
+    Raises:
+      InputError: there are none of the kind that the environment asks for.
+    """
+    try:
+        jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # of JAX, which asserts where a backend it knows finds no device
+        asked = os.environ.get('JAX_PLATFORMS', '')
+        reason = f' ({error_line(error)})' if str(error) else ''
+        raise InputError(
+            f'JAX finds no device with JAX_PLATFORMS={asked!r}{reason}; unset it, or install JAX for the devices '
+            'of this machine'
+        ) from error
 
 
 def is_main_process() -> bool:
@@ -204,24 +237,58 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def bytes_from_main_process(data: bytes) -> bytes:
+    """What process 0 holds, on every process."""
+    size = int(from_main_process(np.array(len(data))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)[:size]
+    return from_main_process(padded).tobytes()
+
+
 @contextlib.contextmanager
 def refused_by_all() -> Iterator[None]:
-    """What one process refuses within, all refuse with its line, so that none is left waiting; no collectives within.
+    """What one process fails with within, all fail with, so that none is left waiting; no collectives within.
 
     Raises:
       InputError: its own, or else that of the first process that has one.
+      SystemFailure: another process has failed otherwise.
+      Exception: whatever else this process has failed with.
     """
     own = None
     try:
         yield
-    except InputError as error:
+    except Exception as error:
         own = error
-    lines = gather_texts(str(own) if own else '')
+    kind = 'refused' if isinstance(own, InputError) else 'failed'
+    found = [json.loads(text) for text in gather_texts(json.dumps([kind, _tell(own)] if own else []))]
     if own:
         raise own
-    for process, line in enumerate(lines):
-        if line:
-            raise InputError(f'process {process}: {line}')
+    for process, failure in enumerate(found):
+        if failure:
+            kind, line = failure
+            raise (InputError if kind == 'refused' else SystemFailure)(f'process {process}: {line}')
+
+
+def _tell(error: Exception) -> str:
+    return (
+        str(error)
+        if isinstance(error, InputError | SystemFailure)
+        else f'{type(error).__name__}: {error_line(error)}'
+    )
+
+
+def leave_job(seconds: float = 10.0) -> bool:
+    """Waits a moment for the other processes to end as well; whether all did.
+
+    JAX would wait for minutes as the process ends. Where the others go on, waiting for this one in the middle of some
+    computation, they learn that it is gone only when it is.
+    """
+    if jax.process_count() == 1:
+        return True
+    thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def free_memory_at_once() -> None:

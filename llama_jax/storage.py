@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from llama_jax.types import InputError, SystemFailure, error_line
 
 T = TypeVar('T')
+
+logger = logging.getLogger(__name__)
 
 # What a wrong path causes; such errors name it, and stay what they are.
 _PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -122,6 +125,42 @@ def _system_reason(error: BaseException) -> str:
     return _system_reason(error.__cause__) if error.__cause__ else ''
 
 
+def expand_user(text: str) -> str:
+    """'~' at the beginning of a path for the user's folder, also behind the mark of `tfds:NAME@` and `perplexity:`."""
+    match = re.fullmatch(r'(\s*|\s*tfds:[^@]+@|\s*perplexity:)(~.*)', text, re.DOTALL)
+    return match[1] + os.path.expanduser(match[2]) if match else text
+
+
+def check_place(path: str | os.PathLike, *, folder: bool) -> None:
+    """Refuses a place that cannot be written, and leaves nothing there: what is wrong with it shows before the work.
+
+    Args:
+      path: of a folder or file that may not exist yet, local or `gs://...`.
+      folder: whether it is to be a folder.
+
+    Raises:
+      InputError: something else is in the way, or nothing may be made there.
+    """
+    text = os.fspath(path)
+    enable_bucket(text)
+    if '://' in text:
+        return
+    place = os.path.abspath(text)
+    if os.path.exists(place) and os.path.isdir(place) != folder:
+        raise InputError(
+            f'{text} is a {"file" if folder else "folder"}; name a {"folder" if folder else "file"}'
+        )
+    if os.path.isfile(place) and os.access(place, os.W_OK):
+        return
+    above = place
+    while not os.path.lexists(above) or (above == place and not folder):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise InputError(f'{text} cannot be written: {above} is no folder')
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f'{text} cannot be written: no permission to write in {above}')
+
+
 def write_atomically(path, data: bytes | str) -> None:
     """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half.
 
@@ -173,6 +212,20 @@ class AppendedFile:
 
 
 @contextlib.contextmanager
+def parents_made(path) -> Iterator[None]:
+    """Makes the folders above a local path; those that were not there go again where nothing came of it."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else's file is in it
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def new_folder(path) -> Iterator:
     """A folder that appears whole or not at all: filled under another name beside it, and renamed at the end.
 
@@ -193,14 +246,24 @@ def new_folder(path) -> Iterator:
         yield path
         return
     beside = path.parent / f'.{path.name}.{os.getpid()}.partial'
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if path.exists():
-            path.rmdir()
-        os.replace(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    for other in path.parent.glob(f'.{path.name}.*.partial') if path.parent.exists() else ():
+        logger.warning(
+            '%s is what a killed command has left, if none writes %s now; it may be removed', other, path
+        )
+    with parents_made(path):
+        beside.mkdir()
+        try:
+            yield beside
+            try:
+                os.replace(beside, path)  # an empty folder gives way
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise InputError(
+                    f'{path} has been written by another command meanwhile; give a new one'
+                ) from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def prefetch(jobs: Iterable[Callable[[], T]], threads: int = 2) -> Iterator[T]:

@@ -8,7 +8,8 @@ Shapes stand in signatures as jaxtyping strings. One letter means the same thing
 The annotations are checked (by beartype) in tests only; in production they cost nothing.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -34,6 +35,14 @@ class SystemFailure(Exception):
 
     Commands print it and exit with status 1. What was finished before stays, and the same command goes on from there.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'did you mean a or b?', each name once; where none is near, all that there are."""
+    names = list(dict.fromkeys(known))
+    begun = sorted((n for n in names if name and n.startswith(name)), key=len)
+    near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=3, cutoff=0.5)]))[:3]
+    return f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(sorted(names))}'
 
 
 def error_line(error: BaseException) -> str:

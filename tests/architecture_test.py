@@ -7,6 +7,7 @@ import each other one way only. The third-party column is cumulative; a name cov
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,38 @@ def test_planted_violation_is_found(tmp_path, file, source, message):
         for line in violations(tmp_path)
         if message in line and line.startswith((f'llama_jax/{file}:', 'import'))
     ]
+
+
+def _flag_names() -> set[str]:
+    """Of all commands, and the keys of their configurations."""
+    commands = '\n'.join(file.read_text() for file in (REPOSITORY / 'experiments').rglob('*.py'))
+    flags = re.findall(r"(?:DEFINE_\w+|define_path)\(\s*'(\w+)'", commands)
+    configs = '\n'.join(file.read_text() for file in (REPOSITORY / 'configs').glob('*.py'))
+    keys = re.findall(r'config\.(\w+\.\w+) = ', configs)
+    return {'--config', *(f'--{flag}' for flag in flags), *keys}
+
+
+def test_the_library_names_no_flag_of_a_command():
+    """Its callers may have none, or others; who knows them adds them (`launch.flags_named`)."""
+    names = _flag_names()
+    assert {'--checkpoint', '--workdir', '--xla_options', 'optimizer.learning_rate'} <= names
+    pattern = re.compile(
+        r'(?<![\w.-])(' + '|'.join(map(re.escape, sorted(names, key=len)[::-1])) + r')(?![\w-])'
+    )
+    found = []
+    for file in _modules(REPOSITORY).values():
+        tree = ast.parse(file.read_text())
+        texts = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        documented = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        ]
+        docstrings = {id(node.body[0].value) for node in documented if ast.get_docstring(node)}
+        for node in texts:
+            if id(node) not in docstrings and (match := pattern.search(node.value)):
+                found.append(f'{file.relative_to(REPOSITORY)}:{node.lineno}: {match[1]}')
+    assert not found
 
 
 def _python(code: str) -> str:

@@ -135,6 +135,38 @@ def test_texts_are_generated_and_rated(commands, given, tmp_path):
     assert '| mbpp | pass@1 |' in finished.stdout
 
 
+# Stands for a service whose quota ends.
+RATER = """
+import sys
+for number, line in enumerate(sys.stdin):
+    if number >= 3:
+        sys.exit('quota exceeded')
+    print(0.5, flush=True)
+"""
+
+
+def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path):
+    output, rater = tmp_path / 'new/run', tmp_path / 'rate.py'
+    rater.write_text(RATER)
+    line = commands.run(
+        'evaluate', *given, '--tasks=piqa,real_toxicity_prompts', '--limit=6', f'--output={output}',
+        f'--rating_command={sys.executable} {rater}',
+    ).error()  # fmt: skip
+    assert 'real_toxicity_prompts: the rating command' in line and f'piqa done and kept in {output}; ' in line
+    assert set(json.loads((output / 'results.json').read_text())) == {'piqa'}
+    assert '| piqa | acc |' in (output / 'report.md').read_text()
+    assert len((output / 'samples/piqa.jsonl').read_text().splitlines()) == 7
+    # The log of another evaluation is found before the first task is begun.
+    (output / 'results.json').unlink()
+    samples = output / 'samples/winogrande.jsonl'
+    samples.write_text(json.dumps({'header': {'task': 'winogrande', 'model': 'another', 'seed': 0}}) + '\n')
+    line = commands.run(
+        'evaluate', *given, '--tasks=piqa,winogrande', '--limit=6', f'--output={output}'
+    ).error()
+    assert f"{samples} is of another evaluation: model was 'another'" in line and '(set by --output)' in line
+    assert not (output / 'results.json').exists()
+
+
 # What is refused: the arguments, and what the line says.
 REFUSED = {
     'no task': (['--tasks='], '--tasks is empty'),
@@ -143,7 +175,7 @@ REFUSED = {
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),
     'no TFDS': (['--tasks=piqa', '--data_dir=tfds://nowhere'], 'piqa is not prepared in nowhere/piqa'),
     'no data': (['--tasks=piqa', '--data_dir='], '--data_dir is required'),
-    'code': (['--tasks=human_eval'], 'allow it with --allow_code_execution'),
+    'code': (['--tasks=human_eval'], 'it must be allowed (set by --allow_code_execution)'),
     'no checkpoint': (['--tasks=piqa', '--limit=2', '--checkpoint=nowhere'], 'nowhere'),
     'few examples': (['--tasks=mmlu', '--num_fewshot=6'], 'use at most 5'),
     'mesh': (
@@ -152,15 +184,28 @@ REFUSED = {
     ),
     'batch size': (['--tasks=piqa', '--batch_size=0'], '--batch_size=0: it is a number of tokens'),
     'two ratings': (['--tasks=piqa', '--ratings=a', '--rating_command=b'], 'are both given'),
+    'idle ratings': (
+        ['--tasks=piqa', '--rating_command=cat'],
+        '--rating_command is given, and none of --tasks rates',
+    ),
+    'idle sandbox': (
+        ['--tasks=piqa', '--allow_code_execution'],
+        'and none of --tasks executes code; leave it out',
+    ),
+    'idle sampling': (['--tasks=piqa', '--temperature=0.5'], '--temperature: none of --tasks generates text'),
+    'no such program': (
+        ['--tasks=bold', '--rating_command=rate-me'],
+        "no program 'rate-me' (set by --rating_command)",
+    ),
 }
 
 
 @pytest.mark.parametrize('case', REFUSED)
 def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, given, tmp_path, case):
     arguments, message = REFUSED[case]
-    line = commands.run('evaluate', *given, *arguments, f'--output={tmp_path}/run').error()
+    line = commands.run('evaluate', *given, *arguments, f'--output={tmp_path}/a/b').error()
     assert message in line, line
-    assert not (tmp_path / 'run').exists()
+    assert not (tmp_path / 'a').exists()
 
 
 def test_a_malformed_item_is_named_by_file_and_line(commands, given, tmp_path):

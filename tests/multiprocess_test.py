@@ -317,7 +317,6 @@ REFUSED = {
     'a wrong mesh': (['--config.mesh.tensor=3'], {}, ['impossible mesh (dcn_data=1'] * 2),
     # Only process 0 trains a tokenizer, and sees that it cannot.
     'no text': (['--config.data.train=EMPTY'], {}, ["source 'EMPTY' holds", "process 0: source 'EMPTY' holds"]),
-    'generation': ([], {}, ['generate runs in one process'] * 2),
 }  # fmt: skip
 
 
@@ -326,14 +325,9 @@ def test_what_is_wrong_is_one_line_from_each_process(commands, corpus, folder, t
     both, one, messages = REFUSED[case]
     empty = folder / 'empty.txt'
     empty.write_text('')
-    name = 'generate' if case == 'generation' else 'pretrain'
-    command = (
-        [f'--checkpoint={tmp_path}', '--prompt=a']
-        if name == 'generate'
-        else arguments(tmp_path / 'run', corpus)
-    )
     finished = commands.run_processes(
-        name, *command, '--initialization_timeout=2' if None in one.values() else '--initialization_timeout=300',
+        'pretrain', *arguments(tmp_path / 'run', corpus),
+        '--initialization_timeout=2' if None in one.values() else '--initialization_timeout=300',
         *(argument.replace('EMPTY', str(empty)) for argument in both), num_processes=2, timeout=60, **one,
     )  # fmt: skip
     assert len(finished) == len(messages)

@@ -43,7 +43,7 @@ def test_a_mesh_has_all_auto_axes_and_fills_in_the_rest():
         ({'data': -1, 'fsdp': -1}, ['data=-1', 'at most one']),
         ({'data': 0}, ['data=0', 'positive']),
         ({'data': -2}, ['data=-2', 'positive']),
-        ({'data': 3}, ['data=3', '8 devices', '--config.mesh']),
+        ({'data': 3}, ['data=3', '8 devices', 'multiply to that']),
         ({'data': 3, 'fsdp': -1}, ['data=3', 'fsdp=-1', '8 devices']),
         ({'data': 16, 'fsdp': -1}, ['data=16', '8 devices']),
     ],
@@ -80,14 +80,14 @@ def test_a_wrong_rule_is_refused_in_one_line(overrides, words):
     ('axes', 'shape', 'rules', 'words'),
     [
         (('batch', 'lenght'), None, '', ['blocks/mlp/up', 'unknown logical axes', "'lenght'", "'length'"]),
-        (('heads', 'mlp'), None, '', ["'heads'", "'mlp'", "'tensor'", "axis_rules='mlp='"]),
+        (('heads', 'mlp'), None, '', ["'heads'", "'mlp'", "'tensor'", "axis rule 'mlp='"]),
         (('embed', 'mlp'), (32,), '', ['blocks/mlp/up', '(32,)', '1 dimensions', '2']),
-        (('embed', 'mlp'), (32, 7), '', ['blocks/mlp/up', "'mlp'", '7', 'tensor=2', "axis_rules='mlp='"]),
+        (('embed', 'mlp'), (32, 7), '', ['blocks/mlp/up', "'mlp'", '7', 'tensor=2', "axis rule 'mlp='"]),
         (
             ('embed', 'mlp'),
             (6, 64),
             'embed=data+fsdp',
-            ['6', 'data=2 x fsdp=2', '--config.mesh.data', "'embed='"],
+            ['6', 'data=2 x fsdp=2', 'change the size of data', "'embed='"],
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_spec_that_cannot_be_is_refused_in_one_line(axes, shape, rules, words)
 
 def test_the_advice_of_an_error_helps():
     shape, axes = (32, 7), ('embed', 'mlp')
-    with pytest.raises(InputError, match="axis_rules='mlp='"):
+    with pytest.raises(InputError, match="the axis rule 'mlp='"):
         partitioner(fsdp=4, tensor=2).spec(axes, shape)
     assert partitioner('mlp=', fsdp=4, tensor=2).spec(axes, shape) == P('fsdp', None)
     # A mesh axis of one device splits nothing, so nothing is amiss.

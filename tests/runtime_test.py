@@ -1,12 +1,13 @@
 """Whom a process joins, told from the environment of its cluster, and what the processes of a job tell each other."""
 
+import json
 import threading
 
 import jax
 import pytest
 
 from llama_jax import runtime
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 
 SLURM = {
     'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
@@ -89,7 +90,7 @@ def test_what_cannot_be_asked_is_told(joins):
     with pytest.raises(InputError, match='process 0 cannot join at coordinator=host:1234 .address in use.'):
         joins({}, 'host:1234', 4, 0, error=RuntimeError('address in use'))
     with pytest.raises(
-        InputError, match='16 processes without telling where the first is; give each --coordinator'
+        InputError, match='16 processes without telling where the first is; give each coordinator'
     ):
         joins(OPEN_MPI_5)
     with pytest.raises(InputError, match='cannot be asked .*no route.* TPU_SKIP_MDS_QUERY'):
@@ -113,11 +114,44 @@ def test_what_a_single_process_refuses_it_says_itself():
 
 
 def test_what_another_process_refuses_is_refused(monkeypatch):
-    monkeypatch.setattr(runtime, 'gather_texts', lambda text: ['', text, 'no corpus'])
-    with pytest.raises(InputError, match='process 2: no corpus'), runtime.refused_by_all():
-        pass
-    with pytest.raises(InputError, match='^wrong$'), runtime.refused_by_all():
-        raise InputError('wrong')
+    told = []
+
+    def gather(text):  # of process 1; process 2 has failed
+        told.append(text)
+        return ['[]', text, json.dumps([kind, 'no corpus'])]
+
+    monkeypatch.setattr(runtime, 'gather_texts', gather)
+    for kind, error in (('refused', InputError), ('failed', SystemFailure)):  # noqa: B007
+        with pytest.raises(error, match='process 2: no corpus'), runtime.refused_by_all():
+            pass
+        with pytest.raises(InputError, match='^wrong$'), runtime.refused_by_all():
+            raise InputError('wrong')
+        # The others hear of what is no refusal as well: none may be left waiting.
+        with pytest.raises(OSError, match='no disk'), runtime.refused_by_all():
+            raise OSError(5, 'no disk')
+        assert told[-3:] == ['[]', '["refused", "wrong"]', '["failed", "OSError: [Errno 5] no disk"]']
+
+
+def test_several_processes_of_a_command_that_one_runs_are_refused(monkeypatch):
+    for name, value in OPEN_MPI_5.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        InputError, match='convert runs in one process, and the launcher started 16; start it once'
+    ):
+        runtime.require_single_process('convert')
+    monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '1')
+    runtime.require_single_process('convert')
+
+
+@pytest.mark.parametrize('error', [AssertionError(), RuntimeError("Backend 'cuda' is not known")])
+def test_devices_that_are_not_there_are_one_line(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, 'devices', devices)
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+    with pytest.raises(InputError, match="finds no device with JAX_PLATFORMS='cuda'.*; unset it"):
+        runtime.check_devices()
 
 
 def test_jax_recognises_the_same_clusters(monkeypatch):

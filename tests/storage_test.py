@@ -1,6 +1,7 @@
 """Local paths and addresses of buckets; results read ahead."""
 
 import pytest
+from etils import epath
 
 from llama_jax import storage
 from llama_jax.types import InputError
@@ -18,3 +19,48 @@ def test_prefetched_results_come_in_order_and_errors_where_they_belong():
 def test_an_address_that_is_neither_local_nor_in_a_bucket_of_google_is_refused(address):
     with pytest.raises(InputError, match=rf'{address} is no path; give a local one or gs://BUCKET/PATH'):
         storage.enable_bucket(address)
+
+
+def test_a_place_is_checked_and_nothing_is_left(tmp_path):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'empty').mkdir()
+    storage.check_place(tmp_path / 'a/b/c', folder=True)
+    storage.check_place(tmp_path / 'empty', folder=True)
+    storage.check_place(tmp_path / 'file', folder=False)
+    storage.check_place(tmp_path / 'a/b.json', folder=False)
+    for place, folder, message in (
+        ('file', True, 'is a file; name a folder'),
+        ('empty', False, 'is a folder; name a file'),
+        ('file/a/b', True, 'file is no folder'),
+        ('file/b.json', False, 'file is no folder'),
+    ):
+        with pytest.raises(InputError, match=message):
+            storage.check_place(tmp_path / place, folder=folder)
+    assert {path.name for path in tmp_path.iterdir()} == {'file', 'empty'}
+
+
+def test_folders_above_go_again_where_nothing_came_of_it(tmp_path):
+    place = epath.Path(tmp_path / 'a/b/c')
+
+    def fail():
+        with storage.new_folder(place) as folder:
+            (folder / 'half').write_text('')
+            raise InputError('wrong')
+
+    with pytest.raises(InputError, match='wrong'):
+        fail()
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_another_command_has_written_meanwhile_stays(tmp_path):
+    place = epath.Path(tmp_path / 'a')
+
+    def write():
+        with storage.new_folder(place) as folder:
+            (folder / 'file').write_text('mine')
+            place.mkdir()
+            (place / 'file').write_text('theirs')
+
+    with pytest.raises(InputError, match='a has been written by another command meanwhile'):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ['a'] and (place / 'file').read_text() == 'theirs'

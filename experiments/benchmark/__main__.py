@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 
 from experiments import launch
 from experiments.benchmark import attention, convert, train
 from experiments.benchmark import eval as evaluation
-from llama_jax import runtime
+from llama_jax import runtime, storage
+from llama_jax.types import InputError
 
 SUITES = {
     'train': train.run,
@@ -28,17 +30,27 @@ SUITES = {
 }
 
 _SUITE = flags.DEFINE_enum('suite', 'train', list(SUITES), 'what to measure')
-_JSON = flags.DEFINE_string('json', '', 'file to write the figures to, as one flat object')
+_JSON = launch.define_path('json', '', 'file to write the figures to, as one flat object')
 
 
 def main() -> None:
     """Runs the suite; --json keeps its figures."""
+    check_flags(_SUITE.value)
+    if _JSON.value:
+        storage.check_place(_JSON.value, folder=False)
     runtime.enable_compilation_cache('off')  # compile time is one of the figures
     figures = describe_machine() | {'suite': _SUITE.value} | SUITES[_SUITE.value]()
     if _JSON.value:
-        with open(_JSON.value, 'w', encoding='utf-8') as file:
-            json.dump(figures, file, indent=2)
-            file.write('\n')
+        storage.write_atomically(epath.Path(_JSON.value), json.dumps(figures, indent=2) + '\n')
+
+
+def check_flags(suite: str) -> None:
+    """Refuses the flags of other suites, which this one would ignore."""
+    others = {run.__module__: name for name, run in SUITES.items() if name != suite}
+    for name in flags.FLAGS:
+        module = flags.FLAGS.find_module_defining_flag(name)
+        if flags.FLAGS[name].present and module in others:
+            raise InputError(f'--{name} is of --suite={others[module]}; --suite={suite} does not use it')
 
 
 def describe_machine() -> dict[str, Any]:

@@ -31,7 +31,7 @@ _SHAPES = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
     'attention_dtype', 'auto', ['auto', *launch.DTYPES], 'to time; auto: float32 on a CPU'
 )
-_ROUNDS = flags.DEFINE_integer('attention_rounds', 5, 'turns that each kernel takes')
+_ROUNDS = flags.DEFINE_integer('attention_rounds', 5, 'turns that each kernel takes', lower_bound=1)
 _CHECK = flags.DEFINE_boolean('attention_check', True, 'compare with float64 first')
 
 KERNELS = {

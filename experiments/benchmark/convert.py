@@ -28,7 +28,7 @@ from llama_jax.tokenizer.training import train_sentencepiece
 _MODELS = flags.DEFINE_string(
     'convert_models', 'llama3_2_1b,llama2_7b', "presets; the last one's memory is set against the first one's"
 )
-_SCRATCH = flags.DEFINE_string(
+_SCRATCH = launch.define_path(
     'scratch', '', "folder for the checkpoints, four times the largest; '' for the system's"
 )
 

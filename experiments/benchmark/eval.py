@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
+from experiments import launch
 from llama_jax import export, pretrained
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import evaluate, prepare
@@ -26,11 +27,13 @@ from llama_jax.eval.tasks import find_task
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import InputError
 
-_CHECKPOINT = flags.DEFINE_string('eval_checkpoint', '', 'suite eval: anything that is a Llama')
-_DATA_DIR = flags.DEFINE_string('eval_data_dir', '', 'suite eval: folder of the benchmarks')
-_ITEMS = flags.DEFINE_integer('eval_items', 1000, 'suite eval: the first so many items')
-_ROUNDS = flags.DEFINE_integer('eval_rounds', 3, 'suite eval: turns that each contender takes')
-_BATCH_TOKENS = flags.DEFINE_integer('eval_batch_tokens', 2048, 'suite eval: tokens in one of our batches')
+_CHECKPOINT = launch.define_path('eval_checkpoint', '', 'suite eval: anything that is a Llama')
+_DATA_DIR = launch.define_path('eval_data_dir', '', 'suite eval: folder of the benchmarks')
+_ITEMS = flags.DEFINE_integer('eval_items', 1000, 'suite eval: the first so many items', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('eval_rounds', 3, 'suite eval: turns that each contender takes', lower_bound=1)
+_BATCH_TOKENS = flags.DEFINE_integer(
+    'eval_batch_tokens', 2048, 'suite eval: tokens in one of our batches', lower_bound=1
+)
 
 Contender = Callable[[], dict[str, float]]  # one evaluation; its accuracies
 

@@ -30,16 +30,19 @@ from llama_jax.train.throughput import peak_flops_per_device, training_flops_per
 from llama_jax.types import error_line
 
 _MODEL = flags.DEFINE_string('model', 'stories_15m', 'a preset')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update')
-_SEQ_LEN = flags.DEFINE_integer('seq_len', 0, "tokens in a row; 0: the preset's context")
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update', lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer('seq_len', 0, "tokens in a row; 0: the preset's context", lower_bound=0)
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
 )
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns that each contender takes')
-_STEPS = flags.DEFINE_integer('steps', 4, 'updates in a turn')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns that each contender takes', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 4, 'updates in a turn', lower_bound=1)
 _REMAT = flags.DEFINE_string('remat', 'attention', 'see models.llama.REMAT_POLICIES')
-_UNROLL = flags.DEFINE_integer('unroll', 1, 'layers per step of the scan')
-_LOSS_CHUNKS = flags.DEFINE_integer('loss_chunks', 4, 'parts of the sequence whose logits are held at a time')
+_UNROLL = flags.DEFINE_integer('unroll', 1, 'layers per step of the scan', lower_bound=1)
+_LOSS_CHUNKS = flags.DEFINE_integer(
+    'loss_chunks', 4, 'parts of the sequence whose logits are held at a time', lower_bound=1
+)
+_XLA_OPTIONS = launch.define_xla_options()
 _PEER = flags.DEFINE_boolean('peer', True, 'measure Hugging Face beside, where it is installed')
 
 # What every contender trains with; the learning rate is constant.
@@ -147,7 +150,10 @@ def our_step(config: LlamaConfig, rows: np.ndarray, dtype: str) -> Step:
         lm_batch(rows, np.ones_like(rows)), partitioner.batch_sharding(len(rows), rows.shape[1] - 1)
     )
     step_fn = compile_train_step(
-        target, loss_fn=language_model_loss(model, num_chunks=_LOSS_CHUNKS.value), tx=tx
+        target,
+        loss_fn=language_model_loss(model, num_chunks=_LOSS_CHUNKS.value),
+        tx=tx,
+        compiler_options=training.compiler_options(_XLA_OPTIONS.value, partitioner),
     )
     rng = jax.random.key(1)
 

@@ -116,7 +116,7 @@ class Checkpointer:
         if steps:
             raise InputError(
                 f'all checkpoints under {self._directory} are damaged (steps {steps[::-1]}, renamed to STEP.damaged); '
-                'start in a new --workdir'
+                'start in a new place'
             )
         return None
 

@@ -13,7 +13,7 @@ import grain
 from llama_jax.data.mixture import mix
 from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents
 from llama_jax.data.prepared import PreparedRows, is_prepared
-from llama_jax.data.sources import read_documents
+from llama_jax.data.sources import check_source, read_documents
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.types import InputError
@@ -114,6 +114,17 @@ def pretrain_dataset(
         num_train_bytes=sum(r.num_bytes for r in rows),
         num_train_rows=sum(len(r) for r in rows),
     )
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuses sources that are not there or are none, before any of them is read.
+
+    Raises:
+      InputError: names the first.
+    """
+    for source in sources:
+        if not is_prepared(source):
+            check_source(source)
 
 
 def train_tokenizer(

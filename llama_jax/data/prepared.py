@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
-from llama_jax.storage import enable_bucket, write_atomically
+from llama_jax.storage import enable_bucket, new_folder, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, error_line
 
@@ -43,8 +43,10 @@ _KEYS = {
 
 def is_prepared(source: str) -> bool:
     """Whether `source` is a folder that `write_prepared` finished."""
+    if not source or source.startswith(('tfds:', 'python_stdlib')):
+        return False
     enable_bucket(source)
-    return bool(source) and not source.startswith('tfds:') and (epath.Path(source) / MANIFEST).exists()
+    return (epath.Path(source) / MANIFEST).exists()
 
 
 def write_prepared(
@@ -62,7 +64,7 @@ def write_prepared(
       documents: texts, read once.
       tokenizer: gives the ids.
       seq_len: T; a row has T + 1 tokens.
-      directory: made where missing; shards of a run that was cut off are replaced.
+      directory: made where missing; it appears whole, and in a bucket is whole when its manifest is there.
       rows_per_shard: rows in each file but the last.
       progress: called after each batch.
 
@@ -70,7 +72,7 @@ def write_prepared(
       The manifest.
 
     Raises:
-      InputError: the directory already holds prepared data, or there are fewer than 2 tokens.
+      InputError: there is something in the directory already, or there are fewer than 2 tokens.
     """
     from array_record.python import array_record_module
 
@@ -80,18 +82,17 @@ def write_prepared(
         raise InputError(f'seq_len is {seq_len}; it must be 1 or more')
     if (folder / MANIFEST).exists():
         raise InputError(f'{directory} already holds prepared data; delete it or write elsewhere')
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob('rows-*.array_record'):
-        stale.unlink()
     totals = {'num_rows': 0, 'num_documents': 0, 'num_tokens': 0, 'num_bytes': 0}
     fingerprint = StreamFingerprint()
     shards: list[dict[str, Any]] = []
     writer = None
     dtype = token_dtype(tokenizer)
     with contextlib.ExitStack() as at_exit:
-        local = folder
-        if '://' in os.fspath(folder):  # ArrayRecord reads buckets and does not write to them
+        in_bucket = '://' in os.fspath(folder)
+        if in_bucket:  # ArrayRecord reads them and does not write to them
             local = epath.Path(at_exit.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            local = at_exit.enter_context(new_folder(folder))
 
         def finish(shard: dict[str, Any]) -> None:
             nonlocal writer
@@ -100,7 +101,7 @@ def write_prepared(
             writer = None
             file = local / shard['file']
             shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
-            if local != folder:
+            if in_bucket:
                 file.copy(folder / file.name, overwrite=True)
                 file.unlink()
 
@@ -122,21 +123,25 @@ def write_prepared(
         finally:
             if writer is not None:
                 writer.close()
-    if not shards:
-        raise InputError(
-            f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'
-        )
-    manifest = {
-        'format': _FORMAT,
-        'seq_len': seq_len,
-        'vocab_size': tokenizer.vocab_size,
-        'dtype': dtype.name,
-        **totals,
-        'fingerprint': fingerprint.hexdigest(),
-        'tokenizer_sha256': tokenizer.sha256,
-        'shards': shards,
-    }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if not shards:
+            raise InputError(
+                f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'
+            )
+        manifest = {
+            'format': _FORMAT,
+            'seq_len': seq_len,
+            'vocab_size': tokenizer.vocab_size,
+            'dtype': dtype.name,
+            **totals,
+            'fingerprint': fingerprint.hexdigest(),
+            'tokenizer_sha256': tokenizer.sha256,
+            'shards': shards,
+        }
+        place = folder if in_bucket else local
+        for stale in place.glob('rows-*.array_record'):  # of a run that was cut off
+            if stale.name not in {shard['file'] for shard in shards}:
+                stale.unlink()
+        write_atomically(place / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 

@@ -65,6 +65,20 @@ def read_documents(source: str, *, text_key: str = 'text', separator: str = '') 
         raise InputError(f'source {source!r} holds no text: every document is empty')
 
 
+def check_source(source: str) -> None:
+    """Refuses what is not there or no source, without reading it.
+
+    Raises:
+      InputError: names the source.
+    """
+    if source == 'python_stdlib' or source.startswith('python_stdlib:'):
+        _stdlib_split(source)
+    elif source.startswith('tfds:'):
+        _tfds_parts(source)
+    else:
+        _find_files(source)
+
+
 # Python's own source code. Debian and others package `test`, `idlelib` and `lib2to3` apart, and Python 3.13
 # dropped the last: without them the corpus is nearly the same on every machine. Tests are also full of files
 # meant to be broken. `_sysconfigdata*` records the machine that Python was built on.
@@ -72,11 +86,7 @@ _NOT_STDLIB = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests',
 
 
 def _read_python_stdlib(source: str) -> Iterator[str]:
-    split = source.partition(':')[2]
-    if split not in ('', 'train', 'validation'):
-        raise InputError(
-            f'source {source!r}: no split {split!r}; use python_stdlib:train or python_stdlib:validation'
-        )
+    split = _stdlib_split(source)
     root = pathlib.Path(sysconfig.get_paths()['stdlib'])
     skipped = 0
     for name in sorted(_python_files(root)):
@@ -89,6 +99,15 @@ def _read_python_stdlib(source: str) -> Iterator[str]:
             skipped += 1
     if skipped:
         _log.warning('%s: left out %d files that do not decode', source, skipped)
+
+
+def _stdlib_split(source: str) -> str:
+    split = source.partition(':')[2]
+    if split not in ('', 'train', 'validation'):
+        raise InputError(
+            f'source {source!r}: no split {split!r}; use python_stdlib:train or python_stdlib:validation'
+        )
+    return split
 
 
 def _python_files(root: pathlib.Path) -> Iterator[str]:
@@ -104,13 +123,20 @@ def _split_of(name: str) -> str:
     return 'validation' if hashlib.sha256(name.encode()).digest()[0] % 20 == 0 else 'train'
 
 
-def _read_tfds(source: str, text_key: str) -> Iterator[str]:
-    import tensorflow_datasets as tfds
-
+def _tfds_parts(source: str) -> tuple[str, str, str | None]:
+    """(name, split, data_dir) of a TFDS source; a bucket is made ready."""
     match = re.fullmatch(r'tfds:([^:@]+)(?::([^@]+))?(?:@(.+))?', source)
     if not match:
         raise InputError(f'source {source!r} is not of the form tfds:NAME[/CONFIG][:SPLIT][@DATA_DIR]')
-    name, split, data_dir = match[1], match[2] or 'train', match[3]
+    if match[3]:
+        enable_bucket(match[3])
+    return match[1], match[2] or 'train', match[3]
+
+
+def _read_tfds(source: str, text_key: str) -> Iterator[str]:
+    import tensorflow_datasets as tfds
+
+    name, split, data_dir = _tfds_parts(source)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
         fields = sorted(builder.info.features or ())

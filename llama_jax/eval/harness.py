@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,6 +83,10 @@ def prepare(
     sampling = sampling or Sampling()
     if sampling.num_samples is not None and sampling.num_samples < 1:
         raise InputError(f'num_samples is {sampling.num_samples}; it must be at least 1')
+    if sampling.temperature is not None and not 0 <= sampling.temperature < math.inf:
+        raise InputError(f'temperature is {sampling.temperature}; it must be 0 (greedy) or more')
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise InputError(f'top_p is {sampling.top_p}; it must be above 0 and at most 1 (all tokens)')
     documents = task.documents(data_dir)
     documents = documents[: limit or len(documents)]
     changes = {name: value for name, value in vars(sampling).items() if value is not None}
@@ -120,7 +125,7 @@ def evaluate(
     """
     judges = judges or Judges()
     exam.task.check(judges)
-    finished = {} if log is None else _finished(exam, log)
+    finished = {} if log is None else finished_items(exam, log)
     done = np.zeros(len(exam.documents), bool)
     done[list(finished)] = True
     done = from_main_process(done)
@@ -208,14 +213,18 @@ def _hash(requests: Sequence[Request]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _finished(exam: Exam, log: SampleLog) -> dict[int, dict[str, Any]]:
-    """The items of the log that are in the exam, which must be what was asked then."""
+def finished_items(exam: Exam, log: SampleLog) -> dict[int, dict[str, Any]]:
+    """The items of the log that are in the exam.
+
+    Raises:
+      InputError: one was asked otherwise then.
+    """
     found = {index: item for index, item in log.items.items() if index < len(exam.documents)}
     for index, item in found.items():
         if item.get('requests_hash') != _hash(exam.requests[index]):
             raise InputError(
-                f'item {index} of {exam.task.name} is asked otherwise than in the log of --output: data, examples or '
-                'sampling have changed; restore them, or choose another --output'
+                f'item {index} of {exam.task.name} is asked otherwise than in the log: data, examples or '
+                'sampling have changed; restore them, or write to another place'
             )
     return found
 

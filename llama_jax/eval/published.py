@@ -6,14 +6,13 @@ or metric was another than ours is marked, and where sources differ all are list
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.eval.published_tables import MMLU_MODELS, MMLU_SUBJECTS, TABLES
-from llama_jax.types import InputError
+from llama_jax.types import InputError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +73,7 @@ def published_scores(model: str) -> list[PublishedScore]:
     if scores := [score for score in PUBLISHED if score.model == model]:
         return scores
     models = sorted({score.model for score in PUBLISHED})
-    near = difflib.get_close_matches(model, models, n=3, cutoff=0.4)
-    raise InputError(f'no published scores of {model!r}; there are those of {", ".join(near or models)}')
+    raise InputError(f'no published scores of {model!r}; {did_you_mean(model, models)}')
 
 
 @dataclasses.dataclass(frozen=True)

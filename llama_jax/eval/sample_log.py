@@ -5,7 +5,7 @@ The first line says what was evaluated; then come items in the order in which th
 
 import json
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from etils import epath
 
@@ -24,7 +24,7 @@ class SampleLog:
     """
 
     def __init__(self, path: epath.PathLike, header: dict[str, Any]):
-        """Opens or begins a log.
+        """Opens a log; nothing is written before the first item is added.
 
         Args:
           path: the file, local or `gs://...`.
@@ -37,10 +37,15 @@ class SampleLog:
         self.items: dict[int, dict[str, Any]] = {}
         self._lines = [json.dumps({'header': header})]
         self._read(header)
-        self._write()
-        appends = '://' not in str(path)
-        self._file = open(self._path, 'a', encoding='utf-8') if appends else None  # noqa: SIM115
+        self._appends = '://' not in str(path)
+        self._file: TextIO | None = None
+        self._begun = False
         self._written, self._write_time = len(self._lines), time.monotonic()
+
+    def _begin(self) -> None:
+        self._write()  # whole, without what a kill left of a last line
+        self._file = open(self._path, 'a', encoding='utf-8') if self._appends else None  # noqa: SIM115
+        self._begun = True
 
     def _read(self, header: dict[str, Any]) -> None:
         if not self._path.exists():
@@ -56,7 +61,7 @@ class SampleLog:
             if before.get(key) != header.get(key):
                 raise InputError(
                     f'{self._path} is of another evaluation: {key} was {before.get(key)!r} and is {header.get(key)!r}; '
-                    'choose another --output, or remove the file'
+                    'write to another place, or remove the file'
                 )
         self._lines += [json.dumps(item) for item in self.items.values()]
 
@@ -66,6 +71,8 @@ class SampleLog:
     def add(self, item: dict[str, Any]) -> None:
         """Keeps a finished item: JSON values, with its `index`."""
         line = json.dumps(item)
+        if not self._begun:
+            self._begin()
         self.items[item['index']] = item
         self._lines.append(line)
         if self._file is not None:

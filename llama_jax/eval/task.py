@@ -183,6 +183,7 @@ class Task:
       description: text before the examples.
       aggregate: metrics over all documents from (documents, scores), aligned.
       executes_code: `score` cannot do without `Judges.run_code`.
+      rates_text: `score` uses `Judges.rate_text` where there is one.
       lm_eval: our metric -> (lm-evaluation-harness's task, its metric key), such as {'acc': ('piqa', 'acc,none')}.
       subsets: lm-evaluation-harness's name -> value of a document's 'subset' (MMLU's subjects).
     """
@@ -198,6 +199,7 @@ class Task:
     description: Callable[[Document], str] = lambda document: ''
     aggregate: Callable[[Sequence[Document], Sequence[Scores]], dict[str, float]] = mean
     executes_code: bool = False
+    rates_text: bool = False
     lm_eval: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     subsets: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

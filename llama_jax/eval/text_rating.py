@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -60,6 +61,10 @@ class CommandRating:
             raise InputError(f'the rating command {command!r} cannot be read: {error}') from error
         if not self._arguments:
             raise InputError(f'the rating command {command!r} is empty; give a program and its arguments')
+        if shutil.which(self._arguments[0]) is None:
+            raise InputError(
+                f'the rating command {command!r} cannot be started: no program {self._arguments[0]!r}'
+            )
         self._process: subprocess.Popen | None = None
         self._asking = ThreadPoolExecutor(1, 'rating')  # its pipes may block, in both directions
         self._turn = threading.Lock()

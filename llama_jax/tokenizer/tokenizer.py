@@ -80,12 +80,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
                 f'found {found}; give the file itself'
             )
         file = (named or models)[0]
-    data = _read(file)
+    return parse_tokenizer(os.fspath(file), _read(file))
+
+
+def parse_tokenizer(path: str, data: bytes) -> Tokenizer:
+    """The tokenizer of a file's content; `path` names it in errors. Raises InputError where it is of no kind."""
     if _TIKTOKEN_LINE.match(data[:4096]):
-        return TiktokenTokenizer(os.fspath(file), data)
+        return TiktokenTokenizer(path, data)
     if data[:4096].lstrip().startswith(b'{'):
-        return HuggingFaceTokenizer(os.fspath(file), data)
-    return SentencePieceTokenizer(os.fspath(file), data)
+        return HuggingFaceTokenizer(path, data)
+    return SentencePieceTokenizer(path, data)
 
 
 class SentencePieceTokenizer:

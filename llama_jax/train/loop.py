@@ -141,7 +141,7 @@ def train(
                 last = f'the last checkpoint is of step {saved}' if saved else 'no checkpoint was saved yet'
                 raise FloatingPointError(
                     f'{name} is {value} at step {step}; {last}. Look at the data of '
-                    'this step, or start a new --workdir with a lower --config.optimizer.learning_rate'
+                    'this step, or start anew with a lower learning rate'
                 )
         logged = measuring or _is_due(step, config.log_every) or step == config.num_steps
         if not logged and step > start_step + 1:

@@ -1,6 +1,7 @@
 """The optimiser by name, and the schedule of its learning rate, as the LLaMA papers set them."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -36,6 +37,24 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
+    def __post_init__(self):
+        """Raises InputError where a setting is out of range; a NaN is out of all."""
+        if self.name not in OPTIMIZERS:
+            raise InputError(f'name is {self.name!r}, which is no optimizer; choose from {OPTIMIZERS}')
+        below_one, positive, at_least_0 = 'from 0 to below 1', 'above 0 and finite', '0 or more and finite'
+        for name, allowed, right in (
+            ('learning_rate', positive, 0 < self.learning_rate < math.inf),
+            ('warmup_steps', '0 or more', self.warmup_steps >= 0),
+            ('final_fraction', 'from 0 to 1', 0 <= self.final_fraction <= 1),
+            ('beta1', below_one, 0 <= self.beta1 < 1),
+            ('beta2', below_one, 0 <= self.beta2 < 1),
+            ('eps', at_least_0, 0 <= self.eps < math.inf),
+            ('weight_decay', at_least_0, 0 <= self.weight_decay < math.inf),
+            ('clip_norm', at_least_0, 0 <= self.clip_norm < math.inf),
+        ):
+            if not right:
+                raise InputError(f'{name} is {getattr(self, name)}; it must be {allowed}')
+
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine that reaches `final_fraction` of the peak at `num_steps`.
@@ -43,12 +62,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     A run that would end within its warm-up, as a first try of a few steps does, warms up over its first tenth.
 
     Raises:
-      InputError: there is no step, or a negative number of them.
+      InputError: there is no step.
     """
-    if num_steps < 1 or config.warmup_steps < 0:
-        raise InputError(
-            f'num_steps is {num_steps} and warmup_steps {config.warmup_steps}; there must be at least 1 and 0'
-        )
+    if num_steps < 1:
+        raise InputError(f'num_steps is {num_steps}; it must be at least 1')
     warmup_steps = config.warmup_steps if config.warmup_steps < num_steps else num_steps // 10
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -62,11 +79,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) -> optax.GradientTransformation:
-    """Clipping, the update rule, and decoupled weight decay on all but norms.
-
-    Raises:
-      InputError: the name is unknown.
-    """
+    """Clipping, the update rule, and decoupled weight decay on all but norms."""
     decay = dict(weight_decay=config.weight_decay, mask=decayed)
     if config.name == 'adamw':
         update = optax.adamw(schedule, config.beta1, config.beta2, config.eps, **decay)
@@ -76,14 +89,13 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) ->
         update = optax.chain(rule, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(schedule))
     elif config.name == 'lion':
         update = optax.lion(schedule, config.beta1, config.beta2, **decay)
-    elif config.name == 'muon':
+    else:
+        assert config.name == 'muon'
         # optax.contrib.muon can mask decay, or apply it to the embedding and head, not both: so decay comes after.
         rule = optax.contrib.muon(
             -1.0, adam_b1=config.beta1, adam_b2=config.beta2, muon_weight_dimension_numbers=_muon_dimensions
         )
         update = optax.chain(rule, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(schedule))
-    else:
-        raise InputError(f'unknown optimizer {config.name!r}; choose from {OPTIMIZERS}')
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 

@@ -204,17 +204,19 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
         'import itertools, sys; sys.path.insert(0, "."); from tests.data.packing_test import *;'
         'write_prepared(itertools.cycle(documents()), Letters(), 32, sys.argv[1], rows_per_shard=100)'
     )
-    process = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)])
+    folder = tmp_path / 'rows'
+    process = subprocess.Popen([sys.executable, '-c', script, str(folder)])
     deadline = time.time() + 60  # seconds; the imports alone take a few on a busy machine
-    while not (tmp_path / 'rows-00003.array_record').exists() and time.time() < deadline:
+    while not (written := list(tmp_path.glob('.rows.*/rows-00003.array_record'))) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert (tmp_path / 'rows-00003.array_record').exists()
-    assert not is_prepared(str(tmp_path))
+    assert written and not folder.exists() and not is_prepared(str(folder))
     with pytest.raises(InputError, match='has no manifest.json'):
-        PreparedRows(tmp_path)
-    manifest = write_prepared(documents(), Letters(), 32, tmp_path)  # the same command again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['manifest.json', 'rows-00000.array_record']
-    assert len(PreparedRows(tmp_path)) == manifest['num_rows']
+        PreparedRows(folder)
+    manifest = write_prepared(documents(), Letters(), 32, folder)  # the same command again
+    assert sorted(path.name for path in folder.iterdir()) == ['manifest.json', 'rows-00000.array_record']
+    assert len(PreparedRows(folder)) == manifest['num_rows']
+    with pytest.raises(InputError, match='already holds prepared data'):
+        write_prepared(documents(), Letters(), 32, folder)

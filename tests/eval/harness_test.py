@@ -101,6 +101,10 @@ def test_settings_that_are_impossible_are_refused(shared_data):
         prepare(find_task('piqa'), data_dir, limit=-1)
     with pytest.raises(InputError, match='num_samples is 0'):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(num_samples=0))
+    with pytest.raises(InputError, match='temperature is -1'):
+        prepare(find_task('piqa'), data_dir, sampling=Sampling(temperature=-1.0))
+    with pytest.raises(InputError, match='top_p is 2'):
+        prepare(find_task('piqa'), data_dir, sampling=Sampling(top_p=2.0))
     exam = prepare(find_task('human_eval'), data_dir, limit=2, sampling=Sampling(3, temperature=0.8))
     assert [(r.num_samples, r.temperature) for (r,) in exam.requests] == [(3, 0.8)] * 2
     with pytest.raises(InputError, match='executes generated code, which is off'):

@@ -75,5 +75,5 @@ def test_command_that_is_none(command, reason):
 
 
 def test_command_that_is_not_there():
-    with CommandRating('/no/such/classifier') as rate, pytest.raises(InputError, match='/no/such/classifier'):
-        rate('abc')
+    with pytest.raises(InputError, match="no program '/no/such/classifier'"):
+        CommandRating('/no/such/classifier --fast')

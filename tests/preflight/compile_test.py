@@ -87,7 +87,10 @@ def test_without_libtpu_one_line_says_what_to_install():
     [
         (['--topology=v5e'], "topology 'v5e': write"),
         (['--topology=v5e:3x3'], 'topology v5e:3x3: libtpu refuses it: INVALID_ARGUMENT'),
-        (['--topology=2xv5e:2x2'], 'the devices are in 2 slices; set --config.mesh.dcn_data=2'),
+        (
+            ['--topology=2xv5e:2x2'],
+            'the devices are in 2 slices; dcn_data must be 2 (set by --config.mesh.*)',
+        ),
         (['--topology=v5e:2x4', '--config.mesh.tensor=3'], 'impossible mesh'),
         (
             ['--topology=v5e:2x2', '--xla_options=xla_no_such_option=1'],

@@ -40,10 +40,21 @@ def test_a_run_shorter_than_its_warmup_warms_up_over_its_first_tenth():
 
 
 def test_what_cannot_be_is_refused_in_one_line():
-    with pytest.raises(InputError, match=r'num_steps is 0 and warmup_steps 10; there must be at least 1'):
+    with pytest.raises(InputError, match=r'num_steps is 0; it must be at least 1'):
         make_schedule(RECIPE, 0)
-    with pytest.raises(InputError, match=r"unknown optimizer 'sgd'; choose from \('adamw'"):
-        make_optimizer(dataclasses.replace(RECIPE, name='sgd'), 1.0)
+    with pytest.raises(InputError, match=r"name is 'sgd', which is no optimizer; choose from \('adamw'"):
+        dataclasses.replace(RECIPE, name='sgd')
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('learning_rate', 0.0), ('learning_rate', math.nan), ('learning_rate', math.inf), ('warmup_steps', -1),
+     ('final_fraction', 1.5), ('beta1', 1.0), ('beta2', -0.1), ('beta2', math.nan), ('eps', -1e-8),
+     ('weight_decay', -0.1), ('clip_norm', -1.0), ('clip_norm', math.nan)],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(InputError, match=rf'^{name} is {value}; it must be '):
+        dataclasses.replace(RECIPE, **{name: value})
 
 
 def test_norms_alone_do_not_decay():

@@ -1,7 +1,6 @@
 """The benchmarks, by our names (the folders of the data directory) and by lm-evaluation-harness's."""
 
 import dataclasses
-import difflib
 
 from llama_jax.eval.task import Document, Task
 from llama_jax.eval.tasks.agieval import AGIEVAL
@@ -27,7 +26,7 @@ from llama_jax.eval.tasks.siqa import SIQA
 from llama_jax.eval.tasks.truthful_qa import TRUTHFUL_QA, TRUTHFUL_QA_GEN
 from llama_jax.eval.tasks.winogender import WINOGENDER
 from llama_jax.eval.tasks.winogrande import WINOGRANDE
-from llama_jax.types import InputError
+from llama_jax.types import InputError, did_you_mean
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -61,10 +60,9 @@ def find_task(name: str) -> Task:
     subsets = {subset: task for task in TASKS.values() for subset in task.subsets}
     if name in subsets:
         return _subset(subsets[name], name)
-    near = difflib.get_close_matches(name, [*TASKS, *theirs, *subsets], n=3, cutoff=0.5)
-    hint = (
-        f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(TASKS)} and perplexity:FILE'
-    )
+    hint = did_you_mean(name, [*TASKS, *theirs, *subsets])
+    if not hint.startswith('did'):  # then our own names are enough
+        hint = f'there are {", ".join(TASKS)} and perplexity:FILE'
     raise InputError(f'unknown task {name!r}; {hint}')
 
 

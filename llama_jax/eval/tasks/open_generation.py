@@ -56,6 +56,7 @@ def _toxicity_task(name: str, instruction: str, lm_eval: dict[str, tuple[str, st
         judge=_toxicity,
         answer=lambda d: ' and so on.',
         metrics=('toxicity', 'toxic'),
+        rates_text=True,
         lm_eval=lm_eval,
     )
 
@@ -124,5 +125,6 @@ BOLD = Task(
     judge=_sentiment,
     answer=lambda d: ' and so on.',
     metrics=('sentiment',),
+    rates_text=True,
     aggregate=_aggregate_bold,
 )

@@ -1,0 +1,253 @@
+"""The command line: what a command takes, what is told of what goes wrong, and what is checked before any work."""
+
+import ast
+import errno
+import os
+import pathlib
+import re
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs import pretrain
+from experiments import launch, training
+from experiments.pretrain import parse_weights
+from llama_jax.eval.tasks import find_task
+from llama_jax.models.presets import PRESETS
+from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.types import InputError, SystemFailure, did_you_mean
+
+EXPERIMENTS = pathlib.Path(launch.__file__).parent
+COMMANDS = sorted(
+    file for file in EXPERIMENTS.rglob('*.py') if re.search(r'DEFINE_\w+\(|define_\w+\(', file.read_text())
+    and file.name != 'launch.py'
+)  # fmt: skip
+# Strings that name no file.
+NO_PATHS = {
+    'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
+    'axis_rules', 'text_key', 'separator', 'prompt', 'mesh',
+}  # fmt: skip
+
+
+def holders(file):
+    """{flag: (name of its holder, kind of definition)} that a command defines itself."""
+    found = {}
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            call = ast.unparse(node.value.func)
+            if call.startswith(('flags.DEFINE', 'launch.define')):
+                name = node.value.args[0].value if node.value.args else call.removeprefix('launch.define_')
+                found[name] = node.targets[0].id, call
+    return found
+
+
+@pytest.mark.parametrize('file', COMMANDS, ids=lambda file: file.stem)
+def test_a_command_uses_every_flag_that_it_has(file):
+    source = file.read_text()
+    found = holders(file)
+    assert found or 'launch.define_processes()' in source
+    for name, (holder, kind) in found.items():
+        assert re.search(rf'\b{holder}\b(\.value|,|\))', source), f'--{name} is defined and not used'
+        strings = ('flags.DEFINE_string', 'flags.DEFINE_list', 'flags.DEFINE_multi_string')
+        assert kind not in strings or name in NO_PATHS, f'--{name}: a path (define_path), or one of NO_PATHS'
+
+
+def test_no_flag_is_of_all_commands():
+    """What `launch` defines, it defines where a command asks for it."""
+    defined = [
+        node
+        for node in ast.parse((EXPERIMENTS / 'launch.py').read_text()).body
+        if isinstance(node, ast.Assign)
+    ]
+    assert not any('DEFINE' in ast.unparse(node) for node in defined)
+    joining = [file.stem for file in COMMANDS if 'launch.define_processes()' in file.read_text()]
+    assert joining == ['evaluate', 'pretrain']
+
+
+@pytest.mark.parametrize(
+    ('given', 'wanted'),
+    [
+        ('~/runs/t', 'HOME/runs/t'), ('~', 'HOME'), ('a~b', 'a~b'), ('gs://b/~/c', 'gs://b/~/c'),
+        ('x.txt,~/y.txt, ~/z', 'x.txt,HOME/y.txt, HOME/z'), ('tfds:lm1b:train@~/tfds', 'tfds:lm1b:train@HOME/tfds'),
+        ('piqa,perplexity:~/a.txt', 'piqa,perplexity:HOME/a.txt'), ('', ''),
+    ],
+)  # fmt: skip
+def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
+    monkeypatch.setenv('HOME', '/home/me')
+    wanted = wanted.replace('HOME', '/home/me')
+    values = flags.FlagValues()
+    holder = flags.DEFINE(
+        launch._PathParser(), 'place', '', 'a path', flag_values=values, serializer=flags.ArgumentSerializer()
+    )
+    values(['command', f'--place={given}'])
+    assert holder.value == wanted
+    config = ConfigDict({section: {} for section in ('data', 'eval', 'log')})
+    for key in launch.PATH_KEYS:
+        section, _, name = key.partition('.')
+        config[section][name] = given
+    launch._expand_config(config)
+    assert set(launch.flatten(config).values()) == {wanted}
+
+
+def test_keys_that_name_files_are_expanded():
+    keys = set(launch.flatten(pretrain.get_config('tiny')))
+    assert set(launch.PATH_KEYS) <= keys
+
+
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    """A command line that names a workdir, and a configuration that names data."""
+    values = flags.FlagValues()
+    flags.DEFINE(
+        launch._PathParser(),
+        'workdir',
+        '',
+        'a path',
+        flag_values=values,
+        serializer=flags.ArgumentSerializer(),
+    )
+    values(['command', f'--workdir={tmp_path}/run'])
+    monkeypatch.setattr(flags, 'FLAGS', values)
+    return tmp_path
+
+
+def test_who_is_told_what_of_a_failure(given):
+    def told(error):
+        return launch.describe_failure(error)
+
+    inside = str(given / 'run/checkpoints/4')
+    assert told(FileNotFoundError(errno.ENOENT, 'No such file', inside)) == (f'{inside}: No such file', 2)
+    above = str(given)
+    assert told(PermissionError(errno.EACCES, 'Permission denied', above)) == (
+        f'{above}: Permission denied',
+        2,
+    )
+    # What the command line does not name is a defect of ours, and keeps its traceback.
+    assert told(FileNotFoundError(errno.ENOENT, 'No such file', '/proc/nothing'))[1] == 0
+    assert told(OSError('of no number'))[1] == 0
+    assert told(KeyError('x'))[1] == 0
+    # The machine's failures are nobody's fault, named file or not.
+    assert told(OSError(errno.ENOSPC, 'No space left on device', inside)) == (
+        f'{inside}: No space left on device',
+        1,
+    )
+    assert told(OSError(errno.EIO, 'Input/output error')) == ('Input/output error', 1)
+    assert told(SystemFailure('the disk')) == ('the disk', 1)
+    assert told(FloatingPointError('loss is nan')) == ('loss is nan', 1)
+    assert told(BrokenPipeError(errno.EPIPE, 'Broken pipe'))[1] == 1
+    assert told(InputError('wrong')) == ('wrong', 2)
+
+
+def test_who_knows_the_flags_names_them():
+    names = ('--config.optimizer.beta1', '--config.optimizer.beta2')
+    for line, wanted in (
+        ('beta2 is 2; it must be below 1', '--config.optimizer.beta2 is 2; it must be below 1'),
+        ('nothing fits', 'nothing fits (set by --config.optimizer.beta1, --config.optimizer.beta2)'),
+        ('give --config.optimizer.beta1 less', 'give --config.optimizer.beta1 less'),
+    ):
+        with pytest.raises(InputError, match=f'^{re.escape(wanted)}$'), launch.flags_named(*names):
+            raise InputError(line)
+
+
+@pytest.mark.parametrize('key', sorted(training._RANGES))
+def test_a_setting_out_of_range_is_named_before_anything_is_read(key):
+    config = pretrain.get_config('tiny')
+    training.check_settings(config)
+    section, _, name = key.rpartition('.')
+    place = config[section] if section else config
+    for value in (-1, *([float('nan')] if isinstance(place[name], float) else [])):
+        place[name] = value
+        with pytest.raises(InputError, match=rf'^--config\.{key}=\S+ is out of range: it must be at least'):
+            training.check_settings(config)
+
+
+def test_every_number_of_a_configuration_has_a_range():
+    checked = set(training._RANGES) | {
+        key for key in launch.flatten(pretrain.get_config()) if key.startswith('mesh.')
+    }
+    numbers = {
+        key for key, value in launch.flatten(pretrain.get_config()).items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith('optimizer.')
+    }  # fmt: skip
+    # The size of a tokenizer is told by its training, which is the first thing that is done.
+    assert numbers - checked == {'data.vocab_size'}
+
+
+def test_what_is_used_late_is_checked_early(monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    for settings, message in (
+        ({'log.profile_start': 600, 'log.profile_steps': 2}, 'profile_start=600 is not before the last'),
+        (
+            {'log.wandb': 'project'},
+            r"wandb=project needs the package wandb: pip install 'llama_jax\[wandb\]'",
+        ),
+        ({'optimizer.beta2': 1.5}, r'^--config\.optimizer\.beta2 is 1\.5; it must be from 0 to below 1'),
+    ):
+        config = pretrain.get_config('tiny')
+        for key, value in settings.items():
+            section, _, name = key.partition('.')
+            config[section][name] = value
+        with pytest.raises(InputError, match=message):
+            training.check_settings(config)
+    config = pretrain.get_config('tiny')
+    for weights, message in (
+        ('1,2', '2 weights for 1 data sources'),
+        ('nan', 'positive'),
+        ('a', 'give numbers'),
+    ):
+        config.data.weights = weights
+        with pytest.raises(InputError, match=message):
+            parse_weights(config)
+    config.eval.tasks, config.eval.data_dir = 'mbpp', 'x'
+    with pytest.raises(InputError, match=r'executes generated code.*set by --config\.eval\.tasks'):
+        training.prepare_exams(config)
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'parts', 'message'),
+    [
+        (
+            8,
+            2,
+            r'are 4 rows at a time, .* the 8 devices .*; make the batch a multiple of 16, or take it in 1$',
+        ),
+        (32, 8, r'are 4 rows at a time, .*; make the batch a multiple of 64, or take it in 4$'),
+        (12, 1, r'batch size 12 .* must be a multiple of 8 \(set by --config\.train\.batch_size'),
+    ],
+)
+def test_the_advice_about_a_batch_helps(batch_size, parts, message):
+    config = pretrain.get_config('tiny')
+    partitioner = Partitioner(make_mesh({'fsdp': 8}))
+    config.train.batch_size, config.train.num_microbatches = batch_size, parts
+    with pytest.raises(InputError, match=message) as error:
+        training.check_sizes(config, 256, partitioner)
+    if multiple := re.search(r'multiple of (\d+)', str(error.value)):
+        config.train.batch_size = int(multiple[1])
+        training.check_sizes(config, 256, partitioner)
+    if fewer := re.search(r'take it in (\d+)', str(error.value)):
+        config.train.batch_size, config.train.num_microbatches = batch_size, int(fewer[1])
+        training.check_sizes(config, 256, partitioner)
+
+
+def test_a_name_is_suggested_once():
+    assert did_you_mean('hellaswag', ['hellaswag', 'piqa', 'hellaswag']) == 'did you mean hellaswag?'
+    with pytest.raises(InputError, match=r"unknown task 'hellaswagg'; did you mean hellaswag\?$"):
+        find_task('hellaswagg')
+    assert did_you_mean('llama3', PRESETS).startswith('did you mean llama3_8b or ')
+
+
+@pytest.mark.parametrize(
+    'name', ['', 'llama', 'llama2', 'llama3', 'code_llama', 'stories', 'llama3_', 'x_y', '7b']
+)
+def test_the_name_of_no_model_is_refused_by_name(name):
+    config = pretrain.get_config(name)
+    with pytest.raises(InputError, match=f'unknown model {name!r}'):
+        training.find_preset(config.model.preset)
+
+
+def test_a_configuration_that_fails_is_told_in_a_line(tmp_path):
+    file = tmp_path / 'failing.py'
+    file.write_text("def get_config():\n    return {}['x']\n")
+    line = launch._describe_config_error(KeyError('x'), [f'--config={file}'])
+    assert line == f"--config={file} cannot be loaded: KeyError: 'x'" and os.sep in line
