@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,6 +18,8 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError, Params
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -57,7 +60,7 @@ class Engine:
         """Every distinct request with its result, in the order in which they are found (long ones first).
 
         Raises:
-          InputError: a continuation has no token of its own.
+          InputError: a continuation is empty.
         """
         distinct = list(dict.fromkeys(requests))
         yield from self._likelihoods([r for r in distinct if not isinstance(r, Completion)])
@@ -106,19 +109,32 @@ class Engine:
             for text, ids in zip(names, self.tokenizer.encode_batch(names), strict=True)
         }
         bos, length = (self.tokenizer.bos_id,), self.model.config.max_seq_len
-        parts = []
+        parts, merged = [], []
         for request, context_text, text in zip(requests, contexts, texts, strict=True):
             context, whole = encoded[context_text], encoded[text]
             if isinstance(request, Rolling):
                 parts.append((rolling_windows(whole, bos[0], length), False))
-            elif not (continuation := whole[len(context) :]):
+                continue
+            if not request.continuation:
                 raise InputError(
-                    f'the continuation {request.continuation[:40]!r} of {request.context[-40:]!r} encodes to no '
-                    'token of its own, so it has no probability; a choice needs text'
+                    f'the continuation of {request.context[-40:]!r} is empty, so it has no probability; a choice needs '
+                    'text'
                 )
-            else:
-                parts.append(left_truncated(bos + context, continuation, length))
+            if not (continuation := whole[len(context) :]):
+                merged.append(request)
+                continuation = self._alone(request.continuation)
+            parts.append(left_truncated(bos + context, continuation, length))
+        if merged:
+            _log.warning(
+                'continuations that are one token with the end of their context: %d, such as %r of %r; they are scored '
+                'by tokens of their own', len(merged), merged[0].continuation[:40], merged[0].context[-40:],
+            )  # fmt: skip
         return parts
+
+    def _alone(self, text: str) -> tuple[int, ...]:
+        """Ids of a text in the middle of a line: at its beginning, sentencepiece would put a space in front."""
+        before, whole = self.tokenizer.encode('\n'), self.tokenizer.encode(f'\n{text}')
+        return tuple(whole[len(before) :] if whole[: len(before)] == before else self.tokenizer.encode(text))
 
     def _completions(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
         alike = defaultdict(list)  # what one call generates with

@@ -1,5 +1,10 @@
 """A model for lm-evaluation-harness: its tasks, prompts and metrics, our mesh and batches; needs no torch.
 
+    lm_eval --model llama_jax --model_args pretrained=CKPT --tasks hellaswag
+
+`python -m llama_jax.eval.lm_eval` is the same command for releases of the harness that look for no models in other
+packages (0.4.13 is one). From Python:
+
     import lm_eval
     from llama_jax.eval.engine import Engine
     from llama_jax.eval.lm_eval import language_model
@@ -8,26 +13,39 @@
     model = language_model(Engine(llama_jax.LlamaForCausalLM(config), params, tokenizer))
     lm_eval.simple_evaluate(model, tasks=['hellaswag'])
 
-It answers as the harness's own model of transformers does, so that numbers compare: texts are decoded without their
-prompt, and the text of a rolling perplexity begins with a BOS of its own. On several hosts run the same on each.
+It answers as the harness's own model of transformers does, so that numbers compare: text that spells a special token
+means that token, texts are decoded without their prompt, and the text of a rolling perplexity begins with a BOS of its
+own. What cannot be answered is logged and ends no run. On several hosts run the same on each.
 """
 
+import functools
 import json
+import logging
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from llama_jax import pretrained as checkpoints
+from llama_jax import runtime
 from llama_jax.eval.engine import Engine, rolling_windows
+from llama_jax.eval.lm_eval_requests import completion, continuation, plain_text, read, whole_text
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
 from llama_jax.inference.scoring import score
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.tokenizer import Tokenizer, parse_json
 from llama_jax.types import InputError
 
-Messages = Sequence[Mapping[str, str]]
+_log = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 def language_model(engine: Engine, chat_template: str = '') -> Any:
@@ -41,55 +59,135 @@ def language_model(engine: Engine, chat_template: str = '') -> Any:
     Raises:
       InputError: lm_eval is not installed.
     """
+    return _model_class()(engine=engine, chat_template=chat_template)
+
+
+def __getattr__(name: str) -> Any:
+    """`LlamaJax`, the class that the harness makes its model of; made when asked for, as lm_eval may be missing."""
+    if name == 'LlamaJax':
+        return _model_class()
+    raise AttributeError(name)
+
+
+@functools.cache
+def _model_class() -> Any:
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("lm-evaluation-harness is not installed: pip install 'llama_jax[eval]'") from error
-    return type('LlamaJax', (_Answers, LM), {})(engine, chat_template)
+    return type('LlamaJax', (_Answers, LM), {'__module__': __name__})
+
+
+def _load_engine(
+    path: str, tokenizer: str, dtype: str, batch_tokens: int, seed: int, axes: Mapping[str, int]
+) -> Engine:
+    """The checkpoint on a mesh of all devices."""
+    runtime.enable_compilation_cache()
+    names = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
+    names['auto'] = names['float32' if jax.default_backend() == 'cpu' else 'bfloat16']
+    if dtype not in names:
+        raise InputError(f'dtype is {dtype!r}; choose from {", ".join(sorted(names))}')
+    partitioner = Partitioner(make_mesh(dict(axes)))
+    config, params, found = checkpoints.load(
+        path, partitioner=partitioner, dtype=names[dtype], tokenizer=tokenizer
+    )
+    model = LlamaForCausalLM(config, dtype=names[dtype], partitioner=partitioner)
+    return Engine(model, params, found, batch_tokens=batch_tokens, seed=seed)
 
 
 class _Answers:
     """What lm-evaluation-harness asks of a model."""
 
-    def __init__(self, engine: Engine, chat_template: str):
+    def __init__(
+        self,
+        pretrained: str = '',
+        *,
+        engine: Engine | None = None,
+        tokenizer: str = '',
+        chat_template: str = '',
+        dtype: str = 'auto',
+        batch_tokens: int = 8192,
+        seed: int = 0,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+        **axes: int,
+    ):
+        """All but `engine` may stand in the harness's `--model_args`.
+
+        Args:
+          pretrained: anything that is a Llama.
+          engine: what answers, in the place of `pretrained`.
+          tokenizer: file or folder, instead of the checkpoint's own.
+          chat_template: Jinja, or a file of it.
+          dtype: of the computation: float32, bfloat16, float16, or auto: float32 on a CPU.
+          batch_tokens: of a batch, padding included; what fits into memory.
+          seed: of sampled completions.
+          batch_size: the harness's, as the next two; not used: batches are of tokens, and the mesh is of all devices.
+          max_batch_size: not used.
+          device: not used.
+          **axes: sizes of the mesh's axes, such as tensor=2; the rest of the devices split weights and batch.
+        """
         super().__init__()
+        if unused := [
+            name
+            for name, value in (('batch_size', batch_size), ('device', device))
+            if value not in (None, 1, '1')
+        ]:
+            _log.warning(
+                '%s of the harness is not used: batch_tokens and mesh axes are model arguments',
+                ', '.join(unused),
+            )
+        if engine is None:
+            engine = _load_engine(
+                pretrained, tokenizer, dtype, int(batch_tokens), int(seed), {'fsdp': -1} | axes
+            )
+        self._tokenizer = engine.tokenizer
+        templated: Any = _TemplatedTokenizer(engine.tokenizer)
         self._engine = Engine(
-            engine.model, engine.params, engine.tokenizer,
+            engine.model, engine.params, templated,
             batch_tokens=engine.batch_tokens, seed=engine.seed, decode_alone=True,
         )  # fmt: skip
-        self._tokenizer = engine.tokenizer
+        if chat_template and '{' not in chat_template:
+            chat_template = epath.Path(chat_template).read_text()
         self._given_template = chat_template
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability, is greedy) of continuations."""
-        results = self._answer([Continuation(*request.args) for request in requests])
-        return [
-            (result.log_probability, result.is_greedy) for result in results if isinstance(result, Likelihood)
-        ]
+        """(log-probability, is greedy) of continuations; (-inf, False) for what is none, (0, True) for an empty one."""
+
+        def answer(result: Result | None) -> tuple[float, bool]:
+            if isinstance(result, Likelihood):
+                return result.log_probability, result.is_greedy
+            return -math.inf, False
+
+        return [answer(result) for result in self._answer(requests, continuation)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts."""
+        """Log-probability of whole texts; -inf for what is none."""
         model, tokenizer = self._engine.model, self._engine.tokenizer
+        texts = read(requests, whole_text)
         pairs, owners = [], []
-        for index, request in enumerate(requests):
-            tokens = tuple(tokenizer.encode(request.args[0], bos=True))
+        for index, text in enumerate(texts):
+            tokens = () if text is None else tuple(tokenizer.encode(text, bos=True))
             windows = rolling_windows(tokens, tokenizer.bos_id, model.config.max_seq_len)
             pairs += windows
             owners += [index] * len(windows)
-        totals = [0.0] * len(requests)
+        totals = [-math.inf if text is None else 0.0 for text in texts]
         scored = score(model, self._engine.params, pairs, batch_tokens=self._engine.batch_tokens)
         for index, found in scored:
             totals[owners[index]] += found.log_probability
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts, each up to the first of its stop strings."""
-        results = self._answer([_completion(*request.args) for request in requests])
-        return [result.texts[0] for result in results if isinstance(result, Completions)]
+        """Generated texts, each up to the first of its stop strings; '' where the arguments cannot be followed."""
+        results = self._answer(requests, completion)
+        return [result.texts[0] if isinstance(result, Completions) else '' for result in results]
 
-    def _answer(self, requests: Sequence[Request]) -> list[Result]:
-        answers = dict(self._engine.answer(requests))
-        return [answers[request] for request in requests]
+    def _answer(self, requests: Sequence[Any], make: Callable[..., Request | Result]) -> list[Result | None]:
+        """The answers that can be given; `make` may know one at once."""
+        asked = read(requests, make)
+        answers = dict(self._engine.answer([r for r in asked if isinstance(r, Continuation | Completion)]))
+        return [answers.get(one, one) for one in asked]  # pyright: ignore[reportReturnType]
 
     @property
     def tokenizer_name(self) -> str:
@@ -101,17 +199,21 @@ class _Answers:
         return self._template() if chat_template else ''
 
     def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
-        """A conversation as text. From now on, text that spells a special token means that token."""
-        templated: Any = _TemplatedTokenizer(self._tokenizer)
-        self._engine.tokenizer = templated
+        """A conversation as text; where the template takes no system message, as by transformers' model, without it."""
+        messages = [{**message, 'content': plain_text(message['content'])} for message in chat_history]
         names = {id: name for name, id in special_tokens(self._tokenizer).items()}
-        return render_chat(
-            self._template(),
-            chat_history,
-            add_generation_prompt,
-            bos_token=names[self._tokenizer.bos_id],
-            eos_token=names[self._tokenizer.eos_id],
-        )
+        tokens = {
+            'bos_token': names.get(self._tokenizer.bos_id, ''),
+            'eos_token': names.get(self._tokenizer.eos_id, ''),
+        }
+        try:
+            return render_chat(self._template(), messages, add_generation_prompt, **tokens)
+        except InputError as error:
+            others = [message for message in messages if message['role'] != 'system']
+            if not others or len(others) == len(messages):
+                raise
+            _log.warning('%s; rendered without the system message', error)
+            return render_chat(self._template(), others, add_generation_prompt, **tokens)
 
     def _template(self) -> str:
         return (
@@ -119,24 +221,6 @@ class _Answers:
             or _template_beside(self._tokenizer)
             or chat_format_for(self._tokenizer).template
         )
-
-
-def _completion(context: str, arguments: Mapping[str, Any]) -> Completion:
-    """The harness's generation arguments as ours; InputError for those that we do not have."""
-    rest = dict(arguments)
-    until = rest.pop('until', None) or ()
-    lengths = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
-    given = [value for name in lengths if (value := rest.pop(name, None)) is not None]
-    temperature, top_p = float(rest.pop('temperature', 0.0)), float(rest.pop('top_p', 1.0))
-    if rest.pop('do_sample', None) is False:
-        temperature = 0.0
-    if unknown := sorted(rest):
-        raise InputError(
-            f'generation arguments {unknown} are not supported; there are until, max_gen_toks, do_sample, '
-            'temperature, top_p'
-        )
-    stop = (until,) if isinstance(until, str) else tuple(until)
-    return Completion(context, tuple(filter(None, stop)), int(given[0]) if given else 256, temperature, top_p)
 
 
 def render_chat(
@@ -217,4 +301,21 @@ class _TemplatedTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts."""
-        return [np.array(self.encode(text), np.int32) for text in texts]
+        plain = [text for text in texts if not self._split.search(text)]
+        found = dict(zip(plain, self._tokenizer.encode_batch(plain), strict=True)) if plain else {}
+        return [found[text] if text in found else np.array(self.encode(text), np.int32) for text in texts]
+
+
+def _main() -> None:
+    """The harness's own command line, to which this model is known."""
+    import lm_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports]
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import model_registry  # pyright: ignore[reportMissingImports]
+
+    if 'llama_jax' not in model_registry:
+        model_registry.register('llama_jax', target='llama_jax.eval.lm_eval:LlamaJax')
+    cli_evaluate()
+
+
+if __name__ == '__main__':
+    _main()

@@ -1,5 +1,7 @@
 """Requests answered by a real model as transformers answers them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,8 +111,18 @@ def test_long_texts_lose_their_left_end_and_rolling_ones_do_not(engine):
     assert windows == [((1,), (10, 11, 12, 13)), ((13,), (14, 15, 16, 17)), ((15, 16, 17), (18, 19))]
 
 
-def test_a_choice_without_tokens_is_refused(engine):
-    with pytest.raises(InputError, match="the continuation '' of 'What.' encodes to no token") as error:
+def test_a_continuation_that_melts_into_its_context_has_tokens_of_its_own(engine, caplog):
+    tokenizer = engine.tokenizer
+    assert len(tokenizer.encode('there')) == len(tokenizer.encode('the'))
+    answers = dict(engine.answer([Continuation('Hello', ' there'), Continuation('the', 're')]))
+    found = answers[Continuation('the', 're')]
+    assert math.isfinite(found.log_probability) and found.num_tokens >= 1
+    assert "one token with the end of their context: 1, such as 're' of 'the'" in caplog.text
+    assert tokenizer.decode(engine._alone('re')) == 're'
+
+
+def test_a_choice_without_text_is_refused(engine):
+    with pytest.raises(InputError, match="the continuation of 'What.' is empty") as error:
         list(engine.answer([Continuation('What?', '')]))
     assert '\n' not in str(error.value)
 

@@ -1,9 +1,11 @@
 """Our model under lm-evaluation-harness gives the numbers of the harness's own model of transformers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.lm_eval import language_model, render_chat
+from llama_jax.eval.task import Continuation
 from llama_jax.eval.tasks import find_task
 from llama_jax.types import InputError
 from tests.command_line import REPOSITORY
@@ -67,6 +70,13 @@ def tasks(shared_data, tmp_path_factory):
             {'dataset_path': 'json', 'dataset_kwargs': files, 'validation_split': 'validation'} | task
         )
     return found
+
+
+class Request:
+    """What the harness hands over."""
+
+    def __init__(self, *args):
+        self.args = args
 
 
 def run(model, tasks, **options):
@@ -152,8 +162,46 @@ def test_chat_templates_are_applied(engine, tasks):
     found = run(model, [TASKS['hellaswag'] | tasks[0]], apply_chat_template=True, limit=2)
     prompt = found['samples']['hellaswag'][0]['arguments'][0][0]
     assert prompt.startswith('<s>') and prompt.endswith('</s>')
-    tokenizer = model._engine.tokenizer
-    assert tokenizer.encode('<s>Once</s>', bos=True) == [1, *engine.tokenizer.encode('Once'), 2]
+
+
+def test_rendering_a_conversation_changes_no_answer(engine):
+    model = language_model(engine)
+    requests = [Request('Once </s> upon', ' a time'), Request('Once upon', ' a time')]
+    before = model.loglikelihood(requests)
+    alone = dict(engine.answer([Continuation('Once upon', ' a time')]))
+    model.apply_chat_template([{'role': 'user', 'content': 'hi'}])
+    assert model.loglikelihood(requests) == before
+    assert before[1][0] == alone[Continuation('Once upon', ' a time')].log_probability
+    # As transformers' tokenizers read it.
+    assert model._engine.tokenizer.encode('<s>Once</s>', bos=True) == [1, *engine.tokenizer.encode('Once'), 2]
+    texts = ['Once upon', 'Once</s>', 'a time']
+    found = model._engine.tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in found] == [model._engine.tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    'pieces',
+    ['hi there', [{'type': 'text', 'text': 'hi '}, {'type': 'text', 'text': 'there'}], ['hi ', 'there']],
+)
+def test_a_message_may_come_in_pieces(engine, pieces):
+    model = language_model(
+        engine, "{% for m in messages %}[{{ m['role'] }}: {{ m['content'] | trim }}]{% endfor %}"
+    )
+    messages = [{'role': 'user', 'content': pieces}]
+    assert model.apply_chat_template(messages) == '[user: hi there]'
+    assert model.apply_chat_template(messages, add_generation_prompt=False) == '[user: hi there'
+    with pytest.raises(InputError, match='reads text only'):
+        model.apply_chat_template([{'role': 'user', 'content': [{'type': 'image', 'image': 'x.png'}]}])
+
+
+def test_a_template_that_takes_no_system_message_is_given_none(engine, caplog):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    messages = [{'role': 'system', 'content': 'be good'}, {'role': 'user', 'content': 'hi'}]
+    assert language_model(engine, template).apply_chat_template(messages) == 'hi'
+    assert 'rendered without the system message' in caplog.text
 
 
 def test_the_numbers_are_equal_behind_a_chat_template_too(engine, tasks, huggingface, monkeypatch):
@@ -178,15 +226,19 @@ def test_it_needs_no_torch(engine, tasks, stories, tmp_path):
             for package in folder.iterdir():
                 if not package.name.startswith(('torch', 'functorch', 'accelerate')):
                     (packages / package.name).symlink_to(package)
+    value = tomllib.loads((REPOSITORY / 'pyproject.toml').read_text())['project']['entry-points'][
+        'lm_eval.models'
+    ]
     program = f"""
-import json, sys, jax.numpy as jnp, llama_jax, lm_eval
+import importlib.metadata, json, sys, lm_eval, lm_eval.models
+from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
-from llama_jax.eval.engine import Engine
-from llama_jax.eval.lm_eval import language_model
-config, params, tokenizer = llama_jax.load({str(stories)!r})
-model = language_model(Engine(llama_jax.LlamaForCausalLM(config, dtype=jnp.float32), params, tokenizer))
+entry = importlib.metadata.EntryPoint('llama_jax', {value['llama_jax']!r}, 'lm_eval.models')
+model_registry.register(entry.name, target=entry)
+model = 'llama_jax'
 found = lm_eval.simple_evaluate(
-    model, tasks={tasks!r}, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=2
+    model, model_args={{'pretrained': {str(stories)!r}, 'dtype': 'float32'}}, tasks={tasks!r},
+    task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=2,
 )
 print(json.dumps(['torch' in sys.modules, {{name: found['results'][name] for name in found['results']}}]))
 """
@@ -223,15 +275,49 @@ def test_a_template_renders_as_in_transformers(huggingface_folder):
         render_chat("{{ raise_exception('no') }}", messages)
 
 
-def test_unknown_generation_arguments_are_refused(engine):
-    class Request:
-        args = ('Once', {'until': '.', 'num_beams': 4})
+ODD = {  # arguments of a generation, and what is said of them where they cannot be followed
+    'num_beams': ({'num_beams': 4}, 'num_beams=4 are not supported'),
+    'several': (
+        {'top_k': 5, 'temperature': 1.0, 'penalty_alpha': 2},
+        'penalty_alpha=2, top_k=5 are not supported',
+    ),
+    'negative length': ({'max_gen_toks': -1}, 'max_gen_toks is -1'),
+    'length': ({'max_gen_toks': 'many'}, "invalid literal for int() with base 10: 'many'"),
+    'temperature': ({'temperature': -1.0}, 'temperature is -1.0'),
+    'top_p': ({'temperature': 1.0, 'top_p': 0}, 'top_p is 0'),
+    'surrogate': (None, 'surrogates not allowed'),
+}
 
-    with pytest.raises(InputError, match=r"generation arguments \['num_beams'\] are not supported"):
-        language_model(engine).generate_until([Request()])
-    Request.args = (
-        'Once upon a time',
-        {'until': '.', 'max_gen_toks': 8, 'do_sample': False, 'temperature': 1.0},
-    )
-    (text,) = language_model(engine).generate_until([Request()])
-    assert json.dumps(text) and '.' not in text
+
+def test_an_odd_generation_is_said_and_ends_no_run(engine, caplog):
+    plain = {'until': '.', 'max_gen_toks': 8, 'do_sample': False}
+    requests = [Request('Once upon a time', plain)]
+    requests += [
+        Request('Once', arguments) if arguments else Request('\ud800', plain) for arguments, _ in ODD.values()
+    ]
+    same = {  # nothing in these changes a greedy text
+        'num_beams': 1, 'temperature': 1.0, 'top_k': 50, 'top_p': 0.1, 'repetition_penalty': 1.0, 'until': ['.', None],
+        'length_penalty': 1.0, 'early_stopping': False, 'max_new_tokens': 8.0, 'max_gen_toks': None,
+    }  # fmt: skip
+    requests += [Request('Once upon a time', plain | same), Request('Once', plain | {'max_gen_toks': 0})]
+    requests += [Request('Once upon a time', {'until': None, 'max_gen_toks': 8}), Request('Lily', None)]
+    texts = language_model(engine).generate_until(requests)
+    first, *odd, again, nothing, endless, long = texts
+    assert first and '.' not in first and odd == [''] * len(ODD) and nothing == ''
+    assert again == first and endless.startswith(first) and len(long) > len(first)
+    assert not [said for _, said in ODD.values() if said not in caplog.text]
+    assert caplog.text.count('1 of 12 requests cannot be answered') == len(ODD)
+
+
+def test_an_odd_likelihood_is_said_and_ends_no_run(engine, caplog):
+    model = language_model(engine)
+    requests = [Request('Hello', ' there'), Request('the', 're'), Request('Hello', ''), Request('', 'Once')]
+    odd = [Request('Hello', '\ud800'), Request('Hello', 7), Request('Hello', ' there', {'visual': []})]
+    found = model.loglikelihood([*requests, *odd])
+    assert all(math.isfinite(value) for value, _ in found[:4]) and found[2] == (0.0, True)
+    assert found[4:] == [(-math.inf, False)] * 3
+    assert found[:2] == model.loglikelihood(requests[:2])  # whatever is beside them
+    rolling = model.loglikelihood_rolling([Request('Once upon'), Request(''), Request('\ud800')])
+    assert all(map(math.isfinite, rolling[:2])) and rolling[2] == -math.inf
+    for said in ('surrogates not allowed', "'7' is no text but int", 'positional arguments'):
+        assert said in caplog.text
