@@ -108,7 +108,10 @@ def evaluate(
     log: SampleLog | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """The task's metrics, 'n' (documents), 'num_fewshot', and 'truncated' where contexts were too long for the model.
+    """The task's metrics, 'n' (documents) and 'num_fewshot'.
+
+    Also 'num_samples' where several texts of an item were asked for, and 'truncated' where contexts were too long for
+    the model.
 
     Args:
       exam: from `prepare`.
@@ -233,5 +236,7 @@ def _metrics(exam: Exam, items: dict[int, dict[str, Any]]) -> dict[str, float]:
     scores: list[Scores] = [items[index]['scores'] for index in range(len(exam.documents))]
     metrics: dict[str, float] = dict(exam.task.aggregate(exam.documents, scores))
     metrics |= {'n': len(exam.documents), 'num_fewshot': exam.num_fewshot}
+    samples = [r.num_samples for requests in exam.requests for r in requests if isinstance(r, Completion)]
+    metrics |= {'num_samples': max(samples)} if samples and max(samples) > 1 else {}
     truncated = sum(any(result['truncated'] for result in item['results']) for item in items.values())
     return metrics | ({'truncated': truncated} if truncated else {})

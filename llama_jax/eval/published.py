@@ -118,7 +118,8 @@ def compare(model: str, results: Mapping[str, Mapping[str, Any]]) -> list[Compar
 
     Args:
       model: whose scores, such as 'llama2_7b'.
-      results: {task: {metric: value, 'n': items, 'num_fewshot': examples (optional)}}, as in `results.json`.
+      results: {task: {metric: value, 'n': items, 'num_fewshot': examples, 'num_samples': texts
+        generated for an item (both optional)}}, as in `results.json`.
 
     Returns:
       Every pair of the same task and metric; where some of a metric have our number of examples, only those.
@@ -135,15 +136,26 @@ def compare(model: str, results: Mapping[str, Mapping[str, Any]]) -> list[Compar
             if score.metric in matching and score.num_fewshot != shots:
                 continue
             value, count = float(metrics[score.metric]), int(metrics['n'])
-            interval = binomial_interval(value, count) if is_share(score.metric) and count else None
+            share = is_share(score.metric, int(metrics.get('num_samples', 1)))
+            interval = binomial_interval(value, count) if share and count else None
             rows.append(Comparison(score, value, count, interval, shots))
     return rows
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric is a mean of zeros and ones over all n items (not over a group of them)."""
-    names = r'acc|acc_norm|acc_bytes|acc_answer|acc_macro|exact_match|em_paper|pct_stereotype|pass@1|maj1@\d+'
-    return bool(re.fullmatch(names, metric))
+def is_share(metric: str, num_samples: int = 1) -> bool:
+    """Whether a metric is a mean of zeros and ones over all n items: only then n says how sure it is.
+
+    Not over a group of them, not a mean of groups (acc_macro), not of what several samples of an item give each.
+
+    Args:
+      metric: our name.
+      num_samples: texts generated for an item.
+    """
+    once = (
+        r'acc|acc_norm|acc_bytes|acc_answer|exact_match(_flexible|_boxed)?|em_paper|pct_stereotype|pass@1|mc1'
+        r'|rouge1_acc|rougeL_acc|toxic'
+    )
+    return bool(re.fullmatch(r'maj1@\d+' if num_samples > 1 else once, metric))
 
 
 def to_markdown(rows: Sequence[Comparison]) -> str:

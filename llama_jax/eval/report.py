@@ -13,7 +13,7 @@ from llama_jax.storage import write_atomically
 Results = Mapping[str, Mapping[str, Any]]
 
 # What stands in results beside the metrics.
-_COUNTS = ('n', 'num_fewshot', 'truncated')
+_COUNTS = ('n', 'num_fewshot', 'num_samples', 'truncated')
 
 
 def result_lines(results: Results) -> list[str]:
@@ -24,7 +24,7 @@ def result_lines(results: Results) -> list[str]:
         for metric in named or [metric for metric in found if metric not in _COUNTS]:
             value, count = found[metric], int(found['n'])
             shown = f'{value:.4f}'
-            if is_share(metric) and count:
+            if is_share(metric, found.get('num_samples', 1)) and count:
                 low, high = binomial_interval(value, count)
                 shown += f' ({low:.4f} to {high:.4f})'
             lines.append(f'| {name} | {metric} | {shown} | {found["num_fewshot"]} | {count:,} |')

@@ -1,6 +1,6 @@
 """What people read of an evaluation."""
 
-from llama_jax.eval.published import compare
+from llama_jax.eval.published import compare, is_share
 from llama_jax.eval.report import plot_comparison, result_lines, to_report
 
 RESULTS = {
@@ -32,3 +32,18 @@ def test_report_sets_ours_beside_theirs_and_counts_what_was_cut(tmp_path):
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
     alone = to_report('Evaluation of x', {'mmlu': RESULTS['mmlu']}, '', [])
     assert 'published' not in alone and 'longer than' not in alone
+
+
+def test_only_means_of_zeros_and_ones_have_an_interval():
+    """Twenty samples of an item are not twenty items, and a mean of subjects is none of questions."""
+    found = {'pass@1': 0.3, 'pass@10': 0.6, 'n': 164, 'num_fewshot': 0}
+    assert '| human_eval | pass@1 | 0.3000 (0.2351 to 0.3741) | 0 | 164 |' in result_lines(
+        {'human_eval': found}
+    )
+    several = found | {'num_samples': 20}
+    assert '| human_eval | pass@1 | 0.3000 | 0 | 164 |' in result_lines({'human_eval': several})
+    (row,) = [r for r in compare('llama2_7b', {'human_eval': several}) if r.published.metric == 'pass@1']
+    assert row.interval is None
+    votes = {'exact_match': 0.1, 'maj1@4': 0.2, 'n': 100, 'num_fewshot': 4, 'num_samples': 4}
+    shares = {m for m in votes | {'acc_macro': 0.4} if is_share(m, 4)}
+    assert shares == {'maj1@4'} and not is_share('acc_macro') and is_share('exact_match_boxed')
