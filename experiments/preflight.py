@@ -21,21 +21,21 @@ from ml_collections import ConfigDict
 
 from experiments import launch, training
 from llama_jax import storage
+from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
-from llama_jax.preflight.chips import GIB, Topology
 from llama_jax.preflight.decode import decode_arguments, decode_step
 from llama_jax.preflight.report import (
     Work,
-    available_bytes,
     describe,
     device_bytes,
     stacked_weight_shapes,
     step_report,
 )
+from llama_jax.preflight.topology import Topology
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state
 from llama_jax.train.throughput import training_flops_per_token
@@ -43,7 +43,10 @@ from llama_jax.types import InputError, LMBatch
 
 _CONFIG = launch.define_config()
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', None, '[SLICESx]CHIP:AxB[xC], as v5e:4x4 or 2xv5p:4x4x8', required=True
+    'topology',
+    None,
+    '[SLICESx]CHIP:AxB[xC], as v5e:4x4 or 2xv5p:4x4x8, or an accelerator type, as v5litepod-16 or v5p-256',
+    required=True,
 )
 _JSON = launch.define_path('json', '', 'file for the report')
 _XLA_OPTIONS = launch.define_xla_options()
@@ -85,17 +88,9 @@ def main() -> None:
     print(
         describe(f'{title}, train step of {settings_line(report["settings"])}', report['train']), flush=True
     )
-    if compiled.memory is None and _MAX_TRIES.value:
+    if not compiled.fits and _MAX_TRIES.value:
         report['search'] = search(
-            config,
-            llama,
-            topology,
-            devices,
-            compiled,
-            work,
-            partitioner,
-            _XLA_OPTIONS.value,
-            _MAX_TRIES.value,
+            config, llama, devices, compiled, work, partitioner, _XLA_OPTIONS.value, _MAX_TRIES.value
         )
     if decoder:
         assert decoder[0].partitioner is not None
@@ -201,7 +196,6 @@ def settings_line(values: dict[str, Any]) -> str:
 def search(
     config: ConfigDict,
     llama: LlamaConfig,
-    topology: Topology,
     devices: list[Any],
     compiled: ahead.Compiled,
     work: Work,
@@ -228,22 +222,15 @@ def search(
         tried.train.loss_chunks, tried.mesh.axis_rules = knobs.loss_chunks, knobs.axis_rules
         tried.mesh.data, tried.mesh.fsdp, tried.mesh.context = knobs.data, knobs.fsdp, knobs.context
         compiled, work, _ = compile_training(tried, llama, devices, xla_options)
-        found = outcome(knobs, compiled, work, batch_bytes(config, bounds), topology)
-        room = found.state + found.temporaries
-        logger.info(
-            '  %s: %.2f of %.2f GiB',
-            'fits' if found.fits else 'does not fit',
-            room / GIB,
-            found.available / GIB,
-        )
+        found = outcome(knobs, compiled, work, batch_bytes(config, bounds))
+        logger.info('  %s: %s', 'fits' if found.fits else 'does not fit', of_available(found))
         return found
 
-    failed = outcome(start, compiled, work, batch_bytes(config, bounds), topology)
+    failed = outcome(start, compiled, work, batch_bytes(config, bounds))
     tried, fitting = find_fit(failed, bounds, attempt, max_tries)
     flags_that_fit = changes(start, fitting.knobs) if fitting else []
     if fitting:
-        room = fitting.state + fitting.temporaries
-        print(f'  it fits in {room / GIB:.2f} GiB with {" ".join(flags_that_fit)}')
+        print(f'  it fits, {of_available(fitting)}, with {" ".join(flags_that_fit)}')
     elif failed.state + failed.gradients > failed.available:
         print(
             f'  state and gradients alone take {(failed.state + failed.gradients) / GIB:.2f} GiB of '
@@ -254,8 +241,14 @@ def search(
     return {
         'tried': [dataclasses.asdict(one) for one in tried],
         'fits_with': flags_that_fit,
-        'total': fitting.state + fitting.temporaries if fitting else 0,
+        'total': fitting.total if fitting else 0,
     }
+
+
+def of_available(attempt: Attempt) -> str:
+    """The memory that an attempt needs, of that which there is."""
+    needed = f'{attempt.total / GIB:.2f}' if attempt.temporaries else 'an unknown part'
+    return f'{needed} of {attempt.available / GIB:.2f} GiB'
 
 
 def batch_bytes(config: ConfigDict, bounds: Bounds) -> int:
@@ -272,13 +265,11 @@ def rules_over_slices(config: ConfigDict, partitioner: Partitioner) -> str:
     return ','.join([*filter(None, rules), '+'.join(['embed=dcn_data', *embed])])
 
 
-def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int, topology: Topology) -> Attempt:
+def outcome(knobs: Knobs, compiled: ahead.Compiled, work: Work, batch: int) -> Attempt:
     """A compilation as the search sees it."""
-    memory = compiled.memory
-    temporaries = memory.temporaries + memory.outputs if memory else compiled.needed
-    available = available_bytes(compiled, topology)
-    state = memory.arguments if memory else work.parameters + work.optimizer + batch
-    return Attempt(knobs, memory is not None, state, work.gradients, temporaries, available)
+    state = compiled.memory.arguments if compiled.memory else work.parameters + work.optimizer + batch
+    temporaries = max(0, compiled.needed - state)
+    return Attempt(knobs, compiled.fits, state, work.gradients, temporaries, compiled.available)
 
 
 def changes(start: Knobs, knobs: Knobs) -> list[str]:

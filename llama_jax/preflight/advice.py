@@ -38,7 +38,7 @@ class Attempt:
 
     Attributes:
       knobs: that were tried.
-      fits: whether XLA found room.
+      fits: whether there is room.
       state: bytes of parameters, optimiser state and batch.
       gradients: bytes of one copy.
       temporaries: that the program asks for, gradients among them; 0 where XLA does not say.
@@ -51,6 +51,10 @@ class Attempt:
     gradients: int
     temporaries: int
     available: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
+from llama_jax.chips import GIB
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
-from llama_jax.preflight.chips import GIB, Topology
 from llama_jax.preflight.compile import Compiled
 from llama_jax.preflight.costs import program_costs, stacked_bytes
 from llama_jax.preflight.hlo import Program
 from llama_jax.preflight.roofline import Place, link_seconds, roofline
+from llama_jax.preflight.topology import Topology
 from llama_jax.types import PyTree
 
 
@@ -59,32 +60,26 @@ def stacked_weight_shapes(model: LlamaForCausalLM) -> frozenset[tuple[int, ...]]
     return frozenset(shape for shape in shapes if shape[0] == model.config.num_layers)
 
 
-def available_bytes(compiled: Compiled, topology: Topology) -> int:
-    """Main memory of one device: what XLA leaves to programs, where it said so, or else all of it."""
-    return compiled.available or topology.chip.hbm_bytes // topology.chip.devices
-
-
 def step_report(
     compiled: Compiled, work: Work, topology: Topology, places: Sequence[Place]
 ) -> dict[str, Any]:
     """All figures of one compiled step, plain values for JSON; bytes and seconds, None where unknown."""
     report: dict[str, Any] = {
-        'fits': compiled.memory is not None,
+        'fits': compiled.fits,
         'involuntary_rematerializations': list(compiled.rematerializations),
         'trace_seconds': round(compiled.trace_seconds, 2),
         'compile_seconds': round(compiled.compile_seconds, 2),
     }
     hbm: dict[str, int] = {
-        'available': available_bytes(compiled, topology),
+        'available': compiled.available,
+        'total': compiled.needed,
         'parameters': work.parameters,
         'optimizer': work.optimizer,
         'kv_cache': work.kv_cache,
     }
     if compiled.memory is None:
-        # XLA names the temporaries alone, which hold the gradients.
-        return report | {
-            'hbm': hbm | {'gradients': work.gradients, 'temporaries_with_gradients': compiled.needed}
-        }
+        held = work.parameters + work.optimizer + work.kv_cache
+        return report | {'hbm': hbm | {'all_else': max(0, compiled.needed - held)}}
     program = Program(compiled.executable.as_text())
     costs = program_costs(program)
     memory = compiled.memory
@@ -96,9 +91,10 @@ def step_report(
         'gradients': gradients,
         'activations': activations,
         'temporaries': memory.temporaries - activations - gradients + memory.outputs,
-        'total': memory.total,
+        'code': memory.code,
         'host': memory.host or kept_on_host,
     }
+    report['memory_analysis'] = dict(memory.statistics)
     ici, dcn, kinds = link_seconds(costs.collectives, topology, places)
     terms = roofline(costs, ici, dcn, topology)
     devices = topology.num_chips * topology.chip.devices
@@ -122,7 +118,9 @@ def step_report(
     return report
 
 
-_MEMORY = ('parameters', 'optimizer', 'kv_cache', 'gradients', 'activations', 'batch', 'temporaries', 'host')
+_MEMORY = (
+    'parameters', 'optimizer', 'kv_cache', 'gradients', 'activations', 'batch', 'temporaries', 'code', 'host',
+)  # fmt: skip
 _TERMS = {'compute': 'compute', 'hbm': 'HBM', 'ici': 'ICI (within a slice)', 'dcn': 'DCN (between slices)'}
 
 
@@ -135,15 +133,14 @@ def describe(title: str, report: dict[str, Any]) -> str:
         f'rematerialisations: {len(report["involuntary_rematerializations"]) or "none"}'
     )
     lines += [f'    {line[:300]}' for line in report['involuntary_rematerializations']]
-    if not report['fits']:
-        asked = hbm['temporaries_with_gradients']
+    needed = f'{hbm["total"] / GIB:.2f}' if hbm['total'] > 1 else 'more than all'
+    lines.append(f'  HBM a device: {needed} of {hbm["available"] / GIB:.2f} GiB')
+    if 'all_else' in hbm:
         lines.append(
-            f'  HBM a device: {hbm["available"] / GIB:.2f} GiB; parameters {hbm["parameters"] / GIB:.2f}, optimiser '
-            f'{hbm["optimizer"] / GIB:.2f}, '
-            + (f'all else {asked / GIB:.2f}' if asked > 1 else 'and XLA does not say how much else')
+            f'    parameters {hbm["parameters"] / GIB:.2f}, optimiser {hbm["optimizer"] / GIB:.2f}'
+            + (f', all else {hbm["all_else"] / GIB:.2f}' if hbm['total'] > 1 else '')
         )
         return '\n'.join(lines)
-    lines.append(f'  HBM a device: {hbm["total"] / GIB:.2f} of {hbm["available"] / GIB:.2f} GiB')
     lines += [
         f'    {name.replace("_", " "):14}{hbm[name] / GIB:9.2f}'
         for name in _MEMORY

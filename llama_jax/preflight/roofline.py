@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.preflight.chips import Topology
 from llama_jax.preflight.costs import Collective, Costs
+from llama_jax.preflight.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def traffic(collective: Collective, topology: Topology, places: Sequence[Place])
 
 def _dcn_seconds(topology: Topology, chip_bytes: float) -> float | None:
     """Of what one chip sends to other slices."""
-    bandwidth = topology.chip.dcn_bandwidth
+    bandwidth = topology.torus.dcn_bandwidth
     return chip_bytes / bandwidth if bandwidth else None if chip_bytes else 0.0
 
 
@@ -117,13 +117,15 @@ def _group_traffic(
         seconds = 0.0
         for axis, extent in enumerate(extents[: len(topology.shape)]):
             hops = extent / 4 if _closed(topology, axis, extent) else (extent * extent - 1) / (3 * extent)
-            seconds = max(seconds, collective.bytes * chip.devices * hops / (2 * chip.link_bandwidth))
+            seconds = max(
+                seconds, collective.bytes * chip.devices * hops / (2 * topology.torus.link_bandwidth)
+            )
         dcn_chip = dcn * chip.devices
     else:
         ici = rounds * collective.bytes * (chips - 1) / chips
         dcn = rounds * collective.bytes * (slices - 1) / slices / (chips * sharing)
         bandwidth = sum(
-            (2 if _closed(topology, axis, extent) else 1) * chip.link_bandwidth
+            (2 if _closed(topology, axis, extent) else 1) * topology.torus.link_bandwidth
             for axis, extent in enumerate(extents[: len(topology.shape)])
             if extent > 1
         )
@@ -146,7 +148,7 @@ def _permute_traffic(collective: Collective, topology: Topology, places: Sequenc
         for source, target in pairs
     )
     # One hop at least; the two devices of a chip share a link.
-    ici_seconds = size * chip.devices / chip.link_bandwidth if moves else 0.0
+    ici_seconds = size * chip.devices / topology.torus.link_bandwidth if moves else 0.0
     across = size if crosses else 0.0
     return Traffic(size if moves else 0.0, across, ici_seconds, _dcn_seconds(topology, across * chip.devices))
 
@@ -176,7 +178,7 @@ def link_seconds(
         kinds[collective.kind]['count'] += collective.times
         kinds[collective.kind]['ici_bytes'] += collective.times * one.ici_bytes
         kinds[collective.kind]['dcn_bytes'] += collective.times * one.dcn_bytes
-    return ici + shifts / topology.chip.links, dcn, dict(kinds)
+    return ici + shifts / topology.torus.links, dcn, dict(kinds)
 
 
 def roofline(costs: Costs, ici_seconds: float, dcn_seconds: float | None, topology: Topology) -> Roofline:

@@ -48,15 +48,15 @@ def train_step(
     if num_microbatches == 1:
         (loss, (weight, sums)), gradients = gradient_fn(state.params, batch, rng)
     else:
-        first, rest = _split(batch, num_microbatches)
-        keys = jax.random.split(rng, num_microbatches)
-        start = gradient_fn(state.params, first, keys[0])
-        total, _ = jax.lax.scan(
-            lambda total, item: (jax.tree.map(jnp.add, total, gradient_fn(state.params, *item)), None),
-            start,
-            (rest, keys[1:]),
-        )
-        (loss, (weight, sums)), gradients = total
+        # One loop over all of them, so that the gradient program is traced and compiled once. Sums of gradients begin
+        # with zeros, to which the first are added exactly; those of the others are small and follow the loop.
+        def add(total: PyTree, item: tuple[PyTree, Array]) -> tuple[PyTree, PyTree]:
+            sums, gradients = gradient_fn(state.params, *item)
+            return jax.tree.map(jnp.add, total, gradients), sums
+
+        items = _split(batch, num_microbatches), jax.random.split(rng, num_microbatches)
+        gradients, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), items)
+        loss, (weight, sums) = jax.tree.map(_sum_in_order, parts)
 
     scale = 1.0 / jnp.maximum(weight, 1.0)
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
@@ -67,14 +67,18 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _split(batch: PyTree, num_microbatches: int) -> tuple[PyTree, PyTree]:
-    """The first microbatch, and the others stacked. Row r goes to microbatch r % n: every device keeps its rows."""
+def _split(batch: PyTree, num_microbatches: int) -> PyTree:
+    """The microbatches, stacked. Row r goes to microbatch r % n: every device keeps its rows."""
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 1, 0)
 
-    stacked = jax.tree.map(split, batch)
-    return jax.tree.map(lambda x: x[0], stacked), jax.tree.map(lambda x: x[1:], stacked)
+    return jax.tree.map(split, batch)
+
+
+def _sum_in_order(parts: Array) -> Array:
+    """Over the first axis, one after the other: rounded as it was when the loop carried the sum."""
+    return functools.reduce(jnp.add, parts)
 
 
 def compile_train_step(

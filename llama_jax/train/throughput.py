@@ -5,23 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from llama_jax import chips
 from llama_jax.models.config import LlamaConfig
-
-# Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets. The first key found in `device_kind` is taken.
-_PEAK_FLOPS = {
-    'TPU7x': 2307e12 / 2,  # a chip is two devices
-    'TPU v6': 918e12,
-    'TPU v5p': 459e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5e': 197e12,
-    'TPU v5': 459e12,
-    'TPU v4': 275e12,
-    'TPU v3': 123e12 / 2,
-    'B200': 2250e12,
-    'H200': 989e12,
-    'H100': 989e12,
-    'A100': 312e12,
-}
 
 
 def training_flops_per_token(config: LlamaConfig, seq_len: int) -> tuple[float, float]:
@@ -37,11 +22,10 @@ def training_flops_per_token(config: LlamaConfig, seq_len: int) -> tuple[float, 
 
 
 def peak_flops_per_device() -> float:
-    """Dense FLOP/s of one device: the data sheet's bf16 figure, or on other devices a measured fp32 product's."""
+    """Dense FLOP/s of one device: in bf16, as its maker says, or of others a measured fp32 product's."""
     device = jax.local_devices()[0]
-    for kind, peak in _PEAK_FLOPS.items():
-        if kind in device.device_kind:
-            return peak
+    if chip := chips.find(device.device_kind):
+        return chip.peak_flops / chip.devices
     # A CPU has no data sheet for this: time one product large enough to be bound by arithmetic, keep the best.
     size = 1024
     x = jnp.ones((size, size), jnp.float32)

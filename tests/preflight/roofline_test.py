@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 
-from llama_jax.preflight.chips import CHIPS, Topology
 from llama_jax.preflight.costs import Collective, Costs
 from llama_jax.preflight.roofline import Place, Roofline, link_seconds, roofline, traffic
-from llama_jax.train.throughput import _PEAK_FLOPS
-from llama_jax.types import InputError
+from llama_jax.preflight.topology import Topology
 
 
 def grid(topology: Topology) -> list[Place]:
@@ -109,27 +107,3 @@ def test_terms_and_the_one_that_binds():
     # A device of TPU7x is half a chip.
     half = roofline(costs, 0.0, 0.0, Topology.parse('tpu7x:2x2x1'))
     assert half.compute == pytest.approx(2 * 197 / 2307)
-
-
-def test_topologies_by_name():
-    topology = Topology.parse('2xv5p:4x4x8')
-    assert (topology.chip_name, topology.shape, topology.num_slices) == ('v5p', (4, 4, 8), 2)
-    assert topology.num_chips == 256 and str(topology) == '2xv5p:4x4x8'
-    assert Topology.parse('v5e:16x16').wraps(0) and not Topology.parse('v5e:8x16').wraps(0)
-    assert Topology.parse('v5p:4x4x8').wraps(2) and not Topology.parse('v5p:2x4x4').wraps(2)
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [('v5e', 'write'), ('v5e:4', 'write'), ('h100:4x4', "unknown chip 'h100'"), ('v5p:4x4', '3 dimensions'),
-     ('0xv5e:4x4', '2 dimensions'), ('v5e:0x4', '2 dimensions')],
-)  # fmt: skip
-def test_other_topologies_are_refused(text, message):
-    with pytest.raises(InputError, match=message):
-        Topology.parse(text)
-
-
-def test_the_two_tables_of_peaks_agree():
-    kinds = {'v4': 'TPU v4', 'v5e': 'TPU v5e', 'v5p': 'TPU v5p', 'v6e': 'TPU v6', 'tpu7x': 'TPU7x'}
-    for name, chip in CHIPS.items():
-        assert _PEAK_FLOPS[kinds[name]] == chip.peak_flops / chip.devices

@@ -61,6 +61,20 @@ def test_microbatches_are_the_whole_batch_however_the_tokens_fall(model, params,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize('num_microbatches', [1, 2, 4])
+def test_the_gradient_program_is_traced_once(model, params, num_microbatches):
+    """And so compiled once: a second copy for the first microbatch doubles the seconds of both."""
+    traces = []
+    language_model = language_model_loss(model)
+
+    def loss_fn(*arguments):
+        traces.append(arguments)
+        return language_model(*arguments)
+
+    run(loss_fn, params, toy.packed_batch(8, 12), num_microbatches)
+    assert len(traces) == 1
+
+
 def test_a_batch_without_a_counted_token_changes_nothing(model, params):
     batch = toy.packed_batch(2, 12)
     batch = batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask))
