@@ -8,10 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.inference.sampling import Sampler
-from llama_jax.models.kv_cache import KVCache
+from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
@@ -207,8 +207,7 @@ def _prefill(
     cache = KVCache.create(model.config, batch, tokens.shape[1] + num_steps, model.dtype)
     cache = dataclasses.replace(cache, is_empty=tokens.shape[1] >= _LONG_PROMPT)
     if model.partitioner is not None:
-        axes = ('layers', 'batch', None, 'kv_heads', 'head_dim')
-        shard = functools.partial(model.partitioner.shard, axes=axes, name='cache')
+        shard = functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache')
         cache = dataclasses.replace(cache, keys=shard(cache.keys), values=shard(cache.values))
     hidden, read = model.apply({'params': params}, tokens, cache=cache, method='hidden')
     assert isinstance(read, KVCache)
@@ -221,6 +220,15 @@ def _prefill(
     return _readable(
         model, _Decoding(cache, first, new, jnp.zeros_like(first), jnp.ones(batch, bool), jnp.int32(0))
     )
+
+
+def decode_step(
+    model: LlamaForCausalLM, params: Params, cache: KVCache, token: Int[Array, 'B']
+) -> tuple[Float[Array, 'B V'], KVCache]:
+    """One token more of every row is read: what may follow it, and the cache that holds it."""
+    logits, read = model.apply({'params': params}, token[:, None], cache=cache)
+    assert isinstance(read, KVCache)
+    return logits[:, 0], read
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampler', 'stop_ids'), donate_argnames='state')
@@ -242,9 +250,8 @@ def _decode(
     def body(state):
         is_stop = jnp.isin(state.token, jnp.array(stop_ids))
         running = state.running & ~is_stop & (state.step < allowed)
-        logits, cache = model.apply({'params': params}, state.token[:, None], cache=state.cache)
-        assert isinstance(cache, KVCache)
-        token = _draw(sampler, logits[:, 0], seeds, streams, state.step + 1)
+        logits, cache = decode_step(model, params, state.cache, state.token)
+        token = _draw(sampler, logits, seeds, streams, state.step + 1)
         new = state.new.at[:, state.step].set(state.token)
         return _Decoding(cache, token, new, state.count + running, running, state.step + 1)
 

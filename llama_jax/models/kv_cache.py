@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
 
+# Logical axes of `keys` and `values`.
+CACHE_AXES = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+
 
 @flax.struct.dataclass
 class KVCache:

@@ -5,20 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.models.kv_cache import KVCache
+from llama_jax.inference import generate
+from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.types import Array, Params
 
-_CACHE_AXES = ('layers', 'batch', None, 'kv_heads', 'head_dim')
-
 
 def decode_step(model: LlamaForCausalLM) -> Any:
-    """A jitted (params, cache, tokens [B, 1]) -> (next tokens [B, 1], cache), greedy, the cache donated."""
+    """Jitted (params, cache, tokens [B]) -> (next tokens [B], cache): greedy `generate`'s step, the cache donated."""
 
     def step(params: Params, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
-        logits, new = model.apply({'params': params}, tokens, cache=cache)
-        assert isinstance(new, KVCache)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), new
+        logits, read = generate.decode_step(model, params, cache, tokens)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), read
 
     return jax.jit(step, donate_argnums=1)
 
@@ -48,9 +46,9 @@ def decode_arguments(model: LlamaForCausalLM, batch_size: int, length: int) -> t
         )
 
     cache = KVCache(
-        placed(cache.keys, _CACHE_AXES, 'cached keys'),
-        placed(cache.values, _CACHE_AXES, 'cached values'),
+        placed(cache.keys, CACHE_AXES, 'cached keys'),
+        placed(cache.values, CACHE_AXES, 'cached values'),
         placed(cache.length, ('batch',), 'lengths of the cache'),
     )
-    tokens = placed(jax.ShapeDtypeStruct((batch_size, 1), jnp.int32), ('batch', None), 'tokens')
+    tokens = placed(jax.ShapeDtypeStruct((batch_size,), jnp.int32), ('batch',), 'tokens')
     return params, cache, tokens

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llama_jax.losses.language_model import language_model_loss
+from llama_jax.models.llama import abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
