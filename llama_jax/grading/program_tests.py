@@ -18,6 +18,7 @@ from llama_jax.grading.plain_values import decode, encode
 
 _MAX_MESSAGE = 1 << 22  # bytes; of a result, or of an error's text
 PASSED = 'passed'
+_LEFT = 'it left before its end'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ProgramError(Exception):
 
 
 class ProgramLeft(BaseException):
-    """The program's process is gone, or stopped serving; no test may catch it as an error of a function."""
+    """The program's process is gone, or what it says cannot be compared; no test may catch it as a function's error."""
 
 
 def send(channel: socket.socket, message: bytes) -> None:
@@ -135,6 +136,12 @@ class Program:
 
     def __init__(self, channel: socket.socket):
         self.channel = channel
+        self.fault = ''  # stays, for tests that catch whatever is raised
+
+    def fail(self, fault: str) -> ProgramLeft:
+        """The exception to raise for what no right program does."""
+        self.fault = self.fault or fault
+        return ProgramLeft(fault)
 
     def start(self, source: str, setup: str) -> None:
         """Runs the program; raises what it raises."""
@@ -149,11 +156,11 @@ class Program:
             send(self.channel, message)
             returned, result = decode(receive(self.channel, _MAX_MESSAGE), lambda name: Remote(self, name))
         except (OSError, EOFError) as error:
-            raise ProgramLeft('it left before its end') from error
+            raise self.fail(_LEFT) from error
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            raise ProgramLeft(f'no value that can be compared: {error}') from error
+            raise self.fail(f'no value that can be compared: {error}') from error
         if not returned:
-            raise _as_exception(*result)
+            raise _as_exception(*result) or self.fail(_LEFT)
         return result
 
     @staticmethod
@@ -166,9 +173,10 @@ class Program:
         raise TypeError(f'{type(value).__name__} cannot be handed to a program')
 
 
-def _as_exception(names: list[str], text: str) -> BaseException:
-    if not {'Exception', 'GeneratorExit', 'KeyboardInterrupt'} & set(names):
-        return ProgramLeft('it left before its end')  # SystemExit
+def _as_exception(names: list[str], text: str) -> Exception | None:
+    """What a program raised, as its nearest built-in exception; None for what ends a program, such as SystemExit."""
+    if 'Exception' not in names:
+        return None
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (Exception, StopIteration):
@@ -195,7 +203,7 @@ class Remote:
         return object.__getattribute__(self, '_program').request('attribute', self, name)
 
     def _refuse(self, *others: Any) -> Any:
-        raise TypeError('the program returned no plain value, and only those are compared')
+        raise object.__getattribute__(self, '_program').fail('no plain value, and only those are compared')
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse  # pyright: ignore
     __hash__ = None  # pyright: ignore
@@ -218,7 +226,7 @@ def _verdict(test: ProgramTest, program: Program) -> str:
         exec(compile(test.definitions, 'definitions.py', 'exec'), space)
         space |= {name: Remote(program, name) for name in test.names}
         exec(compile(test.tests, 'tests.py', 'exec'), space)
-        return PASSED
+        return f'failed: {program.fault}' if program.fault else PASSED
     except MemoryError:
         return 'failed: out of memory'
     except ProgramLeft as error:

@@ -37,10 +37,9 @@ BEHAVIOUR = {
     'raises': ('raise ValueError("no")', 'failed: ValueError: no'),
     'raises its own': ('class E(Exception): pass\nraise E("no")', 'failed: E: no'),
     'syntax': ('def', 'failed: SyntaxError'),
-    'endless loop': ('while True: pass', 'timed out after 1 s'),
-    'catches everything': (
+    'endless loop': (
         'while True:\n    try: import time; time.sleep(60)\n    except BaseException: pass',
-        'timed',
+        'timed out after 1 s',
     ),
     'fork bomb': ('import os\nwhile True: os.fork()', 'refuses os.fork'),
     'subprocess': ('import subprocess; subprocess.run(["true"])', 'refuses subprocess.Popen'),
@@ -231,11 +230,19 @@ def test_views_iterators_classes_and_exceptions(run):
     assert 'no plain value' in run(ProgramTest(program, 'assert Stack() == Stack()', ('Stack',)))
 
 
+@pytest.mark.parametrize(
+    'program', ['def f(): raise SystemExit', 'import os\ndef f(): os._exit(0)', 'def f(): return f']
+)
+def test_tests_that_catch_everything_do_not_catch_the_end_of_a_program(run, program):
+    tests = 'try: assert f() == 1\nexcept BaseException: pass'
+    assert run(ProgramTest(program, tests, ('f',))).startswith('failed: ')
+
+
 HOSTILE_VALUES = {
     'deep': 'def f():\n    x = []\n    for _ in range(10**5): x = [x]\n    return x',
     'within itself': 'def f():\n    x = []; x.append(x); return x',
     'huge': 'def f(): return "x" * 10**7',
-    'colliding keys': 'def f(): return {i * (2**61 - 1) for i in range(50_000)}',
+    'colliding keys': 'def f(): return {i * (2**61 - 1) for i in range(8000)}',
     'huge power': 'import decimal\ndef f(): return decimal.Decimal("1e999999999")',
 }
 
