@@ -1,7 +1,7 @@
-"""Global arrays out of files: each block of a weight is read once a process, and cut for all its devices.
+"""Global arrays out of files: each block of a weight is read once, and cut for all the devices that hold some of it.
 
 A callback a device, as `jax.make_array_from_callback` asks for, would read a file as often as there are replicas, and
-whole rows for every slice of their columns.
+whole rows for every slice of their columns; so would processes that each read for themselves.
 """
 
 import functools
@@ -9,23 +9,30 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llama_jax.storage import prefetch
-from llama_jax.types import Array, InputError, LazyArray
+from llama_jax.types import Array, InputError, LazyArray, error_line
 
 Index: TypeAlias = tuple[slice, ...]
+_Span: TypeAlias = tuple[tuple[int, int], ...]  # start and stop along every axis
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 # A tile of values that lie transposed: both its rows and its columns fill whole cache lines and stay in the cache.
 _TILE = (256, 64)
 # Blocks of one weight that are read at once.
 _THREADS = min(max((os.cpu_count() or 1) // 2, 2), 8)
+# What processes send each other: weights smaller than this each reads for itself; so many blocks are on the way at
+# once, and so many bytes, for a device holds a message of every process.
+_SMALL_BYTES = 16 << 10
+_READERS = 16
+_MESSAGES_BYTES = 256 << 20
 # Bytes from which on memory is asked for in pages of 2 MiB: what is fresh is then there in a tenth of the time.
 _LARGE_BYTES = 4 << 20
 # Memory that begins at a multiple of so many bytes becomes an array of the CPU without another copy.
@@ -33,20 +40,61 @@ _ALIGNMENT = 64
 
 
 class BlockArray(LazyArray, Protocol):
-    """A weight in a file, that knows by which pieces it is best read."""
+    """A weight in a file, that knows by which pieces it is best read.
+
+    Attributes:
+      rows_axis: along which a part of a block is read without the rest; None where a block is read whole.
+    """
+
+    @property
+    def rows_axis(self) -> int | None: ...
 
     def blocks(self) -> Iterable[Index]:
         """Indices that cover the array, none of them twice; each is read at once, and small beside the memory."""
         ...
 
 
-def place(array: BlockArray, wanted: jax.ShapeDtypeStruct, name: str) -> Array:
+def place_all(arrays: Sequence[tuple[str, BlockArray, jax.ShapeDtypeStruct]]) -> list[Array]:
+    """Weights by name, cast and placed as wanted; the processes of a job together read each block once.
+
+    What one process alone has devices for, it reads. What several have devices for, one reads and sends to the others:
+    over the network of the devices, which is faster than what files lie on. Every process makes the same call.
+
+    Raises:
+      InputError: a value is beyond the range of float16; or as the reading of blocks, of whichever process.
+    """
+    of_all = all(_processes(wanted) == set(range(jax.process_count())) for _, _, wanted in arrays)
+    if jax.process_count() == 1 or not of_all:
+        return list(prefetch(functools.partial(place, *array) for array in arrays))
+    placed, exchange = [], _Exchange()
+    for array in arrays:  # in one order on all processes
+        try:
+            placed.append(place(*array, exchange))
+        except Exception as error:
+            if exchange.is_over:
+                raise
+            exchange.failure = (
+                exchange.failure or error
+            )  # the others hear of it when they next wait for this process
+    if exchange.failure:
+        raise exchange.failure
+    return placed
+
+
+def _processes(wanted: jax.ShapeDtypeStruct) -> set[int]:
+    return {device.process_index for device in wanted.sharding.device_set}
+
+
+def place(
+    name: str, array: BlockArray, wanted: jax.ShapeDtypeStruct, exchange: '_Exchange | None' = None
+) -> Array:
     """The array cast and placed as `wanted` says; of each block this process reads what its devices hold, once.
 
     Args:
+      name: of the weight, for messages.
       array: of the same shape.
       wanted: dtype and sharding.
-      name: of the weight, for messages.
+      exchange: with the other processes, which place their parts of it.
 
     Raises:
       InputError: a value is beyond the range of float16.
@@ -56,28 +104,128 @@ def place(array: BlockArray, wanted: jax.ShapeDtypeStruct, name: str) -> Array:
     indices = wanted.sharding.addressable_devices_indices_map(shape).values()
     pieces = {span: _zeros([stop - start for start, stop in span], dtype) for span in _spans(indices, shape)}
 
-    def fill(parts: dict[_Span, _Span]) -> None:
-        box = tuple(
-            (min(s for s, _ in axis), max(e for _, e in axis)) for axis in zip(*parts.values(), strict=True)
-        )
-        values = array.read(tuple(slice(*span) for span in box))
+    def fill(block: _Span, values: np.ndarray | None = None) -> None:
+        if not (parts := {span: part for span in pieces if (part := _overlap(span, block))}):
+            return
+        if values is None:
+            block = _cover(parts.values())
+            values = array.read(tuple(slice(*span) for span in block))
         if dtype != values.dtype and dtype == np.float16:
             values = cast(values, dtype, name)
         for span, part in parts.items():
-            _copy(pieces[span][_within(part, span)], values[_within(part, box)])
+            _copy(pieces[span][_within(part, span)], values[_within(part, block)])
 
-    jobs = []
-    for block in _spans(array.blocks(), shape):
-        if parts := {span: part for span in pieces if (part := _overlap(span, block))}:
-            jobs.append(functools.partial(fill, parts))
-    for _ in prefetch(jobs, _THREADS):
+    blocks = list(_spans(array.blocks(), shape))
+    shared = _shared(blocks, array, wanted) if exchange else []
+    if exchange and shared:
+        for block, values in exchange.share(array, shared):
+            try:
+                fill(block, values)
+            except InputError as error:  # and yet takes part in what is left: the others wait for it
+                exchange.failure = exchange.failure or error
+    for _ in prefetch((functools.partial(fill, block) for block in blocks if block not in shared), _THREADS):
         pass
     return jax.make_array_from_callback(
         shape, wanted.sharding, lambda index: pieces[next(_spans([index], shape))], dtype=dtype
     )
 
 
-_Span: TypeAlias = tuple[tuple[int, int], ...]
+def _shared(blocks: Sequence[_Span], array: BlockArray, wanted: jax.ShapeDtypeStruct) -> list[_Span]:
+    """The blocks of which several processes would read the same bytes."""
+    if math.prod(array.shape) * array.dtype.itemsize < _SMALL_BYTES:
+        return []
+    needed: dict[int, set[_Span]] = {}
+    for device, index in wanted.sharding.devices_indices_map(tuple(array.shape)).items():
+        needed.setdefault(device.process_index, set()).update(_spans([index], tuple(array.shape)))
+    shared = []
+    for block in blocks:
+        parts = [[part for span in spans if (part := _overlap(span, block))] for spans in needed.values()]
+        covers = [_cover(of_process) for of_process in parts if of_process]
+        if len(covers) < 2:
+            continue
+        whole_rows = all(
+            cover[axis] == block[axis]
+            for cover in covers
+            for axis in range(len(block))
+            if axis != array.rows_axis
+        )
+        rows = sorted(cover[array.rows_axis] for cover in covers) if array.rows_axis is not None else []
+        apart = bool(rows) and all(a[1] <= b[0] for a, b in itertools.pairwise(rows))
+        if not (whole_rows and apart):
+            shared.append(block)
+    return shared
+
+
+class _Exchange:
+    """Blocks that several processes need, each read by one and sent to all; who fails says so instead.
+
+    Attributes:
+      failure: of this process, since the others last heard from it.
+      is_over: all processes have heard of a failure, and none waits for another.
+    """
+
+    def __init__(self):
+        self.failure: Exception | None = None
+        self.is_over = False
+        self._turn = 0  # of the process that reads the next block
+
+    def share(self, array: BlockArray, blocks: Sequence[_Span]) -> Iterator[tuple[_Span, np.ndarray]]:
+        """Every block with its values, on every process.
+
+        Raises:
+          InputError: another process has failed, with its message; or what this one has failed with.
+        """
+        count, own = jax.process_count(), jax.process_index()
+        at_once = min(count, _READERS)
+        sizes = [[stop - start for start, stop in block] for block in blocks]
+        largest = max(map(math.prod, sizes)) * array.dtype.itemsize
+        length = min(1 << max(largest - 1, 1).bit_length(), _MESSAGES_BYTES // count)
+        turn, self._turn = self._turn, (self._turn + len(blocks)) % count
+        reads = prefetch(
+            functools.partial(self._bytes, array, block)
+            for i, block in enumerate(blocks)
+            if (turn + i) % count == own
+        )
+        for first in range(0, len(blocks), at_once):
+            senders = {i: (turn + i) % count for i in range(first, min(first + at_once, len(blocks)))}
+            data = next(reads) if own in senders.values() else b''
+            received = {i: bytearray() for i in senders}
+            for start in range(0, largest, length):
+                for i, message in self._send(bytes(data[start : start + length]), length, senders).items():
+                    received[i] += message.tobytes()
+            for i in senders:
+                values = np.frombuffer(received[i], array.dtype, math.prod(sizes[i]))
+                yield blocks[i], values.reshape(sizes[i])
+
+    def _bytes(self, array: BlockArray, block: _Span) -> memoryview:
+        """A block in row-major order; nothing where it cannot be read."""
+        try:
+            values = array.read(tuple(slice(*span) for span in block))
+            copy = np.empty(values.shape, array.dtype)
+            copy_tiles(copy, values)
+            return copy.reshape(-1).view(np.uint8).data
+        except Exception as error:
+            self.failure = self.failure or error
+            return memoryview(b'')
+
+    def _send(self, data: bytes, length: int, senders: dict[int, int]) -> dict[int, np.ndarray]:
+        """One message of each sender, by block."""
+        failed = self.failure is not None
+        if failed:
+            data = error_line(self.failure).encode()[:length] if self.failure else b''
+        message = np.frombuffer(data.ljust(length, b'\0'), np.uint8)
+        states, messages = multihost_utils.process_allgather((np.int32(len(data) if failed else -1), message))
+        for process, size in enumerate(states.tolist()):
+            if size >= 0:
+                self.is_over = True
+                text = messages[process, :size].tobytes().decode(errors='replace')
+                raise self.failure or InputError(f'process {process}: {text}')
+        return {i: messages[process] for i, process in senders.items()}
+
+
+def _cover(parts: Iterable[_Span]) -> _Span:
+    """The smallest block that holds all of them."""
+    return tuple((min(s for s, _ in axis), max(e for _, e in axis)) for axis in zip(*parts, strict=True))
 
 
 def _spans(indices: Iterable[Index | None], shape: tuple[int, ...]) -> Iterator[_Span]:

@@ -1,5 +1,6 @@
 """open(), load(): any checkpoint of a Llama, its parts found once and its weights placed by any partitioner."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -23,9 +24,9 @@ from llama_jax.convert.mapping import Leaf, Source, native_source, weights_of
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.placement import BlockArray, Index, place
+from llama_jax.placement import BlockArray, Index, place_all
 from llama_jax.runtime import refused_by_all
-from llama_jax.storage import enable_bucket, prefetch, read_range
+from llama_jax.storage import enable_bucket, read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import tokenizer_from_gguf
@@ -168,15 +169,17 @@ class Checkpoint:
           InputError: the checkpoint is damaged, or of another shape.
         """
         wanted, structure = jax.tree_util.tree_flatten_with_path(target)
-        if all(leaf.sharding.is_fully_addressable for _, leaf in wanted):
-            arrays = self._place(wanted, grow_vocabulary)
-        else:
-            with refused_by_all():
-                arrays = self._place(wanted, grow_vocabulary)
-        return jax.tree.unflatten(structure, arrays)
+        alone = all(leaf.sharding.is_fully_addressable for _, leaf in wanted)
+        together = contextlib.nullcontext if alone else refused_by_all
+        with together():
+            arrays = list(self._find(wanted, grow_vocabulary))
+        with together():
+            return jax.tree.unflatten(structure, place_all(arrays))
 
-    def _place(self, wanted: list[tuple], grow_vocabulary: bool) -> list[jax.Array]:
-        jobs = []
+    def _find(
+        self, wanted: list[tuple], grow_vocabulary: bool
+    ) -> Iterator[tuple[str, BlockArray, jax.ShapeDtypeStruct]]:
+        """Every weight that is wanted, by its name."""
         for keys, leaf in wanted:
             name, shape = jax.tree_util.keystr(keys, simple=True, separator='/'), tuple(leaf.shape)
             array = self._leaves.get(name)
@@ -189,8 +192,7 @@ class Checkpoint:
             if array is None or tuple(array.shape) != shape:
                 found = tuple(array.shape) if array is not None else None
                 raise InputError(f'{self.path}: weight {name} has shape {found}, the model {shape}')
-            jobs.append(functools.partial(place, array, leaf, name))
-        return list(prefetch(jobs))
+            yield name, array, leaf
 
     @functools.cached_property
     def _leaves(self) -> Mapping[str, BlockArray]:
@@ -224,6 +226,10 @@ class _GrownTable:
     @property
     def dtype(self) -> np.dtype:
         return self.table.dtype
+
+    @property
+    def rows_axis(self) -> int | None:
+        return self.table.rows_axis
 
     @functools.cached_property
     def mean(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 import llama_jax
+from llama_jax import pretrained
 from llama_jax.models.llama import LlamaForCausalLM
 from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run
 
@@ -84,6 +85,30 @@ def test_more_steps_go_on_from_the_last(commands, run, corpus, tmp_path):
     longer = figures(tmp_path / 'longer')
     assert longer[:12] == figures(run) and [step for step, *_ in longer] == list(range(1, 16))
     assert saved_steps(tmp_path / 'longer') == [8, 12, 15]
+
+
+@pytest.mark.slow
+def test_a_run_continues_from_weights_with_a_larger_vocabulary_and_with_a_tokenizer_of_its_own(
+    commands, run, corpus, tmp_path
+):
+    shutil.copytree(run, tmp_path / 'base', ignore=lambda folder, names: ['tokenizer.model'])
+    size = pretrained.open(run).config.vocab_size
+    settings = {'train__num_steps': 2, 'mesh__fsdp': 2, 'mesh__tensor': 4}
+    arguments = [
+        *tiny_run(tmp_path / 'run', corpus, **settings, model__vocab_size=size + 8),
+        f'--checkpoint={tmp_path / "base"}',
+    ]
+    message = commands.run('pretrain', *arguments, num_devices=8).error()
+    assert 'base has no tokenizer; give the one' in message and '--config.data.tokenizer' in message
+    tokenizer = f'--config.data.tokenizer={run / "tokenizer.model"}'
+    grown = commands.run('pretrain', *arguments, tokenizer, num_devices=8).succeeded()
+    assert f'8 rows added to embed, the mean of its {size}' in grown.stderr
+    assert pretrained.open(tmp_path / 'run').config.vocab_size == size + 8
+    # The new rows take a little of each probability; nothing else changes.
+    assert logged(tmp_path / 'run')[0]['loss'] < logged(run)[-1]['loss'] + 0.5
+    smaller = [*tiny_run(tmp_path / 'x', corpus, model__vocab_size=size - 8), f'--checkpoint={run}']
+    assert f'vocab_size={size - 8} is less than' in commands.run('pretrain', *smaller).error()
+    assert not (tmp_path / 'x').exists()
 
 
 def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, tmp_path):

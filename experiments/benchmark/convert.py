@@ -1,7 +1,8 @@
-"""Conversion beside a plain copy: seconds and peak memory of each, on a checkpoint of a model's full size.
+"""Conversion beside a plain copy, and loading: seconds and peak memory, on a checkpoint of a model's full size.
 
 The checkpoint is made here, of random bfloat16 values, in Meta's format. Each conversion is the command that users run,
-in a process of its own; the copy (`cp` and `sync` of the same files) is taken just before it in the same run.
+in a process of its own; the copy (`cp` and `sync` of the same files) is taken just before it in the same run. The first
+model is loaded too, in float32, on one device and on eight emulated ones.
 """
 
 import dataclasses
@@ -82,6 +83,9 @@ def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=_SCRATCH.value or None) as temporary:
             folder = Path(temporary)
             make_checkpoint(model, folder / 'meta')
+            if model == models[0]:  # a larger one would take the memory of all its weights
+                for devices in (1, 8):
+                    figures |= _measure_load(model, folder / 'meta', devices)
             for name, (source, to, options) in CONVERSIONS.items():
                 figures |= _measure(f'{model}_{name}', folder / source, folder / f'{name}', to, options)
                 kept = folder / to
@@ -124,6 +128,30 @@ def _measure(name: str, source: Path, target: Path, to: str, options: list[str])
         f'{name}_times_copy': round(seconds / copy_seconds, 2),
         f'{name}_peak_rss_mb': round(peak_rss / 1e6),
     }
+
+
+# The clock starts when JAX has its devices.
+_LOAD = """
+import sys, time, jax
+from llama_jax import make_mesh, pretrained
+mesh = make_mesh({'fsdp': jax.device_count()})
+start = time.perf_counter()
+jax.block_until_ready(pretrained.load(sys.argv[1], mesh=mesh)[1])
+sys.stderr.write(str(time.perf_counter() - start))
+"""
+
+
+def _measure_load(model: str, folder: Path, devices: int) -> dict[str, Any]:
+    environment = {
+        **os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'
+    }  # fmt: skip
+    loaded = subprocess.run(
+        [sys.executable, '-c', _LOAD, folder], stderr=subprocess.PIPE, text=True, env=environment, check=True
+    )
+    seconds = float(loaded.stderr.split()[-1])
+    name = f'{model}_load_{devices}_device{"s" * (devices > 1)}'
+    print(f'{name:45} {seconds:17.1f} s', flush=True)
+    return {f'{name}_seconds': round(seconds, 2)}
 
 
 # A process begins its peak memory with that of the one it was forked from, so a small one stands between.

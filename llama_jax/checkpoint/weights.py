@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
-from llama_jax.placement import BlockArray, copy_tiles, place
+from llama_jax.placement import BlockArray, copy_tiles, place_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, prefetch, system_failures
 from llama_jax.types import InputError, LazyArray, Params, error_line
@@ -92,8 +92,8 @@ def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Para
         for path, leaf in wanted:
             if difference := _compare_shapes(stored, _name(path), leaf):
                 raise InputError(f'checkpoint {absolute(step_folder)} cannot be restored: {difference}')
-        jobs = (functools.partial(place, stored[_name(path)], leaf, _name(path)) for path, leaf in wanted)
-        restored = list(prefetch(jobs))
+    with refused_by_all():
+        restored = place_all([(_name(path), stored[_name(path)], leaf) for path, leaf in wanted])
     return jax.tree.unflatten(structure, restored)
 
 
@@ -201,6 +201,10 @@ class _Stored:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(self.store.dtype.numpy_dtype)
+
+    @property
+    def rows_axis(self) -> None:
+        return None
 
     def blocks(self) -> Iterator[tuple[slice, ...]]:
         """What is stored as one piece."""

@@ -209,6 +209,11 @@ class Leaf:
     def dtype(self) -> np.dtype:
         return self.cast_to or self.source.tensors[self.weight.path][0].dtype
 
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the matrices' rows, or of their heads."""
+        return self.weight.num_in + self.weight.stacked
+
     def blocks(self) -> Iterator[tuple[slice, ...]]:
         """Rows of one matrix after another, as they lie in the files; rows of whole heads, where there are any."""
         cut, tensors = self.weight.num_in, self.source.tensors[self.weight.path]
