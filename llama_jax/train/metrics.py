@@ -4,6 +4,7 @@ metrics.jsonl has one object per logged step and no step twice: resuming cuts it
 store cannot append or rename, so there the file is written whole, before each checkpoint and at the end.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -232,6 +233,7 @@ class WandbWriter:
             import wandb
         except ImportError as error:
             raise InputError("W&B needs the package wandb: pip install 'llama_jax[wandb]'") from error
+        self._teardown = wandb.teardown
         workdir = epath.Path(workdir)
         file = workdir / 'wandb.json'
         if not file.exists():  # no two runs share an id, whatever their folders are called
@@ -248,10 +250,15 @@ class WandbWriter:
         self._run.log(values, step=step)
 
     def flush(self) -> dict[str, Any]:
+        self._run.status()  # an answer of the service: figures alone go to one that hangs, too
         return {}
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        """Lets go of a service that has died or hangs: W&B would wait for it, or fail, when Python ends."""
+        self._teardown()
 
 
 class Aside:
@@ -263,19 +270,20 @@ class Aside:
         Args:
           name: of where the figures go.
           begin: makes the writer.
-          patience: seconds that one call may take; `close` may take six times as long, for what is still to be sent.
+          patience: seconds that one call may take; `close` may take three times as long, for what is still to be sent.
         """
         self._name, self._patience = name, patience
         self._calls: queue.SimpleQueue[Callable[[Writer], Any] | None] = queue.SimpleQueue()
         self._since: float | None = None  # when the call that is being made began
         self._off = False
+        self._writer: Writer | None = None
         self._thread = threading.Thread(target=self._work, args=(begin,), daemon=True, name=name)
         self._thread.start()
 
     def _work(self, begin: Callable[[], Writer]) -> None:
         try:
             self._since = time.monotonic()
-            writer = begin()
+            self._writer = writer = begin()
             self._since = None
             while not self._off and (call := self._calls.get()):
                 self._since = time.monotonic()
@@ -288,6 +296,8 @@ class Aside:
         if not self._off:
             self._off = True
             logger.warning('%s takes no more figures (%s); the run goes on without it', self._name, reason)
+            if abandon := getattr(self._writer, 'abandon', None):
+                threading.Thread(target=_ignoring_errors, args=(abandon,), daemon=True).start()
 
     def _call(self, call: Callable[[Writer], Any]) -> None:
         since = self._since
@@ -312,8 +322,13 @@ class Aside:
         return {}
 
     def close(self) -> None:
-        self._wait(lambda writer: writer.close(), 6 * self._patience)
+        self._wait(lambda writer: writer.close(), 3 * self._patience)
         self._calls.put(None)
+
+
+def _ignoring_errors(call: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        call()
 
 
 def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:

@@ -198,7 +198,12 @@ class Failing:
     """A writer whose disk is full, or whose service does not answer, from the second step on."""
 
     def __init__(self, failure):
-        self.steps, self._failure, self.let_go = [], failure, threading.Event()
+        self.steps, self._failure, self.let_go, self.abandoned = (
+            [],
+            failure,
+            threading.Event(),
+            threading.Event(),
+        )
 
     def write(self, step, values):
         if step > 1 and self._failure == 'hangs':
@@ -213,6 +218,10 @@ class Failing:
     def close(self):
         pass
 
+    def abandon(self):
+        self.abandoned.set()
+        raise OSError('nobody is there')
+
 
 @pytest.mark.parametrize('failure', ['fails', 'hangs'])
 def test_a_writer_aside_ends_alone(caplog, failure):
@@ -224,6 +233,7 @@ def test_a_writer_aside_ends_alone(caplog, failure):
         aside.flush()
     aside.close()
     assert time.monotonic() - start < 5 and writer.steps == [1]
+    assert writer.abandoned.wait(5)
     (line,) = caplog.messages
     reason = 'No space left on device' if failure == 'fails' else 'it has not answered for 0.2 s'
     assert line.startswith('TensorBoard takes no more figures') and reason in line
@@ -250,9 +260,14 @@ def wandb(monkeypatch):
     """What W&B was asked for."""
     calls = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append('finished')
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append('finished'),
+        status=lambda: None,
     )
-    module = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run, Error=RuntimeError)
+    module = types.SimpleNamespace(
+        init=lambda **settings: calls.append(settings) or run, Error=RuntimeError,
+        teardown=lambda: calls.append('abandoned'),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, 'wandb', module)
     return calls
 
