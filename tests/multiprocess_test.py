@@ -1,7 +1,10 @@
 """Real processes that join over loopback: what a pod's hosts do, on one machine."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -348,3 +351,22 @@ def test_what_is_wrong_is_one_line_from_each_process(commands, corpus, folder, t
     for process, message in zip(finished, messages, strict=True):
         assert message.replace('EMPTY', str(empty)) in process.error()
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('signum', 'process'), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)]
+)
+def test_a_signal_to_one_process_has_all_save_and_end(commands, corpus, tmp_path, signum, process):
+    workdir = tmp_path / 'run'
+    pids = commands.start_processes(
+        'pretrain', *arguments(workdir, corpus, train__num_steps=10_000, eval__every=0, checkpoint__every=0),
+        num_processes=2, before=WITHOUT_CACHE,
+    )  # fmt: skip
+    while not (workdir / 'metrics.jsonl').exists() or len(figures(workdir)) < 3:
+        time.sleep(0.01)
+    os.kill(pids[process], signum)
+    for finished in commands.wait_processes(pids, timeout=120):
+        finished.succeeded()
+    (step,) = saved_steps(workdir)
+    assert len(figures(workdir)) == step < 10_000

@@ -15,6 +15,7 @@ from llama_jax.data.datasets import pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches
 from llama_jax.data.packing import lm_batch
 from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.train.metrics import read_metrics
 from tests.command_line import CommandLine, figures, saved_steps, tiny_run
 
 NUM_STEPS = 16
@@ -131,6 +132,50 @@ def test_sigterm_saves_and_ends_well(commands, corpus, uninterrupted, stopped_at
     assert figures(workdir) == figures(uninterrupted)[:step]
     assert f'resuming at step {step} of' in commands.run('pretrain', *command).succeeded().stderr
     assert figures(workdir) == figures(uninterrupted)
+
+
+# A validation that takes minutes, and says when it has begun.
+LONG_VALIDATION = """
+import pathlib, time
+from llama_jax.train import validation
+
+
+def long(*arguments, original=validation.evaluate_rows, **options):
+    pathlib.Path('FOLDER/validating').touch()
+    time.sleep(120)
+    return original(*arguments, **options)
+
+
+validation.evaluate_rows = long
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGKILL])  # of the others see loop_test.py
+def test_what_follows_the_last_step_loses_nothing(commands, corpus, tmp_path, signum):
+    settings = {'data__validation_fraction': 0.1, 'train__num_steps': 3, 'checkpoint__every': 0}
+    commands.run('pretrain', *arguments(tmp_path / 'whole', corpus, **settings)).succeeded()
+    command, workdir = arguments(tmp_path / 'run', corpus, **settings), tmp_path / 'run'
+    pid = commands.start('pretrain', *command, before=LONG_VALIDATION.replace('FOLDER', str(tmp_path)))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'validating').exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start = time.monotonic()
+    os.kill(pid, signum)
+    finished = commands.wait()
+    assert time.monotonic() - start < 10 and saved_steps(workdir) == [3]
+    if signum != signal.SIGKILL:
+        assert 'stopped at step 3 and saved' in finished.succeeded().stderr
+    assert not (workdir / 'report.json').exists()
+    commands.run('pretrain', *command).succeeded()  # makes up for it
+    for name in ('validation_loss', 'validation_bits_per_byte', 'loss', 'grad_norm'):
+        before, after = (
+            [line.get(name) for line in read_metrics(run / 'metrics.jsonl')]
+            for run in (tmp_path / 'whole', workdir)
+        )
+        assert before == after and len(after) == 3 and after[-1]
+    reports = [(run / 'report.json').read_text() for run in (tmp_path / 'whole', workdir)]
+    assert reports[0] == reports[1]
 
 
 def test_a_step_damaged_after_its_commit_is_passed_over(commands, corpus, uninterrupted, stopped_at):
