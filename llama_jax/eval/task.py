@@ -277,9 +277,7 @@ class Task:
     def check(self, judges: Judges) -> None:
         """Raises InputError where the task needs a judge that is not there; call it before the model's work."""
         if self.executes_code and judges.run_code is None:
-            raise InputError(
-                f'task {self.name} executes generated code, which is off; it is run only where that is allowed'
-            )
+            raise InputError(f'task {self.name} executes generated code, which is off; it must be allowed')
 
     def score(self, document: Document, results: Sequence[Result], judges: Judges | None = None) -> Scores:
         """Scores of one document from the results of its requests, in their order; see `check`."""

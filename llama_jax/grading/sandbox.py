@@ -82,7 +82,7 @@ class CodeExecution:
 
     def __post_init__(self) -> None:
         if not self.allowed:
-            raise InputError('executing generated code is off; it runs only where `allowed` is True')
+            raise InputError('executing generated code is off; it must be allowed')
         if sys.platform not in ('linux', 'darwin'):
             raise InputError(f'no sandbox for generated code on {sys.platform}; run on Linux or macOS')
 
