@@ -50,7 +50,7 @@ def get_config(model: str = 'tiny') -> ConfigDict:
     config.train.batch_size = 2048  # rows in an update, over all devices: 4M tokens
     config.train.num_microbatches = 1  # parts of the batch taken one after the other, to save memory
     config.train.loss_chunks = 8  # parts of the sequence whose logits are held at a time
-    config.train.z_loss = 0.0  # weight of the squared log-normaliser
+    config.train.z_loss = 0.0  # weight of the squared log-normaliser; nll is then logged beside loss
 
     config.optimizer = ConfigDict()
     config.optimizer.name = 'adamw'  # adamw, adafactor, lion, muon

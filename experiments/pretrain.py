@@ -12,8 +12,6 @@ import logging
 import math
 import os
 import tempfile
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,8 +35,7 @@ from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.data.datasets import PretrainData, check_sources, pretrain_dataset, train_tokenizer
 from llama_jax.data.loader import batches, read_ahead
-from llama_jax.data.packing import Row
-from llama_jax.eval.perplexity import fit_baselines
+from llama_jax.eval.perplexity import fit_baselines, in_time
 from llama_jax.inference.generate import generate
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
@@ -359,8 +356,9 @@ def final_report(
     rows, max_rows = data.validation, config.eval.max_rows
     if rows is None:
         return report
+    used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
     baselines = fit_baselines(
-        baseline_rows(data, step * config.train.batch_size),
+        in_time(read_ahead(data.train, used), used, _MAX_BASELINE_SECONDS),
         (rows[i] for i in range(min(len(rows), max_rows or len(rows)))),
         vocab_size,
     )
@@ -374,23 +372,6 @@ def final_report(
         'unigram': baselines.unigram,
         'unigram_bits_per_byte': baselines.unigram * per_byte,
     }
-
-
-def baseline_rows(data: PretrainData, trained: int) -> Iterator[Row]:
-    """The first rows of training, as far as they may be counted; tells how far it is."""
-    limit = min(trained, _MAX_BASELINE_ROWS)
-    begin = said = time.monotonic()
-    for number, row in enumerate(read_ahead(data.train, limit)):
-        now = time.monotonic()
-        if now - begin > _MAX_BASELINE_SECONDS:
-            logger.warning(
-                'unigram and bigram are fitted on %s of %s rows: time is up', f'{number:,}', f'{limit:,}'
-            )
-            return
-        if now - said > 10:
-            logger.info('unigram and bigram: %s of %s rows counted', f'{number:,}', f'{limit:,}')
-            said = now
-        yield row
 
 
 def sample(config: ConfigDict, model: LlamaForCausalLM, state: TrainState, tokenizer: Tokenizer) -> str:

@@ -1,6 +1,8 @@
 """The unigram and bigram models that any language model has to beat."""
 
 import dataclasses
+import logging
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -11,6 +13,10 @@ from llama_jax.data.packing import Row
 # Targets that are counted at a time, and those of the validation rows that are held: they bound the memory, whatever
 # the vocabulary and however many rows there are.
 _CHUNK, _MAX_VALIDATION_TARGETS = 1 << 20, 1 << 23
+
+_SAY_EVERY = 10.0  # seconds
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,22 @@ def fit_baselines(train: Iterable[Row], validation: Iterable[Row], vocab_size: i
         return float(-np.mean(log_probability[which]))
 
     return Baselines(unigram=loss(0.0), bigram=min(loss(share) for share in np.linspace(0.05, 0.95, 19)))
+
+
+def in_time(rows: Iterable[Row], count: int, seconds: int) -> Iterator[Row]:
+    """The rows, of which there are `count`, as far as they are read within so many seconds; tells how far it is."""
+    begin = said = time.monotonic()
+    for number, row in enumerate(rows):
+        now = time.monotonic()
+        if now - begin > seconds:
+            _log.warning(
+                'unigram and bigram are fitted on %s of %s rows: %d s have passed', number, count, seconds
+            )
+            return
+        if now - said > _SAY_EVERY:
+            _log.info('unigram and bigram: %s of %s rows are counted', number, count)
+            said = now
+        yield row
 
 
 def _first_pairs(rows: Iterable[Row], vocab_size: int) -> Int[np.ndarray, 'N']:

@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.data.packing import PackedRows, TokenizedCorpus
 from llama_jax.eval import perplexity
-from llama_jax.eval.perplexity import fit_baselines
+from llama_jax.eval.perplexity import fit_baselines, in_time
 
 VOCAB, LENGTH = 12, 8
 
@@ -81,3 +81,14 @@ def test_of_very_long_validation_the_first_part_is_scored(monkeypatch):
     count = sum(np.sum(row['segment_ids'][1:] == row['segment_ids'][:-1]) for row in held_out[:5])
     monkeypatch.setattr(perplexity, '_MAX_VALIDATION_TARGETS', int(count))
     assert fit_baselines(train, held_out, VOCAB) == fit_baselines(train, held_out[:5], VOCAB)
+
+
+def test_rows_are_counted_as_long_as_there_is_time(monkeypatch, caplog):
+    caplog.set_level('INFO', 'llama_jax.eval.perplexity')
+    clock = iter(range(100))
+    monkeypatch.setattr(perplexity.time, 'monotonic', lambda: 4.0 * next(clock))
+    rows = [{'tokens': np.array([number])} for number in range(50)]
+    found = list(in_time(iter(rows), 50, seconds=60))
+    assert [int(row['tokens'][0]) for row in found] == list(range(15))
+    assert 'unigram and bigram: 2 of 50 rows are counted' in caplog.text
+    assert 'fitted on 15 of 50 rows: 60 s have passed' in caplog.text
