@@ -24,6 +24,7 @@ RECORD = (
     WITHOUT_CACHE
     + """
 import json
+import llama_jax.train.validation  # has its own batches, which are not written down
 from llama_jax.data import loader
 
 
