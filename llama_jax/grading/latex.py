@@ -86,7 +86,7 @@ def _right_side(answer: str) -> str:
     if '=' not in answer or re.search(r'[<>]|\\[lg]eq?|\\neq?\b|[<>!]=', answer):
         return answer
     parts = [part.rsplit('=', 1) for part in _split(answer, (',',))]
-    if len({part[0].strip() for part in parts}) > 1 or len(parts[0]) < 2:
+    if len({part[0].strip() for part in parts}) > 1 or min(map(len, parts)) < 2:
         return answer  # of several names each keeps its own
     simple = all(not re.search(r'[-+*/^]|^\W*\d|\\cdot|\\times', _outside(part[0])) for part in parts)
     return ','.join(part[1] for part in parts) if simple else answer

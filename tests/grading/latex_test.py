@@ -201,6 +201,8 @@ def test_more_answers_of_math(shared_data):
         '\\binom{3000}{1500}' * 10,
         '|' * 299,
         '=' * 1999,
+        'x=1,x',
+        '=\\\\,',
         ' ' * 2000 + 'and',
         '\\begin{pmatrix}' * 20,
     ],
