@@ -29,7 +29,7 @@ from llama_jax.eval.task import Completion, Judges, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
 
@@ -194,10 +194,14 @@ def load_engine(
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = launch.DTYPES[automatic if dtype_name == 'auto' else dtype_name]
     with launch.flags_named('--checkpoint', '--tokenizer'):
+        opened = launch.open_with_tokenizer(checkpoint, tokenizer_file)
+        shapes_and_axes = abstract_params_and_axes(LlamaForCausalLM(opened.config))
+    with launch.flags_named('--mesh', '--axis_rules'):
+        partitioner.tree_shardings(*shapes_and_axes)  # before anything is loaded
+    with launch.flags_named('--checkpoint', '--tokenizer'):
         config, params, tokenizer = pretrained.load(
-            launch.open_with_tokenizer(checkpoint, tokenizer_file), partitioner=partitioner, dtype=jnp.dtype(dtype),
-            tokenizer=tokenizer_file,
-        )  # fmt: skip
+            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file
+        )
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
     model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner)
     return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)
