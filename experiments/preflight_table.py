@@ -15,9 +15,10 @@ import tempfile
 
 from absl import app, flags
 
+from llama_jax.chips import GIB
+
 _ONLY = flags.DEFINE_string('only', '', 'renew only the rows with this in their model or topology')
 
-GIB = 2**30
 PAGE = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'preflight.md'
 _BEGIN, _END = '<!-- table: python -m experiments.preflight_table -->', '<!-- end of table -->'
 
@@ -100,7 +101,7 @@ def line(row: Row) -> str:
         )
     published = '' if row.published is None else f'{row.published[0]:.1f} % ({row.published[1]})'
     return (
-        f'{key(row)} {size} | {hbm["total"] / GIB:.1f} of {hbm["available"] / GIB:.0f} | {roof["bound"]} '
+        f'{key(row)} {size} | {hbm["total"] / GIB:.1f} of {hbm["available"] / GIB:.2f} | {roof["bound"]} '
         f'| {roof["seconds"]:.2f} s | {roof["tokens_per_second_per_device"]:,.0f} | {roof["mfu_causal"]:.1%} '
         f'| {published} | {remat} | {train["trace_seconds"] + train["compile_seconds"]:.0f} s |'
     )
