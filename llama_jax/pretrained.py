@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from llama_jax.checkpoint.weights import check_step, latest_step, open_params
 from llama_jax.convert import gguf, gguf_file, huggingface, llama2c, meta
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import Leaf, Source, native_source, weights_of
+from llama_jax.json_file import parse_object
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -318,8 +318,6 @@ def _template_of(files: Mapping[str, bytes]) -> str:
     """The chat template of a Hugging Face folder: a file of its own, or part of the tokenizer's configuration."""
     if 'chat_template.jinja' in files:
         return files['chat_template.jinja'].decode(errors='replace')
-    try:
-        template = json.loads(files.get('tokenizer_config.json', b'{}')).get('chat_template')
-    except (ValueError, AttributeError, RecursionError):
-        return ''
+    name = 'tokenizer_config.json'
+    template = parse_object(files.get(name, b'{}'), name).get('chat_template')
     return template if isinstance(template, str) else ''

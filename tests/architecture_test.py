@@ -18,7 +18,10 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
-    ({'partitioning', 'runtime', 'signals', 'storage', 'lock', 'chips', 'xla_options'}, {'etils', 'fsspec'}),
+    (
+        {'partitioning', 'runtime', 'signals', 'storage', 'json_file', 'lock', 'chips', 'xla_options'},
+        {'etils', 'fsspec'},
+    ),
     ({'ops', 'placement'}, set()),
     ({'models', 'tokenizer', 'grading'}, {'flax.linen', 'sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'}),
     (

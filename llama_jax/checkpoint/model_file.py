@@ -5,9 +5,10 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.json_file import read_object
 from llama_jax.models.config import LlamaConfig
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError
 
 MODEL_FILE = 'model.json'
 CHECKPOINTS = 'checkpoints'  # the folder of steps beside it
@@ -21,9 +22,9 @@ def read_config(folder: epath.Path) -> LlamaConfig:
     """
     file = folder / MODEL_FILE
     try:
-        return LlamaConfig.from_dict(json.loads(file.read_text())['config'])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f'{file} does not describe a model: {error_line(error)}') from error
+        return LlamaConfig.from_dict(read_object(file).get('config'))
+    except InputError as error:
+        raise InputError(f'{file} does not describe a model: {error}') from None
 
 
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
+from llama_jax.json_file import read_object
 from llama_jax.placement import BlockArray, copy_tiles, place_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, prefetch, system_failures
@@ -154,13 +154,15 @@ def open_params(step_folder: epath.PathLike) -> dict[str, BlockArray]:
     """
     state = absolute(step_folder) / 'state'
     try:
-        metadata = json.loads((state / '_METADATA').read_text())
+        metadata = read_object(state / '_METADATA')
         keys = [
             [entry['key'] for entry in value['key_metadata']] for value in metadata['tree_metadata'].values()
         ]
         driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
         is_database = (state / 'manifest.ocdbt').exists()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except InputError as error:
+        raise InputError(f'{state} holds no weights that Orbax wrote: {error}') from None
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{state} holds no weights that Orbax wrote: {type(error).__name__}') from error
     # Blocks of rows of one stored chunk are read one after another; the cache keeps the chunk between them.
     # Mapped files and NumPy's arrays (of large pages) spare the system more than half of its time.

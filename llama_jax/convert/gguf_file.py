@@ -19,10 +19,11 @@ from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
 DEFAULT_ALIGNMENT = 32
+_MAX_ALIGNMENT = 1 << 20
 _VERSIONS = (2, 3)
 _MAX_NAME = 64  # bytes of a tensor's name
 _MAX_KEY = 2**16 - 1
-_MAX_VALUE = 256 << 20  # bytes of one value; the largest real ones, lists of merges, have a few MB
+_MAX_VALUE = 64 << 20  # bytes of one value; the largest real ones, lists of merges, have a few MB
 _MAX_AXES = 4
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: 'u1', 10: '<u8', 11: '<i8', 12: '<f8',
@@ -149,7 +150,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
 
 
 def read_header(path: epath.Path) -> Header:
-    """All key/values, and each tensor by its name; every one of them lies inside the file, apart from the others.
+    """All key/values, and each tensor by its name; they fill the file, each where the format places it.
 
     Raises:
       InputError: the file is no GGUF that can be read, or a tensor's type needs the library `gguf`.
@@ -166,10 +167,12 @@ def read_header(path: epath.Path) -> Header:
                     f'tensor {name!r} {"appears twice" if name in tensors else "has no printable name"}'
                 )
             tensors[name] = _tensor_info(cursor, name)
-    alignment = metadata.get('general.alignment', DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise cursor.error(f'general.alignment is {str(alignment)[:40]!r}; it must be a power of two')
-    return metadata, _placed(cursor, tensors, alignment)
+        alignment = metadata.get('general.alignment', DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise cursor.error(
+                f'general.alignment is {str(alignment)[:40]!r}; it must be a power of two, at most {_MAX_ALIGNMENT}'
+            )
+        return metadata, _placed(cursor, tensors, alignment)
 
 
 def _metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
@@ -242,8 +245,17 @@ def _tensor_info(cursor: _Cursor, name: str) -> TensorInfo:
 
 
 def _placed(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
-    """The tensors with offsets from the file's start."""
+    """The tensors with offsets from the file's start.
+
+    As llama.cpp has it, each begins at the first multiple of the alignment behind the one before. Where something was
+    inserted or cut out, a tensor would be read from other bytes than its own: what lies between is zeros, and nothing
+    follows the last.
+    """
     start = -(-cursor.position // alignment) * alignment
+    if any(padding := cursor.file.read(min(start - cursor.position, alignment))):
+        raise cursor.error(
+            f'{len(padding)} bytes between its header and its tensors are not zero; it is damaged'
+        )
     placed = {}
     end, before = start, 'the header'
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -254,12 +266,22 @@ def _placed(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> 
             )
         if info.offset < end:
             raise cursor.error(f'tensor {name} begins at byte {info.offset}, inside {before}')
-        end, before = info.offset + info.num_bytes, f'tensor {name}'
-        if end > cursor.size:
+        stop = info.offset + info.num_bytes
+        if stop > cursor.size:
             raise cursor.error(
-                f'tensor {name} ends at byte {end}, the file at {cursor.size}; it is damaged or was not copied whole'
+                f'tensor {name} ends at byte {stop}, the file at {cursor.size}; it is damaged or was not copied whole'
             )
+        if info.offset - end >= alignment:
+            raise cursor.error(
+                f'tensor {name} begins at byte {info.offset}, but {before} ends at {end}; the file is damaged'
+            )
+        end, before = stop, f'tensor {name}'
         placed[name] = info
+    cursor.file.seek(end)
+    if cursor.size - end >= alignment or any(cursor.file.read(alignment)):
+        raise cursor.error(
+            f'{before} ends at byte {end}, the file at {cursor.size}; what follows belongs to no tensor: it is damaged'
+        )
     return placed
 
 

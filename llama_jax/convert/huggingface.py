@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
+from llama_jax.json_file import read_object, show_json
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.placement import cast
 from llama_jax.types import InputError
@@ -105,7 +105,7 @@ def _open_shards(
     index: epath.Path, open_file: Callable[[epath.Path], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The tensors of the files that an index names, which must hold just what it says."""
-    places = parse_json(index.read_bytes(), str(index)).get('weight_map')
+    places = read_object(index).get('weight_map')
     if not isinstance(places, dict):
         raise InputError(f'{index} has no weight_map; copy or download it again')
     for name, file in places.items():
@@ -142,7 +142,7 @@ def read_config(folder: epath.Path) -> LlamaConfig:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise InputError(f'{folder} is no Hugging Face folder: it has no {CONFIG_FILE}')
-    values = parse_json(path.read_bytes(), str(path))
+    values = read_object(path)
     _refuse_others(values, path)
     size = functools.partial(_size, values, path)
     num_heads, embed_dim = size('num_attention_heads'), size('hidden_size')

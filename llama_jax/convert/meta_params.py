@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.json_file import parse_json
 from llama_jax.convert.torch_pickle import show
+from llama_jax.json_file import read_object
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.presets import PRESETS
 from llama_jax.types import InputError
@@ -83,9 +83,7 @@ def read_params(path: epath.Path) -> Params:
     """
     if not path.exists():
         raise InputError(f'{path} is missing; it holds the sizes of the model beside consolidated.*.pth')
-    if path.stat().length > _MAX_BYTES:
-        raise InputError(f"{path} has {path.stat().length} bytes; Meta's params.json has a few hundred")
-    values = parse_json(path.read_bytes(), str(path))
+    values = read_object(path, _MAX_BYTES)
     return parse_params(values['model'] if isinstance(values.get('model'), dict) else values, str(path))
 
 

@@ -16,8 +16,8 @@ from typing import TypeGuard
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.json_file import parse_json, show_json
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, row_blocks
+from llama_jax.json_file import parse_object, show_json
 from llama_jax.storage import open_sparsely, prefetch
 from llama_jax.types import InputError
 
@@ -60,7 +60,7 @@ def open_safetensors(path: epath.Path) -> dict[str, FileTensor]:
                 f'{path}: the header is said to take {length} bytes of a file of {size} (at most {_MAX_HEADER}); '
                 'it is no safetensors file, or truncated'
             )
-        header = parse_json(file.read(length), f'{path}: the header')
+        header = parse_object(file.read(length), f'{path}: the header')
     header.pop('__metadata__', None)
     start = 8 + length
     tensors = {name: _tensor(path, name, entry, start, size) for name, entry in header.items()}

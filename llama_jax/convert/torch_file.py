@@ -5,9 +5,12 @@ place, and one `PREFIX/data/KEY` a storage. Every length and place is checked ag
 """
 
 import functools
+import itertools
 import math
 import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +24,7 @@ from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
 _MAX_PICKLE = 4 << 20  # bytes; the 405B's takes 0.3 MB a file, and what it describes is held in memory
-_MAX_DIRECTORY = 16 << 20
+_MAX_DIRECTORY = 4 << 20  # bytes; the 405B's takes 0.1 MB a file
 _WEIGHT_DTYPES = (np.dtype('<f2'), BFLOAT16, np.dtype('<f4'))
 
 
@@ -44,7 +47,15 @@ def open_torch_file(path: epath.Path) -> Any:
             return torch_pickle.load(data, archive.storage)
         except InputError as error:
             raise InputError(f'{path}: {error}') from None
-        except (LookupError, TypeError, ValueError, struct.error) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            struct.error,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise InputError(f'{path} is damaged: its pickle is not valid ({show(str(error), 80)})') from None
 
 
@@ -92,19 +103,55 @@ def _extent(tensor: FileTensor) -> tuple[int, int]:
     return tensor.offset, tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
+class _Bounded:
+    """A file as `zipfile` is given it to find the directory: it may ask for no more than a directory takes."""
+
+    def __init__(self, file: Any):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(min(size, _MAX_DIRECTORY + 1) if size >= 0 else _MAX_DIRECTORY + 1)
+        if len(data) > _MAX_DIRECTORY:
+            raise ValueError(f'its directory takes more than {_MAX_DIRECTORY} bytes')
+        return data
+
+
 class _Archive:
-    """The entries of a zip file; each is checked when it is asked for."""
+    """The entries of a zip file; each is checked when it is asked for.
+
+    Values are read where they lie, so not through `zipfile`, and without their checksums. What says where they lie is
+    therefore checked all the more: an entry's own header agrees with the directory, and it ends where the next begins.
+    """
 
     def __init__(self, path: epath.Path, file: Any):
         self._path, self._file = path, file
-        self._length = path.stat().length
-        self._entries = self._directory()
+        try:
+            with zipfile.ZipFile(_Bounded(file)) as archive:  # pyright: ignore[reportArgumentType]
+                entries, directory = archive.infolist(), archive.start_dir
+        except (
+            zipfile.BadZipFile,
+            ValueError,
+            NotImplementedError,
+            OSError,
+            OverflowError,
+            struct.error,
+        ) as error:
+            raise InputError(
+                f'{path} is not a complete zip file, as torch.save writes ({show(str(error), 80)}): it is cut off, '
+                'damaged, or of another kind (files from before PyTorch 1.6 need saving again)'
+            ) from None
+        self._entries = {entry.orig_filename: entry for entry in entries}
+        if len(self._entries) < len(entries):
+            raise self._damaged('its zip directory gives one name to several entries')
+        starts = sorted({entry.header_offset for entry in entries} | {directory})
+        self._next = dict(itertools.pairwise(starts))
         pickles = [name for name in self._entries if re.fullmatch(r'[^/]+/data\.pkl', name)]
         if len(pickles) != 1:
             raise InputError(
                 f'{path} is a zip file with {len(pickles)} entries */data.pkl; torch.save writes one'
             )
         self._prefix = pickles[0].removesuffix('data.pkl')
+        self._places: dict[str, tuple[int, int]] = {}
 
     def small(self, name: str, default: bytes | None = None) -> bytes:
         """The content of a small entry."""
@@ -115,86 +162,65 @@ class _Archive:
             raise InputError(
                 f'{self._path}: {name} has {size} bytes; a checkpoint needs at most {_MAX_PICKLE}'
             )
-        return self._read(offset, size)
+        content = self._read(offset, size)
+        # PyTorch can be told to write no checksums; it writes 0 then.
+        if self._entries[self._prefix + name].CRC not in (0, zlib.crc32(content)):
+            raise self._damaged(f'entry {show(name)} is not what was written (CRC-32)')
+        return content
 
     def place(self, name: str) -> tuple[int, int]:
         """Offset and size of an entry's content in the file.
 
         Raises:
-          InputError: it is not there, compressed, or beyond the end of the file.
+          InputError: it is not there, compressed, or not where it is said to be.
         """
-        if self._prefix + name not in self._entries:
+        if name not in self._places:
+            self._places[name] = self._find(name)
+        return self._places[name]
+
+    def _find(self, name: str) -> tuple[int, int]:
+        entry = self._entries.get(self._prefix + name)
+        if entry is None:
             raise InputError(f'{self._path} has no entry {show(name)}')
-        flags, method, packed, size, header = self._entries[self._prefix + name]
-        if flags & 1 or method or packed != size:
+        size = entry.file_size
+        if entry.flag_bits & 1 or entry.compress_type or entry.compress_size != size:
             raise InputError(
                 f'{self._path}: entry {show(name)} is compressed or encrypted; torch.save writes neither: save it again'
             )
-        signature, name_length, extra_length = struct.unpack('<4s22xHH', self._read(header, 30))
-        offset = header + 30 + name_length + extra_length
-        if signature != b'PK\3\4' or offset + size > self._length:
+        # PKWARE's APPNOTE, 4.3.7 and 4.3.9: a header; behind the content, where flag 8 is set, its checksum and sizes.
+        header = struct.unpack('<4sHHHHHIIIHH', self._read(entry.header_offset, 30))
+        signature, _, flags, method, _, _, crc, packed, unpacked, name_length, extra_length = header
+        own_name = self._read(entry.header_offset + 30, name_length)
+        offset = entry.header_offset + 30 + name_length + extra_length
+        has_summary = bool(flags & 8)
+        behind = max(self._next.get(entry.header_offset, 0) - offset - size, 0)
+        summaries = [  # with and without its signature, of short and long sizes
+            signature + struct.pack(layout, entry.CRC, size, size)
+            for signature in (b'PK\7\x08', b'')
+            for layout in ('<IQQ', '<III')
+            if size < 2**32 or layout == '<IQQ'
+        ]
+        is_sound = (
+            signature == b'PK\3\4'
+            and (flags, method) == (entry.flag_bits, entry.compress_type)
+            and own_name.decode('utf-8' if flags & 0x800 else 'cp437', 'replace') == entry.orig_filename
+            and all(
+                own in {said, 2**32 - 1} or (has_summary and not own)
+                for own, said in ((crc, entry.CRC), (packed, size), (unpacked, size))
+            )
+            and offset + size <= self._next.get(entry.header_offset, 0)
+            and self._read(offset + size, min(behind, 30)) in (summaries if has_summary else [b''])
+        )
+        if not is_sound:
             raise self._damaged(f'entry {show(name)} is not where its directory says, or cut off')
         return offset, size
 
-    def _directory(self) -> dict[str, tuple[int, int, int, int, int]]:
-        """Flags, compression, packed size, size and header's offset by name; PKWARE's APPNOTE, 4.3.12 to 4.3.16."""
-        start = max(self._length - 22 - 20, 0)
-        tail = self._read(start, self._length - start)
-        if tail[-22:-18] != b'PK\5\6':  # a comment stands behind it
-            start = max(start - 65535, 0)
-            tail = self._read(start, self._length - start)
-        end = tail.rfind(b'PK\5\6', 0, max(len(tail) - 18, 0))
-        if end < 0:
-            raise InputError(
-                f'{self._path} is not a complete zip file, as torch.save writes: it is cut off, or of another kind '
-                '(files from before PyTorch 1.6 need saving again)'
-            )
-        size, offset = struct.unpack_from('<II', tail, end + 12)
-        if end >= 20 and tail[end - 20 : end - 16] == b'PK\6\7':  # ZIP64
-            record = self._read(struct.unpack_from('<Q', tail, end - 12)[0], 56)
-            if record[:4] != b'PK\6\6':
-                raise self._damaged('its zip directory is not where it says')
-            size, offset = struct.unpack_from('<QQ', record, 40)
-        if size > _MAX_DIRECTORY:
-            raise InputError(f'{self._path} has a zip directory of {size} bytes; a checkpoint needs far less')
-        directory = self._read(offset, size)
-        entries: dict[str, tuple[int, int, int, int, int]] = {}
-        at = 0
-        while at < size:
-            if size - at < 46 or directory[at : at + 4] != b'PK\1\2':
-                raise self._damaged('its zip directory is not valid')
-            flags, method, packed, content = struct.unpack_from('<HH8xII', directory, at + 8)
-            name_length, extra_length, comment_length, place = struct.unpack_from(
-                '<HHH8xI', directory, at + 28
-            )
-            name = directory[at + 46 : at + 46 + name_length].decode('utf-8', 'replace')
-            at += 46 + name_length
-            packed, content, header = self._long(directory[at : at + extra_length], packed, content, place)
-            at += extra_length + comment_length
-            if name in entries:
-                raise self._damaged(f'its zip directory names {show(name)} twice')
-            entries[name] = flags, method, packed, content, header
-        return entries
-
-    def _long(self, extra: bytes, packed: int, size: int, header: int) -> tuple[int, int, int]:
-        """Sizes and offset, from ZIP64's extra field where they do not fit into the directory's own."""
-        at = 0
-        while at + 4 <= len(extra):
-            kind, length = struct.unpack_from('<HH', extra, at)
-            if kind == 1:
-                field = extra[at + 4 : at + 4 + length]
-                values = iter(struct.unpack(f'<{len(field) // 8}Q', field[: len(field) // 8 * 8]))
-                size, packed, header = (
-                    next(values, value) if value == 2**32 - 1 else value for value in (size, packed, header)
-                )
-            at += 4 + length
-        return packed, size, header
-
     def _read(self, offset: int, size: int) -> bytes:
-        if offset + size > self._length:
-            raise self._damaged('its zip directory points beyond its end')
         self._file.seek(offset)
-        return self._file.read(size)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise self._damaged('its zip directory points beyond its end')
+        return data
 
     def _damaged(self, how: str) -> InputError:
         return InputError(f'{self._path} is damaged: {how}')

@@ -30,6 +30,8 @@ STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
     'BoolStorage': np.dtype('?'),
     **dict.fromkeys(('ComplexFloatStorage', 'ComplexDoubleStorage', 'UntypedStorage')),
 }
+_MAX_ARGUMENTS = 16  # of a call; a tensor's has 6 or 7
+_MAX_NAME = 1000  # characters of a key or a class
 _DTYPE_NAME = re.compile(r'(b?float|complex|u?int|q?u?int|long|half|double|bool)\w*')
 
 
@@ -192,8 +194,9 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
 def load(data: bytes, open_storage: Callable[[Any], Storage]) -> Any:
     """Runs a pickle on a stack and a memo of its own; both grow by one reference an opcode at most.
 
-    Keys of dicts are texts and small numbers, because others can be made to take for ever: nested tuples are hashed
-    piece by piece, and large numbers can all have the same hash.
+    Each opcode takes a time of its own, not of what it is applied to. So calls have few arguments, and keys of dicts
+    are short texts and small numbers: nested tuples are hashed piece by piece, large numbers can all have the same
+    hash, and long texts that are equal are compared to their ends.
 
     Args:
       data: the pickle.
@@ -251,13 +254,17 @@ def load(data: bytes, open_storage: Callable[[Any], Storage]) -> Any:
                 stack.append(_global(*argument))
             case 'STACK_GLOBAL':
                 name, module = stack.pop(), stack.pop()
-                if not (isinstance(module, str) and isinstance(name, str)):
+                if not (
+                    isinstance(module, str) and isinstance(name, str) and len(module + name) <= _MAX_NAME
+                ):
                     raise ValueError('a global without a name')
                 stack.append(_global(module, name))
             case 'REDUCE':
                 arguments, function = stack.pop(), stack.pop()
-                if function not in _FUNCTIONS.values():
+                if not any(function is known for known in _FUNCTIONS.values()):
                     raise ValueError('a call of what is no function')
+                if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+                    raise ValueError('a call with arguments that no tensor needs')
                 stack.append(function(*arguments))
             case 'POP':
                 stack.pop()
@@ -282,6 +289,8 @@ def _update(target: Any, values: list[Any]) -> None:
     keys = values[::2]
     if not isinstance(target, dict) or len(values) % 2:
         raise ValueError('items for what is no dict')
+    if any(isinstance(key, str) and len(key) > _MAX_NAME for key in keys):
+        raise ValueError(f'a key of more than {_MAX_NAME} characters')
     if not all(isinstance(key, str) or (type(key) is int and abs(key) < 2**32) for key in keys):
         raise ValueError('a key that is neither text nor a small number')
     target.update(zip(keys, values[1::2], strict=True))

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
+from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, new_folder, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, error_line
@@ -295,19 +296,21 @@ class PreparedRows:
 def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError as error:
+        manifest = read_object(file)
+    except InputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise InputError(
             f'{folder} has no {MANIFEST}: nothing was prepared there, or it was cut off'
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'{file} is not JSON; copy or prepare it again') from error
-    if not isinstance(manifest, dict) or manifest.get('format') != _FORMAT:
+    if manifest.get('format') != _FORMAT:
         raise InputError(f'{file} is not a manifest of {_FORMAT!r}; prepare it again')
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
     if not wrong:
         num_rows = -(-(manifest['num_tokens'] - 1) // max(manifest['seq_len'], 1))
         is_right = {
+            'seq_len': 0 < manifest['seq_len'] < 2**31,
+            'vocab_size': 0 < manifest['vocab_size'] < 2**31,
             'dtype': manifest['dtype'] in ('uint16', 'uint32'),
             'num_rows': manifest['num_rows'] == num_rows > 0,
             'shards': all(map(_is_shard, manifest['shards']))
@@ -324,7 +327,8 @@ def _is_shard(shard: object) -> bool:
     if not isinstance(shard, dict):
         return False
     kinds = {'file': str, 'rows': int, 'bytes': int, 'sha256': str}
-    return all(isinstance(shard.get(key), kind) for key, kind in kinds.items()) and '/' not in shard['file']
+    is_typed = all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+    return is_typed and '/' not in shard['file'] and min(shard['rows'], shard['bytes']) >= 0
 
 
 def _sha256(file: epath.Path) -> str:

@@ -7,7 +7,8 @@ A source is one string:
     a path or a glob, local or gs://           corpus/**/*.jsonl.gz
 
 Files are told apart by suffix, after `.gz`: `.jsonl` and `.json` hold one JSON object a line; `.array_record`
-and `.arrayrecord` hold one UTF-8 document a record; anything else is UTF-8 text.
+and `.arrayrecord` hold one UTF-8 document a record; anything else is UTF-8 text. A line, a record and a document have
+at most 128 MiB (`json_file.MAX_BYTES`), of which a tokenizer takes some gigabytes.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import logging
 import os
 import pathlib
@@ -27,12 +27,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from llama_jax.json_file import MAX_BYTES, parse_json, read_lines, show_json
 from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError, error_line
 
 _log = logging.getLogger(__name__)
-
-_MAX_DOCUMENT = 256 << 20  # bytes; a tokenizer needs some 50 times this to take one text
 
 
 def read_documents(source: str, *, text_key: str = 'text', separator: str = '') -> Iterator[str]:
@@ -220,38 +219,36 @@ def _read_file(path: epath.Path, text_key: str, separator: str) -> Iterator[str]
 
 def _read_text(file: io.BufferedIOBase, name: str, separator: str) -> Iterator[str]:
     mark = separator.encode()
-    rest, offset = b'', 0
+    rest, searched, offset = bytearray(), 0, 0  # a bytearray grows in place
     while block := file.read(1 << 24):
         rest += block
-        if mark:
-            *pieces, rest = rest.split(mark)  # safe on bytes: no UTF-8 sequence begins inside another
-            for piece in pieces:
-                yield _decode(piece, name, offset).strip('\r\n')
-                offset += len(piece) + len(mark)
-        if len(rest) > _MAX_DOCUMENT:
-            raise InputError(
-                f'{name} holds a document of over {_MAX_DOCUMENT >> 20} MiB; cut it by a separator'
-            )
-    text = _decode(rest, name, offset)
+        begin = 0
+        while mark and (end := rest.find(mark, searched)) >= 0:  # no UTF-8 sequence begins inside another
+            yield _decode(bytes(rest[begin:end]), name, offset + begin).strip('\r\n')
+            begin = searched = end + len(mark)
+        del rest[:begin]
+        offset += begin
+        searched = max(len(rest) - len(mark) + 1, 0)
+        if len(rest) > MAX_BYTES:
+            raise InputError(f'{name} holds a document of over {MAX_BYTES >> 20} MiB; cut it by a separator')
+    text = _decode(bytes(rest), name, offset)
     yield text.strip('\r\n') if mark else text
 
 
 def _read_json_lines(file: io.BufferedIOBase, name: str, text_key: str) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(read_lines(file, name, MAX_BYTES), start=1):
         where = f'{name} line {number}'
         text = _decode(line, where, offset)
         offset += len(line)
         if not text.strip():
             continue
-        try:
-            item = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-            raise InputError(f'{where} is not JSON: {error_line(error)}') from error
+        item = parse_json(text, where)
         if not isinstance(item, dict):
             raise InputError(f'{where} holds a JSON {type(item).__name__}, not one object a line')
         if text_key not in item:
-            raise InputError(f'{where} has no field {text_key!r}: its fields are {", ".join(item) or "none"}')
+            fields = show_json(', '.join(item))[1:-1] or 'none'
+            raise InputError(f'{where} has no field {text_key!r}: its fields are {fields}')
         if not isinstance(item[text_key], str):
             raise InputError(f'{where}: field {text_key!r} is {type(item[text_key]).__name__}, not text')
         yield item[text_key]
@@ -271,6 +268,10 @@ def _read_array_record(name: str) -> Iterator[str]:
                 raise InputError(
                     f'{name} record {number} is damaged; copy or write the file again'
                 ) from error
+            if len(record) > MAX_BYTES:
+                raise InputError(
+                    f'{name} record {number} has over {MAX_BYTES >> 20} MiB; cut it into several'
+                )
             yield _decode(record, f'{name} record {number}')
     finally:
         with contextlib.suppress(RuntimeError):  # closing a broken file raises again what is wrong with it

@@ -10,18 +10,19 @@ import dataclasses
 import functools
 import gzip
 import io
-import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from llama_jax.eval.task import Document
+from llama_jax.json_file import MAX_BYTES, parse_json
 from llama_jax.types import InputError, error_line
 
 Fields = Mapping[str, type | tuple[type, ...]]
-MALFORMED = (KeyError, ValueError, IndexError, TypeError, AttributeError)
+MALFORMED = (KeyError, ValueError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def is_online(data_dir: str) -> bool:
@@ -129,13 +130,14 @@ def read_rows(path: epath.Path) -> Iterator[tuple[str, Any]]:
     Raises:
       InputError: the file is not what its name says, with the line.
     """
-    text = read_text(path)
     kind = path.name.removesuffix('.gz').rpartition('.')[2]
     if kind == 'jsonl':
-        for line, content in enumerate(text.split('\n'), 1):
+        for line, content in enumerate(io.BytesIO(_read(path)), 1):
             if content.strip():
                 yield f'{path}:{line}', parse_json(content, f'{path}:{line}')
-    elif kind == 'json':
+        return
+    text = read_text(path)
+    if kind == 'json':
         rows = parse_json(text, str(path))
         for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
             yield f'{path}: item {index}', row
@@ -165,20 +167,23 @@ def read_csv_lines(path: epath.Path) -> Iterator[tuple[str, list[str]]]:
 def read_text(path: epath.Path) -> str:
     """A UTF-8 file, unpacked where its name ends in .gz; InputError where it cannot be read."""
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.name.endswith('.gz') else data).decode('utf-8-sig')
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise InputError(f'no file {path}') from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return _read(path).decode('utf-8-sig')
+    except UnicodeDecodeError as error:
         raise InputError(f'{path} cannot be read as UTF-8 text: {error_line(error)}') from error
 
 
-def parse_json(text: str, place: str) -> Any:
-    """JSON value; InputError with the place where it is none."""
+def _read(path: epath.Path) -> bytes:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f'{place}: not JSON: {error}') from error
+        with path.open('rb') as raw:
+            file = gzip.GzipFile(fileobj=raw) if path.name.endswith('.gz') else raw
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise InputError(f'no file {path}') from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f'{path} cannot be read: {error_line(error)}') from error
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{path} has more than {MAX_BYTES >> 20} MiB; no benchmark's file is that large")
+    return data
 
 
 def _from_huggingface(online: Online, rest: str) -> Iterator[tuple[str, Document]]:

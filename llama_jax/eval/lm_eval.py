@@ -19,7 +19,6 @@ own. What cannot be answered is logged and ends no run. On several hosts run the
 """
 
 import functools
-import json
 import logging
 import math
 import re
@@ -40,12 +39,11 @@ from llama_jax.inference.scoring import score
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.chat_format import chat_format_for
-from llama_jax.tokenizer.tokenizer import Tokenizer, parse_json
+from llama_jax.tokenizer.chat_template import ChatTemplate, Messages, template_beside
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 def language_model(engine: Engine, chat_template: str = '') -> Any:
@@ -196,7 +194,7 @@ class _Answers:
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template in use, '' where none is."""
-        return self._template() if chat_template else ''
+        return self._chat.text if chat_template else ''
 
     def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
         """A conversation as text; where the template takes no system message, as by transformers' model, without it."""
@@ -206,67 +204,27 @@ class _Answers:
             'bos_token': names.get(self._tokenizer.bos_id, ''),
             'eos_token': names.get(self._tokenizer.eos_id, ''),
         }
+        render = functools.partial(
+            self._chat.render,
+            add_generation_prompt=add_generation_prompt,
+            continue_last=not add_generation_prompt,
+            **tokens,
+        )
         try:
-            return render_chat(self._template(), messages, add_generation_prompt, **tokens)
+            return render(messages)
         except InputError as error:
             others = [message for message in messages if message['role'] != 'system']
             if not others or len(others) == len(messages):
                 raise
             _log.warning('%s; rendered without the system message', error)
-            return render_chat(self._template(), others, add_generation_prompt, **tokens)
+            return render(others)
 
-    def _template(self) -> str:
-        return (
-            self._given_template
-            or _template_beside(self._tokenizer)
-            or chat_format_for(self._tokenizer).template
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate:
+        folder = epath.Path(self._tokenizer.path).parent
+        return ChatTemplate(
+            self._given_template or template_beside(folder) or chat_format_for(self._tokenizer).template
         )
-
-
-def render_chat(
-    template: str, messages: Messages, add_generation_prompt: bool = True, **variables: str
-) -> str:
-    """A conversation through a Jinja template, as transformers renders it.
-
-    Args:
-      template: run in a sandbox.
-      messages: with `role` and `content`.
-      add_generation_prompt: end with what an answer begins with; False: end with the last message, to be continued.
-      **variables: further names of the template, such as bos_token.
-
-    Raises:
-      InputError: the template is wrong or refuses the messages.
-    """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters['tojson'] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals['raise_exception'] = refuse
-    try:
-        text = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(f'the chat template cannot render {len(messages)} messages: {error}') from error
-    if add_generation_prompt:
-        return text
-    last = messages[-1]['content'].strip()
-    return text[: text.rindex(last) + len(last)]
-
-
-def _template_beside(tokenizer: Tokenizer) -> str:
-    """The template that a Hugging Face folder holds, '' where there is none."""
-    folder = epath.Path(tokenizer.path).parent
-    if (file := folder / 'chat_template.jinja').exists():
-        return file.read_text()
-    if (file := folder / 'tokenizer_config.json').exists():
-        template = parse_json(file.read_bytes(), str(file)).get('chat_template')
-        return template if isinstance(template, str) else ''
-    return ''
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

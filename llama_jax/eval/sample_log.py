@@ -3,14 +3,16 @@
 The first line says what was evaluated; then come items in the order in which they were finished, each with its `index`.
 """
 
+import io
 import json
 import time
 from typing import Any, TextIO
 
 from etils import epath
 
+from llama_jax.json_file import parse_json, read_lines, show_json
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 # A bucket cannot append: there the whole log is written again, so often at most.
 _SECONDS_BETWEEN_WRITES = 60.0
@@ -50,18 +52,28 @@ class SampleLog:
     def _read(self, header: dict[str, Any]) -> None:
         if not self._path.exists():
             return
-        # What a kill left of a last line is dropped.
-        lines = self._path.read_text().split('\n')[:-1]
+        before = header
         try:
-            before = json.loads(lines[0])['header'] if lines else header
-            self.items = {item['index']: item for item in map(json.loads, lines[1:])}
-        except (ValueError, TypeError, KeyError) as error:
+            with self._path.open('rb') as raw, io.BufferedReader(raw) as file:
+                for number, line in enumerate(read_lines(file, str(self._path)), 1):
+                    if not line.endswith(b'\n'):  # what a kill left of a last line is dropped
+                        break
+                    value = parse_json(line, f'{self._path} line {number}')
+                    if number == 1:
+                        before = dict(value['header'])
+                    else:
+                        self.items[int(value['index'])] = value
+        except InputError as error:
+            raise InputError(f'{error}; it is no log of samples: move it away') from None
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise InputError(f'{self._path} is no log of samples; move it away') from error
+        except OSError as error:
+            raise InputError(f'{self._path} cannot be read: {error.strerror or error_line(error)}') from error
         for key in sorted({*before, *header}):
             if before.get(key) != header.get(key):
                 raise InputError(
-                    f'{self._path} is of another evaluation: {key} was {before.get(key)!r} and is {header.get(key)!r}; '
-                    'write to another place, or remove the file'
+                    f'{self._path} is of another evaluation: {key} was {show_json(before.get(key))} '
+                    f'and is {show_json(header.get(key))}; write to another place, or remove the file'
                 )
         self._lines += [json.dumps(item) for item in self.items.values()]
 

@@ -6,6 +6,7 @@ They stand in for services such as Perspective (toxicity) and for libraries such
 import contextlib
 import json
 import logging
+import math
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from llama_jax.eval.documents import Source, read_rows
 from llama_jax.types import InputError
 
 logger = logging.getLogger(__name__)
+_MAX_ANSWER = 400  # characters of a number
 
 
 def file_rating(file: str) -> Callable[[str], float]:
@@ -27,7 +29,9 @@ def file_rating(file: str) -> Callable[[str], float]:
     Raises:
       InputError: the file is malformed; or, when called, it does not hold the text.
     """
-    source = Source('scores', (file,), {'text': str, 'score': (int, float)})
+    source = Source(
+        'scores', (file,), {'text': str, 'score': (int, float)}, check=lambda row: _finite(row['score'])
+    )
     rows = [source.checked(place, row) for place, row in read_rows(epath.Path(file))]
     scores = {row['text']: float(row['score']) for row in rows}
 
@@ -39,6 +43,12 @@ def file_rating(file: str) -> Callable[[str], float]:
         return scores[text]
 
     return rate
+
+
+def _finite(number: str | float | int) -> float:
+    if not math.isfinite(value := float(number)):  # of a huge whole number an OverflowError
+        raise ValueError(f'{value} is no finite number')
+    return value
 
 
 class CommandRating:
@@ -74,12 +84,12 @@ class CommandRating:
             answer = self._asking.submit(self._ask, text)
             try:
                 try:
-                    return float(answer.result(self._patience))
+                    return _finite(answer.result(self._patience))
                 except TimeoutError:
                     logger.warning(
                         'the rating command %r has not answered for %g s', self.command, self._patience
                     )
-                    return float(answer.result(self._timeout - self._patience))
+                    return _finite(answer.result(self._timeout - self._patience))
             except TimeoutError as error:
                 self._kill()
                 raise InputError(
@@ -98,7 +108,7 @@ class CommandRating:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(text) + '\n')
         self._process.stdin.flush()
-        return self._process.stdout.readline()
+        return self._process.stdout.readline(_MAX_ANSWER)
 
     def _how_it_ended(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,8 +1,43 @@
 """What fixes a Llama's architecture: the numbers a checkpoint is meaningless without."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from llama_jax.types import InputError
+
+# The largest of each field: many times those of any Llama, and small enough that no product of two overflows memory
+# before somebody compares it with what a file holds.
+_MOST = {
+    'vocab_size': 2**24, 'embed_dim': 2**20, 'mlp_dim': 2**31 - 1, 'num_layers': 2**14, 'num_heads': 2**14,
+    'num_kv_heads': 2**14, 'head_dim': 2**14, 'max_seq_len': 2**31 - 1, 'original_max_seq_len': 2**31 - 1,
+    'norm_eps': 1, 'rope_theta': 1e12, 'factor': 1e6, 'low_freq_factor': 1e6, 'high_freq_factor': 1e6,
+}  # fmt: skip
+
+
+def _check_ranges(kind: type, values: Mapping[str, Any]) -> None:
+    """Every number of a dataclass is of its field's type, positive and within `_MOST`."""
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        kinds: tuple[Any, ...] = get_args(field.type) or (field.type,)
+        if not isinstance(value, kinds) and not (field.type is float and type(value) is int):
+            allowed = ' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)
+            raise InputError(f'{field.name} is {_shown(value)}, which is no {allowed}')
+        if field.type is int and (isinstance(value, bool) or value < 1):
+            raise InputError(f'{field.name} is {_shown(value)}; it must be at least 1')
+        if field.name in _MOST and not 0 < value <= _MOST[field.name]:  # NaN is in no range
+            raise InputError(
+                f'{field.name} is {_shown(value)}; it must be above 0, at most {_MOST[field.name]:g}'
+            )
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # a number of thousands of digits
+        return 'a huge number'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +55,13 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+
+    def __post_init__(self):
+        _check_ranges(type(self), vars(self))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f'low_freq_factor {self.low_freq_factor} must be less than high_freq_factor {self.high_freq_factor}'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +82,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise InputError(f'{field.name} is {value}; it must be at least 1')
+        _check_ranges(type(self), vars(self))
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; '
@@ -69,6 +108,28 @@ class LlamaConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> 'LlamaConfig':
-        scaling = values.get('rope_scaling')
-        return cls(**{**values, 'rope_scaling': RopeScaling(**scaling) if scaling else None})
+    def from_dict(cls, values: Any) -> 'LlamaConfig':
+        """What `to_dict` gave, once written and read by somebody.
+
+        Raises:
+          InputError: a field is missing, unknown, of another type or out of range; it is named.
+        """
+        values = _fields(cls, values, 'the configuration')
+        if (scaling := values.get('rope_scaling')) is not None:
+            fields = _fields(RopeScaling, scaling, 'rope_scaling')
+            _check_ranges(RopeScaling, fields)
+            values = {**values, 'rope_scaling': RopeScaling(**fields)}
+        _check_ranges(cls, values)
+        return cls(**values)
+
+
+def _fields(kind: type, values: Any, what: str) -> dict[str, Any]:
+    """The values, whose names are those that a dataclass of this kind takes."""
+    if not isinstance(values, dict):
+        raise InputError(f'{what} is a {type(values).__name__}, it must be an object')
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    if missing := [name for name, is_needed in known.items() if is_needed and name not in values]:
+        raise InputError(f'{what} has no {missing[0]}')
+    if unknown := [name for name in values if name not in known]:
+        raise InputError(f'{what} has {_shown(unknown[0])}, which is none of {", ".join(known)}')
+    return values

@@ -22,7 +22,7 @@ def huggingface_files(tokenizer: Tokenizer, *, chat_template: str = '', max_seq_
     """
     files = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        name_of = {id: name for name, id in tokenizer.special_tokens.items()}
+        name_of = {id: name for name, id in tokenizer.special_tokens.items()}  # both are among them
         names = {'bos_token': name_of[tokenizer.bos_id], 'eos_token': name_of[tokenizer.eos_id]}
         files['tokenizer.json'] = tokenizer.file_bytes
     else:

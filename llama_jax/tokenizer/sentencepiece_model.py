@@ -9,9 +9,10 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF's tokens
+MAX_TOKEN = 1024  # bytes of a token's text, in any format; Llama 3's longest has 128
 _BPE = 2  # TrainerSpec.ModelType
 
 
@@ -34,38 +35,86 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = False
 
 
+def check_pieces(data: bytes, path: str) -> None:
+    """Refuses what sentencepiece itself opens and then fails at: pieces that are no text, or none for the unknown.
+
+    Raises:
+      InputError: as said, or the file is damaged otherwise.
+    """
+    types = [kind for _, _, kind in _parse(data, path).pieces]
+    if types.count(UNKNOWN) != 1:
+        raise InputError(f'{path} has {types.count(UNKNOWN)} pieces for what is unknown; it needs one')
+
+
 def read_model(data: bytes, path: str) -> SentencePieceModel:
     """Reads a model that sentencepiece itself has opened.
 
     Raises:
-      InputError: it is no BPE, or changes texts before it splits them, which no other format of Llama's can say.
+      InputError: it is damaged, no BPE, or changes texts before it splits them, which no other format of Llama's can
+        say.
     """
-    pieces, trainer, normalizer = [], {}, {}
-    for number, message in _fields(data):
-        if number == 1:
-            piece = dict(_fields(message))
-            (score,) = struct.unpack('<f', piece.get(2, bytes(4)))
-            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        elif number == 2:
-            trainer = dict(_fields(message))
-        elif number == 3:
-            normalizer = dict(_fields(message))
+    parsed = _parse(data, path)
     refused = {
-        'is not BPE': trainer.get(3, 1) != _BPE,
-        'puts spaces after words': trainer.get(24, 0),
-        f'normalizes texts ({normalizer.get(1, b"").decode()})': normalizer.get(2, b''),
-        'leaves spaces as they are': not normalizer.get(5, 1),
+        'is not BPE': parsed.kind != _BPE,
+        'puts spaces after words': parsed.puts_spaces_after,
+        f'normalizes texts ({parsed.normalizer[:40]!r})': parsed.changes_texts,
+        'leaves spaces as they are': not parsed.escapes_spaces,
     }
     for what, is_so in refused.items():
         if is_so:
             raise InputError(f"{path} {what}; of sentencepiece models only those like Llama 2's convert")
-    return SentencePieceModel(
-        pieces,
-        trainer.get(46, b'<s>').decode(),
-        trainer.get(47, b'</s>').decode(),
-        bool(normalizer.get(3, 1)),
-        bool(normalizer.get(4, 1)),
-    )
+    return parsed.model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parsed:
+    """A model, and what else is known of it."""
+
+    model: SentencePieceModel
+    kind: int
+    normalizer: str
+    puts_spaces_after: bool
+    changes_texts: bool
+    escapes_spaces: bool
+
+    @property
+    def pieces(self) -> list[tuple[str, float, int]]:
+        return self.model.pieces
+
+
+def _parse(data: bytes, path: str) -> _Parsed:
+    pieces, trainer, normalizer = [], {}, {}
+    try:
+        for number, message in _fields(data):
+            if number == 1:
+                piece = dict(_fields(message))
+                (score,) = struct.unpack('<f', piece.get(2, bytes(4)))
+                if len(piece[1]) > MAX_TOKEN:
+                    raise ValueError(f'a piece of {len(piece[1])} bytes; at most {MAX_TOKEN} are read')
+                pieces.append((piece[1].decode(), score, int(piece.get(3, NORMAL))))
+            elif number == 2:
+                trainer = dict(_fields(message))
+            elif number == 3:
+                normalizer = dict(_fields(message))
+        model = SentencePieceModel(
+            pieces,
+            trainer.get(46, b'<s>').decode(),
+            trainer.get(47, b'</s>').decode(),
+            bool(normalizer.get(3, 1)),
+            bool(normalizer.get(4, 1)),
+        )
+        return _Parsed(
+            model,
+            kind=trainer.get(3, 1),
+            normalizer=normalizer.get(1, b'').decode(),
+            puts_spaces_after=bool(trainer.get(24, 0)),
+            changes_texts=bool(normalizer.get(2, b'')),
+            escapes_spaces=bool(normalizer.get(5, 1)),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(
+            f'{path} is a damaged sentencepiece model, after {len(pieces)} pieces: {error_line(error)}; copy it again'
+        ) from error
 
 
 def write_model(model: SentencePieceModel) -> bytes:
@@ -89,21 +138,34 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field: an int, or bytes."""
     at = 0
     while at < len(message):
-        key, at = message[at], at + 1
-        if key > 127:  # fields from 16 on
-            key, at = key & 127 | message[at] << 7, at + 1
-        number = {1: 8, 5: 4}.get(key & 7, 0)
-        if not number:
-            shift, byte = 0, 128
-            while byte > 127:  # seven bits a byte, the lowest first
-                byte, at = message[at], at + 1
-                number |= (byte & 127) << shift
-                shift += 7
-        if key & 7 == 0:
+        key, at = _varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            number, at = _varint(message, at)
             yield key >> 3, number
+            continue
+        if kind == 2:
+            length, at = _varint(message, at)
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
         else:
-            yield key >> 3, message[at : at + number]
-            at += number
+            raise ValueError(f'a field of kind {kind}')
+        if length > len(message) - at:
+            raise ValueError('a field beyond its end')
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise ValueError('a number of more than ten bytes')
 
 
 def _message(fields: Iterable[tuple[int, int | float | str | bytes]]) -> bytes:

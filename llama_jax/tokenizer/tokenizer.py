@@ -10,17 +10,22 @@ import codecs
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
+from llama_jax.json_file import MAX_BYTES, parse_object, read_object, show_json
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError, error_line
+from llama_jax.tokenizer.library_errors import refused
+from llama_jax.tokenizer.sentencepiece_model import MAX_TOKEN, check_pieces
+from llama_jax.tokenizer.text_pieces import chunks, without_surrogates
+from llama_jax.types import InputError
 
 
 @runtime_checkable
@@ -110,6 +115,7 @@ class SentencePieceTokenizer:
                 f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a '
                 f'tokenizer.json ({len(data)} bytes); give the tokenizer.model that came with the weights'
             ) from error
+        check_pieces(data, path)
         self.path = path
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -144,9 +150,6 @@ LLAMA3_PATTERN = (
 )
 _NUM_SPECIAL = 256
 _TIKTOKEN_LINE = re.compile(rb'[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|$)')
-_MAX_CHUNK = 400_000  # characters given to tiktoken at once: it panics on much more
-_MAX_RUN = 25_000  # longest run of all-space or no-space characters: its regex engine overflows on much more
-_SPACE, _NON_SPACE, _RUN = re.compile(r'\s'), re.compile(r'\S'), re.compile(r'\s+|\S+')
 
 
 class TiktokenTokenizer:
@@ -180,9 +183,10 @@ class TiktokenTokenizer:
         self.bos_id = self.special_tokens['<|begin_of_text|>']
         self.eos_id = self.special_tokens['<|end_of_text|>']
         self.stop_ids = _stop_ids(self.eos_id, self.special_tokens)
-        self._encoding = tiktoken.Encoding(
-            'llama3', pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
-        )
+        with refused(f'{path} is not a rank file that tiktoken can use'):
+            self._encoding = tiktoken.Encoding(
+                'llama3', pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            )
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
@@ -198,8 +202,9 @@ class TiktokenTokenizer:
         return self._encoding.decode(_checked_ids(ids, self.vocab_size))
 
     def _encode(self, text: str) -> np.ndarray:
-        chunks = list(_chunks(without_surrogates(text)))
-        ids = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in chunks]
+        pieces = list(chunks(without_surrogates(text)))
+        with refused(f'{self.path} cannot encode {text[:40]!r}'):
+            ids = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in pieces]
         return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.uint32), *ids])
 
 
@@ -217,15 +222,15 @@ class HuggingFaceTokenizer:
             import tokenizers
         except ImportError as error:
             raise InputError(f"{path} needs the package tokenizers: pip install 'llama_jax[hf]'") from error
-        definition = parse_json(data, path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:  # the library raises nothing narrower, and a panic is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+        definition = parse_object(data, path)
+        if (growth := _growth(definition.get('normalizer'))) > _MAX_GROWTH:
             raise InputError(
-                f'{path} is not a tokenizer.json that tokenizers can read: {error_line(error)}'
-            ) from error
+                f'{path} makes texts {growth} times as long; at most {_MAX_GROWTH} times is allowed'
+            )
+        with refused(f'{path} is not a tokenizer.json that tokenizers can read'):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            for text in _PROBES:  # a pattern may fail at some text only
+                self._tokenizer.encode(text)
         self._tokenizer.encode_special_tokens = True  # in text they are ordinary characters
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -233,10 +238,13 @@ class HuggingFaceTokenizer:
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
         self.bos_id = self._named('bos_token', ('<|begin_of_text|>', '<s>'))
         self.eos_id = self._named('eos_token', ('<|end_of_text|>', '</s>', '<|eot_id|>'))
+        # Not all files say that these two are special; a text that spells one would become it.
+        names = [self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id)]
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(n, normalized=False) for n in names])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in sorted(added.items()) if token.special}
         self.stop_ids = _stop_ids(self.eos_id, self.special_tokens)
         self._unk_id = self._tokenizer.token_to_id(definition['model'].get('unk_token') or '')
         decoder = json.dumps(definition.get('decoder'))
@@ -252,30 +260,34 @@ class HuggingFaceTokenizer:
         for file in ('special_tokens_map.json', 'tokenizer_config.json'):
             beside = epath.Path(self.path).parent / file
             if beside.exists():
-                name = parse_json(_read(beside), os.fspath(beside)).get(key)
+                name = read_object(beside).get(key)
                 name = name.get('content') if isinstance(name, dict) else name
                 names[:0] = [name] if isinstance(name, str) else []
         for name in names:
             if (id := self._tokenizer.token_to_id(name)) is not None:
                 return id
-        raise InputError(f'{self.path} holds none of {", ".join(names)} for its {key}; Llama needs one')
+        wanted = show_json(', '.join(names))[1:-1]
+        raise InputError(f'{self.path} holds none of {wanted} for its {key}; Llama needs one')
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for."""
-        ids = self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
+        with refused(f'{self.path} cannot encode {text[:40]!r}'):
+            ids = self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, without BOS and EOS, on all cores."""
         texts = [without_surrogates(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with refused(f'{self.path} cannot encode one of {len(texts)} texts'):
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens appear by name if the vocabulary is of bytes (Llama 3), else not at all."""
         ids = _checked_ids(ids, self.vocab_size)
         if self._byte_level:
-            return self._tokenizer.decode(ids, skip_special_tokens=False)
+            with refused(f'{self.path} cannot decode {ids[:10]}'):
+                return self._tokenizer.decode(ids, skip_special_tokens=False)
         special = set(self.special_tokens.values()) - {self._unk_id}
         pieces = [
             ' \u2047 ' if i == self._unk_id else self._tokenizer.id_to_token(i) or ''
@@ -292,19 +304,22 @@ class HuggingFaceTokenizer:
         return data.decode(errors='llama_jax.each_byte')
 
 
+_PROBES = ('Hello world! 12', *(letter * 40 + '!x' for letter in 'a1 -\né'))
+_MAX_GROWTH = 100  # times; a Llama's own puts one letter for another
+
+
+def _growth(normalizer: Any) -> int:
+    """By how much the parts of a normalizer, one after another, can lengthen a text."""
+    if not isinstance(normalizer, dict):
+        return 1
+    parts = normalizer.get('normalizers')
+    growth = math.prod(map(_growth, parts)) if isinstance(parts, list) else 1
+    texts = [value for key in ('content', 'prepend') if isinstance(value := normalizer.get(key), str)]
+    return growth * max(1, *map(len, texts), 1)
+
+
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 codecs.register_error('llama_jax.each_byte', lambda e: ('\ufffd', e.start + 1))  # pyright: ignore
-
-
-def parse_json(data: bytes, path: str) -> dict[str, Any]:
-    """The object that a JSON file holds; InputError where it is damaged."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'{path} is damaged: {error_line(error)}; get it again') from error
-    if not isinstance(value, dict):
-        raise InputError(f'{path} holds a {type(value).__name__} where a JSON object belongs')
-    return value
 
 
 def _stop_ids(eos_id: int, special_tokens: dict[str, int]) -> tuple[int, ...]:
@@ -315,10 +330,13 @@ def _stop_ids(eos_id: int, special_tokens: dict[str, int]) -> tuple[int, ...]:
 
 def _read(file: epath.Path) -> bytes:
     try:
-        data = file.read_bytes()
+        with file.open('rb') as opened:
+            data = opened.read(MAX_BYTES + 1)
         reason = 'the file is empty'
     except OSError as error:
         data, reason = b'', error.strerror or type(error).__name__
+    if len(data) > MAX_BYTES:
+        raise InputError(f'{file} has more than {MAX_BYTES >> 20} MiB; no tokenizer is that large')
     if not data:
         raise InputError(f'no tokenizer at {file}: {reason}; give a tokenizer.model or its directory')
     return data
@@ -337,6 +355,10 @@ def _parse_ranks(data: bytes, path: str) -> dict[bytes, int]:
             raise InputError(
                 f'{path} line {number}: {line[:40]!r} is not a base64 token and its rank'
             ) from error
+        if len(token) > MAX_TOKEN:
+            raise InputError(
+                f'{path} line {number}: a token of {len(token)} bytes; at most {MAX_TOKEN} are read'
+            )
         if rank != len(ranks) or token in ranks:
             raise InputError(
                 f'{path} line {number}: rank {rank} where a new token of rank {len(ranks)} belongs'
@@ -364,32 +386,6 @@ def llama3_special_names(huggingface: bool = False) -> list[str]:
         named |= {5: 'step_id', 11: 'image'}
     reserved = itertools.count()
     return [f'<|{named.get(i) or f"reserved_special_token_{next(reserved)}"}|>' for i in range(_NUM_SPECIAL)]
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Cuts what is too much for tiktoken, as Meta's wrapper does; only tokens at a cut change."""
-    for start in range(0, len(text), _MAX_CHUNK):
-        chunk = text[start : start + _MAX_CHUNK]
-        # A run over the limit covers at least one whole window of half the limit.
-        windows = (chunk[i : i + _MAX_RUN // 2] for i in range(0, len(chunk) - _MAX_RUN, _MAX_RUN // 2))
-        if all(_SPACE.search(window) and _NON_SPACE.search(window) for window in windows):
-            yield chunk
-            continue
-        begin = 0
-        for run in _RUN.finditer(chunk):
-            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield chunk[begin:cut]
-                begin = cut
-        yield chunk[begin:]
-
-
-def without_surrogates(text: str) -> str:
-    r"""Replaces lone surrogates (JSON can spell them, as in "\ud800") by U+FFFD: UTF-8 cannot hold them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    return text
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from llama_jax.storage import write_atomically
-from llama_jax.tokenizer.tokenizer import without_surrogates
+from llama_jax.tokenizer.text_pieces import without_surrogates
 from llama_jax.types import InputError
 
 

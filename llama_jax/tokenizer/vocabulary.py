@@ -7,15 +7,16 @@ its ranks. Both merge the neighbours that make the best token, so that a list of
 import base64
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+from llama_jax.json_file import parse_object
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
+    MAX_TOKEN,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -24,16 +25,17 @@ from llama_jax.tokenizer.sentencepiece_model import (
     read_model,
     write_model,
 )
+from llama_jax.tokenizer.text_pieces import without_surrogates
 from llama_jax.tokenizer.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
     llama3_special_names,
-    parse_json,
-    without_surrogates,
 )
 from llama_jax.types import InputError
+
+_MAX_SCORE = 3.4e38  # what sentencepiece's float32 holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Vocabulary:
         ids = {self.tokens[i]: i for i in order}
         pairs = []
         for token in map(self.tokens.__getitem__, order):
-            splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            found = [(left, right) for left, right in splits if left in ids and right in ids]
+            cuts = (cut for cut in range(1, len(token)) if token[:cut] in ids and token[cut:] in ids)
+            found = [(token[:cut], token[cut:]) for cut in cuts]
             pairs += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]])) if len(found) > 1 else found
         return pairs
 
@@ -187,6 +189,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     while size and types[size - 1] == UNUSED and tokens[size - 1] == f'[PAD{size - 1}]':
         size -= 1
     tokens, types = tokens[:size], types[:size]
+    _check_lengths(tokens, path)
     if len(set(tokens)) != size:
         raise InputError(f'{path}: tokenizer.ggml.tokens repeats a token; each has one id')
     if without_surrogates(joined := ''.join(tokens)) != joined:
@@ -195,10 +198,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     eos_id = _id(metadata, path, 'eos_token_id', size)
     if model == 'llama':
         scores = [float(score) for score in _list(metadata, path, 'scores', (int, float))]
-        if len(scores) < size or not all(map(math.isfinite, scores)):
+        if len(scores) < size or not all(abs(score) <= _MAX_SCORE for score in scores):
             raise InputError(
                 f'{path}: tokenizer.ggml.scores holds {len(scores)} values for {size} tokens, or one that is '
-                'not finite'
+                'not finite in float32'
             )
         flags = {
             name: metadata.get(f'tokenizer.ggml.{key}', default) is True
@@ -231,7 +234,7 @@ def _native(tokenizer: Tokenizer) -> SentencePieceTokenizer | TiktokenTokenizer:
         return tokenizer
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise InputError(f'{tokenizer.path}: a {type(tokenizer).__name__} has no vocabulary to write')
-    definition = parse_json(tokenizer.file_bytes, tokenizer.path)
+    definition = parse_object(tokenizer.file_bytes, tokenizer.path)
     model, added = definition['model'], definition.get('added_tokens', [])
     if 'merges' not in model:
         raise InputError(f'{tokenizer.path} is no BPE but {model.get("type")}; only BPE converts')
@@ -242,7 +245,12 @@ def _native(tokenizer: Tokenizer) -> SentencePieceTokenizer | TiktokenTokenizer:
             f'{tokenizer.path} leaves out ids or gives one twice; its {len(ids)} must be 0, 1, 2, ...'
         )
     tokens = sorted(ids, key=ids.__getitem__)
-    kinds = {token['content']: CONTROL if token['special'] else USER_DEFINED for token in added}
+    _check_lengths(tokens, tokenizer.path)
+    special = tokenizer.special_tokens
+    kinds = {
+        name: CONTROL if name in special else USER_DEFINED for token in added if (name := token['content'])
+    }
+    kinds |= dict.fromkeys(special, CONTROL)
     ends = (tokenizer.bos_id, tokenizer.eos_id)
     if not model.get('byte_fallback'):
         types = [kinds.get(token, NORMAL) for token in tokens]
@@ -307,6 +315,13 @@ def _build(
             f'{path} gives {vocabulary.bos_id} for BOS, but <|begin_of_text|> is {tokenizer.bos_id}'
         )
     return tokenizer
+
+
+def _check_lengths(tokens: list[str], path: str) -> None:
+    """The time to find a token's merges grows with the square of its length."""
+    longest = max(tokens, key=len, default='')
+    if len(longest) > MAX_TOKEN:
+        raise InputError(f'{path} holds a token of {len(longest)} characters; at most {MAX_TOKEN} are read')
 
 
 def _spelling() -> dict[int, int]:

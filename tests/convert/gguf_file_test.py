@@ -126,12 +126,34 @@ X = tensor('x', [8])
         (gguf_bytes(tensors=[X], data=bytes(31)), 'tensor x ends at byte'),
         (gguf_bytes(tensors=[tensor('x', [HUGE, HUGE])], data=bytes(64)), 'tensor x ends at byte'),
         (gguf_bytes(tensors=[tensor('x', [8], offset=HUGE)], data=bytes(64)), 'tensor x ends at byte'),
+        (gguf_bytes(tensors=[X, tensor('y', [9], offset=64)], data=bytes(128)), 'begins at byte .*, but tensor x ends'),
+        (gguf_bytes(tensors=[tensor('x', [8], offset=32)], data=bytes(64)), 'begins at byte .*, but the header ends'),
+        (gguf_bytes(tensors=[X], data=bytes(64)), 'what follows belongs to no tensor'),
+        (gguf_bytes(tensors=[X], data=bytes(32) + b'1'), 'what follows belongs to no tensor'),
+        (gguf_bytes([pair('general.alignment', U32, struct.pack('<I', 2**30))]), 'at most 1048576'),
     ],
 )  # fmt: skip
 def test_refuses_damage_in_one_line_that_names_file_and_place(written, data, message):
     with pytest.raises(InputError, match=f'x.gguf: .*{message}') as caught:
         gguf_file.read_header(written(data))
     assert '\n' not in str(caught.value)
+
+
+def test_what_is_inserted_or_cut_out_anywhere_is_found(written):
+    """Otherwise all tensors behind it would be read from other bytes than their own."""
+    values = np.arange(1, 41, dtype=np.float32).tobytes()
+    tensors = [tensor('x', [16]), tensor('y', [24], offset=64)]
+    sound = gguf_bytes(tensors=tensors, data=values)
+    assert len(gguf_file.read_header(written(sound))[1]) == 2
+    header = len(sound) - len(values)
+    for place in range(header - 20, len(sound), 4):
+        for damaged in (
+            sound[:place] + b'\1\0\0\1' + sound[place:],
+            sound[:place] + sound[max(place, 0) + 4 :],
+            sound[:place] + bytes(32) + sound[place:],
+        ):
+            with pytest.raises(InputError):
+                gguf_file.read_header(written(damaged))
 
 
 def test_agrees_with_the_library_on_a_real_file(shared_data):

@@ -237,7 +237,7 @@ def u32(key, value):
         (replaced(u32('attention.head_count', 4), u32('attention.head_count', 0)), "head_count is '0'"),
         (replaced(u32('attention.head_count', 4), u32('attention.head_count', 3)), 'num_heads 3 is not a multiple'),
         (replaced(u32('block_count', 2), u32('block_count', 3)), 'no tensor blk.2.attn_norm.weight'),
-        (replaced(u32('block_count', 2), u32('block_count', 2**31)), 'no tensor blk.2.attn_norm.weight'),
+        (replaced(u32('block_count', 2), u32('block_count', 2**31)), 'num_layers is 2147483648'),
         (replaced(u32('block_count', 2), u32('block_count', 1)), 'tensors without a place .* blk.1.attn_k.weight'),
         (replaced(u32('embedding_length', 64), u32('embedding_length', 32)), r'token_embd.weight has shape \(20, 64\)'),
         (replaced(b'llama.context_length', b'llama.context_lengtH'), 'llama.context_length is missing'),

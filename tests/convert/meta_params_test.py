@@ -109,10 +109,10 @@ def test_keys_may_be_nested_unknown_or_absent(tmp_path):
         ('{"n_heads": "4"}', "n_heads is '4'; it must be a whole number from 1 to 2147483647"),
         ('{"n_heads": true}', 'n_heads is True; it must be'),
         ('{"n_heads": -4}', 'n_heads is -4; it must be'),
-        ('{"n_heads": 1e400}', 'n_heads is inf; it must be'),
+        ('{"n_heads": 1e400}', 'is not JSON: 1e400 is beyond the largest number'),
         ('{"n_heads": 4, "dim": 64.5}', 'dim is 64.5; it must be'),
         ('{"n_heads": 4, "dim": 64, "n_layers": 1000000000000}', 'n_layers is 1000000000000; it must be'),
-        ('{"n_heads": 4, "dim": 64, "n_layers": %s}' % ('9' * 4000), 'n_layers is a huge number; it must be'),
+        ('{"n_heads": 4, "dim": 64, "n_layers": %s}' % ('9' * 4000), 'is not JSON: a number has 4000 digits'),
         ('{"n_heads": 4, "dim": 64, "n_layers": [[[]]]}', 'n_layers is a list; it must be'),
         ('{"n_heads": 4, "dim": 64, "n_layers": 2, "norm_eps": NaN}', 'is not JSON: NaN is no number'),
         ('{"n_heads": 4, "dim": 64, "n_layers": 2, "ffn_dim_multiplier": 1e300}', 'ffn_dim_multiplier is 1e.300;'),
@@ -120,7 +120,7 @@ def test_keys_may_be_nested_unknown_or_absent(tmp_path):
         ('{"n_heads": 5, "dim": 64, "n_layers": 2}', 'dim 64 over n_heads 5 is no size of a head'),
         ('{"n_heads": 4, "dim": 64, "n_layers": 2, "n_kv_heads": 3}', 'n_heads 4 is not a multiple of n_kv_heads 3'),
         ('{"quantization_args": {"group_size": 32}}', 'has quantization_args: these are quantised weights'),
-        (' ' * 2**21, 'has 2097152 bytes'),
+        (' ' * 2**21, 'has more than 1048576 bytes'),
     ],
 )  # fmt: skip
 def test_wrong_file_is_refused_in_one_line(tmp_path, text, message):

@@ -1,9 +1,11 @@
 """PyTorch's zip files: read, as made by hand and by PyTorch, and written for both to read."""
 
+import contextlib
 import hashlib
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -230,3 +232,58 @@ def test_other_files_are_refused(archive, tmp_path):
         open_torch_file(archive(value=tensor([2, 3]), extra=[('x/byteorder', b'big')]))
     with pytest.raises(InputError, match='data.pkl has 5000000 bytes'):
         open_torch_file(archive(b'N' * 5_000_000))
+
+
+def test_no_bit_of_an_entrys_own_header_gives_other_values(tmp_path):
+    path = epath.Path(tmp_path / 'x.pth')
+    values = np.arange(300, dtype=np.float32).reshape(20, 15)
+    with TorchWriter(path, {'a': ((20, 15), values.dtype), 'b': ((20, 15), values.dtype)}) as writer:
+        writer.append(values)
+        writer.append(-values)
+        writer.finish()
+    sound = path.read_bytes()
+    begin, end = sound.index(b'archive/data/0') - 30, open_torch_file(path)['a'].offset
+    assert sound[begin:].startswith(b'PK\3\4') and end - begin > 44
+    refused = 0
+    for bit in range(8 * begin, 8 * end):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = weights(open_torch_file(path), str(path))
+        except InputError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found['a'].read(), values, err_msg=f'bit {bit - 8 * begin}')
+            np.testing.assert_array_equal(found['b'].read(), -values)
+    assert refused > 250  # the others are a date, a version, the padding
+
+
+def test_a_damaged_pickle_is_refused_by_its_checksum(tmp_path):
+    path = epath.Path(tmp_path / 'x.pth')
+    values = np.arange(6, dtype=np.float32)
+    with TorchWriter(path, {'a': ((6,), values.dtype), 'b': ((6,), values.dtype)}) as writer:
+        for _ in range(2):
+            writer.append(values)
+        writer.finish()
+    data = path.read_bytes()
+    path.write_bytes(data.replace(text('1'), text('0'), 1))  # b would be read where a lies
+    with pytest.raises(InputError, match=r"entry 'data.pkl' is not what was written \(CRC-32\)"):
+        open_torch_file(path)
+
+
+AMPLIFIERS = {
+    'arguments': b']q\0(' + b'N' * 50_000 + b'eccollections\nOrderedDict\nq\1' + b'h\1h\0R0' * 20_000,
+    'tuple of arguments': b'(' + b'N' * 50_000 + b'tq\0ctorch._utils\n_rebuild_parameter\nq\1' + b'h\1h\0R0' * 20_000,
+    'equal keys': b'}q\0' + 2 * text('k' * 100_000) + b'q\1s' + b'h\0h\1h\1s0' * 20_000,
+    'a long class': text('torch') + b'q\0' + text('float' + 'a' * 100_000) + b'q\1' + b'h\0h\1\x930' * 20_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('opcodes', AMPLIFIERS.values(), ids=list(AMPLIFIERS))
+def test_time_grows_with_the_pickle_only(archive, opcodes):
+    path = archive(b'\x80\x02' + opcodes + b'}.', value=None)
+    start = time.process_time()
+    with contextlib.suppress(InputError):
+        open_torch_file(path)
+    assert time.process_time() - start < 1.0  # at most 50,000 steps; the square of it would take ten and more

@@ -1,10 +1,13 @@
 import gzip
+import io
 import json
 import sysconfig
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from llama_jax.data import sources
 from llama_jax.data.sources import read_documents
 from llama_jax.types import InputError
 
@@ -77,6 +80,34 @@ def test_bad_files_are_named_with_the_place(tmp_path):
     assert f'{packed} is cut short or not gzip' in error(packed)
     packed.write_bytes(b'hello')
     assert f'{packed} is cut short or not gzip' in error(packed)
+
+
+def bomb(size):
+    """`size` letters in a thousandth of it."""
+    block = gzip.compress(b'a' * (1 << 20), mtime=0)
+    return block * (size >> 20)
+
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.txt.gz'])
+def test_a_line_that_does_not_end_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' if 'js' in name else b'') + bomb(256 << 20))
+    monkeypatch.setattr(sources, 'MAX_BYTES', 1 << 20)
+    tracemalloc.start()
+    try:
+        message = error(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(path) in message and '1 MiB' in message and ('line 2' in message or '.txt' in name)
+
+
+def test_documents_between_marks_are_found_wherever_a_block_ends(tmp_path, monkeypatch):
+    text = 'één<|x|>two<|x|><|x|>three<|x|'
+    for size in range(1, 12):
+        file = io.BytesIO(text.encode())
+        monkeypatch.setattr(file, 'read', lambda _, read=file.read, size=size: read(size), raising=False)
+        assert list(sources._read_text(file, '', '<|x|>')) == ['één', 'two', '', 'three<|x|']
 
 
 def test_missing_and_empty_sources_are_named(tmp_path):

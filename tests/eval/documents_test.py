@@ -43,13 +43,13 @@ def test_kinds_of_files(tmp_path):
 @pytest.mark.parametrize(
     ('data', 'message'),
     [
-        (_jsonl(ROWS) + b'{"q": ', r'items.jsonl:3: not JSON'),
+        (_jsonl(ROWS) + b'{"q": ', r'items.jsonl:3 is not JSON'),
         (_jsonl([*ROWS, {'q': 'x'}]), r"items.jsonl:3: item without 'n'; it needs q, n"),
         (_jsonl([{'q': 5, 'n': '1'}]), r"items.jsonl:1: q is '5'; it must be str"),
         (_jsonl([{'q': 'x', 'n': 'one'}]), r'items.jsonl:1: malformed item: .*one'),
         (b'[1, 2]\n', r'items.jsonl:1: an item is a JSON object, got list'),
-        (b'\xff\xfe', r'items.jsonl cannot be read as UTF-8'),
-        (b'[' * 100_000, r'items.jsonl:1: not JSON'),
+        (b'\xff\xfe', r'items.jsonl:1 is not JSON: .*utf-8'),
+        (b'[' * 100_000, r'items.jsonl:1 is not JSON'),
         (b'', r'no items of toy in .*; expected toy/items.jsonl'),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.eval.harness import evaluate, prepare
-from llama_jax.eval.lm_eval import language_model, render_chat
+from llama_jax.eval.lm_eval import language_model
 from llama_jax.eval.task import Continuation
 from llama_jax.eval.tasks import find_task
 from llama_jax.types import InputError
@@ -253,26 +253,6 @@ print(json.dumps(['torch' in sys.modules, {{name: found['results'][name] for nam
     for name, metrics in wanted.items():
         for key, value in metrics.items():
             assert found[name][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
-
-
-def test_a_template_renders_as_in_transformers(huggingface_folder):
-    transformers = pytest.importorskip('transformers')
-    tokenizer = transformers.AutoTokenizer.from_pretrained(huggingface_folder)
-    template = """{%- for m in messages %}
-        {{- '<|' + m['role'] + '|>\\n' + m['content'] | trim + '\\n' }}
-    {%- endfor %}
-    {% if add_generation_prompt %}
-    {{- '<|assistant|>\\n' }}
-    {% endif %}"""
-    messages = [{'role': 'user', 'content': ' Hello é '}, {'role': 'assistant', 'content': 'So '}]
-    for start in (True, False):
-        wanted = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=start,
-            continue_final_message=not start,
-        )  # fmt: skip
-        assert render_chat(template, messages, start) == wanted
-    with pytest.raises(InputError, match='cannot render 2 messages: no'):
-        render_chat("{{ raise_exception('no') }}", messages)
 
 
 ODD = {  # arguments of a generation, and what is said of them where they cannot be followed

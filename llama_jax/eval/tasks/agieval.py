@@ -6,14 +6,12 @@ examples; the papers' 3 to 5 examples are the publisher's.
 """
 
 import ast
-import csv
-import io
 import re
 from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import MALFORMED, Source, read_text
+from llama_jax.eval.documents import MALFORMED, Source, read_rows
 from llama_jax.eval.task import (
     Completion,
     Completions,
@@ -31,7 +29,7 @@ from llama_jax.eval.task import (
     mean,
 )  # fmt: skip
 from llama_jax.grading.latex import equivalent, last_boxed, normalize
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 LLAMA_ENGLISH = (
     'aqua-rat', 'logiqa-en', 'lsat-ar', 'lsat-lr', 'lsat-rc', 'sat-en', 'sat-en-without-passage', 'sat-math',
@@ -84,7 +82,7 @@ def _source(subset: str) -> Source:
 def _examples(data_dir: str) -> list[Document]:
     """The publisher's few_shot_prompts.csv: a column a set, rows of Python literals and of explanations in turn."""
     path = epath.Path(data_dir) / 'agieval' / 'few_shot_prompts.csv'
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline='')))
+    rows = [row for _, row in read_rows(path)]
     documents = []
     for subset in SUBSETS:
         column = 'sat-en' if subset == 'sat-en-without-passage' else subset
@@ -97,7 +95,7 @@ def _examples(data_dir: str) -> list[Document]:
                     example['passage'] = None
                 documents.append(_document(subset, example))
             except (*MALFORMED, SyntaxError, MemoryError, RecursionError) as error:
-                raise InputError(f'{path}: malformed example of {column}: {error}') from error
+                raise InputError(f'{path}: malformed example of {column}: {error_line(error)}') from error
     return documents
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
+from llama_jax.eval.documents import Online, Source, is_online, read_text
 from llama_jax.eval.task import (
     Completion,
     Completions,
@@ -19,6 +19,7 @@ from llama_jax.eval.task import (
     by_group,
     mean,
 )
+from llama_jax.json_file import parse_json
 from llama_jax.types import InputError
 
 SUBSETS = (

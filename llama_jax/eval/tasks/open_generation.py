@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
+from llama_jax.eval.documents import MALFORMED, Online, Source, is_online, read_text
 from llama_jax.eval.task import (
     Completion,
     Completions,
@@ -21,6 +21,7 @@ from llama_jax.eval.task import (
     by_group,
     mean,
 )
+from llama_jax.json_file import parse_json
 from llama_jax.types import InputError
 
 # LLaMA paper, caption of Table 11.
@@ -96,7 +97,7 @@ def _load_bold(data_dir: str) -> list[Document]:
                         documents.append(
                             {'domain': domain, 'group': group, 'name': name, 'prompt': str(prompt)}
                         )
-        except AttributeError as error:
+        except MALFORMED as error:
             raise InputError(f'{path}: malformed; it holds {{group: {{name: [prompt]}}}}') from error
     return documents
 

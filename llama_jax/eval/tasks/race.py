@@ -8,7 +8,7 @@ import dataclasses
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, parse_json, read_text
+from llama_jax.eval.documents import Online, Source, is_online, read_text
 from llama_jax.eval.task import (
     Document,
     FewShot,
@@ -19,6 +19,7 @@ from llama_jax.eval.task import (
     choice_scores,
     multiple_choice,
 )  # fmt: skip
+from llama_jax.json_file import parse_json
 from llama_jax.types import InputError
 
 _FIELDS = {'article': str, 'questions': list, 'options': list, 'answers': list}

@@ -1,0 +1,34 @@
+"""Texts as the libraries of tokenizers can take them: of Unicode, and cut where they are too long."""
+
+import re
+from collections.abc import Iterator
+
+_MAX_CHUNK = 400_000  # characters given to tiktoken at once: it panics on much more
+_MAX_RUN = 25_000  # longest run of all-space or no-space characters: its regex engine overflows on much more
+_SPACE, _NON_SPACE, _RUN = re.compile(r'\s'), re.compile(r'\S'), re.compile(r'\s+|\S+')
+
+
+def chunks(text: str) -> Iterator[str]:
+    """Cuts what is too much for tiktoken, as Meta's wrapper does; only tokens at a cut change."""
+    for start in range(0, len(text), _MAX_CHUNK):
+        chunk = text[start : start + _MAX_CHUNK]
+        # A run over the limit covers at least one whole window of half the limit.
+        windows = (chunk[i : i + _MAX_RUN // 2] for i in range(0, len(chunk) - _MAX_RUN, _MAX_RUN // 2))
+        if all(_SPACE.search(window) and _NON_SPACE.search(window) for window in windows):
+            yield chunk
+            continue
+        begin = 0
+        for run in _RUN.finditer(chunk):
+            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield chunk[begin:cut]
+                begin = cut
+        yield chunk[begin:]
+
+
+def without_surrogates(text: str) -> str:
+    r"""Replaces lone surrogates (JSON can spell them, as in "\ud800") by U+FFFD: UTF-8 cannot hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
