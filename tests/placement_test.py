@@ -168,6 +168,9 @@ def test_each_byte_is_read_once_from_a_bucket_too(written, name, monkeypatch):
             params = pretrained.open(f'gs://bucket/model/{path.name}').params(target(sizes))
             assert 0.9 * size_of(path) < sum(gcs.sent.values()) <= 1.02 * size_of(path)
             jax.tree.map(np.testing.assert_array_equal, params, expected(path))
+        gcs.insert(('bucket', 'empty.gguf'), b'', {})
+        with pytest.raises(InputError, match=r"empty.gguf is not a checkpoint: it begins with b''"):
+            pretrained.open('gs://bucket/empty.gguf')
 
 
 def test_weights_are_born_where_other_rules_place_them(written):
