@@ -163,7 +163,7 @@ def test_what_follows_the_last_step_loses_nothing(commands, corpus, tmp_path, si
     start = time.monotonic()
     os.kill(pid, signum)
     finished = commands.wait()
-    assert time.monotonic() - start < 10 and saved_steps(workdir) == [3]
+    assert time.monotonic() - start < 60 and saved_steps(workdir) == [3]
     if signum != signal.SIGKILL:
         assert 'stopped at step 3 and saved' in finished.succeeded().stderr
     assert not (workdir / 'report.json').exists()
