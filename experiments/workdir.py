@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from llama_jax.types import InputError, error_line
 
 CONFIG_FILE = 'config.json'
 TOKENIZER_FILE = 'tokenizer.model'
+
+logger = logging.getLogger('llama_jax.workdir')
 
 # What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
 _IDENTITY = (
@@ -41,18 +44,57 @@ def hold_folder(folder: epath.Path, *, held: bool = False, only_existing: bool =
     return held
 
 
+def read_record(workdir: epath.Path) -> dict[str, Any] | None:
+    """What `record_run` wrote of the run here; None where none has begun.
+
+    Each checkpoint keeps a copy, which serves where config.json is missing or damaged; the latter is said in a warning.
+
+    Raises:
+      InputError: it is damaged, and there is no copy.
+    """
+    file, reason = workdir / CONFIG_FILE, ''
+    if file.exists():
+        record, reason = _parse_record(file)
+        if record:
+            return record
+    checkpoints = workdir / CHECKPOINTS
+    found = [path for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    for step in sorted(found, key=lambda path: int(path.name), reverse=True):
+        record, _ = _parse_record(step / 'metadata/metadata')
+        if record:
+            if reason:
+                logger.warning(
+                    '%s is damaged (%s); the copy in checkpoint %s is used', file, reason, step.name
+                )
+            return record
+    if reason:
+        raise InputError(
+            f'{file} is damaged ({reason}), and no checkpoint has a copy; restore it, or choose a new --workdir'
+        )
+    return None
+
+
+def _parse_record(file: epath.Path) -> tuple[dict[str, Any] | None, str]:
+    """(the record, ''), or (None, what is wrong with it)."""
+    kinds = {'config': dict, 'base_checkpoint': str, 'data_fingerprint': str}
+    try:
+        record = json.loads(file.read_bytes())
+        for key, kind in kinds.items():
+            if not isinstance(record[key], kind):
+                return None, f'{key} is {type(record[key]).__name__}, not {kind.__name__}'
+        flatten(record['config'])  # nested deep it would fail later
+        return record, ''
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return None, f'{type(error).__name__}: {error_line(error)}'
+
+
 def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
     """Refuses a workdir of another run, naming the first key that differs."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
-    file = workdir / CONFIG_FILE
-    if not file.exists():
+    if not (record := read_record(workdir)):
         return
-    try:
-        recorded = json.loads(file.read_text())
-        before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({error_line(error)}); start in a new --workdir') from error
+    before = flatten(record['config']) | {'base_checkpoint': record['base_checkpoint']}
     now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
     for key in sorted(set(before) | set(now)):
         if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
@@ -65,8 +107,8 @@ def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str)
 
 def check_data(workdir: epath.Path, fingerprint: str) -> None:
     """Refuses to go on where the documents themselves have changed."""
-    file = workdir / CONFIG_FILE
-    if file.exists() and (before := json.loads(file.read_text())['data_fingerprint']) != fingerprint:
+    record = read_record(workdir)
+    if record and (before := record['data_fingerprint']) != fingerprint:
         raise InputError(
             f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
             f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
