@@ -19,6 +19,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
+from experiments.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import Exam, Sampling, evaluate, finished_items, prepare
@@ -104,6 +105,7 @@ def main() -> None:
         )
         # All processes compute it: the weights may be spread over them.
         header = {'model': engine.fingerprint, 'seed': engine.seed}
+        hold_folder(output)
         with runtime.refused_by_all(), launch.flags_named('--output'):
             logs = [open_log(output, exam, header, at_exit) for exam in exams]
         # ---- From here on the output is written to, and nothing in it is taken away ----------------------------------

@@ -11,8 +11,10 @@ import time
 
 import tqdm
 from absl import flags
+from etils import epath
 
 from experiments import launch
+from experiments.workdir import hold_folder
 from llama_jax import storage
 from llama_jax.data.prepared import PreparedRows, write_prepared
 from llama_jax.data.sources import check_source, read_documents
@@ -44,6 +46,7 @@ def main() -> None:
         read_documents(source, text_key=_TEXT_KEY.value, separator=_SEPARATOR.value) for source in sources
     )
     # Without a terminal a bar would be one endless line: there it is a line of the log now and then.
+    hold_folder(epath.Path(_OUTPUT.value), beside=True)
     with tqdm.tqdm(unit='B', unit_scale=True, disable=None) as bar:
         said = time.monotonic()
 

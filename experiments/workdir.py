@@ -26,20 +26,23 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def hold_folder(folder: epath.Path, *, held: bool = False, only_existing: bool = False) -> bool:
+def hold_folder(
+    folder: epath.Path, *, held: bool = False, only_existing: bool = False, beside: bool = False
+) -> bool:
     """Refuses a folder that another run writes into; until this process ends no other may.
 
     Args:
       folder: made where it is missing.
       held: it is already.
       only_existing: where it is missing, do nothing yet: what is refused must leave no trace.
+      beside: it is made when it is complete, and must not be there before.
 
     Returns:
       Whether it is held; process 0 does that for all.
     """
     with runtime.refused_by_all():
         if runtime.is_main_process() and not held and (not only_existing or folder.exists()):
-            atexit.register(lock.hold(folder))
+            atexit.register(lock.hold(folder, beside=beside))
             return True
     return held
 

@@ -37,8 +37,12 @@ class Locked(InputError):
     """Another process uses the folder; nothing in it is ours to touch."""
 
 
-def hold(folder: epath.Path) -> Callable[[], None]:
-    """From now on no other process holds the folder, which is made where it is missing.
+def hold(folder: epath.Path, *, beside: bool = False) -> Callable[[], None]:
+    """From now on no other process holds the folder, which is made where it is missing, and goes again if left empty.
+
+    Args:
+      folder: local or `gs://...`.
+      beside: it must not be there yet, and is made when it is complete; so the lock lies beside it.
 
     Returns:
       What lets go of it; the end of the process does too.
@@ -46,12 +50,20 @@ def hold(folder: epath.Path) -> Callable[[], None]:
     Raises:
       Locked: another holds it; the line tells which, where and since when.
     """
-    file = folder / FILE
-    if '://' not in os.fspath(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if release := _system_lock(file):
-            return release
-    return _BeatingLock(file).release
+    file = folder.parent / f'.{folder.name}.{FILE}' if beside else folder / FILE
+    if '://' in os.fspath(folder):
+        return _BeatingLock(file).release
+    made = [path for path in file.parents if not path.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    release = _system_lock(file) or _BeatingLock(file).release
+
+    def let_go() -> None:
+        release()
+        with contextlib.suppress(OSError):  # where something was written
+            for path in made:
+                path.rmdir()
+
+    return let_go
 
 
 def _system_lock(file: epath.Path) -> Callable[[], None] | None:
@@ -225,7 +237,9 @@ def _owner(owner: dict[str, Any]) -> str:
 
 
 def _locked(file: epath.Path, owner: dict[str, Any]) -> Locked:
+    beside = file.name != FILE
+    folder = file.with_name(file.name[1:].removesuffix(f'.{FILE}')) if beside else file.parent
     return Locked(
-        f'{file.parent} is in use by another run ({_owner(owner)}); wait for its end or stop it, or remove {file} '
+        f'{folder} is in use by another run ({_owner(owner)}); wait for its end or stop it, or remove {file} '
         'where its host is gone for good'
     )

@@ -54,7 +54,13 @@ def test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody(tmp_path, 
         hold(folder)  # within one process too
     release()
     assert not (folder / lock.FILE).exists()
-    hold(folder)()
+    hold(epath.Path(tmp_path / 'a/b'))()  # leaves no trace
+    release = hold(epath.Path(tmp_path / 'a/b'), beside=True)
+    with pytest.raises(Locked, match='a/b is in use'):
+        hold(epath.Path(tmp_path / 'a/b'), beside=True)
+    assert not (tmp_path / 'a/b').exists()
+    release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['run']
 
 
 def test_of_many_at_once_one_has_it(tmp_path):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llama_jax import pretrained
+from llama_jax import lock, pretrained
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import latest_step, restore_params
 from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
 from llama_jax.data.sources import read_documents
+from llama_jax.lock import Locked
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
@@ -152,6 +153,24 @@ def test_a_damaged_step_is_passed_over(gcs):
     np.testing.assert_array_equal(restored['w'], state['w'] + 1)
     assert gcs.names('bucket/damaged/2/') == []
     assert 'bucket/damaged/2.damaged/files.json' in gcs.names()
+
+
+def test_one_run_at_a_time_holds_a_folder_of_a_bucket(gcs, monkeypatch):
+    monkeypatch.setattr(lock, '_BEAT_SECONDS', 0.1)
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 1.0)
+    gcs.refused.clear()
+    folder, name = epath.Path('gs://bucket/held'), ('bucket', f'held/{lock.FILE}')
+    release = lock.hold(folder)
+    owner = json.loads(gcs.objects[name])
+    with pytest.raises(Locked, match=f'bucket/held is in use by another run .*process {os.getpid()}, since'):
+        lock.hold(folder)
+    release()
+    assert name not in gcs.objects
+    # Of a process of another host, which writes it no more.
+    gcs.objects[name], gcs.generations[name] = json.dumps(owner | {'boot': 'another'}).encode(), 5
+    release = lock.hold(folder)
+    assert json.loads(gcs.objects[name])['boot'] == owner['boot'] and gcs.refused == []
+    release()
 
 
 @pytest.mark.slow

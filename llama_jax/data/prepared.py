@@ -22,9 +22,9 @@ from etils import epath
 
 from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
 from llama_jax.json_file import read_object
-from llama_jax.storage import enable_bucket, new_folder, write_atomically
+from llama_jax.storage import enable_bucket, new_folder, system_failures, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError, SystemFailure, error_line
 
 MANIFEST = 'manifest.json'
 _FORMAT = 'llama_jax packed rows 1'
@@ -74,6 +74,7 @@ def write_prepared(
 
     Raises:
       InputError: there is something in the directory already, or there are fewer than 2 tokens.
+      SystemFailure: the disk is full, or broken.
     """
     from array_record.python import array_record_module
 
@@ -101,10 +102,11 @@ def write_prepared(
             writer.close()
             writer = None
             file = local / shard['file']
-            shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
-            if in_bucket:
-                file.copy(folder / file.name, overwrite=True)
-                file.unlink()
+            with system_failures(f'{folder / file.name} cannot be written'):
+                shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
+                if in_bucket:
+                    file.copy(folder / file.name, overwrite=True)
+                    file.unlink()
 
         try:
             for row in _stream_rows(documents, tokenizer, seq_len, totals, fingerprint, progress):
@@ -121,9 +123,14 @@ def write_prepared(
                     finish(shards[-1])
             if writer is not None:
                 finish(shards[-1])
+        except RuntimeError as error:
+            if '() failed: ' not in str(error):  # how ArrayRecord tells what the system has refused
+                raise
+            raise SystemFailure(f'{folder} cannot be written: {error_line(error)}') from error
         finally:
             if writer is not None:
-                writer.close()
+                with contextlib.suppress(RuntimeError):  # it was told
+                    writer.close()
         if not shards:
             raise InputError(
                 f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'

@@ -5,14 +5,17 @@ The first line says what was evaluated; then come items in the order in which th
 
 import io
 import json
+import logging
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epath
 
 from llama_jax.json_file import parse_json, read_lines, show_json
-from llama_jax.storage import write_atomically
+from llama_jax.storage import AppendedFile, write_atomically
 from llama_jax.types import InputError, error_line
+
+logger = logging.getLogger(__name__)
 
 # A bucket cannot append: there the whole log is written again, so often at most.
 _SECONDS_BETWEEN_WRITES = 60.0
@@ -40,29 +43,28 @@ class SampleLog:
         self._lines = [json.dumps({'header': header})]
         self._read(header)
         self._appends = '://' not in str(path)
-        self._file: TextIO | None = None
+        self._file: AppendedFile | None = None
         self._begun = False
         self._written, self._write_time = len(self._lines), time.monotonic()
 
     def _begin(self) -> None:
         self._write()  # whole, without what a kill left of a last line
-        self._file = open(self._path, 'a', encoding='utf-8') if self._appends else None  # noqa: SIM115
+        self._file = AppendedFile(self._path) if self._appends else None
         self._begun = True
 
     def _read(self, header: dict[str, Any]) -> None:
         if not self._path.exists():
             return
-        before = header
+        before, damaged = header, 0
         try:
             with self._path.open('rb') as raw, io.BufferedReader(raw) as file:
                 for number, line in enumerate(read_lines(file, str(self._path)), 1):
                     if not line.endswith(b'\n'):  # what a kill left of a last line is dropped
                         break
-                    value = parse_json(line, f'{self._path} line {number}')
                     if number == 1:
-                        before = dict(value['header'])
-                    else:
-                        self.items[int(value['index'])] = value
+                        before = dict(parse_json(line, f'{self._path} line {number}')['header'])
+                    elif not self._take(line):
+                        damaged += 1
         except InputError as error:
             raise InputError(f'{error}; it is no log of samples: move it away') from None
         except (ValueError, TypeError, KeyError, ArithmeticError) as error:
@@ -75,7 +77,20 @@ class SampleLog:
                     f'{self._path} is of another evaluation: {key} was {show_json(before.get(key))} '
                     f'and is {show_json(header.get(key))}; write to another place, or remove the file'
                 )
+        if damaged:
+            logger.warning(
+                '%s: %d damaged lines dropped; their items are evaluated again', self._path, damaged
+            )
         self._lines += [json.dumps(item) for item in self.items.values()]
+
+    def _take(self, line: bytes) -> bool:
+        """Whether the line holds an item, which is kept then."""
+        try:
+            item = parse_json(line, str(self._path))
+            self.items[int(item['index'])] = item
+        except (ValueError, TypeError, KeyError, ArithmeticError):
+            return False
+        return True
 
     def _write(self) -> None:
         write_atomically(self._path, ''.join(f'{line}\n' for line in self._lines))
@@ -88,8 +103,7 @@ class SampleLog:
         self.items[item['index']] = item
         self._lines.append(line)
         if self._file is not None:
-            self._file.write(f'{line}\n')
-            self._file.flush()
+            self._file.append(f'{line}\n'.encode())
         elif time.monotonic() - self._write_time > _SECONDS_BETWEEN_WRITES:
             self._write()
             self._written, self._write_time = len(self._lines), time.monotonic()

@@ -77,6 +77,19 @@ def test_a_killed_evaluation_goes_on(tmp_path):
         SampleLog(path, header)
 
 
+def test_a_damaged_line_of_a_log_is_dropped_and_said(tmp_path, caplog):
+    path, header = tmp_path / 'toy.jsonl', {'task': 'toy'}
+    with closing(SampleLog(path, header)) as log:
+        for index in range(4):
+            log.add({'index': index})
+    lines = path.read_bytes().splitlines()
+    lines[1:4] = bytes(20), b'{"index": [1]}', b'[' * 100_000
+    path.write_bytes(b''.join(line + b'\n' for line in lines))
+    with closing(SampleLog(path, header)) as log:
+        assert list(log.items) == [3]
+    assert 'toy.jsonl: 3 damaged lines dropped; their items are evaluated again' in caplog.text
+
+
 def test_a_log_in_a_bucket_is_written_whole(monkeypatch):
     with FakeGCS() as gcs:
         for name, value in gcs.environment().items():

@@ -99,7 +99,10 @@ class Runs:
     def __init__(self, folder: pathlib.Path, commands: CommandLine, corpus: pathlib.Path, num_steps: int):
         self.folder, self.commands, self.corpus, self.num_steps = folder, commands, corpus, num_steps
         self.whole = folder / 'whole'
-        self.launch([(self.whole, Fault('none', 10**9, more=COUNT.replace('COUNT', f'{folder}/fresh')))])
+        (whole,) = self.launch(
+            [(self.whole, Fault('none', 10**9, more=COUNT.replace('COUNT', f'{folder}/fresh')))]
+        )
+        whole.succeeded()
         self.changes = int((folder / 'fresh').read_text())
         self.content = self._content()
         stopped = self.stopped(folder / 'resumed')
@@ -117,7 +120,7 @@ class Runs:
         return workdir
 
     def launch(self, launches: list[tuple[pathlib.Path, Fault]]) -> list[Finished]:
-        """Runs the command in each of these workdirs at the same time; one that has not ended in 60 s is killed."""
+        """Runs the command in each of these workdirs at the same time; one that stands still is killed."""
         faults = self.folder / 'faults.json'
         faults.write_text(json.dumps([
             [f'{workdir}/', fault.number or -1, fault.failure, int(fault.lasting), int(fault.kill), fault.more]
@@ -136,7 +139,7 @@ class Runs:
         }  # fmt: skip
         before = BEFORE.replace('FAULTS', str(faults))
         pids = self.commands._start('pretrain', arguments, 1, before)
-        return self.commands.wait_processes(pids, timeout=60 * len(launches) / 2)
+        return self.commands.wait_processes(pids, timeout=60 * max(len(launches), 2))
 
     def _content(self) -> dict[pathlib.Path, bytes]:
         return {path: path.read_bytes() for path in self.whole.rglob('*') if path.is_file()}
