@@ -10,6 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
+from experiments.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
 from llama_jax.tokenizer.chat_format import chat_format_for
@@ -49,6 +50,7 @@ def main() -> None:
         template, files = chat_format_for(required(tokenizer)).template, {}
     if _TOKENIZER.value:  # another one's files would contradict it
         files = {}
+    hold_folder(epath.Path(_OUTPUT.value), beside=True)
     with _progress_bar(source, 'writing') as bar:
         export.save(
             _OUTPUT.value, source, tokenizer, to=_TO.value, dtype=_DTYPE.value, files=files,

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.launch import flatten
 from llama_jax import lock, runtime, storage
+from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.types import InputError, error_line
 
@@ -95,6 +96,7 @@ def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str)
     """Refuses a workdir of another run, naming the first key that differs."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
+    absolute(workdir / CHECKPOINTS)  # refuses a path that checkpoints cannot be kept under
     if not (record := read_record(workdir)):
         return
     before = flatten(record['config']) | {'base_checkpoint': record['base_checkpoint']}
