@@ -43,7 +43,8 @@ def hold_folder(
     """
     with runtime.refused_by_all():
         if runtime.is_main_process() and not held and (not only_existing or folder.exists()):
-            atexit.register(lock.hold(folder, beside=beside))
+            with storage.system_failures(f'{folder} cannot be held'):
+                atexit.register(lock.hold(folder, beside=beside))
             return True
     return held
 
@@ -116,7 +117,8 @@ def check_data(workdir: epath.Path, fingerprint: str) -> None:
     if record and (before := record['data_fingerprint']) != fingerprint:
         raise InputError(
             f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
-            f'{fingerprint[:12]}): restore the files of --config.data.train, or choose a new --workdir'
+            f'{fingerprint[:12]}): restore the files of --config.data.train and its tokenizer.model, or choose a new '
+            '--workdir'
         )
 
 

@@ -89,7 +89,8 @@ def _system_lock(file: epath.Path) -> Callable[[], None] | None:
 
 
 def _release_system_lock(file: epath.Path, descriptor: int) -> None:
-    file.unlink(missing_ok=True)  # first, while nobody else can have it
+    with contextlib.suppress(OSError):  # on a disk that has failed it stays, and holds nobody
+        file.unlink()  # first, while nobody else can have it
     os.close(descriptor)
 
 

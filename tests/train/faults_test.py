@@ -54,7 +54,7 @@ def signalled(*args, **options):
 setattr(owner, last, signalled)
 """
 PLACES = {
-    'validation': 'llama_jax.eval.perplexity:evaluate_rows',
+    'validation': 'llama_jax.train.validation:evaluate_rows',
     'saving': 'llama_jax.checkpoint.training:Checkpointer.save',
     'committing': 'llama_jax.checkpoint.training:record_files',
     'restoring': 'llama_jax.checkpoint.training:Checkpointer._restore',
@@ -178,6 +178,7 @@ class Runs:
                 problem = what_is_wrong(fault, *finished)
                 said = finished[0].stderr + finished[1].stderr
                 problem = problem or self.ended_as_if_left_alone(workdir, said)
+                print(f'{fault.name}: {problem or "survived"}', flush=True)
                 if problem:
                     failures.append(f'{fault.name}: {problem}')
         return failures
@@ -323,7 +324,8 @@ def test_thirty_faults(short):
     faults = writes(short, 15, rng)
     faults += rng.sample(damages(short, ('a flipped bit', 'cut short', 'deleted')), 9)
     faults += rng.sample(signals((signal.SIGTERM,), (1, 2)), 6)
-    assert short.survive(faults) == []
+    failures = short.survive(faults)
+    assert not failures, '\n\n'.join(failures)
 
 
 @pytest.mark.long
@@ -334,4 +336,5 @@ def test_two_hundred_faults(make_runs):
     faults += signals((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), (1, 3))
     print(f'{len(faults)} faults')
     assert len(faults) >= 200
-    assert runs.survive(faults) == []
+    failures = runs.survive(faults)
+    assert not failures, '\n\n'.join(failures)
