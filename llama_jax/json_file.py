@@ -69,13 +69,21 @@ def read_bytes(path: epath.Path, max_bytes: int = MAX_BYTES) -> bytes:
     """
     try:
         with path.open('rb') as file:
-            data = file.read(max_bytes + 1)
+            data = read_at_most(file, max_bytes + 1)
     except OSError as error:
         kind = InputError if isinstance(error, _PATH_ERRORS) else SystemFailure
         raise kind(f'{path} cannot be read: {error.strerror or error_line(error)}') from error
     if len(data) > max_bytes:
         raise InputError(f'{path} has more than {max_bytes} bytes; no such file is that large')
     return data
+
+
+def read_at_most(file: Any, count: int) -> bytes:
+    """So many bytes of an open file, or as many as there are; unlike `read`, it takes no memory for what is not."""
+    data = bytearray()
+    while len(data) < count and (block := file.read(min(1 << 20, count - len(data)))):
+        data += block
+    return bytes(data)
 
 
 def read_lines(file: Any, name: str, max_bytes: int = MAX_BYTES) -> Iterator[bytes]:

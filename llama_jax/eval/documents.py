@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.eval.task import Document
-from llama_jax.json_file import MAX_BYTES, parse_json
+from llama_jax.json_file import MAX_BYTES, parse_json, read_at_most
 from llama_jax.types import InputError, error_line
 
 Fields = Mapping[str, type | tuple[type, ...]]
@@ -176,7 +176,7 @@ def _read(path: epath.Path) -> bytes:
     try:
         with path.open('rb') as raw:
             file = gzip.GzipFile(fileobj=raw) if path.name.endswith('.gz') else raw
-            data = file.read(MAX_BYTES + 1)
+            data = read_at_most(file, MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise InputError(f'no file {path}') from error
     except (OSError, EOFError, zlib.error) as error:

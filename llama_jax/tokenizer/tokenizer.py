@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from llama_jax.json_file import MAX_BYTES, parse_object, read_object, show_json
+from llama_jax.json_file import MAX_BYTES, parse_object, read_at_most, read_object, show_json
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.sentencepiece_model import MAX_TOKEN, check_pieces
@@ -140,7 +140,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without control tokens and the dummy-prefix space, as in Meta's wrapper."""
-        return self._processor.Decode(_checked_ids(ids, self.vocab_size))
+        ids = _checked_ids(ids, self.vocab_size)
+        with refused(f'{self.path} cannot decode {ids[:10]}'):
+            return self._processor.Decode(ids)
 
 
 # Meta's split pattern: llama3/llama/tokenizer.py, Tokenizer.pat_str.
@@ -331,7 +333,7 @@ def _stop_ids(eos_id: int, special_tokens: dict[str, int]) -> tuple[int, ...]:
 def _read(file: epath.Path) -> bytes:
     try:
         with file.open('rb') as opened:
-            data = opened.read(MAX_BYTES + 1)
+            data = read_at_most(opened, MAX_BYTES + 1)
         reason = 'the file is empty'
     except OSError as error:
         data, reason = b'', error.strerror or type(error).__name__
