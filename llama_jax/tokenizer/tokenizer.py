@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second of what it would say
             raise InputError(
                 f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a '
                 f'tokenizer.json ({len(data)} bytes); give the tokenizer.model that came with the weights'
