@@ -61,7 +61,7 @@ def hold(folder: epath.Path, *, beside: bool = False) -> Callable[[], None]:
         release()
         with contextlib.suppress(OSError):  # where something was written
             for path in made:
-                path.rmdir()
+                os.rmdir(path)
 
     return let_go
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,11 @@ def test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody(tmp_path, 
         hold(folder)  # within one process too
     release()
     assert not (folder / lock.FILE).exists()
+    release = hold(epath.Path(tmp_path / 'filled'))
+    (tmp_path / 'filled/results').mkdir()
+    release()
+    assert [path.name for path in (tmp_path / 'filled').iterdir()] == ['results']
+    shutil.rmtree(tmp_path / 'filled')
     hold(epath.Path(tmp_path / 'a/b'))()  # leaves no trace
     release = hold(epath.Path(tmp_path / 'a/b'), beside=True)
     with pytest.raises(Locked, match='a/b is in use'):
