@@ -6,42 +6,40 @@ Running the same command again resumes. The workdir holds config.json, model.jso
 metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
 """
 
-import functools
 import json
 import logging
 import math
-import os
-import tempfile
 from typing import Any
 
 import jax
-import optax
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch, training
+from experiments.start import find_tokenizer, first_state, starting_architecture
 from experiments.workdir import (
-    CONFIG_FILE,
     TOKENIZER_FILE,
     check_data,
+    check_overrides,
     check_same_data,
     check_workdir,
     has_checkpoint,
     hold_folder,
+    open_fork,
+    read_record,
     record_run,
 )
 from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.data.datasets import PretrainData, check_sources, pretrain_dataset, train_tokenizer
+from llama_jax.data.datasets import PretrainData, check_sources, pretrain_dataset
 from llama_jax.data.loader import batches, read_ahead
 from llama_jax.eval.perplexity import fit_baselines, in_time
 from llama_jax.inference.generate import generate
-from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
-from llama_jax.models.presets import with_vocab_size
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
-from llama_jax.tokenizer.tokenizer import Tokenizer, parse_tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.tokenizer.vocabulary import model_file
 from llama_jax.train.loop import LoopConfig, Measurement, train
 from llama_jax.train.metrics import (
@@ -54,7 +52,7 @@ from llama_jax.train.metrics import (
     read_metrics,
 )
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
+from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.train.validation import count_predicted, make_validation
 from llama_jax.types import InputError
@@ -63,6 +61,14 @@ _CONFIG = launch.define_config()
 _WORKDIR = launch.define_path('workdir', None, 'folder of the run, local or gs://...', required=True)
 _CHECKPOINT = launch.define_path(
     'checkpoint', '', 'a checkpoint whose weights to continue from, with a new optimiser'
+)
+_FORK = launch.define_path(
+    'fork',
+    '',
+    'WORKDIR or WORKDIR@STEP of another run, whose state to start from: optimiser and place in the data too',
+)
+_OVERRIDE = flags.DEFINE_string(
+    'override', '', 'config keys, by commas, that may differ from what the run in --workdir was begun with'
 )
 _XLA_OPTIONS = launch.define_xla_options()
 launch.define_processes()
@@ -77,14 +83,28 @@ _MAX_BASELINE_ROWS, _MAX_BASELINE_SECONDS = 100_000, 120
 def main() -> None:
     """One run from start to report; the banners are its chapters."""
     config, workdir, checkpoint = _CONFIG.value, epath.Path(_WORKDIR.value), _CHECKPOINT.value
+    overrides = launch.split_list(_OVERRIDE.value)
     runtime.enable_compilation_cache(config.log.compilation_cache)
 
     # ---- What is refused before anything is written -----------------------------------------------------------------
     with runtime.refused_by_all():
         storage.check_place(workdir, folder=True)
         training.check_settings(config)
-        with launch.flags_named('--checkpoint'):
-            base = pretrained.open(checkpoint) if checkpoint else None
+        check_overrides(overrides, config)
+        check_workdir(workdir, config, checkpoint, overrides, _FORK.value)
+    begun = has_checkpoint(workdir)
+    with runtime.refused_by_all():
+        fork, base = None, None
+        if checkpoint and _FORK.value:
+            raise InputError('--checkpoint and --fork are both given; a run starts from one of them')
+        if checkpoint:
+            with launch.flags_named('--checkpoint'):
+                base = pretrained.open(checkpoint)
+        elif begun and (read_record(workdir) or {}).get('fork'):
+            base = pretrained.open(workdir)
+        elif _FORK.value and not begun:
+            fork = open_fork(_FORK.value, workdir, config)
+            base = pretrained.open(fork.step)
         preset = starting_architecture(config, base)
         partitioner = training.make_partitioner(config)
         training.check_sizes(config, preset.max_seq_len, partitioner)
@@ -98,16 +118,15 @@ def main() -> None:
         abstract_state(
             *abstract_params_and_axes(training.make_model(config, preset, partitioner)), tx, partitioner
         )
-        check_workdir(workdir, config, checkpoint)
         with launch.flags_named('--config.data.train', '--config.data.validation'):
             check_sources(launch.split_list(f'{config.data.train},{config.data.validation}'))
     held = hold_folder(workdir, only_existing=True)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
-    tokenizer = find_tokenizer(config, workdir, base)
+    tokenizer = find_tokenizer('' if fork else config.data.tokenizer, config, workdir, base)
     with runtime.refused_by_all():
         data = read_data(config, tokenizer, weights)
-        check_data(workdir, data.fingerprint)
+        check_data(workdir, data.fingerprint, overrides)
     check_same_data(data.fingerprint)
 
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
@@ -119,26 +138,32 @@ def main() -> None:
     )
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     start = None
-    if not has_checkpoint(workdir):  # what it starts from may be damaged: it is read before it is begun
-        start = first_state(config, base, target, model, tx)
+    if not begun:  # what it starts from may be damaged: it is read before anything is written
+        start = first_state(config, base, fork, target, model, tx)
 
     # ---- From here on the workdir is written to, and nothing in it is taken away -------------------------------------
     hold_folder(workdir, held=held)
     with runtime.refused_by_all():  # what another run may have begun there until now
-        check_workdir(workdir, config, checkpoint)
-        check_data(workdir, data.fingerprint)
+        changes = check_workdir(workdir, config, checkpoint, overrides)
+        changes += check_data(workdir, data.fingerprint, overrides)
     if runtime.is_main_process():
         storage.write_atomically(workdir / TOKENIZER_FILE, model_file(tokenizer))
-    record = record_run(workdir, config, checkpoint, data.fingerprint)
-    if runtime.is_main_process():
-        save_config(workdir, llama, base_checkpoint=checkpoint)
+        save_config(workdir, llama, base_checkpoint=checkpoint or (str(fork.step) if fork else ''))
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
     if restored := checkpointer.restore_latest(target):
         step, state, metadata = restored
         logger.info('resuming at step %d of %d', step, config.train.num_steps)
-        start = state, step, metadata
-    state, start_step, restored = start or first_state(config, base, target, model, tx)
+        start, fork = (state, step, metadata), None
+    state, start_step, restored = start or first_state(config, base, fork, target, model, tx)
     del start
+    rows_before = restored.get('rows_consumed', 0)
+    record = record_run(
+        workdir, config, checkpoint, data.fingerprint, step=start_step,
+        changes=fork.changes_with(data.fingerprint) if fork else changes, fork=fork,
+    )  # fmt: skip
+    if fork:  # from here on the other run is no longer needed
+        logger.info('started from step %d of %s', start_step, fork.workdir)
+        checkpointer.save(start_step, state, record | {'rows_consumed': rows_before})
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     _, step_fn = training.make_train_step(config, model, target, tx, _XLA_OPTIONS.value)
@@ -160,10 +185,11 @@ def main() -> None:
             frozen={},
             batches=batches(
                 data.train, batch_size=config.train.batch_size, seq_len=config.data.seq_len,
-                partitioner=partitioner, rows_consumed=restored.get('rows_consumed', 0),
+                partitioner=partitioner, rows_consumed=rows_before,
             ),
             rng=jax.random.key(config.seed + 1),
             start_step=start_step,
+            rows_before=rows_before,
             schedule=schedule,
             checkpointer=checkpointer,
             metadata=record,
@@ -183,39 +209,13 @@ def main() -> None:
     # ---- Report -----------------------------------------------------------------------------------------------------
     text = sample(config, model, state, tokenizer)
     if runtime.is_main_process():  # the others have done their part
-        report = final_report(config, data, step, trained.figures, llama.vocab_size)
+        rows_consumed = rows_before + (step - start_step) * config.train.batch_size
+        report = final_report(config, data, step, rows_consumed, trained.figures, llama.vocab_size)
         report['sample'] = text
         storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
         lines = {name: report[name] for name in ('unigram', 'bigram') if name in report}
         plot_loss(workdir / 'loss.png', read_metrics(metrics_file), lines)
         print(describe(report, workdir))
-
-
-def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
-    """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
-    preset = training.find_preset(config.model.preset)
-    if not base:
-        return preset
-    found = base.config
-    for name, value in vars(found).items():
-        # What changes no weight may change: this is how a context is lengthened.
-        may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
-        if name not in may_differ and value != getattr(preset, name):
-            raise InputError(
-                f'--checkpoint={base.path} has {name} {value}, {config.model.preset} has '
-                f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
-            )
-    if 0 < (wanted := config.model.vocab_size) < found.vocab_size:
-        raise InputError(
-            f'--config.model.vocab_size={wanted} is less than --checkpoint={base.path} has: {found.vocab_size} '
-            'ids; raise it, which adds rows to its tables, or 0 to fit'
-        )
-    if not config.data.tokenizer and base.tokenizer is None:
-        raise InputError(
-            f'--checkpoint={base.path} has no tokenizer; give the one it was trained with by '
-            '--config.data.tokenizer'
-        )
-    return with_vocab_size(preset, found.vocab_size)
 
 
 def parse_weights(config: ConfigDict) -> list[float] | None:
@@ -241,36 +241,6 @@ def describe_devices(partitioner: Partitioner) -> str:
     return f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
 
 
-def find_tokenizer(config: ConfigDict, workdir: epath.Path, base: pretrained.Checkpoint | None) -> Tokenizer:
-    """The workdir's tokenizer; of a new run the given or the checkpoint's, or one trained on the data.
-
-    It is written nowhere yet.
-    """
-    file = workdir / TOKENIZER_FILE
-    data = b''
-    with runtime.refused_by_all():
-        if runtime.is_main_process():
-            # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
-            if file.exists() and (workdir / CONFIG_FILE).exists():
-                data = file.read_bytes()
-            elif config.data.tokenizer:
-                with launch.flags_named('--config.data.tokenizer'):
-                    data = model_file(pretrained.load_tokenizer(config.data.tokenizer))
-            elif base and base.tokenizer:
-                data = model_file(base.tokenizer)
-            else:
-                logger.info('training a tokenizer of %d ids', config.data.vocab_size)
-                with tempfile.TemporaryDirectory() as folder, launch.flags_named('--config.data.vocab_size'):
-                    trained = train_tokenizer(
-                        launch.split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
-                        text_key=config.data.text_key, separator=config.data.separator,
-                    )  # fmt: skip
-                    data = model_file(trained)
-    data = runtime.bytes_from_main_process(data)
-    with runtime.refused_by_all():
-        return parse_tokenizer(os.fspath(file), data)
-
-
 def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | None) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources."""
     data = pretrain_dataset(
@@ -286,24 +256,6 @@ def read_data(config: ConfigDict, tokenizer: Tokenizer, weights: list[float] | N
         f'{data.num_train_rows:,}', config.data.seq_len,
     )  # fmt: skip
     return data
-
-
-def first_state(
-    config: ConfigDict,
-    base: pretrained.Checkpoint | None,
-    target: TrainState,
-    model: LlamaForCausalLM,
-    tx: optax.GradientTransformation,
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """(state, updates done, what was saved with it): with the weights of a checkpoint, or fresh ones; born sharded."""
-    if base:
-        with launch.flags_named('--checkpoint'):
-            params = base.params(target.params, grow_vocabulary=True)
-        # Donated, for they become the state's: there is no second copy.
-        start = functools.partial(new_state, tx=tx)
-        return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}
-    start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
-    return start(jax.random.key(config.seed)), 0, {}
 
 
 def make_writers(
@@ -349,14 +301,19 @@ def figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:
 
 
 def final_report(
-    config: ConfigDict, data: PretrainData, step: int, figures: dict[str, float], vocab_size: int
+    config: ConfigDict,
+    data: PretrainData,
+    step: int,
+    rows_consumed: int,
+    figures: dict[str, float],
+    vocab_size: int,
 ) -> dict[str, Any]:
     """Validation loss beside those of count models fitted on the rows that the run was trained on."""
     report: dict[str, Any] = {'step': step}
     rows, max_rows = data.validation, config.eval.max_rows
     if rows is None:
         return report
-    used = min(step * config.train.batch_size, _MAX_BASELINE_ROWS)
+    used = min(rows_consumed, _MAX_BASELINE_ROWS)
     baselines = fit_baselines(
         in_time(read_ahead(data.train, used), used, _MAX_BASELINE_SECONDS),
         (rows[i] for i in range(min(len(rows), max_rows or len(rows)))),

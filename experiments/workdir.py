@@ -1,19 +1,22 @@
 """Whose run a workdir holds: what its checkpoints depend on is recorded, and another run is refused."""
 
 import atexit
+import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.launch import flatten
+from experiments.launch import flags_named, flatten
 from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
-from llama_jax.types import InputError, error_line
+from llama_jax.checkpoint.weights import check_step, latest_step
+from llama_jax.types import InputError, did_you_mean, error_line
 
 CONFIG_FILE = 'config.json'
 TOKENIZER_FILE = 'tokenizer.model'
@@ -25,6 +28,38 @@ _IDENTITY = (
     'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
     'train.z_loss', 'optimizer.',
 )  # fmt: skip
+
+_ORDER = 'rows come in another order than in an unbroken run: some may be read twice or not at all'
+_SCHEDULE = 'the learning rate follows the new schedule from this step on'
+_NUMBERS = 'the steps before were taken with the old value'
+# What of it a run may go on without, and what is then no longer exact. All else is in the weights, or in the
+# optimiser's state.
+_OVERRIDABLE = {
+    'seed': _ORDER,
+    'model.dtype': _NUMBERS,
+    'data.train': _ORDER,
+    'data.weights': _ORDER,
+    'data.validation': 'validation losses before and after are of different rows',
+    'data.validation_fraction': 'other documents validate than before, which may have been trained on',
+    'data.text_key': _ORDER,
+    'data.separator': _ORDER,
+    'data.seq_len': 'rows are of another length: those that are counted as consumed were of the old one',
+    'train.batch_size': 'rows are counted on from those consumed, but steps of before had another number of them',
+    'train.z_loss': _NUMBERS,
+    'optimizer.learning_rate': _SCHEDULE,
+    'optimizer.warmup_steps': _SCHEDULE,
+    'optimizer.final_fraction': _SCHEDULE,
+    'optimizer.beta1': _NUMBERS,
+    'optimizer.beta2': _NUMBERS,
+    'optimizer.eps': _NUMBERS,
+    'optimizer.weight_decay': _NUMBERS,
+    'optimizer.clip_norm': _NUMBERS,
+    'data_fingerprint': _ORDER,
+}
+
+Change = dict[str, Any]  # {'key', 'before', 'after'}
+
+logger = logging.getLogger('llama_jax.workdir')
 
 
 def hold_folder(
@@ -47,6 +82,22 @@ def hold_folder(
                 atexit.register(lock.hold(folder, beside=beside))
             return True
     return held
+
+
+def check_overrides(overrides: Sequence[str], config: ConfigDict) -> None:
+    """Refuses keys of --override that no run can go on without, or need no leave."""
+    known = flatten(config)
+    for key in overrides:
+        given = f'--override={key}'
+        if key not in known:
+            raise InputError(f'{given}: unknown config key; {did_you_mean(key, known)}')
+        if not key.startswith(_IDENTITY):
+            raise InputError(f'{given}: a run may go on with another --config.{key} as it is; leave it out')
+        if key not in _OVERRIDABLE:
+            raise InputError(
+                f"{given}: the weights or the optimiser's state are made for --config.{key}; start a new run from the "
+                'weights by --checkpoint'
+            )
 
 
 def read_record(workdir: epath.Path) -> dict[str, Any] | None:
@@ -93,33 +144,113 @@ def _parse_record(file: epath.Path) -> tuple[dict[str, Any] | None, str]:
         return None, f'{type(error).__name__}: {error_line(error)}'
 
 
-def check_workdir(workdir: epath.Path, config: ConfigDict, base_checkpoint: str) -> None:
-    """Refuses a workdir of another run, naming the first key that differs."""
+def check_workdir(
+    workdir: epath.Path,
+    config: ConfigDict,
+    base_checkpoint: str,
+    overrides: Sequence[str] = (),
+    fork: str = '',
+) -> list[Change]:
+    """What --override lets differ from the run in a workdir; refuses another run's, naming the first key."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
     absolute(workdir / CHECKPOINTS)  # refuses a path that checkpoints cannot be kept under
-    if not (record := read_record(workdir)):
-        return
-    before = flatten(record['config']) | {'base_checkpoint': record['base_checkpoint']}
-    now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
-    for key in sorted(set(before) | set(now)):
-        if key.startswith(_IDENTITY) and before.get(key) != now.get(key):
-            flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
-            raise InputError(
-                f'workdir {workdir} belongs to another run: {flag} was {before.get(key)!r} and is '
-                f'{now.get(key)!r}; restore it, or choose a new --workdir'
-            )
-
-
-def check_data(workdir: epath.Path, fingerprint: str) -> None:
-    """Refuses to go on where the documents themselves have changed."""
-    record = read_record(workdir)
-    if record and (before := record['data_fingerprint']) != fingerprint:
+    if not (recorded := read_record(workdir)):
+        return []
+    changes = []
+    for change in _differences(recorded, config, base_checkpoint):
+        key = change['key']
+        if key in overrides:
+            changes.append(change)
+            continue
+        flag = '--checkpoint' if key == 'base_checkpoint' else f'--config.{key}'
+        leave = f', let it change by --override={key}' if key in _OVERRIDABLE else ''
         raise InputError(
-            f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
-            f'{fingerprint[:12]}): restore the files of --config.data.train and its tokenizer.model, or choose a new '
-            '--workdir'
+            f'workdir {workdir} belongs to another run: {flag} was {change["before"]!r} and is '
+            f'{change["after"]!r}; restore it{leave}, or choose a new --workdir'
         )
+    origin = (recorded.get('fork') or {}).get('from', '')
+    if fork and fork != origin:
+        was = f'--fork was {origin!r} and is {fork!r}' if origin else f'it was not begun by --fork={fork}'
+        raise InputError(f'workdir {workdir} belongs to another run: {was}; choose a new --workdir')
+    return changes
+
+
+def _differences(recorded: dict[str, Any], config: ConfigDict, base_checkpoint: str) -> list[Change]:
+    before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
+    now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
+    return [
+        {'key': key, 'before': before.get(key), 'after': now.get(key)}
+        for key in sorted(set(before) | set(now))
+        if key.startswith(_IDENTITY) and before.get(key) != now.get(key)
+    ]
+
+
+def check_data(workdir: epath.Path, fingerprint: str, overrides: Sequence[str] = ()) -> list[Change]:
+    """What differs of the documents themselves; refused where no --override is of the data."""
+    recorded = read_record(workdir)
+    if not recorded or (before := recorded['data_fingerprint']) == fingerprint:
+        return []
+    if any(key.startswith('data.') for key in overrides):
+        return [{'key': 'data_fingerprint', 'before': before, 'after': fingerprint}]
+    raise InputError(
+        f'the data of workdir {workdir} have changed since it was started (fingerprint {before[:12]}, now '
+        f'{fingerprint[:12]}): restore the files of --config.data.train and its tokenizer.model, let them change by '
+        '--override=data.train, or choose a new --workdir'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Another run, from one of whose steps this one starts.
+
+    Attributes:
+      given: as it was.
+      workdir: of the other run.
+      step: the folder of the step.
+      changes: what is set otherwise than there.
+      fingerprint: of the documents there.
+    """
+
+    given: str
+    workdir: epath.Path
+    step: epath.Path
+    changes: list[Change]
+    fingerprint: str
+
+    def changes_with(self, fingerprint: str) -> list[Change]:
+        """`changes`, and that of the documents."""
+        same = fingerprint == self.fingerprint
+        of_data = {'key': 'data_fingerprint', 'before': self.fingerprint, 'after': fingerprint}
+        return self.changes if same else [*self.changes, of_data]
+
+
+def open_fork(given: str, workdir: epath.Path, config: ConfigDict) -> Fork:
+    """--fork=WORKDIR[@STEP]; without a step the newest. Nothing there is touched.
+
+    Raises:
+      InputError: there is no such run or step, or it was trained with other sizes, tokenizer or optimiser.
+    """
+    place, at, step = given.rpartition('@')
+    if not (at and step.isdigit()):
+        place, step = given, ''
+    storage.enable_bucket(place)
+    origin = epath.Path(place)
+    if origin == workdir:
+        raise InputError(f'--fork={given} is --workdir itself; name the workdir of another run')
+    recorded = read_record(origin)
+    if not recorded:
+        raise InputError(f'--fork={given}: {origin} is no workdir of a run, for it has no {CONFIG_FILE}')
+    changes = [change for change in _differences(recorded, config, '') if change['key'] != 'base_checkpoint']
+    for change in changes:
+        if change['key'] not in _OVERRIDABLE:
+            raise InputError(
+                f'--fork={given} has {change["key"]} {change["before"]!r}, this run {change["after"]!r}; its state '
+                f'fits no other: set --config.{change["key"]}={change["before"]}'
+            )
+    with flags_named('--fork'):
+        found = check_step(origin / CHECKPOINTS / step) if step else latest_step(origin / CHECKPOINTS)
+    return Fork(given, origin, found, changes, recorded['data_fingerprint'])
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -134,14 +265,31 @@ def check_same_data(fingerprint: str) -> None:
 
 
 def record_run(
-    workdir: epath.Path, config: ConfigDict, base_checkpoint: str, fingerprint: str
+    workdir: epath.Path,
+    config: ConfigDict,
+    base_checkpoint: str,
+    fingerprint: str,
+    *,
+    step: int = 0,
+    changes: Sequence[Change] = (),
+    fork: Fork | None = None,
 ) -> dict[str, Any]:
-    """Writes config.json and returns what it holds."""
+    """Writes config.json and returns what it holds; says what of the run is no longer exact from `step` on."""
+    recorded = read_record(workdir) or {}
+    history = [*recorded.get('history', []), *({'step': step, **change} for change in changes)]
+    origin = (
+        {'from': fork.given, 'workdir': str(fork.workdir), 'step': step} if fork else recorded.get('fork')
+    )
     record = {
         'config': json.loads(config.to_json()),
         'base_checkpoint': base_checkpoint,
         'data_fingerprint': fingerprint,
+        **({'fork': origin} if origin else {}),
+        **({'history': history} if history else {}),
     }
+    for change in changes:
+        key, before, after = change['key'], change['before'], change['after']
+        logger.info('from step %d on %s is %r, not %r: %s', step, key, after, before, _OVERRIDABLE[key])
     if runtime.is_main_process():
         storage.write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + '\n')
     return record

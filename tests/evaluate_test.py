@@ -140,7 +140,7 @@ RATER = """
 import sys
 for number, line in enumerate(sys.stdin):
     if number >= 3:
-        sys.exit('quota exceeded')
+        sys.exit()
     print(0.5, flush=True)
 """
 
@@ -175,7 +175,7 @@ REFUSED = {
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),
     'no TFDS': (['--tasks=piqa', '--data_dir=tfds://nowhere'], 'piqa is not prepared in nowhere/piqa'),
     'no data': (['--tasks=piqa', '--data_dir='], '--data_dir is required'),
-    'code': (['--tasks=human_eval'], 'it must be allowed (set by --allow_code_execution)'),
+    'code': (['--tasks=human_eval'], 'is run only where that is allowed (set by --allow_code_execution)'),
     'no checkpoint': (['--tasks=piqa', '--limit=2', '--checkpoint=nowhere'], 'nowhere'),
     'few examples': (['--tasks=mmlu', '--num_fewshot=6'], 'use at most 5'),
     'mesh': (

@@ -126,6 +126,66 @@ def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, 
     assert '--checkpoint was' in other
 
 
+def test_a_run_goes_on_with_other_settings_where_that_is_allowed(commands, run, corpus, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(run, workdir)
+    other = {'optimizer__learning_rate': 1e-3, 'train__batch_size': 16, 'train__num_steps': 14}
+    refused = commands.run('pretrain', *tiny_run(workdir, corpus, **other)).error()
+    assert (
+        'or choose a new --workdir' in refused
+        and 'let it change by --override=optimizer.learning_rate' in refused
+    )
+    allowed = '--override=optimizer.learning_rate,train.batch_size'
+    finished = commands.run('pretrain', *tiny_run(workdir, corpus, **other), allowed).succeeded()
+    assert 'resuming at step 12 of 14' in finished.stderr
+    assert (
+        'from step 12 on optimizer.learning_rate is 0.001, not 0.003: the learning rate follows'
+        in finished.stderr
+    )
+    assert 'from step 12 on train.batch_size is 16, not 8: rows are counted on' in finished.stderr
+    record = json.loads((workdir / 'config.json').read_text())
+    assert record['config']['train']['batch_size'] == 16
+    assert record['history'] == [
+        {'step': 12, 'key': 'optimizer.learning_rate', 'before': 3e-3, 'after': 1e-3},
+        {'step': 12, 'key': 'train.batch_size', 'before': 8, 'after': 16},
+    ]
+    assert figures(workdir)[:12] == figures(run)
+    saved = json.loads((workdir / 'checkpoints/14/metadata/metadata').read_text())
+    assert saved['rows_consumed'] == 12 * 8 + 2 * 16 and saved['history'] == record['history']
+    # What it is now, it may go on with as it is; what it was, no more.
+    commands.run('pretrain', *tiny_run(workdir, corpus, **other | {'train__num_steps': 15})).succeeded()
+    saved = json.loads((workdir / 'checkpoints/15/metadata/metadata').read_text())
+    assert saved['rows_consumed'] == 12 * 8 + 3 * 16
+    assert 'belongs to another run' in commands.run('pretrain', *tiny_run(workdir, corpus)).error()
+
+
+def test_a_run_starts_from_the_state_of_another(commands, run, corpus, tmp_path):
+    before = contents(run)
+    workdir, fork = tmp_path / 'a/fork', f'--fork={run}@8'
+    other = commands.run('pretrain', *tiny_run(workdir, corpus), fork, f'--checkpoint={run}').error()
+    assert '--checkpoint and --fork are both given' in other and not any(tmp_path.iterdir())
+    finished = commands.run('pretrain', *tiny_run(workdir, corpus), fork).succeeded()
+    assert f'started from step 8 of {run}' in finished.stderr
+    assert figures(workdir) == figures(run)[8:]  # the optimiser's state and the place in the data came along
+    assert saved_steps(workdir) == [4 * 2, 12] and contents(run) == before
+    assert (workdir / 'tokenizer.model').read_bytes() == (run / 'tokenizer.model').read_bytes()
+    record = json.loads((workdir / 'config.json').read_text())
+    assert record['fork'] == {'from': f'{run}@8', 'workdir': str(run), 'step': 8} and 'history' not in record
+    # Given again it goes on by itself, with the flag and without; another origin is refused.
+    commands.run('pretrain', *tiny_run(workdir, corpus, train__num_steps=13)).succeeded()
+    line = commands.run('pretrain', *tiny_run(workdir, corpus), f'--fork={run}@12').error()
+    assert f"belongs to another run: --fork was '{run}@8'" in line
+    # Its newest step, with other settings, which are written down.
+    workdir = tmp_path / 'b'
+    other = {'train__num_steps': 13, 'train__batch_size': 4}
+    finished = commands.run('pretrain', *tiny_run(workdir, corpus, **other), f'--fork={run}').succeeded()
+    assert 'from step 12 on train.batch_size is 4, not 8' in finished.stderr and saved_steps(workdir) == [
+        12,
+        13,
+    ]
+    assert json.loads((workdir / 'config.json').read_text())['history'][0]['key'] == 'train.batch_size'
+
+
 @pytest.mark.slow
 def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_path):
     from array_record.python import array_record_module
@@ -244,6 +304,7 @@ def test_the_workdir_of_another_run_is_refused(commands, run, corpus, key, value
     arguments = tiny_run(run, corpus, **{key.replace('.', '__'): value})
     line = commands.run('pretrain', *arguments).error()
     assert f'belongs to another run: --config.{key} was' in line and str(value) in line
+    assert ('--override=' in line) == (key != 'model.preset')
     assert {path: path.stat().st_mtime_ns for path in run.rglob('*')} == before
 
 

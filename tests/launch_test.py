@@ -26,7 +26,7 @@ COMMANDS = sorted(
 # Strings that name no file.
 NO_PATHS = {
     'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
-    'axis_rules', 'text_key', 'separator', 'prompt', 'mesh',
+    'axis_rules', 'text_key', 'separator', 'prompt', 'mesh', 'override',
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Whose run a workdir holds, also where what says so is damaged."""
+"""Whose run a workdir holds, what may differ when it goes on, and from what another one may start."""
 
 import json
 
 import pytest
 from etils import epath
 
+from configs import pretrain
 from configs.pretrain import get_config
+from experiments import launch, workdir
 from experiments.workdir import CONFIG_FILE, check_data, check_workdir, record_run
 from llama_jax.types import InputError
 
@@ -26,25 +28,114 @@ DAMAGED = {
 
 @pytest.mark.parametrize('case', DAMAGED)
 def test_a_damaged_record_is_one_line_or_its_copy_in_a_checkpoint_serves(tmp_path, caplog, case):
-    workdir, config = epath.Path(tmp_path), get_config('tiny')
-    record_run(workdir, config, '', 'abc')
-    whole = (workdir / CONFIG_FILE).read_bytes()
-    (workdir / CONFIG_FILE).write_bytes(DAMAGED[case])
-    for check in (lambda: check_workdir(workdir, config, ''), lambda: check_data(workdir, 'abc')):
+    folder, config = epath.Path(tmp_path), get_config('tiny')
+    record_run(folder, config, '', 'abc')
+    whole = (folder / CONFIG_FILE).read_bytes()
+    (folder / CONFIG_FILE).write_bytes(DAMAGED[case])
+    for check in (lambda: check_workdir(folder, config, ''), lambda: check_data(folder, 'abc')):
         with pytest.raises(
             InputError, match=r'^\S+config.json is damaged \(.*\), and no checkpoint has a copy; restore'
         ):
             check()
     for step in ('3', '12'):
-        metadata = workdir / f'checkpoints/{step}/metadata/metadata'
+        metadata = folder / f'checkpoints/{step}/metadata/metadata'
         metadata.parent.mkdir(parents=True)
         metadata.write_bytes(whole if step == '3' else DAMAGED[case])
-    check_workdir(workdir, config, '')
+    check_workdir(folder, config, '')
     assert 'config.json is damaged (' in caplog.text and 'the copy in checkpoint 3 is used' in caplog.text
-    check_data(workdir, 'abc')
-    (workdir / CONFIG_FILE).unlink()
+    check_data(folder, 'abc')
+    (folder / CONFIG_FILE).unlink()
     with pytest.raises(InputError, match='the data of workdir .* have changed'):
-        check_data(workdir, 'other')
+        check_data(folder, 'other')
     config.optimizer.learning_rate = 1.0
     with pytest.raises(InputError, match='belongs to another run: --config.optimizer.learning_rate was'):
-        check_workdir(workdir, config, '')
+        check_workdir(folder, config, '')
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A workdir with the record of a run of `tiny`."""
+    folder = epath.Path(tmp_path / 'run')
+    workdir.record_run(folder, pretrain.get_config('tiny'), '', 'f' * 64)
+    return folder
+
+
+def changed(key, value):
+    config = pretrain.get_config('tiny')
+    section, _, name = key.rpartition('.')
+    (config[section] if section else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ('key', 'message'),
+    [
+        ('train.bath_size', 'unknown config key; did you mean train.batch_size'),
+        ('train.num_steps', 'as it is; leave it out'),
+        ('mesh.fsdp', 'as it is; leave it out'),
+        ('model.preset', 'start a new run from the weights by --checkpoint'),
+        ('optimizer.name', 'start a new run from the weights by --checkpoint'),
+        ('data.tokenizer', 'start a new run from the weights by --checkpoint'),
+    ],
+)
+def test_keys_that_cannot_be_overridden_are_refused(key, message):
+    with pytest.raises(InputError, match=f'^--override={key}: .*{message}'):
+        workdir.check_overrides([key], pretrain.get_config('tiny'))
+
+
+def test_every_key_is_free_or_overridable_or_in_the_weights():
+    keys = set(launch.flatten(pretrain.get_config())) | {'data_fingerprint'}
+    assert set(workdir._OVERRIDABLE) <= keys
+    fixed = {key for key in keys if key.startswith(workdir._IDENTITY) and key not in workdir._OVERRIDABLE}
+    assert fixed == {
+        'model.preset',
+        'model.vocab_size',
+        'data.tokenizer',
+        'data.vocab_size',
+        'optimizer.name',
+    }
+
+
+@pytest.mark.parametrize(('key', 'value'), [('optimizer.beta2', 0.9), ('data.train', 'x'), ('seed', 7)])
+def test_a_change_is_refused_or_written_down(begun, key, value):
+    config = changed(key, value)
+    before = launch.flatten(pretrain.get_config('tiny'))[key]
+    with pytest.raises(
+        InputError, match=rf'--config\.{key} was .*, let it change by --override={key}, or choose'
+    ):
+        workdir.check_workdir(begun, config, '')
+    changes = workdir.check_workdir(begun, config, '', [key])
+    assert changes == [{'key': key, 'before': before, 'after': value}]
+    record = workdir.record_run(begun, config, '', 'f' * 64, step=5, changes=changes)
+    assert record == json.loads((begun / 'config.json').read_text())
+    assert record['history'] == [{'step': 5, 'key': key, 'before': before, 'after': value}]
+    assert workdir.check_workdir(begun, config, '', [key]) == []
+    # The history grows, and is kept by launches that change nothing.
+    again = workdir.record_run(begun, pretrain.get_config('tiny'), '', 'f' * 64, step=9, changes=changes)
+    assert [change['step'] for change in again['history']] == [5, 9]
+    assert workdir.record_run(begun, config, '', 'f' * 64, step=9)['history'] == again['history']
+
+
+def test_other_documents_need_leave(begun):
+    with pytest.raises(InputError, match='have changed since it was started .*by --override=data.train'):
+        workdir.check_data(begun, '0' * 64, ['seed'])
+    assert workdir.check_data(begun, 'f' * 64) == []
+    [change] = workdir.check_data(begun, '0' * 64, ['data.train'])
+    assert change['key'] == 'data_fingerprint'
+
+
+def test_what_no_run_can_start_from_is_refused(begun, tmp_path):
+    config, new = pretrain.get_config('tiny'), epath.Path(tmp_path / 'new')
+    with pytest.raises(InputError, match='is --workdir itself'):
+        workdir.open_fork(str(begun), begun, config)
+    with pytest.raises(InputError, match='is no workdir of a run'):
+        workdir.open_fork(str(tmp_path), new, config)
+    for given in (str(begun), f'{begun}@3'):
+        with pytest.raises(InputError, match=r'no checkpoint.*\(set by --fork\)'):
+            workdir.open_fork(given, new, config)
+    with pytest.raises(
+        InputError, match="optimizer.name 'adamw', this run 'lion'; .* set --config.optimizer.name="
+    ):
+        workdir.open_fork(str(begun), new, changed('optimizer.name', 'lion'))
+    assert {path.name for path in tmp_path.iterdir()} == {'run'}
+    assert {path.name for path in begun.iterdir()} == {'config.json'}

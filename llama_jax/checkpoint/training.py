@@ -109,7 +109,7 @@ class Checkpointer:
         for step in steps:
             damage = self._find_damage(step)
             if not damage:
-                restored, damage = self._restore(step, abstract_state)
+                restored, damage = _restore(self._directory / str(step), abstract_state)
                 if not damage:
                     return step, *restored
             self._pass_over(step, damage)
@@ -126,31 +126,6 @@ class Checkpointer:
         with refused_by_all():
             damage = find_damage(self._directory / str(step), hashes=self._verify, share=share)
         return next(filter(None, gather_texts(damage)), '')
-
-    def _restore(self, step: int, abstract_state: PyTree) -> tuple[Any, str]:
-        """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
-        folder = self._directory / str(step)
-        restored, damage = None, ''
-        with refused_by_all(), told_once():
-            try:  # by the handlers, as the manager would wait for processes that have failed
-                restored = (
-                    ocp.StandardCheckpointHandler().restore(
-                        folder / 'state', args=ocp.args.StandardRestore(abstract_state)
-                    ),
-                    ocp.JsonCheckpointHandler().restore(folder / 'metadata', args=ocp.args.JsonRestore()),
-                )
-            except Exception as error:  # Orbax and TensorStore raise many kinds
-                cause = error
-                while cause.__cause__ is not None:
-                    cause = cause.__cause__
-                line = f'{type(cause).__name__}: {error_line(cause)}'
-                if _is_damage(error):
-                    damage = line
-                elif isinstance(error, ValueError):
-                    raise InputError(f'checkpoint {folder} cannot be restored: {line}') from error
-                else:
-                    raise
-        return restored, next(filter(None, gather_texts(damage)), '')
 
     def _pass_over(self, step: int, damage: str) -> None:
         logger.warning(
@@ -204,6 +179,44 @@ class Checkpointer:
         """Commits what is being saved and lets go of the directory."""
         self.wait()
         self._manager.close()
+
+
+def restore_step(step_folder: epath.PathLike, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]]:
+    """(step, state, metadata) of one step of any run, which may go on meanwhile: nothing in its folder is touched.
+
+    Raises:
+      InputError: the step is damaged, or holds another state than asked for.
+    """
+    folder = absolute(step_folder)
+    restored, damage = _restore(folder, abstract_state)
+    if damage:
+        raise InputError(f'checkpoint {folder} is damaged: {damage}')
+    return int(folder.name), *restored
+
+
+def _restore(folder: epath.Path, abstract_state: PyTree) -> tuple[Any, str]:
+    """((state, metadata), ''), or what of it is broken; each process reads its slices, all get one answer."""
+    restored, damage = None, ''
+    with refused_by_all(), told_once():
+        try:  # by the handlers, as the manager would wait for processes that have failed
+            restored = (
+                ocp.StandardCheckpointHandler().restore(
+                    folder / 'state', args=ocp.args.StandardRestore(abstract_state)
+                ),
+                ocp.JsonCheckpointHandler().restore(folder / 'metadata', args=ocp.args.JsonRestore()),
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            line = f'{type(cause).__name__}: {error_line(cause)}'
+            if _is_damage(error):
+                damage = line
+            elif isinstance(error, ValueError):
+                raise InputError(f'checkpoint {folder} cannot be restored: {line}') from error
+            else:
+                raise
+    return restored, next(filter(None, gather_texts(damage)), '')
 
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:

@@ -90,6 +90,7 @@ def train(
     batches: Iterator[PyTree],
     rng: Array,
     start_step: int,
+    rows_before: int = 0,
     schedule: Callable[[int], Any],
     checkpointer: Checkpointer,
     metadata: dict[str, Any],
@@ -110,6 +111,7 @@ def train(
       batches: global batches from the row after those consumed.
       rng: the run's key.
       start_step: updates already done.
+      rows_before: rows that they consumed.
       schedule: update count -> learning rate, for the log.
       checkpointer: saves state with the rows consumed.
       metadata: saved with every checkpoint.
@@ -157,7 +159,7 @@ def train(
     def save() -> None:
         nonlocal saved
         # The figures of every saved step must survive a kill: resuming keeps them, and computes only later ones.
-        kept = {'rows_consumed': done * config.batch_size}
+        kept = {'rows_consumed': rows_before + (done - start_step) * config.batch_size}
         for writer in writers if is_main_process() else ():
             kept |= writer.flush()
         checkpointer.save(done, state, metadata | kept)

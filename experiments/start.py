@@ -1,0 +1,109 @@
+"""What a run starts from: the sizes of its model, its tokenizer, its first state. Nothing is written here."""
+
+import functools
+import logging
+import os
+import tempfile
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import launch, training
+from experiments.workdir import CONFIG_FILE, TOKENIZER_FILE, Fork
+from llama_jax import pretrained, runtime
+from llama_jax.checkpoint.training import restore_step
+from llama_jax.data.datasets import train_tokenizer
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.presets import with_vocab_size
+from llama_jax.tokenizer.tokenizer import Tokenizer, parse_tokenizer
+from llama_jax.tokenizer.vocabulary import model_file
+from llama_jax.train.state import TrainState, new_state, shardings_of
+from llama_jax.types import InputError
+
+logger = logging.getLogger('llama_jax.start')
+
+
+def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
+    """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
+    preset = training.find_preset(config.model.preset)
+    if not base:
+        return preset
+    found = base.config
+    for name, value in vars(found).items():
+        # What changes no weight may change: this is how a context is lengthened.
+        may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
+        if name not in may_differ and value != getattr(preset, name):
+            raise InputError(
+                f'the checkpoint {base.path} has {name} {value}, {config.model.preset} has '
+                f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
+            )
+    if 0 < (wanted := config.model.vocab_size) < found.vocab_size:
+        raise InputError(
+            f'--config.model.vocab_size={wanted} is less than the checkpoint {base.path} has: {found.vocab_size} '
+            'ids; raise it, which adds rows to its tables, or 0 to fit'
+        )
+    if not config.data.tokenizer and base.tokenizer is None:
+        raise InputError(
+            f'the checkpoint {base.path} has no tokenizer; give the one it was trained with by '
+            '--config.data.tokenizer'
+        )
+    return with_vocab_size(preset, found.vocab_size)
+
+
+def find_tokenizer(
+    given: str, config: ConfigDict, workdir: epath.Path, base: pretrained.Checkpoint | None
+) -> Tokenizer:
+    """The workdir's tokenizer; of a new run the given or the checkpoint's, or one trained on the data.
+
+    It is written nowhere yet.
+    """
+    file = workdir / TOKENIZER_FILE
+    data = b''
+    with runtime.refused_by_all():
+        if runtime.is_main_process():
+            # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
+            if file.exists() and (workdir / CONFIG_FILE).exists():
+                data = file.read_bytes()
+            elif given:
+                with launch.flags_named('--config.data.tokenizer'):
+                    data = model_file(pretrained.load_tokenizer(given))
+            elif base and base.tokenizer:
+                data = model_file(base.tokenizer)
+            else:
+                logger.info('training a tokenizer of %d ids', config.data.vocab_size)
+                with tempfile.TemporaryDirectory() as folder, launch.flags_named('--config.data.vocab_size'):
+                    trained = train_tokenizer(
+                        launch.split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
+                        text_key=config.data.text_key, separator=config.data.separator,
+                    )  # fmt: skip
+                    data = model_file(trained)
+    data = runtime.bytes_from_main_process(data)
+    with runtime.refused_by_all():
+        return parse_tokenizer(os.fspath(file), data)
+
+
+def first_state(
+    config: ConfigDict,
+    base: pretrained.Checkpoint | None,
+    fork: Fork | None,
+    target: TrainState,
+    model: LlamaForCausalLM,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """(state, updates done, what was saved with it): another run's, a checkpoint's, or fresh; born sharded."""
+    if fork:
+        with launch.flags_named('--fork'):
+            step, state, metadata = restore_step(fork.step, target)
+        return state, step, {'rows_consumed': metadata['rows_consumed']}
+    if base:
+        with launch.flags_named('--checkpoint'):
+            params = base.params(target.params, grow_vocabulary=True)
+        # Donated, for they become the state's: there is no second copy.
+        start = functools.partial(new_state, tx=tx)
+        return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}
+    start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
+    return start(jax.random.key(config.seed)), 0, {}
