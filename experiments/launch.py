@@ -120,7 +120,7 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
             message, status = describe_failure(error)
             if status:
                 _fail(message, status)
-            if jax.process_count() == 1:
+            if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
             if not runtime.leave_job():

@@ -149,9 +149,11 @@ def test_devices_that_are_not_there_are_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(jax, 'devices', devices)
+    monkeypatch.setattr(jax, 'process_count', devices)
     monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
     with pytest.raises(InputError, match="finds no device with JAX_PLATFORMS='cuda'.*; unset it"):
         runtime.check_devices()
+    assert runtime.leave_job()  # on the way out there is no looking for devices either
 
 
 def test_jax_recognises_the_same_clusters(monkeypatch):
