@@ -119,7 +119,8 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
         except Exception as error:
             message, status = describe_failure(error)
             if status:
-                _fail(message, status)
+                # Threads of a checkpoint that failed may wait for minutes for what will not come.
+                _fail(message, status, at_once=isinstance(error, SystemFailure))
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()

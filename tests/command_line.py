@@ -4,6 +4,7 @@ Starting Python and importing JAX takes longer than most of these runs. So one p
 and forks (before JAX has a device or a thread) for each run, which then is `python -m experiments.NAME`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -122,7 +123,7 @@ class CommandLine:
 
     def wait_processes(self, pids: Sequence[int], timeout: float = 300) -> list[Finished]:
         """How each ended; those that have not after so many seconds are killed, and so have failed."""
-        timer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        timer = threading.Timer(timeout, lambda: [_kill(pid) for pid in pids])
         timer.start()
         try:
             return self._wait()
@@ -162,6 +163,11 @@ class CommandLine:
         self._server.stdin.close()
         self._server.wait(timeout=60)
         self._server.stdout.close()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, others may not have
+        os.kill(pid, signal.SIGKILL)
 
 
 def _without_gloo(text: str) -> str:
