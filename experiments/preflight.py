@@ -14,7 +14,6 @@ import resource
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -121,9 +120,7 @@ def compile_training(
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     _, step_fn = training.make_train_step(config, model, target, tx, xla_options)
     shape = config.train.batch_size, config.data.seq_len
-    sharding = partitioner.batch_sharding(*shape)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    batch = LMBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding))
+    batch = LMBatch.abstract(*shape, partitioner.batch_sharding(*shape))
     rng = jax.eval_shape(lambda: jax.random.key(0))
     parameters = device_bytes(target.params)
     tokens = shape[0] * shape[1]

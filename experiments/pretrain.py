@@ -55,7 +55,7 @@ from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.train.validation import count_predicted, make_validation
-from llama_jax.types import InputError
+from llama_jax.types import InputError, LMBatch
 
 _CONFIG = launch.define_config()
 _WORKDIR = launch.define_path('workdir', None, 'folder of the run, local or gs://...', required=True)
@@ -169,11 +169,14 @@ def main() -> None:
     _, step_fn = training.make_train_step(config, model, target, tx, _XLA_OPTIONS.value)
     metrics_file = workdir / 'metrics.jsonl'
     writers = make_writers(config, workdir, metrics_file, start_step, restored, record['config'])
+    shape = config.train.batch_size, config.data.seq_len
+    batch = LMBatch.abstract(*shape, partitioner.batch_sharding(*shape))
+    rows = batches(data.train, batch, rows_consumed=rows_before)
     measurements: list[Measurement] = []
     if data.validation:
         measurements.append(make_validation(
-            model, data.validation, every=config.eval.every, batch_size=config.train.batch_size,
-            partitioner=partitioner, max_rows=config.eval.max_rows, num_chunks=config.train.loss_chunks,
+            model, data.validation, every=config.eval.every, target=batch, max_rows=config.eval.max_rows,
+            num_chunks=config.train.loss_chunks,
         ))  # fmt: skip
     if exams:
         measurements.append(training.take_exams(config, exams, model, tokenizer))
@@ -183,10 +186,7 @@ def main() -> None:
             config=loop_config(config, model, workdir),
             step_fn=step_fn,
             frozen={},
-            batches=batches(
-                data.train, batch_size=config.train.batch_size, seq_len=config.data.seq_len,
-                partitioner=partitioner, rows_consumed=rows_before,
-            ),
+            next_batch=lambda state, step: next(rows),
             rng=jax.random.key(config.seed + 1),
             start_step=start_step,
             rows_before=rows_before,

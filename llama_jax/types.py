@@ -89,6 +89,15 @@ class LMBatch:
     segment_ids: Int[Any, 'B T']
     loss_mask: Bool[Any, 'B T']
 
+    @classmethod
+    def abstract(cls, batch_size: int, seq_len: int, sharding: Any) -> 'LMBatch':
+        """Shapes, dtypes and the sharding that all arrays have, without memory."""
+        ids, mask = (
+            jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
+            for dtype in (np.int32, np.bool_)
+        )
+        return cls(ids, ids, ids, ids, mask)
+
 
 Metrics = dict[str, Float[Array, '']]
 

@@ -51,6 +51,10 @@ def packed_batch(num_rows: int, seq_len: int, seed: int = 0) -> LMBatch:
     return jax.tree.map(jnp.asarray, lm_batch(*packed_rows(num_rows, seq_len, seed)))
 
 
+def abstract_batch(partitioner, batch_size, seq_len):
+    return LMBatch.abstract(batch_size, seq_len, partitioner.batch_sharding(batch_size, seq_len))
+
+
 def assert_same_gradients(found: Params, wanted: Params) -> None:
     """To 1e-5 of each weight's largest: sums in another order round fp32 by 6e-8 each, a gradient has thousands."""
 

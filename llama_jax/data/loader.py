@@ -4,7 +4,7 @@ Which rows those are follows from the batch's sharding, not from the process's n
 or `context` spans hosts. The state of the whole pipeline is one integer, the rows consumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -12,58 +12,62 @@ import jax
 import numpy as np
 
 from llama_jax.data.packing import Row, lm_batch
-from llama_jax.partitioning import Partitioner, make_global_array
-from llama_jax.types import LMBatch
+from llama_jax.partitioning import make_global_array
+from llama_jax.types import LMBatch, PyTree
+
+
+def collate_lm(rows: Sequence[Row]) -> LMBatch:
+    """Packed rows as a batch of next-token prediction."""
+    return lm_batch(*(np.stack([row[name] for row in rows]) for name in ('tokens', 'segment_ids')))
 
 
 class _HostBatches:
     """Batch i as this host's rows of it: a random-access source, so that grain's threads can read ahead."""
 
-    def __init__(self, rows, local_rows: list[int], batch_size: int, first_row: int):
-        self._rows, self._local_rows = rows, local_rows
+    def __init__(self, rows, collate, local_rows: list[int], batch_size: int, first_row: int):
+        self._rows, self._collate, self._local_rows = rows, collate, local_rows
         self._batch_size, self._first_row = batch_size, first_row
 
     def __len__(self) -> int:
         return max(0, len(self._rows) - self._first_row) // self._batch_size
 
-    def __getitem__(self, index: int) -> LMBatch:
+    def __getitem__(self, index: int) -> PyTree:
         start = self._first_row + int(index) * self._batch_size
-        rows = [self._rows[start + row] for row in self._local_rows]
-        return lm_batch(
-            np.stack([row['tokens'] for row in rows]), np.stack([row['segment_ids'] for row in rows])
-        )
+        return self._collate([self._rows[start + row] for row in self._local_rows])
 
 
 def batches(
     rows,
+    target: PyTree,
     *,
-    batch_size: int,
-    seq_len: int,
-    partitioner: Partitioner,
+    collate: Callable[[Sequence[Any]], PyTree] = collate_lm,
     rows_consumed: int = 0,
     num_threads: int = 2,
-) -> Iterator[LMBatch]:
+) -> Iterator[PyTree]:
     """Global batches in order, from the row after those already consumed.
 
     Args:
       rows: random access by index: what `mixture.mix` gives, or a plain source.
-      batch_size: rows in a global batch.
-      seq_len: tokens in a row.
-      partitioner: places the batch.
+      target: the abstract global batch, arrays [B, ...] with a sharding at each, such as `LMBatch.abstract`.
+      collate: rows -> a batch like `target` of so many rows, in NumPy.
       rows_consumed: where to go on.
       num_threads: that read ahead.
-
-    Raises:
-      InputError: the batch does not divide over the mesh.
     """
-    sharding = partitioner.batch_sharding(batch_size, seq_len)
-    indices: Any = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
+    leaves = jax.tree.leaves(target)
+    batch_size = leaves[0].shape[0]
+    indices: Any = [
+        index
+        for leaf in leaves
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    ]
     local_rows = sorted({row for index in indices for row in range(*index[0].indices(batch_size))})
     row_of = {row: place for place, row in enumerate(local_rows)}
-    source = grain.MapDataset.source(_HostBatches(rows, local_rows, batch_size, rows_consumed))
+    source = grain.MapDataset.source(_HostBatches(rows, collate, local_rows, batch_size, rows_consumed))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     for host_batch in source.to_iter_dataset(options):
-        yield jax.tree.map(lambda x: make_global_array(x, row_of, batch_size, sharding), host_batch)
+        yield jax.tree.map(
+            lambda x, leaf: make_global_array(x, row_of, batch_size, leaf.sharding), host_batch, target
+        )
 
 
 def read_ahead(rows: grain.MapDataset, count: int, num_threads: int = 16) -> Iterator[Row]:

@@ -87,7 +87,7 @@ def train(
     config: LoopConfig,
     step_fn: Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]],
     frozen: PyTree,
-    batches: Iterator[PyTree],
+    next_batch: Callable[[TrainState, int], PyTree],
     rng: Array,
     start_step: int,
     rows_before: int = 0,
@@ -108,7 +108,7 @@ def train(
       config: lengths and intervals.
       step_fn: from `step.compile_train_step`.
       frozen: passed through to the loss.
-      batches: global batches from the row after those consumed.
+      next_batch: (state, updates done) -> the global batch of the next one; batches of data ignore the state.
       rng: the run's key.
       start_step: updates already done.
       rows_before: rows that they consumed.
@@ -178,10 +178,10 @@ def train(
             if found:
                 write(done, found)
 
-    def next_batch() -> PyTree:
+    def fetch() -> PyTree:
         try:
             with overdue.told('the next batch'), preemption.interruptible():
-                return next(batches)
+                return next_batch(state, done)
         except Exception:  # data that cannot be read: what was trained before is good
             if jax.process_count() == 1:  # saving takes all processes, and the others do not know
                 finish()
@@ -215,7 +215,7 @@ def train(
                 measure([item for item in due() if item.figures and not figures.keys() & set(item.figures)])
             while done < config.num_steps:
                 profiler.before_step(done)
-                batch = next_batch()
+                batch = fetch()
                 with jax.profiler.StepTraceAnnotation('train', step_num=done):
                     state, metrics = step_fn(state, frozen, batch, rng)
                 preemption.listen()  # now there is something to save; while the first step compiled there was not

@@ -12,7 +12,6 @@ from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.packing import Rows
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.partitioning import Partitioner
 from llama_jax.train.loop import Measurement
 from llama_jax.train.state import TrainState
 from llama_jax.types import Array, LMBatch, Params
@@ -48,8 +47,7 @@ def evaluate_rows(
     params: Params,
     rows: Rows,
     *,
-    batch_size: int,
-    partitioner: Partitioner,
+    target: LMBatch,
     max_rows: int = 0,
 ) -> Perplexity:
     """Perplexity over the first `max_rows` rows (0: all), however the last batch falls.
@@ -58,13 +56,12 @@ def evaluate_rows(
       loss_step: from `make_loss_step`.
       params: of the model.
       rows: packed text.
-      batch_size: rows at a time.
-      partitioner: places the batches.
+      target: an abstract batch with its shardings.
       max_rows: 0 for all.
     """
-    padded = PaddedRows(rows, batch_size, max_rows)
+    padded = PaddedRows(rows, target.tokens.shape[0], max_rows)
     losses, weights = [], []
-    for batch in batches(padded, batch_size=batch_size, seq_len=rows.seq_len, partitioner=partitioner):
+    for batch in batches(padded, target):
         loss, weight = loss_step(params, batch)
         losses.append(loss)
         weights.append(weight)
@@ -92,18 +89,26 @@ def make_validation(
     rows: Rows,
     *,
     every: int,
-    batch_size: int,
-    partitioner: Partitioner,
+    target: LMBatch,
+    view: Callable[[Params], Params] = lambda params: params,
     max_rows: int = 0,
     num_chunks: int = 1,
 ) -> Measurement:
-    """Validation as the loop makes it, after every so many updates; the rest is as for what it is made of."""
+    """Validation as the loop makes it, after every so many updates.
+
+    Args:
+      model: see `make_loss_step`.
+      rows: see `evaluate_rows`.
+      every: updates between two; 0: after the last only.
+      target: see `evaluate_rows`.
+      view: what is trained -> the model's weights.
+      max_rows: 0 for all.
+      num_chunks: see `make_loss_step`.
+    """
     loss_step = make_loss_step(model, num_chunks)
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        found = evaluate_rows(
-            loss_step, state.params, rows, batch_size=batch_size, partitioner=partitioner, max_rows=max_rows
-        )
+        found = evaluate_rows(loss_step, view(state.params), rows, target=target, max_rows=max_rows)
         nats, bits = found.nats_per_token, found.bits_per_byte
         _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
         return dict(zip(FIGURES, (nats, bits), strict=True))

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import pytest
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import InputError
+from tests import toy
 
 LENGTH = 4
 LAYOUTS = [
@@ -33,9 +36,8 @@ def partitioner(sizes):
 
 
 def load(rows, sizes=None, count=3, **kwargs):
-    iterator = batches(
-        rows, batch_size=8, seq_len=LENGTH, partitioner=partitioner(sizes or {'data': 8}), **kwargs
-    )
+    target = toy.abstract_batch(partitioner(sizes or {'data': 8}), 8, LENGTH)
+    iterator = batches(rows, target, **kwargs)
     return [next(iterator) for _ in range(count)]
 
 
@@ -81,14 +83,36 @@ def test_every_layout_has_the_same_batches_and_each_device_its_part(sizes):
 
 
 def test_rows_that_make_no_whole_batch_are_left_out():
-    assert (
-        len(list(batches(Numbered(20), batch_size=8, seq_len=LENGTH, partitioner=partitioner({'data': 2}))))
-        == 2
+    target = toy.abstract_batch(partitioner({'data': 2}), 8, LENGTH)
+    assert len(list(batches(Numbered(20), target))) == 2
+    assert not list(batches(Numbered(20), target, rows_consumed=16))
+
+
+@pytest.mark.parametrize('sizes', [{'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
+def test_batches_of_another_shape_need_no_other_loader(sizes):
+    """Pairs of rows with a number each, as preferences are: leaves of several ranks, each with its sharding."""
+    placed, rows = partitioner(sizes), Numbered()
+
+    def collate(read):
+        pairs = np.stack([np.stack([row['tokens'], -row['tokens']]) for row in read])
+        return {'pairs': pairs, 'margin': pairs[:, 0, 0] / np.float32(100)}
+
+    shapes = {
+        'pairs': ((8, 2, LENGTH + 1), np.int32, ('batch', None, None)),
+        'margin': ((8,), np.float32, ('batch',)),
+    }
+    target = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed.sharding(axes, shape, name))
+        for name, (shape, dtype, axes) in shapes.items()
+    }
+    first, second = itertools.islice(batches(rows, target, collate=collate), 2)
+    np.testing.assert_array_equal(first['margin'], np.arange(8))
+    np.testing.assert_array_equal(
+        second['pairs'][:, 1], -100 * np.arange(8, 16)[:, None] - np.arange(LENGTH + 1)
     )
-    assert not list(
-        batches(
-            Numbered(20), batch_size=8, seq_len=LENGTH, partitioner=partitioner({'data': 2}), rows_consumed=16
-        )
+    assert (
+        first['pairs'].sharding == target['pairs'].sharding
+        and second['margin'].sharding == target['margin'].sharding
     )
 
 

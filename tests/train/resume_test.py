@@ -16,6 +16,7 @@ from llama_jax.data.loader import batches
 from llama_jax.data.packing import lm_batch
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.metrics import read_metrics
+from tests import toy
 from tests.command_line import CommandLine, figures, saved_steps, tiny_run
 
 NUM_STEPS = 16
@@ -225,7 +226,7 @@ def test_every_mesh_reads_the_same_rows(corpus, tmp_path):
         (1, {}),
     ):
         partitioner = Partitioner(make_mesh(sizes, jax.devices()[:count]))
-        read = batches(rows, batch_size=8, seq_len=32, partitioner=partitioner, rows_consumed=consumed)
+        read = batches(rows, toy.abstract_batch(partitioner, 8, 32), rows_consumed=consumed)
         for start in (consumed, consumed + 8):
             wanted = [rows[i] for i in range(start, start + 8)]
             wanted = lm_batch(

@@ -31,8 +31,8 @@ def test_perplexity_is_the_mean_over_all_predicted_tokens(batch_size):
     assert len(rows) % batch_size  # so that the last batch is padded
     table = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)))
     found = evaluate_rows(
-        jax.jit(table_loss), {'table': table}, rows, batch_size=batch_size,
-        partitioner=Partitioner(make_mesh({'data': 4}, jax.devices()[:4])),
+        jax.jit(table_loss), {'table': table}, rows,
+        target=toy.abstract_batch(Partitioner(make_mesh({'data': 4}, jax.devices()[:4])), batch_size, LENGTH),
     )  # fmt: skip
     losses = [-float(table[a, b]) for a, b in pairs(documents)]
     assert found.num_tokens == len(losses) == tokens.num_tokens - tokens.num_documents
@@ -46,7 +46,8 @@ def test_only_the_first_rows_are_read_where_asked():
     rows = PackedRows(corpus(0)[1], LENGTH)
     partitioner = Partitioner(make_mesh({}, jax.devices()[:1]))
     found = evaluate_rows(
-        table_loss, {'table': jnp.zeros((VOCAB, VOCAB))}, rows, batch_size=2, partitioner=partitioner, max_rows=3,
+        table_loss, {'table': jnp.zeros((VOCAB, VOCAB))}, rows,
+        target=toy.abstract_batch(partitioner, 2, LENGTH), max_rows=3,
     )  # fmt: skip
     targets = [rows[i]['segment_ids'] for i in range(3)]
     assert found.num_tokens == sum(np.sum(ids[:-1] == ids[1:]) for ids in targets)
@@ -58,9 +59,10 @@ def test_a_model_is_scored_as_by_hand():
     model = toy.make_model()
     params = toy.make_params(model)
     measurement = make_validation(
-        model, rows, every=5, batch_size=8, partitioner=Partitioner(make_mesh({'data': 8})), num_chunks=2
-    )
-    found = measurement.measure(TrainState(jnp.int32(5), params, {}), 5)
+        model, rows, every=5, target=toy.abstract_batch(Partitioner(make_mesh({'data': 8})), 8, LENGTH),
+        view=lambda trained: trained['policy'], num_chunks=2,
+    )  # fmt: skip
+    found = measurement.measure(TrainState(jnp.int32(5), {'policy': params}, {}), 5)
     assert tuple(found) == measurement.figures
     apply = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({'params': params}, tokens)[0][0]))
     total = count = 0
@@ -95,7 +97,7 @@ def test_bits_per_byte_by_arithmetic():
 def test_predicted_tokens_are_counted(max_rows):
     rows = PackedRows(corpus(0)[1], LENGTH)
     found = evaluate_rows(
-        jax.jit(table_loss), {'table': jnp.zeros((VOCAB, VOCAB))}, rows, batch_size=8,
-        partitioner=Partitioner(make_mesh({}, jax.devices()[:1])), max_rows=max_rows,
+        jax.jit(table_loss), {'table': jnp.zeros((VOCAB, VOCAB))}, rows,
+        target=toy.abstract_batch(Partitioner(make_mesh({}, jax.devices()[:1])), 8, LENGTH), max_rows=max_rows,
     )  # fmt: skip
     assert count_predicted(rows, max_rows) == found.num_tokens
