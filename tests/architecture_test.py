@@ -40,7 +40,7 @@ FLOOR_OF = {room: floor for floor, (rooms, _) in enumerate(FLOORS) for room in r
 LINEN_ROOM = 'models'
 
 
-def _modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
+def modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Every file of the library by its dotted name; a package's name stands for its `__init__.py`."""
     files = sorted((root / 'llama_jax').rglob('*.py'))
     return {
@@ -49,7 +49,7 @@ def _modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
     }
 
 
-def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Line and dotted name of all that is imported, inside functions too; `from a import b` gives `a.b`."""
     parents = module.split('.') if is_package else module.split('.')[:-1]
     for node in ast.walk(tree):
@@ -74,7 +74,7 @@ def _covers(names: set[str], imported: str) -> bool:
     return any(f'{imported}.'.startswith(f'{name}.') for name in names)
 
 
-def _import_violation(module: str, imported: str, modules: dict[str, pathlib.Path]) -> str | None:
+def _import_violation(module: str, imported: str, files: dict[str, pathlib.Path]) -> str | None:
     """What is wrong with this import in a file of this name, or None."""
     room = '.'.join(module.split('.')[1:2])  # '' is `llama_jax/__init__.py`, the face: above all floors
     floor = FLOOR_OF[room] if room else len(FLOORS) - 1
@@ -83,7 +83,7 @@ def _import_violation(module: str, imported: str, modules: dict[str, pathlib.Pat
         return None
     if top == 'llama_jax':
         target = rest.split('.')[0]
-        if f'llama_jax.{target}' not in modules:
+        if f'llama_jax.{target}' not in files:
             return f'imports {imported}, a name of the face; import it from its own file'
         if target != room and room and FLOOR_OF.get(target, floor) >= floor:
             return f'imports {target}, which is not on a lower floor'
@@ -107,9 +107,9 @@ def _fence_violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def violations(root: pathlib.Path) -> list[str]:
     """Every breach of the house rules by the library under `root`, as `file:line: what`."""
     found = []
-    modules = _modules(root)
-    graph: dict[str, set[str]] = {module: set() for module in modules}
-    for module, file in modules.items():
+    files = modules(root)
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, file in files.items():
         name = file.relative_to(root)
         room = '.'.join(module.split('.')[1:2])
         if room and room not in FLOOR_OF:
@@ -120,11 +120,11 @@ def violations(root: pathlib.Path) -> list[str]:
             found.append(f'{name}:{count}: longer than {MAX_LINES} lines; split it by meaning')
         tree = ast.parse(source)
         found += [f'{name}:{line}: {what}' for line, what in _fence_violations(tree)]
-        for line, imported in _imports(tree, module, file.name == '__init__.py'):
-            if what := _import_violation(module, imported, modules):
+        for line, imported in imports(tree, module, file.name == '__init__.py'):
+            if what := _import_violation(module, imported, files):
                 found.append(f'{name}:{line}: {what}')
             # `from package import x` leads to the file x where there is one, else to the package's own file.
-            target = next((m for m in (imported, imported.rpartition('.')[0]) if m in modules), None)
+            target = next((m for m in (imported, imported.rpartition('.')[0]) if m in files), None)
             if target and target != module:
                 graph[module].add(target)
     try:
@@ -135,7 +135,7 @@ def violations(root: pathlib.Path) -> list[str]:
 
 
 def test_library_keeps_the_house_rules():
-    assert _modules(REPOSITORY), f'no library under {REPOSITORY}'
+    assert modules(REPOSITORY), f'no library under {REPOSITORY}'
     assert not violations(REPOSITORY)
 
 
