@@ -8,8 +8,9 @@ Shapes stand in signatures as jaxtyping strings. One letter means the same thing
 The annotations are checked (by beartype) in tests only; in production they cost nothing.
 """
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -35,6 +36,19 @@ class SystemFailure(Exception):
 
     Commands print it and exit with status 1. What was finished before stays, and the same command goes on from there.
     """
+
+
+@contextlib.contextmanager
+def refusals_of(origin: object) -> Iterator[None]:
+    """What is refused within is said of `origin`: a file or folder whose content was looked at without its name.
+
+    Raises:
+      InputError: with `origin` in front.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f'{origin}: {error}') from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.placement import cast
 from llama_jax.storage import prefetch
-from llama_jax.types import InputError
+from llama_jax.types import InputError, refusals_of
 
 # What `write` makes matrices of: the number of the type in general.file_type (llama.cpp's) and of a tensor (ggml's).
 WRITTEN_TYPES = {'float32': (0, 0), 'bfloat16': (32, 30), 'float16': (1, 1), 'q8_0': (7, 8), 'q4_0': (2, 2)}
@@ -42,10 +42,8 @@ def open_source(path: epath.Path, header: gguf_file.Header | None = None) -> Sou
     """
     metadata, infos = header or gguf_file.read_header(path)
     found = {name: gguf_file.open_tensor(path, info) for name, info in infos.items()}
-    try:
+    with refusals_of(path):
         config = _config(metadata, found)
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from None
     found.pop(_ROPE_DIVISORS, None)
     return assemble(found, 'gguf', config, origin=str(path))
 

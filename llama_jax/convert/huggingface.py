@@ -17,7 +17,7 @@ from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.json_file import read_object, show_json
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.placement import cast
-from llama_jax.types import InputError
+from llama_jax.types import InputError, refusals_of
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +167,8 @@ def read_config(folder: epath.Path) -> LlamaConfig:
         rope_scaling=rope_scaling,
         tie_embeddings=_flag(values, 'tie_word_embeddings', path),
     )
-    try:
+    with refusals_of(path):  # of how the fields go together
         return config()
-    except InputError as error:  # of how the fields go together
-        raise InputError(f'{path}: {error}') from None
 
 
 def _refuse_others(values: dict, path: epath.Path) -> None:

@@ -19,7 +19,7 @@ from llama_jax.convert.tensors import ALL, FileTensor, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
 from llama_jax.storage import read_range
-from llama_jax.types import InputError
+from llama_jax.types import InputError, refusals_of
 
 MAGIC = b'24ka'  # of versions 1 and 2; 0 has none
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}  # by version
@@ -94,7 +94,8 @@ def _open_bin(path: epath.Path, header: bytes) -> Source:
     if version == 2 and group < 1:
         raise InputError(f'{path}: the group size of its int8 weights is {group}; it must be at least 1')
     params = parse_params(dict(zip(names, sizes, strict=True)), str(path))
-    config = to_config(params, vocab_size=abs(vocab_size), tied=tied, dtype=_FLOAT32)
+    with refusals_of(path):
+        config = to_config(params, vocab_size=abs(vocab_size), tied=tied, dtype=_FLOAT32)
     layout = list(_layout(config, version))
     expected = HEADER_BYTES[version] + sum(
         count * _bytes(math.prod(shape), group if len(shape) == 2 else 0) for _, shape, count in layout

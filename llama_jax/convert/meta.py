@@ -30,7 +30,7 @@ from llama_jax.convert.torch_writer import TorchWriter
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
 from llama_jax.storage import prefetch
-from llama_jax.types import InputError
+from llama_jax.types import InputError, refusals_of
 
 # Made anew from `rope_theta`.
 _BUFFERS = (r'rope\.freqs', r'layers\.\d+\.attention\.inner_attention\.rope\.freqs')
@@ -75,7 +75,8 @@ def assemble_meta(found: Mapping[str, Tensor], params: Params, origin: str) -> S
     if tied:
         found = {name: tensor for name, tensor in found.items() if name != _HEAD} | {_EMBEDDING: tied}
     vocab_size = params.vocab_size or embedding.shape[0]
-    config = to_config(params, vocab_size=vocab_size, tied=bool(tied), dtype=embedding.dtype)
+    with refusals_of(origin):
+        config = to_config(params, vocab_size=vocab_size, tied=bool(tied), dtype=embedding.dtype)
     return assemble(found, 'meta', config, origin=origin)
 
 

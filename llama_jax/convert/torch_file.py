@@ -144,6 +144,8 @@ class _Archive:
         if len(self._entries) < len(entries):
             raise self._damaged('its zip directory gives one name to several entries')
         starts = sorted({entry.header_offset for entry in entries} | {directory})
+        if starts[0] < 0:
+            raise self._damaged('its zip directory points before its beginning')
         self._next = dict(itertools.pairwise(starts))
         pickles = [name for name in self._entries if re.fullmatch(r'[^/]+/data\.pkl', name)]
         if len(pickles) != 1:
