@@ -88,11 +88,14 @@ def define_processes() -> None:
     )
 
 
-def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+def run(
+    main: Callable[[], None], *, prepare: Callable[[], None] = lambda: None, resumable: bool = False
+) -> None:
     """Parses the command line and runs `main`; what the user got wrong is one line and status 2.
 
     Args:
       main: the command.
+      prepare: what must be done before JAX looks for its devices.
       resumable: stopped by a signal it has ended well, with status 0: given again it goes on.
     """
     interrupts = signals.Interrupts(resumable)
@@ -110,6 +113,7 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
         except signals.Interrupted as error:
             interrupts.end(error)
         try:
+            prepare()
             runtime.check_devices()
             runtime.setup_logging()
             _check_same_command()

@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.benchmark import attention, convert, train
+from experiments.benchmark import accelerator, attention, convert, train
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.types import InputError
@@ -27,21 +27,30 @@ SUITES = {
     'attention': attention.run,
     'convert': convert.run,
     'eval': evaluation.run,
+    'accelerator': accelerator.run,
 }
 
 _SUITE = flags.DEFINE_enum('suite', 'train', list(SUITES), 'what to measure')
 _JSON = launch.define_path('json', '', 'file to write the figures to, as one flat object')
 
 
-def main() -> None:
-    """Runs the suite; --json keeps its figures."""
+def prepare() -> None:
+    """Leaves the devices to the processes that a suite starts, where it measures in those alone."""
     check_flags(_SUITE.value)
+    if SUITES[_SUITE.value] is accelerator.run:
+        jax.config.update('jax_platforms', 'cpu')
+
+
+def main() -> None:
+    """Runs the suite; --json keeps its figures, of a suite of many parts after each."""
     if _JSON.value:
         storage.check_place(_JSON.value, folder=False)
     runtime.enable_compilation_cache('off')  # compile time is one of the figures
-    figures = describe_machine() | {'suite': _SUITE.value} | SUITES[_SUITE.value]()
-    if _JSON.value:
-        storage.write_atomically(epath.Path(_JSON.value), json.dumps(figures, indent=2) + '\n')
+    found = SUITES[_SUITE.value]()
+    for figures in [found] if isinstance(found, dict) else found:
+        if _JSON.value:
+            figures = describe_machine() | {'suite': _SUITE.value} | figures
+            storage.write_atomically(epath.Path(_JSON.value), json.dumps(figures, indent=2) + '\n')
 
 
 def check_flags(suite: str) -> None:
@@ -69,4 +78,4 @@ def describe_machine() -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    launch.run(main, prepare=prepare)

@@ -5,6 +5,7 @@ through `torch.compile`. The contenders take turns, so that a machine whose spee
 figure of each is its median.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import resource
@@ -23,7 +24,7 @@ from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llama_jax.train.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
@@ -35,6 +36,8 @@ _SEQ_LEN = flags.DEFINE_integer('seq_len', 0, "tokens in a row; 0: the preset's 
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
 )
+_LAYERS = flags.DEFINE_integer('layers', 0, "of the model; 0: the preset's", lower_bound=0)
+_OPTIMIZER_NAME = flags.DEFINE_enum('optimizer', 'adamw', OPTIMIZERS, 'of ours; Hugging Face has AdamW')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns that each contender takes', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 4, 'updates in a turn', lower_bound=1)
 _REMAT = flags.DEFINE_string('remat', 'attention', 'see models.llama.REMAT_POLICIES')
@@ -54,6 +57,7 @@ Step = Callable[[], float]  # one update; the loss before it
 def run() -> dict[str, Any]:
     """Times a training step of every contender in turns, and prints a table."""
     config = training.find_preset(_MODEL.value)
+    config = dataclasses.replace(config, num_layers=_LAYERS.value or config.num_layers)
     seq_len = _SEQ_LEN.value or config.max_seq_len
     automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     dtype = automatic if _DTYPE.value == 'auto' else _DTYPE.value
@@ -74,7 +78,8 @@ def run() -> dict[str, Any]:
 
     figures: dict[str, Any] = {
         'model': _MODEL.value, 'batch_size': _BATCH_SIZE.value, 'seq_len': seq_len, 'dtype': dtype,
-        'remat': _REMAT.value, 'unroll': _UNROLL.value, 'loss_chunks': _LOSS_CHUNKS.value,
+        'layers': config.num_layers, 'optimizer': _OPTIMIZER_NAME.value, 'remat': _REMAT.value,
+        'unroll': _UNROLL.value, 'loss_chunks': _LOSS_CHUNKS.value,
     }  # fmt: skip
     steps: dict[str, Step] = {}
     for name, make in contenders.items():
@@ -142,7 +147,8 @@ def our_step(config: LlamaConfig, rows: np.ndarray, dtype: str) -> Step:
     model = LlamaForCausalLM(
         config, dtype=launch.DTYPES[dtype], remat=_REMAT.value, unroll=_UNROLL.value, partitioner=partitioner
     )
-    tx = make_optimizer(_OPTIMIZER, _OPTIMIZER.learning_rate)
+    recipe = dataclasses.replace(_OPTIMIZER, name=_OPTIMIZER_NAME.value)
+    tx = make_optimizer(recipe, recipe.learning_rate)
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
     state = start(jax.random.key(0))
@@ -171,6 +177,7 @@ def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compi
     from transformers import LlamaConfig as HuggingFaceConfig
     from transformers import LlamaForCausalLM as HuggingFaceLlama
 
+    device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'  # of which torch says so where it has none
     torch.manual_seed(0)
     model = HuggingFaceLlama(
         HuggingFaceConfig(
@@ -181,7 +188,6 @@ def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compi
         )
     )  # fmt: skip
     model.set_attn_implementation('sdpa')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     c = _OPTIMIZER
     decayed = [weight for name, weight in model.named_parameters() if not name.endswith('norm.weight')]
