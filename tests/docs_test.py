@@ -38,7 +38,7 @@ FOREIGN_FILES = {'report.md', 'benchmark/SUITE.py'}
 # Of transformers, of Meta's code, of files' headers and of mathematics.
 FOREIGN_WORDS = {
     'FeedForward', 'ModelArgs', 'apply_scaling', 'chat_completion', 'initializer_range', 'num_x', 'trainer_spec',
-    'x_dim',
+    'x_dim', '_compile_jinja_template',
 }  # fmt: skip
 
 

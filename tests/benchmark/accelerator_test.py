@@ -139,7 +139,9 @@ def test_its_pieces_run(tmp_path):
 
 # A device that there is not; the second check fails, and the command still keeps the first one's figures.
 PRETEND = """
+import jax
 import experiments.benchmark.accelerator as suite
+jax.config.update('jax_platforms', 'cuda')  # which the command itself must not take from its checks
 suite.find_accelerator = lambda: {'platform': 'gpu', 'num_devices': 1, 'device_memory_bytes': 10**9}
 suite.make_checks = lambda machine: [
     suite.Check('tests', ['-S', '-c', 'print("3 passed")'], 9),
