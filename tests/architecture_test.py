@@ -229,7 +229,7 @@ def test_the_library_names_no_flag_of_a_command():
         r'(?<![\w.-])(' + '|'.join(map(re.escape, sorted(names, key=len)[::-1])) + r')(?![\w-])'
     )
     found = []
-    for file in _modules(REPOSITORY).values():
+    for file in modules(REPOSITORY).values():
         tree = ast.parse(file.read_text())
         texts = [
             node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
