@@ -25,7 +25,7 @@ COMMANDS = sorted(
 )  # fmt: skip
 # Strings that name no file.
 NO_PATHS = {
-    'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
+    'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'decode_batches', 'decode_model', 'attention_shapes', 'rating_command',
     'axis_rules', 'text_key', 'separator', 'prompt', 'mesh', 'override',
 }  # fmt: skip
 

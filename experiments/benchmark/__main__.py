@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.benchmark import accelerator, attention, convert, train
+from experiments.benchmark import accelerator, attention, convert, decode, train
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.types import InputError
@@ -27,6 +27,7 @@ SUITES = {
     'attention': attention.run,
     'convert': convert.run,
     'eval': evaluation.run,
+    'decode': decode.run,
     'accelerator': accelerator.run,
 }
 

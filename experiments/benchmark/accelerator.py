@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ STATE_SHARE = 0.7
 FIGURES = {
     'train': r'layers|batch_size|seq_len|.*_second.*|mfu_.*|peak_memory_bytes|ratio_to_best_peer',
     'attention': r'.*_(auto|ms|bytes)',
+    'decode': r'copy_bandwidth|batch_.*',
 }
 
 
@@ -121,6 +123,7 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         Check('tests', tests, 150, environment=ENVIRONMENT | {'JAX_PLATFORMS': platform}),
         train('train_7b', 120),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
+        suite('decode_7b', 90, 'decode', '--decode_model=llama2_7b --decode_prompt=512 --decode_tokens=128'),
         train('train_8b', 120, model='llama3_8b'),
         train('train_7b_projections', 90, '--remat=projections'),
         # Few layers, as three contenders share the memory; on one device, as Hugging Face's use no more.
@@ -151,7 +154,8 @@ def run_checks(checks: Sequence[Check], deadline: float) -> Iterator[dict[str, A
     figures: dict[str, Any] = {}
     yield figures
     for check in checks:
-        print(f'\n{check.name}: python {" ".join(check.command)}', flush=True)
+        variables = [f'{name}={value}' for name, value in check.environment.items()]
+        print(f'\n{check.name}: {shlex.join([*variables, "python", *check.command])}', flush=True)
         start = time.monotonic()
         seconds = min(check.seconds, deadline - start)
         outcome, found = run_check(check, seconds) if seconds > 0 else ('left out: the time was up', {})

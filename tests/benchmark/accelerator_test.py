@@ -72,7 +72,8 @@ def test_whatever_a_check_does_the_next_goes_on(tmp_path, capfd):
     assert outcomes['half'].startswith('failed: it left no figures: ')
     assert figures['good_fast_ms'] == 2.5 and figures['good_device'] == 'a' and figures['again_device'] == 'b'
     assert 'good_other' not in figures and figures['tests_summary'] == '3 passed in 2s'
-    assert 'compiling\nhangs: failed' in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert 'compiling\nhangs: failed' in printed and "\n\ntests: python -S -c 'print(" in printed
     hung = [int(pid) for pid in pids.read_text().split()]
     assert len(hung) == 2 and not any(map(is_running, hung))
 
@@ -122,17 +123,31 @@ def test_every_check_is_a_command_that_there_is(machine):
 
 @pytest.mark.slow
 def test_its_pieces_run(tmp_path):
-    """Two of the checks with tiny shapes, as they are started and read on an accelerator."""
-    chosen = [check for check in make_checks(H100) if check.name in ('train_7b_adafactor', 'attention_long')]
+    """One check of each suite with tiny shapes, as they are started and read on an accelerator."""
     tiny = ['--model=tiny', '--layers=2', '--batch_size=8', '--seq_len=32', '--steps=1', '--rounds=1']
-    more = {'train_7b_adafactor': tiny, 'attention_long': ['--attention_shapes=1,64,4,2,16']}
-    checks = [dataclasses.replace(check, command=[*check.command, *more[check.name]]) for check in chosen]
+    more = {
+        'train_7b_adafactor': tiny,
+        'attention_long': ['--attention_shapes=1,64,4,2,16'],
+        'decode_7b': [
+            '--decode_model=tiny',
+            '--decode_batches=3',
+            '--decode_tokens=32',
+            '--decode_prompt=16',
+        ],
+    }
+    checks = [
+        dataclasses.replace(check, command=[*check.command, *more[check.name]])
+        for check in make_checks(H100)
+        if check.name in more
+    ]
     *_, figures = run_checks(checks, time.monotonic() + 100)
     assert {figures[f'{check.name}_outcome'] for check in checks} == {'ok'}
     assert figures['train_7b_adafactor_layers'] == 2 and figures['train_7b_adafactor_mfu_causal'] > 0
     assert figures['train_7b_adafactor_llama_jax_tokens_per_second'] > 0
     assert figures['train_7b_adafactor_peak_memory_bytes'] > 0
     assert figures['attention_long_1x64x4x2x16_chunked_both_ms'] > 0
+    step, rate = (figures[f'decode_7b_batch_3_{name}'] for name in ('step_ms', 'tokens_per_second'))
+    assert rate == pytest.approx(3 / (1e-3 * step)) and figures['decode_7b_copy_bandwidth'] > 1e8
     assert not any('version' in name for name in figures)  # the machine is described once
 
 

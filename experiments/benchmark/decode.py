@@ -1,0 +1,92 @@
+"""Completing prompts of one length with random weights: a step's time beside that of copying what it must read.
+
+A step reads all weights but the embedding's, and what the cache holds, whatever the batch is; so no step is faster than
+the memory. Its bandwidth is that of a copy, measured here. Time is of `generate_tokens`, with many new tokens less with
+one; the median of some turns.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import training
+from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.sampling import Sampler
+from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.types import InputError
+
+_MODEL = flags.DEFINE_string('decode_model', 'stories_15m', 'a preset')
+_BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, several by commas')
+_PROMPT = flags.DEFINE_integer('decode_prompt', 64, 'tokens of a prompt', lower_bound=1)
+_TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
+
+
+def run() -> dict[str, Any]:
+    """Milliseconds of a step, its share of the memory's bandwidth, tokens/s of it and of the prompts; in a table."""
+    config = training.find_preset(_MODEL.value)
+    prompt, tokens = _PROMPT.value, _TOKENS.value
+    if prompt + tokens > config.max_seq_len:
+        raise InputError(
+            f'--decode_prompt={prompt} and --decode_tokens={tokens} are more than the {config.max_seq_len} tokens that '
+            f'{_MODEL.value} reads'
+        )
+    if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
+        raise InputError(f'--decode_batches={",".join(_BATCHES.value)} must be whole numbers, as in 1,32')
+    dtype = jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    model = LlamaForCausalLM(config, dtype=dtype)
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))(
+        jax.random.key(0)
+    )
+    table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+    filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
+    bandwidth = copy_bandwidth()
+    figures: dict[str, Any] = {'model': _MODEL.value, 'dtype': dtype.name, 'copy_bandwidth': bandwidth}
+    print(f'{_MODEL.value}, {dtype.name}, {prompt} + {tokens} tokens, copies at {bandwidth / 1e9:,.0f} GB/s')
+    print(f'{"prompts":>8}{"step ms":>10}{"of bandwidth":>14}{"tokens/s":>12}{"prompt tokens/s":>17}')
+    for batch in map(int, _BATCHES.value):
+        ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
+
+        def complete(number: int, ids: list[list[int]] = ids) -> float:
+            start = time.perf_counter()
+            generate_tokens(model, params, ids, max_new_tokens=number, sampler=Sampler(), stop_ids=(-1,))
+            return time.perf_counter() - start
+
+        first, _ = complete(tokens), complete(1)
+        one, many = (median(lambda n=n: complete(n)) for n in (1, tokens))
+        step = (many - one) / (tokens - 1)
+        num_bytes = dtype.itemsize * (config.num_params - table + batch * filled)
+        found = {
+            'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
+            'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9), 'first_seconds': first,
+        }  # fmt: skip
+        figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
+        ms, share, rate, read, _ = found.values()
+        print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}', flush=True)
+    return figures
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s read and written by an update of an array, in place, that no cache holds."""
+    x = jnp.ones(2**26 if jax.default_backend() == 'cpu' else 2**29, jnp.float32)
+    update = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = update(x).block_until_ready()
+
+    def once() -> float:
+        nonlocal x
+        start = time.perf_counter()
+        x = update(x).block_until_ready()
+        return time.perf_counter() - start
+
+    return 2 * x.nbytes / median(once)
+
+
+def median(measure: Callable[[], float]) -> float:
+    """Of the seconds of some turns."""
+    return statistics.median(measure() for _ in range(_ROUNDS.value))
