@@ -25,8 +25,8 @@ COMMANDS = sorted(
 )  # fmt: skip
 # Strings that name no file.
 NO_PATHS = {
-    'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'decode_batches', 'decode_model', 'attention_shapes', 'rating_command',
-    'axis_rules', 'text_key', 'separator', 'prompt', 'mesh', 'override',
+    'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
+    'axis_rules', 'text_key', 'separator', 'prompt', 'mesh', 'override', 'decode_batches', 'decode_model',
 }  # fmt: skip
 
 
