@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
         ('{', 'does not describe a model'),
         ('[]', 'does not describe a model'),
         ('[' * 100_000, 'does not describe a model'),
-        ('{}', "does not describe a model: 'config'"),
+        ('{}', 'does not describe a model: the configuration is a NoneType, it must be an object'),
         ('{"config": {"vocab_size": 5}}', 'does not describe a model'),
         (json.dumps({'config': CONFIG.to_dict() | {'num_layers': 0}}), 'num_layers is 0'),
         (json.dumps({'config': CONFIG.to_dict() | {'colour': 1}}), 'colour'),
