@@ -175,7 +175,7 @@ REFUSED = {
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),
     'no TFDS': (['--tasks=piqa', '--data_dir=tfds://nowhere'], 'piqa is not prepared in nowhere/piqa'),
     'no data': (['--tasks=piqa', '--data_dir='], '--data_dir is required'),
-    'code': (['--tasks=human_eval'], 'is run only where that is allowed (set by --allow_code_execution)'),
+    'code': (['--tasks=human_eval'], 'executes generated code, which is off; it must be allowed (set by --allow_code_execution)'),
     'no checkpoint': (['--tasks=piqa', '--limit=2', '--checkpoint=nowhere'], 'nowhere'),
     'few examples': (['--tasks=mmlu', '--num_fewshot=6'], 'use at most 5'),
     'mesh': (
@@ -229,7 +229,7 @@ def test_an_empty_choice_is_refused_and_a_long_context_is_cut_and_counted(comman
     (tmp_path / 'lambada/test.jsonl').write_text(json.dumps(item))
     arguments = [*given, f'--data_dir={tmp_path}', f'--output={tmp_path}/run']
     line = commands.run('evaluate', *arguments, '--tasks=crows_pairs').error()
-    assert "the continuation '' of '' encodes to no token of its own" in line
+    assert "the continuation of '' is empty, so it has no probability" in line
     finished = commands.run('evaluate', *arguments, '--tasks=lambada').succeeded()
     assert json.loads((tmp_path / 'run/results.json').read_text())['lambada']['truncated'] == 1
     assert 'lost its left end: lambada 1.' in finished.stdout

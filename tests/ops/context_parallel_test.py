@@ -45,7 +45,7 @@ def test_a_row_that_does_not_divide_is_refused():
     split = partitioner({'context': 4})
     with pytest.raises(InputError, match='sequence length 12 does not divide .* multiple of 8'):
         to_balanced(jnp.zeros((1, 12, 1)), AXES, split)
-    with pytest.raises(InputError, match='data.seq_len a multiple of 8'):
+    with pytest.raises(InputError, match='it must be a multiple of 8'):
         split.batch_sharding(1, 12)
 
 
