@@ -175,7 +175,10 @@ REFUSED = {
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),
     'no TFDS': (['--tasks=piqa', '--data_dir=tfds://nowhere'], 'piqa is not prepared in nowhere/piqa'),
     'no data': (['--tasks=piqa', '--data_dir='], '--data_dir is required'),
-    'code': (['--tasks=human_eval'], 'executes generated code, which is off; it must be allowed (set by --allow_code_execution)'),
+    'code': (
+        ['--tasks=human_eval'],
+        'executes generated code, which is off; it must be allowed (set by --allow_code_execution)',
+    ),
     'no checkpoint': (['--tasks=piqa', '--limit=2', '--checkpoint=nowhere'], 'nowhere'),
     'few examples': (['--tasks=mmlu', '--num_fewshot=6'], 'use at most 5'),
     'mesh': (
