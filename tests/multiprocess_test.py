@@ -40,10 +40,10 @@ class Rows:
         return self.rows[index]
 
 
-def record(rows, *, batch_size, rows_consumed, original=loader.batches, **options):
-    rows, first = Rows(rows), rows_consumed
+def record(rows, target, *, rows_consumed, original=loader.batches, **options):
+    rows, first, batch_size = Rows(rows), rows_consumed, target.tokens.shape[0]
     with open('FOLDER/batches-PROCESS', 'w') as file:
-        for batch in original(rows, batch_size=batch_size, rows_consumed=first, **options):
+        for batch in original(rows, target, rows_consumed=first, **options):
             parts = {}
             for name, array in vars(batch).items():
                 parts[name] = [[s.index[0].start or 0, s.index[1].start or 0, s.data.tolist()]
