@@ -57,8 +57,8 @@ def read_range(path, offset: int, length: int) -> bytes:
     import fsspec
 
     system, name = fsspec.core.url_to_fs(os.fspath(path))
-    if not offset and not system.info(name)['size']:
-        return b''  # a bucket has no range of an empty file
+    if not length or (not offset and not system.info(name)['size']):
+        return b''  # a bucket has no empty range
     return system.cat_file(name, start=offset, end=offset + length)
 
 

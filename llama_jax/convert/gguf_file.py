@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor, Tensor, read_array
-from llama_jax.storage import open_sparsely
+from llama_jax.storage import open_sparsely, read_range
 from llama_jax.types import InputError
 
 DEFAULT_ALIGNMENT = 32
@@ -172,7 +172,7 @@ def read_header(path: epath.Path) -> Header:
             raise cursor.error(
                 f'general.alignment is {str(alignment)[:40]!r}; it must be a power of two, at most {_MAX_ALIGNMENT}'
             )
-        return metadata, _placed(cursor, tensors, alignment)
+        return metadata, _placed(path, cursor, tensors, alignment)
 
 
 def _metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
@@ -244,7 +244,9 @@ def _tensor_info(cursor: _Cursor, name: str) -> TensorInfo:
     return TensorInfo(shape, kind, offset)
 
 
-def _placed(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
+def _placed(
+    path: epath.Path, cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int
+) -> dict[str, TensorInfo]:
     """The tensors with offsets from the file's start.
 
     As llama.cpp has it, each begins at the first multiple of the alignment behind the one before. Where something was
@@ -277,8 +279,7 @@ def _placed(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> 
             )
         end, before = stop, f'tensor {name}'
         placed[name] = info
-    cursor.file.seek(end)
-    if cursor.size - end >= alignment or any(cursor.file.read(alignment)):
+    if cursor.size - end >= alignment or any(read_range(path, end, cursor.size - end)):
         raise cursor.error(
             f'{before} ends at byte {end}, the file at {cursor.size}; what follows belongs to no tensor: it is damaged'
         )
