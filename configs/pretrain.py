@@ -9,6 +9,8 @@ Every key may be set on the command line: --config.optimizer.learning_rate=1e-3
 
 from ml_collections import ConfigDict
 
+from configs import sections
+
 # LLaMA paper, Table 1: the share of each source in a batch, and the folders that `experiments.prepare_data` filled.
 LLAMA_MIXTURE = {
     'data/common_crawl': 67.0,
@@ -22,80 +24,10 @@ LLAMA_MIXTURE = {
 
 
 def get_config(model: str = 'tiny') -> ConfigDict:
-    """Every key with its meaning, then what the model's family sets differently."""
-    config = ConfigDict()
-    config.seed = 0  # of the weights' initial values and of the data's order
-
-    config.model = ConfigDict()
-    config.model.preset = model  # a name in llama_jax.PRESETS
-    config.model.vocab_size = 0  # 0: the preset's, or the tokenizer's where that is larger
-    config.model.dtype = 'bfloat16'  # of the computation; weights stay float32
-    config.model.remat = 'full'  # full, attention, projections (or NAME_offload), none: docs/preflight.md
-    config.model.unroll = 1  # layers per step of the scan
-    config.model.attention = 'auto'  # kernel: auto, reference, chunked, splash (TPU), cudnn (GPU)
-
-    config.data = ConfigDict()
-    config.data.train = ','.join(LLAMA_MIXTURE)  # sources: files, globs, tfds:NAME, prepared folders
-    config.data.weights = ','.join(map(str, LLAMA_MIXTURE.values()))  # of the sources; '': by size
-    config.data.validation = ''  # sources to validate on; '': hold out a part of the training documents
-    config.data.validation_fraction = 0.001  # of the documents, where `validation` is ''
-    config.data.text_key = 'text'  # the field of JSONL and TFDS records that holds the text
-    config.data.separator = ''  # what divides documents in a text file; '': a file is a document
-    config.data.tokenizer = 'data/tokenizer.model'  # sentencepiece or tiktoken; '': train one
-    config.data.vocab_size = 32_000  # of the tokenizer, where one is trained
-    config.data.seq_len = 2048  # tokens in a row
-
-    config.train = ConfigDict()
-    config.train.num_steps = 238_419  # updates
-    config.train.batch_size = 2048  # rows in an update, over all devices: 4M tokens
-    config.train.num_microbatches = 1  # parts of the batch taken one after the other, to save memory
-    config.train.loss_chunks = 8  # parts of the sequence whose logits are held at a time
-    config.train.z_loss = 0.0  # weight of the squared log-normaliser; nll is then logged beside loss
-
-    config.optimizer = ConfigDict()
-    config.optimizer.name = 'adamw'  # adamw, adafactor, lion, muon
-    config.optimizer.learning_rate = 3e-4  # peak
-    config.optimizer.warmup_steps = 2000  # linear from 0
-    config.optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.95
-    config.optimizer.eps = 1e-5  # Llama 2's; LLaMA 1 does not publish its own
-    config.optimizer.weight_decay = 0.1  # not on norms
-    config.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
-
-    config.mesh = ConfigDict()
-    config.mesh.dcn_data = 1  # TPU slices joined by the data-centre network, each with a copy of the model
-    config.mesh.data = 1  # copies of the model
-    config.mesh.fsdp = -1  # parts of weights, optimiser state and batch; -1: all other devices
-    config.mesh.context = 1  # parts of the sequence
-    config.mesh.tensor = 1  # parts of heads and mlp units
-    config.mesh.axis_rules = ''  # overrides such as 'kv_heads=' (replicate), 'vocab=tensor'
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1000  # steps
-    config.checkpoint.keep = 3  # the newest N; 0: all
-    config.checkpoint.verify = (
-        True  # read every file of a checkpoint and compare its checksum, before it is restored
-    )
-
-    config.eval = ConfigDict()
-    config.eval.every = 1000  # steps between validations; 0: at the end only
-    config.eval.max_rows = 0  # validate on the first N rows; 0: all
-    config.eval.prompt = ''  # completed at the end of the run
-    config.eval.sample_tokens = 128  # of the completion; 0: none
-    config.eval.tasks = ''  # benchmarks, as for `experiments.evaluate`: piqa,hellaswag
-    config.eval.tasks_every = 5000  # steps between their evaluations; 0: at the end only
-    config.eval.data_dir = ''  # folder of the benchmarks
-    config.eval.limit = 0  # the first N items of each; 0: all
-
-    config.log = ConfigDict()
-    config.log.every = 10  # steps
-    config.log.tensorboard = True
-    config.log.wandb = ''  # project name; '': off
-    config.log.profile_start = 0  # first step of a profiler trace
-    config.log.profile_steps = 0  # its length; 0: none
-    config.log.compilation_cache = ''  # folder of compiled programs; '': the user's cache, 'off': none
-
+    """`configs/sections.py` with what the model's family sets differently."""
+    config = sections.all_of(model)
+    config.data.train = ','.join(LLAMA_MIXTURE)
+    config.data.weights = ','.join(map(str, LLAMA_MIXTURE.values()))
     _RECIPES[_family(model)](config, model)
     return config
 

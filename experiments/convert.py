@@ -10,6 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
+from experiments.checkpoint import open_with_tokenizer
 from experiments.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
@@ -40,7 +41,7 @@ def main() -> None:
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
         raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
     if _TO.value == 'gguf' or _CHAT.value:
-        checkpoint = launch.open_with_tokenizer(_INPUT.value, _TOKENIZER.value)
+        checkpoint = open_with_tokenizer(_INPUT.value, _TOKENIZER.value)
     else:
         checkpoint = pretrained.open(_INPUT.value)
     source = checkpoint.source

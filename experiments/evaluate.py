@@ -19,6 +19,8 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
+from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.config_file import split_list
 from experiments.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
@@ -62,9 +64,7 @@ _RATING_COMMAND = flags.DEFINE_string(
     'rating_command', '', 'program that answers each line, a JSON string, with its score'
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
-)
+_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 8192, 'tokens in a batch, padding included: what fits into memory'
 )
@@ -99,7 +99,8 @@ def main() -> None:
             names = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
             with launch.flags_named(*(f'--{name}' for name in names if name != 'sampling')):
                 exams = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
-            check_sampling(exams, (_NUM_SAMPLES, _TEMPERATURE, _TOP_P))
+            flags_given = {flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P)}
+            check_sampling(exams, flags_given)
         engine = load_engine(
             _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value
         )
@@ -135,7 +136,7 @@ def what_is_kept(output: epath.Path, results: dict[str, Any]) -> str:
 def find_tasks(names: str, data_dir: str) -> list[Task]:
     """The tasks, each once."""
     with launch.flags_named('--tasks'):
-        tasks = {task.name: task for task in map(find_task, launch.split_list(names))}
+        tasks = {task.name: task for task in map(find_task, split_list(names))}
     if not tasks:
         raise InputError('--tasks is empty; name at least one, such as --tasks=piqa,hellaswag')
     if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
@@ -168,10 +169,10 @@ def make_judges(
     return judges
 
 
-def check_sampling(exams: Sequence[Exam], sampling: Sequence[flags.FlagHolder]) -> None:
+def check_sampling(exams: Sequence[Exam], sampling: dict[str, Any]) -> None:
     """Refuses settings of completions where none is asked for."""
     asked = (request for exam in exams for requests in exam.requests for request in requests)
-    given = [f'--{flag.name}' for flag in sampling if flag.value is not None]
+    given = [f'--{name}' for name, value in sampling.items() if value is not None]
     if given and not any(isinstance(request, Completion) for request in asked):
         raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
 
@@ -187,16 +188,15 @@ def make_partitioner(mesh: list[str], axis_rules: str) -> Partitioner:
 def load_engine(
     checkpoint: str,
     tokenizer_file: str,
-    dtype_name: str,
+    given_dtype: str,
     partitioner: Partitioner,
     batch_size: int,
     seed: int,
 ) -> Engine:
     """The checkpoint on the mesh."""
-    automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    dtype = launch.DTYPES[automatic if dtype_name == 'auto' else dtype_name]
+    dtype = DTYPES[dtype_name(given_dtype)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
-        opened = launch.open_with_tokenizer(checkpoint, tokenizer_file)
+        opened = open_with_tokenizer(checkpoint, tokenizer_file)
         shapes_and_axes = abstract_params_and_axes(LlamaForCausalLM(opened.config))
     with launch.flags_named('--mesh', '--axis_rules'):
         partitioner.tree_shardings(*shapes_and_axes)  # before anything is loaded

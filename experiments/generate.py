@@ -8,11 +8,11 @@ Standard output is the completion alone, or with --format=jsonl one object {"pro
 import json
 import logging
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 
 from experiments import launch
+from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from llama_jax import pretrained, runtime
 from llama_jax.inference.generate import generate
 from llama_jax.inference.sampling import Sampler
@@ -36,9 +36,7 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'draw from this many of the most likely tokens; 0: from all')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw from the fewest tokens whose probabilities reach this')
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
-)
+_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
 
 logger = logging.getLogger('llama_jax.generate')
@@ -54,10 +52,9 @@ def main() -> None:
         names = ', '.join(f'--{flag.name}' for flag in idle)
         logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
     runtime.enable_compilation_cache()
-    automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    dtype = launch.DTYPES[automatic if _DTYPE.value == 'auto' else _DTYPE.value]
+    dtype = DTYPES[dtype_name(_DTYPE.value)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
-        checkpoint = launch.open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
+        checkpoint = open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
         config, params, tokenizer = pretrained.load(
             checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
         )

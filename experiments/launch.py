@@ -11,46 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
-from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from llama_jax import pretrained, runtime, signals, storage
-from llama_jax.types import InputError, SystemFailure, did_you_mean, error_line
-
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
-
-# What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
-PATH_KEYS = (
-    'data.train', 'data.validation', 'data.tokenizer', 'eval.tasks', 'eval.data_dir', 'log.compilation_cache',
-)  # fmt: skip
+from experiments import config_file
+from llama_jax import runtime, signals, storage
+from llama_jax.types import InputError, SystemFailure
 
 # Nothing is wrong with the command or the program: the disk, the quota, the cable.
 _MACHINE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ESTALE,
-)
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE,
+)  # fmt: skip
 
 
 class _PathParser(flags.ArgumentParser):
     """A path or several, by commas; '~' stands for the user's folder, which no shell expands within --name=value."""
 
     def parse(self, argument: str | None) -> str | None:
-        return argument and expand_paths(argument)
+        return argument and config_file.expand_paths(argument)
 
     def flag_type(self) -> str:
         return 'path'
-
-
-def expand_paths(text: str) -> str:
-    """'~' at the beginning of each path of a list, also behind the mark of a source or a task."""
-    return ','.join(storage.expand_user(part) for part in text.split(','))
 
 
 def define_path(name: str, default: str | None, help: str, required: bool = False) -> flags.FlagHolder:
@@ -62,19 +43,43 @@ def define_path(name: str, default: str | None, help: str, required: bool = Fals
 
 def define_config() -> flags.FlagHolder:
     """--config=configs/TASK.py:MODEL, with --config.SECTION.KEY=VALUE for any of its keys."""
-    holder = config_flags.DEFINE_config_file(
-        'config', None, 'configuration file, and the model as its argument'
-    )
+    holder = config_flags.DEFINE_config_file('config', None, 'configuration file: FILE.py:MODEL')
     flags.mark_flag_as_required('config')
     return holder
 
 
 def define_xla_options() -> flags.FlagHolder:
     """--xla_options, for the commands that compile a train step; see `xla_options.parse`."""
-    return flags.DEFINE_string(
-        'xla_options',
-        '',
-        'settings of the compiler for the train step: preset names and NAME=VALUE, by commas',
+    text = 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
+    return flags.DEFINE_string('xla_options', '', text)
+
+
+class _Flags:
+    """Several flags as one; its value has theirs by name."""
+
+    def __init__(self, **holders: flags.FlagHolder):
+        self._holders = holders
+
+    @property
+    def value(self) -> dict[str, Any]:
+        return {name: holder.value for name, holder in self._holders.items()}
+
+
+def define_run() -> _Flags:
+    """--workdir and what else a training takes beside --config; see `training.plan`."""
+    define_processes()
+    return _Flags(
+        workdir=define_path('workdir', None, 'folder of the run, local or gs://...', required=True),
+        checkpoint=define_path('checkpoint', '', 'one whose weights to continue from, with a new optimiser'),
+        fork=define_path(
+            'fork',
+            '',
+            'WORKDIR[@STEP] of another run to start from, with its optimiser and place in the data',
+        ),
+        override=flags.DEFINE_string(
+            'override', '', 'config keys, by commas, that may differ from what the run was begun with'
+        ),
+        xla_options=define_xla_options(),
     )
 
 
@@ -88,14 +93,12 @@ def define_processes() -> None:
     )
 
 
-def run(
-    main: Callable[[], None], *, prepare: Callable[[], None] = lambda: None, resumable: bool = False
-) -> None:
+def run(main: Callable[[], None], *, find: bool = True, resumable: bool = False) -> None:
     """Parses the command line and runs `main`; what the user got wrong is one line and status 2.
 
     Args:
       main: the command.
-      prepare: what must be done before JAX looks for its devices.
+      find: `find_devices` before; else `main` does so itself.
       resumable: stopped by a signal it has ended well, with status 0: given again it goes on.
     """
     interrupts = signals.Interrupts(resumable)
@@ -113,10 +116,8 @@ def run(
         except signals.Interrupted as error:
             interrupts.end(error)
         try:
-            prepare()
-            runtime.check_devices()
-            runtime.setup_logging()
-            _check_same_command()
+            if find:
+                find_devices()
             main()
         except signals.Interrupted as error:
             interrupts.end(error)
@@ -133,6 +134,13 @@ def run(
             sys.exit(1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def find_devices() -> None:
+    """JAX takes the devices; logs, and what processes must have in common, need them."""
+    runtime.check_devices()
+    runtime.setup_logging()
+    _check_same_command()
 
 
 def _join_processes() -> None:
@@ -172,8 +180,8 @@ def _is_given(file: str) -> bool:
         flags.FLAGS[name].value for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _PathParser)
     ]
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
-        known = flatten(flags.FLAGS.config)
-        given += [known[key] for key in PATH_KEYS if key in known]
+        known = config_file.flatten(flags.FLAGS.config)
+        given += [known[key] for key in config_file.PATH_KEYS if key in known]
     file = os.path.abspath(file)
     for text in filter(None, given):
         for part in text.split(','):
@@ -208,7 +216,7 @@ def _check_same_command() -> None:
     values = flags.FLAGS.flag_values_dict()
     config = values.pop('config', None)
     own = {f'--{name}': str(value) for name, value in values.items() if not name.startswith('config.')}
-    own |= {f'--config.{name}': str(value) for name, value in flatten(config or {}).items()}
+    own |= {f'--config.{name}': str(value) for name, value in config_file.flatten(config or {}).items()}
     differ = ('--process_id', '--coordinator', '--initialization_timeout', '--config.log.')  # may
     own = {name: value for name, value in own.items() if not name.startswith(differ)}
     first, *others = map(json.loads, runtime.gather_texts(json.dumps(own)))
@@ -222,70 +230,25 @@ def _check_same_command() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    path = '--config='
     argv = [
-        f'--config={storage.expand_user(arg.removeprefix("--config="))}'
-        if arg.startswith('--config=')
-        else arg
-        for arg in argv
+        path + storage.expand_user(arg.removeprefix(path)) if arg.startswith(path) else arg for arg in argv
     ]
     try:
         rest = flags.FLAGS(argv)
         if 'config' in flags.FLAGS:
             flags.FLAGS.config.to_dict()  # a file that failed to load says so only when it is looked at
-            _expand_config(flags.FLAGS.config)
+            config_file.expand_user(flags.FLAGS.config)
         return rest
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix('flag --').partition('=')[0]
         if 'must have a value other than None' in str(error):
             _fail(f'--{name} is required', 2)
-        _fail(_describe_config_error(error, argv) if name.startswith('config.') else str(error), 2)
+        _fail(config_file.describe_error(error, argv) if name.startswith('config.') else str(error), 2)
     except flags.Error as error:
         _fail(str(error), 2)
     except Exception as error:  # a configuration file may raise anything
-        _fail(_describe_config_error(error, argv), 2)
-
-
-def _expand_config(config: ConfigDict) -> None:
-    known = flatten(config)
-    for key in PATH_KEYS:
-        if isinstance(known.get(key), str):
-            section, _, name = key.partition('.')
-            config[section][name] = expand_paths(known[key])
-
-
-def _describe_config_error(error: Exception, argv: Sequence[str]) -> str:
-    """ml_collections names a bad key deep in a traceback: find the argument, and the keys it might have meant."""
-    path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
-    file = path.partition(':')[0]
-    if not epath.Path(file).exists():
-        return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
-    try:
-        known = flatten(_load_config_file(path))
-    except Exception as cause:
-        return f'--config={path} cannot be loaded: {type(cause).__name__}: {error_line(cause)}'
-    settings = {
-        arg: arg.removeprefix('--config.').split('=', 1) for arg in argv if arg.startswith('--config.')
-    }
-    for key, *_ in settings.values():
-        if key not in known:
-            return f'unknown config key --config.{key}; {did_you_mean(key, known)}'
-    text = str(error)
-    for arg in sorted(
-        settings, key=lambda arg: f'flag {arg}:' not in text
-    ):  # the one that is named comes first
-        key, *value = settings[arg]
-        kind = type(known[key]).__name__
-        if f'flag {arg}:' in text or kind in text or repr(''.join(value)) in text:
-            return f'{arg}: the value must be of type {kind}, as {known[key]!r} is'
-    return f'configuration: {error_line(error)}'
-
-
-def _load_config_file(path: str) -> ConfigDict:
-    import runpy
-
-    file, _, argument = path.partition(':')
-    get_config = runpy.run_path(file)['get_config']
-    return get_config(argument) if argument else get_config()
+        _fail(config_file.describe_error(error, argv), 2)
 
 
 def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
@@ -293,33 +256,3 @@ def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
     if at_once or not runtime.leave_job():  # who waits for this process would wait for ever
         os._exit(status)
     sys.exit(status)
-
-
-def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
-    for key, value in values.items():
-        if hasattr(value, 'items'):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
-
-
-def open_with_tokenizer(checkpoint: str, tokenizer: str) -> pretrained.Checkpoint:
-    """--checkpoint opened, for a command that reads or writes text; its weights are still in their files.
-
-    Raises:
-      InputError: it has no tokenizer, and --tokenizer gives none; or as `pretrained.open`.
-    """
-    opened = pretrained.open(checkpoint)
-    if not tokenizer and opened.tokenizer is None:
-        raise InputError(
-            f'{checkpoint} has no tokenizer; give the one that the weights were trained with by --tokenizer'
-        )
-    return opened
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """'a, b' -> ('a', 'b')."""
-    return tuple(filter(None, (part.strip() for part in text.split(','))))

@@ -18,11 +18,13 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch, training
+from experiments import launch, settings
+from experiments.config_file import flatten
+from experiments.objective import compile_step, language_modelling
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
@@ -36,9 +38,8 @@ from llama_jax.preflight.report import (
 )
 from llama_jax.preflight.topology import Topology
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.state import abstract_state
 from llama_jax.train.throughput import training_flops_per_token
-from llama_jax.types import InputError, LMBatch
+from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -67,8 +68,8 @@ def main() -> None:
     config = _CONFIG.value
     if _JSON.value:
         storage.check_place(_JSON.value, folder=False)
-    training.check_settings(config)
-    llama = training.fit_vocabulary(config, training.find_preset(config.model.preset), 0)
+    settings.check_settings(config)
+    llama = settings.fit_vocabulary(config, settings.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
     decoder = make_decoder(config, llama, devices, _DECODE_BATCH.value) if _DECODE_BATCH.value else None
     compiled, work, partitioner = compile_training(config, llama, devices, _XLA_OPTIONS.value)
@@ -79,7 +80,7 @@ def main() -> None:
         'devices': len(devices),
         'chip': dataclasses.asdict(topology.chip),
         'mesh': dict(partitioner.mesh.shape),
-        'settings': settings(config),
+        'settings': settings_of(config),
         'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')},
         'train': step_report(compiled, work, topology, ahead.places(partitioner.mesh)),
     }
@@ -112,19 +113,18 @@ def compile_training(
     config: ConfigDict, llama: LlamaConfig, devices: list[Any], xla_options: str
 ) -> tuple[ahead.Compiled, Work, Partitioner]:
     """The train step of `experiments.pretrain`, compiled for these devices, and what it is to do."""
-    partitioner = training.make_partitioner(config, devices)
-    training.check_sizes(config, llama.max_seq_len, partitioner)
-    model = training.make_model(config, llama, partitioner)
-    optimizer = training.make_optimizer_config(config)
+    partitioner = settings.make_partitioner(config, devices)
+    settings.check_sizes(config, llama.max_seq_len, partitioner)
+    model = settings.make_model(config, llama, partitioner)
+    optimizer = settings.make_optimizer_config(config)
     tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
-    target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
-    _, step_fn = training.make_train_step(config, model, target, tx, xla_options)
-    shape = config.train.batch_size, config.data.seq_len
-    batch = LMBatch.abstract(*shape, partitioner.batch_sharding(*shape))
+    objective = language_modelling(config, model, partitioner)
+    options = settings.compiler_options(xla_options, partitioner)
+    target, step_fn = compile_step(objective, tx, partitioner, config.train.num_microbatches, options)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     parameters = device_bytes(target.params)
-    tokens = shape[0] * shape[1]
-    causal, full = training_flops_per_token(llama, shape[1])
+    tokens = config.train.batch_size * config.data.seq_len
+    causal, full = training_flops_per_token(llama, config.data.seq_len)
     work = Work(
         tokens=tokens,
         flops=(causal * tokens, full * tokens),
@@ -134,7 +134,7 @@ def compile_training(
         num_layers=llama.num_layers,
         weight_shapes=stacked_weight_shapes(model),
     )
-    return ahead.compile_ahead(step_fn, target, {}, batch, rng), work, partitioner
+    return ahead.compile_ahead(step_fn, target, objective.frozen, objective.batch, rng), work, partitioner
 
 
 def make_decoder(
@@ -144,15 +144,15 @@ def make_decoder(
 
     On the mesh of training, but for `context`: a row that grows is not split, so `fsdp` takes its devices.
     """
-    mesh = training.make_partitioner(config, devices).mesh.shape
+    mesh = settings.make_partitioner(config, devices).mesh.shape
     config = config.copy_and_resolve_references()
     config.mesh.fsdp, config.mesh.context = mesh['fsdp'] * mesh['context'], 1
-    partitioner = training.make_partitioner(config, devices)
+    partitioner = settings.make_partitioner(config, devices)
     if rows % (parts := partitioner.axis_size('batch')):
         raise InputError(
             f'--decode_batch={rows} does not divide over {parts} devices; make it a multiple of {parts}'
         )
-    model = training.make_model(config, llama, partitioner)
+    model = settings.make_model(config, llama, partitioner)
     return model, decode_arguments(model, rows, config.data.seq_len)
 
 
@@ -162,7 +162,7 @@ def compile_decode(
     """One token more for every row."""
     params, cache, tokens = arguments
     assert model.partitioner is not None
-    options = training.compiler_options(xla_options, model.partitioner)
+    options = settings.compiler_options(xla_options, model.partitioner)
     compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens, compiler_options=options)
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
     rows, length = tokens.shape[0], cache.keys.shape[2]
@@ -172,13 +172,13 @@ def compile_decode(
     )
 
 
-def settings(config: ConfigDict) -> dict[str, Any]:
+def settings_of(config: ConfigDict) -> dict[str, Any]:
     """What memory and speed depend on, by config key."""
     keys = (
         'train.batch_size', 'data.seq_len', 'train.num_microbatches', 'train.loss_chunks', 'model.remat',
         'model.attention', 'model.dtype', 'model.unroll', 'optimizer.name', 'mesh.axis_rules',
     )  # fmt: skip
-    flat = launch.flatten(config)
+    flat = flatten(config)
     return {key: flat[key] for key in keys}
 
 

@@ -14,6 +14,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
+from experiments.config_file import split_list
 from experiments.workdir import hold_folder
 from llama_jax import storage
 from llama_jax.data.prepared import PreparedRows, write_prepared
@@ -38,7 +39,7 @@ def main() -> None:
     storage.check_place(_OUTPUT.value, folder=True)
     with launch.flags_named('--tokenizer'):
         tokenizer = load_tokenizer(_TOKENIZER.value)
-    sources = launch.split_list(_INPUT.value)
+    sources = split_list(_INPUT.value)
     with launch.flags_named('--input'):
         for source in sources:
             check_source(source)

@@ -1,35 +1,34 @@
-"""What a run starts from: the sizes of its model, its tokenizer, its first state. Nothing is written here."""
+"""What a run starts from: the sizes of its model, its tokenizer, its first weights. Nothing is written here."""
 
 import functools
 import logging
 import os
 import tempfile
-from typing import Any
 
 import jax
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch, training
-from experiments.workdir import CONFIG_FILE, TOKENIZER_FILE, Fork
+from experiments.config_file import split_list
+from experiments.launch import flags_named
+from experiments.settings import find_preset
+from experiments.workdir import CONFIG_FILE, TOKENIZER_FILE, Fork, open_fork, read_record
 from llama_jax import pretrained, runtime
-from llama_jax.checkpoint.training import restore_step
 from llama_jax.data.datasets import train_tokenizer
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.presets import with_vocab_size
 from llama_jax.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from llama_jax.tokenizer.vocabulary import model_file
-from llama_jax.train.state import TrainState, new_state, shardings_of
-from llama_jax.types import InputError
+from llama_jax.train.state import shardings_of
+from llama_jax.types import InputError, Params
 
 logger = logging.getLogger('llama_jax.start')
 
 
 def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
-    preset = training.find_preset(config.model.preset)
+    preset = find_preset(config.model.preset)
     if not base:
         return preset
     found = base.config
@@ -69,15 +68,15 @@ def find_tokenizer(
             if file.exists() and (workdir / CONFIG_FILE).exists():
                 data = file.read_bytes()
             elif given:
-                with launch.flags_named('--config.data.tokenizer'):
+                with flags_named('--config.data.tokenizer'):
                     data = model_file(pretrained.load_tokenizer(given))
             elif base and base.tokenizer:
                 data = model_file(base.tokenizer)
             else:
                 logger.info('training a tokenizer of %d ids', config.data.vocab_size)
-                with tempfile.TemporaryDirectory() as folder, launch.flags_named('--config.data.vocab_size'):
+                with tempfile.TemporaryDirectory() as folder, flags_named('--config.data.vocab_size'):
                     trained = train_tokenizer(
-                        launch.split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
+                        split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
                         text_key=config.data.text_key, separator=config.data.separator,
                     )  # fmt: skip
                     data = model_file(trained)
@@ -86,24 +85,31 @@ def find_tokenizer(
         return parse_tokenizer(os.fspath(file), data)
 
 
-def first_state(
-    config: ConfigDict,
-    base: pretrained.Checkpoint | None,
-    fork: Fork | None,
-    target: TrainState,
-    model: LlamaForCausalLM,
-    tx: optax.GradientTransformation,
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """(state, updates done, what was saved with it): another run's, a checkpoint's, or fresh; born sharded."""
+def open_origin(
+    config: ConfigDict, workdir: epath.Path, checkpoint: str, fork: str, begun: bool
+) -> tuple[pretrained.Checkpoint | None, Fork | None]:
+    """(the checkpoint of sizes, tokenizer and first weights, the step of another run that a new one starts from)."""
+    if checkpoint and fork:
+        raise InputError('--checkpoint and --fork are both given; a run starts from one of them')
+    if checkpoint:
+        with flags_named('--checkpoint'):
+            return pretrained.open(checkpoint), None
+    if begun:
+        forked = (read_record(workdir) or {}).get('fork')
+        return pretrained.open(workdir) if forked else None, None
     if fork:
-        with launch.flags_named('--fork'):
-            step, state, metadata = restore_step(fork.step, target)
-        return state, step, {'rows_consumed': metadata['rows_consumed']}
+        origin = open_fork(fork, workdir, config)
+        return pretrained.open(origin.step), origin
+    return None, None
+
+
+def first_params(
+    model: LlamaForCausalLM, base: pretrained.Checkpoint | None, seed: int, target: Params
+) -> Params:
+    """A checkpoint's weights or fresh ones; born sharded as `target`."""
     if base:
-        with launch.flags_named('--checkpoint'):
-            params = base.params(target.params, grow_vocabulary=True)
-        # Donated, for they become the state's: there is no second copy.
-        start = functools.partial(new_state, tx=tx)
-        return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}
-    start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
-    return start(jax.random.key(config.seed)), 0, {}
+        with flags_named('--checkpoint'):
+            return base.params(target, grow_vocabulary=True)
+    return jax.jit(functools.partial(init_params, model), out_shardings=shardings_of(target))(
+        jax.random.key(seed)
+    )

@@ -1,223 +1,257 @@
-"""What every training does around its objective: sizes, model and train step of a config, benchmarks on the way."""
+"""What every training does around its objective: `plan` what is asked for, `begin` the run, `fit` it.
 
+All that is wrong with a command is refused by `plan`, before anything is written.
+"""
+
+import dataclasses
 import functools
-import importlib.util
+import json
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch
-from llama_jax import xla_options
+from experiments import settings
+from experiments.config_file import split_list
+from experiments.launch import flags_named
+from experiments.objective import Objective, compile_step
+from experiments.start import find_tokenizer, open_origin, starting_architecture
+from experiments.workdir import (
+    TOKENIZER_FILE,
+    Fork,
+    check_data,
+    check_overrides,
+    check_same_data,
+    check_workdir,
+    has_checkpoint,
+    hold_folder,
+    record_run,
+)
+from llama_jax import pretrained, runtime, storage
+from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
+from llama_jax.checkpoint.training import Checkpointer, restore_step
+from llama_jax.data.datasets import check_sources
 from llama_jax.eval.engine import Engine
-from llama_jax.eval.harness import Exam, evaluate, prepare
-from llama_jax.eval.task import Judges
-from llama_jax.eval.tasks import find_task
-from llama_jax.losses.language_model import language_model_loss
-from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.models.presets import PRESETS, with_vocab_size
-from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.eval.harness import Exam, evaluate
+from llama_jax.inference.generate import generate
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.train.loop import Measurement
-from llama_jax.train.optimizer import OptimizerConfig
-from llama_jax.train.state import TrainState
-from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LossFn, did_you_mean
+from llama_jax.tokenizer.vocabulary import model_file
+from llama_jax.train import metrics
+from llama_jax.train.loop import LoopConfig, Measurement, Trained, train
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
+from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
+from llama_jax.types import PyTree
+
+METRICS_FILE = 'metrics.jsonl'
 
 logger = logging.getLogger('llama_jax.training')
 
 
-# Keys with the least that they may be, and the most (exclusive): most are used late, and all are checked first.
-_RANGES: dict[str, tuple[float, float]] = {
-    'seed': (0, 2**31 - 1),
-    'model.vocab_size': (0, math.inf),
-    'model.unroll': (1, math.inf),
-    'data.validation_fraction': (0, 1),
-    'data.seq_len': (1, math.inf),
-    'train.num_steps': (1, math.inf),
-    'train.batch_size': (1, math.inf),
-    'train.num_microbatches': (1, math.inf),
-    'train.loss_chunks': (1, math.inf),
-    'train.z_loss': (0, math.inf),
-    'checkpoint.every': (0, math.inf),
-    'checkpoint.keep': (0, math.inf),
-    'eval.every': (0, math.inf),
-    'eval.max_rows': (0, math.inf),
-    'eval.sample_tokens': (0, math.inf),
-    'eval.tasks_every': (0, math.inf),
-    'eval.limit': (0, math.inf),
-    'log.every': (0, math.inf),
-    'log.profile_start': (0, math.inf),
-    'log.profile_steps': (0, math.inf),
-}
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run as it was asked for, checked; nothing of it is written."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    checkpoint: str  # whose weights it starts with, as given; '': those of `fork`, or fresh ones
+    overrides: tuple[str, ...]  # keys that may be set otherwise than when it was begun
+    begun: bool  # there is a step to go on from
+    held: bool  # `workdir` is there, and no other process may write into it
+    base: pretrained.Checkpoint | None  # what sizes and tokenizer are of; None: the preset's
+    fork: Fork | None  # the step of another run that it starts from
+    tokenizer: Tokenizer
+    partitioner: Partitioner
+    model: LlamaForCausalLM  # with room for the tokenizer's ids
+    schedule: Callable[[int], Any]  # update count -> learning rate
+    tx: optax.GradientTransformation
+    compiler_options: Mapping[str, Any]  # of the train step
+    exams: Sequence[Exam]  # benchmarks to take on the way
 
 
-def check_settings(config: ConfigDict) -> None:
-    """What is wrong with a setting by itself, in a line that names its key: before anything is read or written."""
-    known = launch.flatten(config)
-    for key, (least, end) in _RANGES.items():
-        if key in known and not least <= known[key] < end:  # a NaN is in no range
-            above = '' if end == math.inf else f' and below {end}'
-            raise InputError(
-                f'--config.{key}={known[key]} is out of range: it must be at least {least}{above}'
-            )
-    start, steps = config.log.profile_start, config.log.profile_steps
-    if steps and start >= config.train.num_steps:
-        raise InputError(
-            f'--config.log.profile_start={start} is not before the last of --config.train.num_steps='
-            f'{config.train.num_steps}: nothing would be traced'
-        )
-    if config.log.wandb and importlib.util.find_spec('wandb') is None:
-        raise InputError(
-            f"--config.log.wandb={config.log.wandb} needs the package wandb: pip install 'llama_jax[wandb]'"
-        )
-    make_optimizer_config(config)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `fit` trains; the workdir is the run's own."""
+
+    plan: Plan
+    objective: Objective
+    state: TrainState  # at `start_step`; training takes its memory
+    start_step: int  # updates done
+    rows_before: int  # that they consumed
+    step_fn: Callable  # the jitted update
+    record: dict[str, Any]  # what config.json and every checkpoint say of the run
+    checkpointer: Checkpointer
+    writers: Sequence[metrics.Writer]  # on process 0
 
 
-def check_prompt(config: ConfigDict, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """What is completed at the end of the run must fit then."""
-    if config.eval.sample_tokens:
-        with launch.flags_named('--config.eval.prompt'):
-            length = len(tokenizer.encode(config.eval.prompt, bos=True))
-            if length >= max_seq_len:
-                raise InputError(
-                    f'the prompt has {length} tokens; the model reads {max_seq_len}, so shorten it'
-                )
-
-
-def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -> Partitioner:
-    """The mesh of these devices (all there are) with the axis rules of `config.mesh`."""
-    with launch.flags_named('--config.mesh.*'):
-        mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES}, devices)
-    with launch.flags_named('--config.mesh.axis_rules'):
-        return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
-
-
-def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
-    """The model of an architecture with the knobs of `config.model`."""
-    if config.model.dtype not in launch.DTYPES:
-        raise InputError(
-            f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(launch.DTYPES)}'
-        )
-    return LlamaForCausalLM(
-        llama,
-        dtype=launch.DTYPES[config.model.dtype],
-        remat=config.model.remat,
-        unroll=config.model.unroll,
-        attention_implementation=config.model.attention,
-        partitioner=partitioner,
-    )
-
-
-def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) -> None:
-    """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
-    if config.data.seq_len > max_seq_len:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
-            f'{max_seq_len} tokens'
-        )
-    size, parts = config.train.batch_size, config.train.num_microbatches
-    if parts < 1 or size < 1 or size % parts:
-        raise InputError(
-            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
-        )
-    devices = partitioner.axis_size('batch')
-    if parts > 1 and size // parts % devices:
-        fewer = [n for n in range(1, parts) if size % (n * devices) == 0]
-        raise InputError(
-            f'--config.train.batch_size={size} in --config.train.num_microbatches={parts} are {size // parts} rows at '
-            f'a time, which do not divide over the {devices} devices that share a batch; make the batch a multiple of '
-            f'{parts * devices}' + (f', or take it in {fewer[-1]}' if fewer else '')
-        )
-    with launch.flags_named('--config.train.batch_size', '--config.data.seq_len'):
-        partitioner.batch_sharding(size // parts, config.data.seq_len)
-    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
-        raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} does not divide into '
-            f'--config.train.loss_chunks={config.train.loss_chunks}'
-        )
-
-
-def make_train_step(
-    config: ConfigDict,
-    model: LlamaForCausalLM,
-    target: TrainState,
-    tx: optax.GradientTransformation,
-    xla_options: str,
-) -> tuple[LossFn, Callable]:
-    """(the loss of pretraining, the jitted update) that the config describes, for a state like `target`."""
-    loss_fn = language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks)
-    assert model.partitioner is not None
-    step_fn = compile_train_step(
-        target, loss_fn=loss_fn, tx=tx, num_microbatches=config.train.num_microbatches,
-        compiler_options=compiler_options(xla_options, model.partitioner),
+def plan(
+    config: ConfigDict, *, workdir: str, checkpoint: str, fork: str, override: str, xla_options: str
+) -> Plan:
+    """Checks and opens what a command names (`launch.define_run`); writes nothing."""
+    runtime.enable_compilation_cache(config.log.compilation_cache)
+    folder, overrides = epath.Path(workdir), split_list(override)
+    with runtime.refused_by_all():
+        storage.check_place(folder, folder=True)
+        settings.check_settings(config)
+        check_overrides(overrides, config)
+        check_workdir(folder, config, checkpoint, overrides, fork)
+    begun = has_checkpoint(folder)
+    with runtime.refused_by_all():
+        base, origin = open_origin(config, folder, checkpoint, fork, begun)
+        preset = starting_architecture(config, base)
+        partitioner = settings.make_partitioner(config)
+        settings.check_sizes(config, preset.max_seq_len, partitioner)
+        compiler_options = settings.compiler_options(xla_options, partitioner)
+        settings.parse_weights(config)
+        optimizer = settings.make_optimizer_config(config)
+        schedule = make_schedule(optimizer, config.train.num_steps)
+        tx = make_optimizer(optimizer, schedule)
+        exams = settings.prepare_exams(config)
+        # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
+        shapes_and_axes = abstract_params_and_axes(settings.make_model(config, preset, partitioner))
+        abstract_state(*shapes_and_axes, tx, partitioner)
+        with flags_named('--config.data.train', '--config.data.validation'):
+            check_sources(split_list(f'{config.data.train},{config.data.validation}'))
+    held = hold_folder(folder, only_existing=True)
+    tokenizer = find_tokenizer('' if origin else config.data.tokenizer, config, folder, base)
+    llama = settings.fit_vocabulary(config, preset, tokenizer.vocab_size)
+    settings.check_prompt(config, tokenizer, llama.max_seq_len)
+    model = settings.make_model(config, llama, partitioner)
+    return Plan(
+        config, folder, checkpoint, overrides, begun, held, base, origin, tokenizer, partitioner, model, schedule, tx,
+        compiler_options, exams,
     )  # fmt: skip
-    return loss_fn, step_fn
 
 
-@functools.cache
-def compiler_options(text: str, partitioner: Partitioner) -> dict[str, Any]:
-    """What --xla_options sets, checked with the compiler for these devices."""
-    with launch.flags_named('--xla_options'):
-        return xla_options.parse(text, partitioner.mesh)
+def begin(plan: Plan, objective: Objective, fingerprint: str) -> Run:
+    """Takes the workdir, records the run in it, and has the state that training goes on from.
+
+    Args:
+      plan: what was asked for.
+      objective: what is minimised.
+      fingerprint: of the data, which must be what they were when the run was begun, and the same on all hosts.
+    """
+    config, workdir, llama, fork = plan.config, plan.workdir, plan.model.config, plan.fork
+    with runtime.refused_by_all():
+        check_data(workdir, fingerprint, plan.overrides)
+    check_same_data(fingerprint)
+    axes = ', '.join(f'{name} {size}' for name, size in plan.partitioner.mesh.shape.items())
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
+    logger.info('%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', devices)
+    target, step_fn = compile_step(
+        objective, plan.tx, plan.partitioner, config.train.num_microbatches, plan.compiler_options
+    )
+    # What it starts from may be damaged: it is read before anything is written.
+    start = None if plan.begun else _first_state(plan, objective, target)
+
+    # From here on the workdir is written to, and nothing in it is taken away.
+    hold_folder(workdir, held=plan.held)
+    with runtime.refused_by_all():  # what another run may have begun there until now
+        changes = check_workdir(workdir, config, plan.checkpoint, plan.overrides)
+        changes += check_data(workdir, fingerprint, plan.overrides)
+    if runtime.is_main_process():
+        storage.write_atomically(workdir / TOKENIZER_FILE, model_file(plan.tokenizer))
+        save_config(workdir, llama, base_checkpoint=plan.checkpoint or (str(fork.step) if fork else ''))
+    checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
+    if restored := checkpointer.restore_latest(target):
+        step, state, metadata = restored
+        logger.info('resuming at step %d of %d', step, config.train.num_steps)
+        start, fork = (state, step, metadata), None
+    state, step, metadata = start or _first_state(plan, objective, target)
+    if fork:
+        changes = fork.changes_with(fingerprint)
+    record = record_run(workdir, config, plan.checkpoint, fingerprint, step=step, changes=changes, fork=fork)
+    rows_before = metadata.get('rows_consumed', 0)
+    if fork:  # from here on the other run is no longer needed
+        logger.info('started from step %d of %s', step, fork.workdir)
+        checkpointer.save(step, state, record | {'rows_consumed': rows_before})
+    writers = _make_writers(config, workdir, step, metadata, record['config'])
+    return Run(plan, objective, state, step, rows_before, step_fn, record, checkpointer, writers)
 
 
-def find_preset(name: str) -> LlamaConfig:
-    """The preset of that name, or a line with the nearest ones."""
-    if name not in PRESETS:
-        raise InputError(f'unknown model {name!r}; {did_you_mean(name, PRESETS)}')
-    return PRESETS[name]
+def _first_state(
+    plan: Plan, objective: Objective, target: TrainState
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """(state, updates done, what was saved with it): another run's, or a new one; born sharded."""
+    if plan.fork:
+        with flags_named('--fork'):
+            step, state, metadata = restore_step(plan.fork.step, target)
+        return state, step, {'rows_consumed': metadata['rows_consumed']}
+    # Donated, for they become the state's: there is no second copy.
+    start = functools.partial(new_state, tx=plan.tx)
+    params = objective.first_params(target.params)
+    return jax.jit(start, out_shardings=shardings_of(target), donate_argnums=0)(params), 0, {}
 
 
-def fit_vocabulary(config: ConfigDict, llama: LlamaConfig, tokenizer_size: int) -> LlamaConfig:
-    """The architecture with room for every id of the tokenizer."""
-    wanted = config.model.vocab_size or max(llama.vocab_size, tokenizer_size)
-    if wanted < tokenizer_size:
-        raise InputError(
-            f'--config.model.vocab_size={wanted} is less than the tokenizer needs: {tokenizer_size} ids; '
-            'raise it, or 0 to fit'
+def _make_writers(
+    config: ConfigDict, workdir: epath.Path, step: int, restored: dict[str, Any], record: dict[str, Any]
+) -> list[metrics.Writer]:
+    """Where the main process writes figures to."""
+    if not runtime.is_main_process():
+        return []
+    writers: list[metrics.Writer] = [metrics.JsonlWriter(workdir / METRICS_FILE, step, restored)]
+    if config.log.tensorboard:
+        writers.append(
+            metrics.Aside('TensorBoard', lambda: metrics.TensorBoardWriter(workdir / 'tensorboard', step))
         )
-    return with_vocab_size(llama, wanted)
+    if config.log.wandb:
+        begun = metrics.WandbWriter(config.log.wandb, workdir, record)  # here, where an error is the user's
+        writers.append(metrics.Aside('W&B', lambda: begun))
+    return writers
 
 
-def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    """`config.optimizer` as the dataclass that the library takes."""
-    with launch.flags_named(*(f'--config.optimizer.{name}' for name in config.optimizer)):
-        return OptimizerConfig(**config.optimizer)
+def fit(
+    run: Run, next_batch: Callable[[TrainState, int], PyTree], measurements: Sequence[Measurement] = ()
+) -> Trained:
+    """Trains to the last step; what was trained and measured is on disk when it returns.
+
+    Args:
+      run: begun.
+      next_batch: (state, updates done) -> the global batch of the next one.
+      measurements: the objective's own; benchmarks are taken after them.
+    """
+    plan, objective = run.plan, run.objective
+    config, llama = plan.config, plan.model.config
+    exams = [take_exams(plan, objective)] if plan.exams else []
+    loop = LoopConfig(
+        num_steps=config.train.num_steps, batch_size=config.train.batch_size,
+        tokens_per_step=config.train.batch_size * config.data.seq_len,
+        flops_per_token=training_flops_per_token(llama, config.data.seq_len), peak_flops=peak_flops_per_device(),
+        log_every=config.log.every, checkpoint_every=config.checkpoint.every,
+        profile=(config.log.profile_start, config.log.profile_steps), profile_dir=str(plan.workdir / 'profile'),
+    )  # fmt: skip
+    with jax.set_mesh(plan.partitioner.mesh):
+        trained = train(
+            run.state, config=loop, step_fn=run.step_fn, frozen=objective.frozen, next_batch=next_batch,
+            rng=jax.random.key(config.seed + 1), start_step=run.start_step, rows_before=run.rows_before,
+            schedule=plan.schedule, checkpointer=run.checkpointer, metadata=run.record, writers=run.writers,
+            measurements=[*measurements, *exams], measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step),
+        )  # fmt: skip
+    for writer in run.writers:
+        writer.close()
+    run.checkpointer.check_latest()
+    run.checkpointer.close()
+    if trained.stopped:
+        saved = ' and saved' if trained.step else ''
+        logger.info('stopped at step %d%s; run the same command to go on', trained.step, saved)
+    return trained
 
 
-def prepare_exams(config: ConfigDict) -> list[Exam]:
-    """The benchmarks that `config.eval` names, read before anything is trained."""
-    exams = []
-    for name in launch.split_list(config.eval.tasks):
-        with launch.flags_named('--config.eval.tasks'):
-            task = find_task(name)
-            if task.executes_code:
-                raise InputError(
-                    f'task {task.name} executes generated code, which a training run does not; leave it to '
-                    'experiments.evaluate'
-                )
-            task.check(Judges())
-        if not config.eval.data_dir and not name.startswith('perplexity:'):
-            raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
-        with launch.flags_named('--config.eval.tasks', '--config.eval.data_dir'):
-            exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
-    return exams
-
-
-def take_exams(
-    config: ConfigDict, exams: Sequence[Exam], model: LlamaForCausalLM, tokenizer: Tokenizer
-) -> Measurement:
+def take_exams(plan: Plan, objective: Objective) -> Measurement:
     """The benchmarks, evaluated on the training mesh: {'TASK/METRIC': value}."""
+    config, exams = plan.config, plan.exams
     rows = config.train.batch_size // config.train.num_microbatches
-    model = model.clone(remat='none')
+    model = plan.model.clone(remat='none')
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        engine = Engine(model, state.params, tokenizer, batch_tokens=rows * config.data.seq_len)
+        weights = objective.weights(state)
+        engine = Engine(model, weights, plan.tokenizer, batch_tokens=rows * config.data.seq_len)
         figures = {}
         for exam in exams:
             found = evaluate(exam, engine, progress=False)
@@ -229,3 +263,29 @@ def take_exams(
 
     names = tuple(f'{exam.task.name}/{metric}' for exam in exams for metric in exam.task.metrics)
     return Measurement(config.eval.tasks_every or config.train.num_steps, measure, names)
+
+
+def _figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:
+    """What is logged of a step, on all processes; {} where nothing is."""
+    lines = metrics.read_metrics(metrics_file) if runtime.is_main_process() and step else []
+    logged = next((line for line in lines if line['step'] == step), {})
+    return json.loads(runtime.gather_texts(json.dumps(logged))[0])
+
+
+def sample(run: Run, state: TrainState) -> str:
+    """A completion of `eval.prompt` by the trained weights, at temperature 0.8."""
+    config, weights = run.plan.config, run.objective.weights(state)
+    if not config.eval.sample_tokens:
+        return ''
+    completion = generate(
+        run.plan.model, weights, run.plan.tokenizer, [config.eval.prompt], max_new_tokens=config.eval.sample_tokens,
+        temperature=0.8, top_p=0.95, seed=config.seed,
+    )  # fmt: skip
+    return config.eval.prompt + completion[0]
+
+
+def write_report(run: Run, report: dict[str, Any], lines: Mapping[str, float]) -> None:
+    """report.json, and loss.png with `lines` to compare with."""
+    workdir = run.plan.workdir
+    storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
+    metrics.plot_loss(workdir / 'loss.png', metrics.read_metrics(workdir / METRICS_FILE), dict(lines))

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.launch import flags_named, flatten
+from experiments.config_file import flatten
+from experiments.launch import flags_named
 from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
@@ -23,10 +24,11 @@ TOKENIZER_FILE = 'tokenizer.model'
 
 logger = logging.getLogger('llama_jax.workdir')
 
-# What a workdir's checkpoints depend on. All else (mesh, lengths, logging, remat) may change between launches.
-_IDENTITY = (
-    'base_checkpoint', 'seed', 'model.preset', 'model.vocab_size', 'model.dtype', 'data.', 'train.batch_size',
-    'train.z_loss', 'optimizer.',
+# What may change between launches: mesh, lengths, measuring, logging. All else is in a workdir's checkpoints, whatever
+# they are trained for.
+_FREE = (
+    'model.remat', 'model.unroll', 'model.attention', 'train.num_steps', 'train.num_microbatches', 'train.loss_chunks',
+    'mesh.', 'checkpoint.', 'eval.', 'log.',
 )  # fmt: skip
 
 _ORDER = 'rows come in another order than in an unbroken run: some may be read twice or not at all'
@@ -59,8 +61,6 @@ _OVERRIDABLE = {
 
 Change = dict[str, Any]  # {'key', 'before', 'after'}
 
-logger = logging.getLogger('llama_jax.workdir')
-
 
 def hold_folder(
     folder: epath.Path, *, held: bool = False, only_existing: bool = False, beside: bool = False
@@ -91,7 +91,7 @@ def check_overrides(overrides: Sequence[str], config: ConfigDict) -> None:
         given = f'--override={key}'
         if key not in known:
             raise InputError(f'{given}: unknown config key; {did_you_mean(key, known)}')
-        if not key.startswith(_IDENTITY):
+        if key.startswith(_FREE):
             raise InputError(f'{given}: a run may go on with another --config.{key} as it is; leave it out')
         if key not in _OVERRIDABLE:
             raise InputError(
@@ -182,7 +182,7 @@ def _differences(recorded: dict[str, Any], config: ConfigDict, base_checkpoint: 
     return [
         {'key': key, 'before': before.get(key), 'after': now.get(key)}
         for key in sorted(set(before) | set(now))
-        if key.startswith(_IDENTITY) and before.get(key) != now.get(key)
+        if not key.startswith(_FREE) and before.get(key) != now.get(key)
     ]
 
 

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from configs import pretrain
+from experiments import config_file
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
+MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or configurations
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (
@@ -212,13 +216,92 @@ def test_planted_violation_is_found(tmp_path, file, source, message):
     ]
 
 
+def _reads_of_flags(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Where a function but `main` reads the command line; values are passed on instead."""
+    holders = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and re.search(r'(?i)\bdefine', ast.unparse(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == 'main']
+    main = {id(node) for top in mains for node in ast.walk(top)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()) if id(node) not in main and name in holders:
+                yield node.lineno, f'{name} is read or passed on outside of main'
+            case ast.Name(id='FLAGS') | ast.Attribute(attr='FLAGS') if id(node) not in main:
+                yield node.lineno, 'FLAGS is read outside of main'
+            case ast.Attribute(attr='FlagHolder') | ast.Name(id='FlagHolder'):
+                yield node.lineno, 'takes a flag; take its value'
+
+
+def command_violations(root: pathlib.Path) -> list[str]:
+    """Every breach of the house rules by commands and configurations under `root`, as `file:line: what`."""
+    found, places = [], {}
+    for file in sorted([*(root / 'experiments').rglob('*.py'), *(root / 'configs').rglob('*.py')]):
+        name, source = file.relative_to(root), file.read_text()
+        if (count := len(source.splitlines())) > MAX_LINES:
+            found.append(f'{name}:{count}: longer than {MAX_LINES} lines; split it by meaning')
+        if file.name != 'launch.py':  # which is the command line
+            found += [f'{name}:{line}: {what}' for line, what in _reads_of_flags(ast.parse(source))]
+        code = [(i, line.strip()) for i, line in enumerate(source.splitlines(), 1)]
+        code = [(i, line) for i, line in code if line and not line.startswith('#')]
+        for start in range(len(code) - MAX_EQUAL_LINES):
+            text = tuple(line for _, line in code[start : start + MAX_EQUAL_LINES + 1])
+            other = places.setdefault(text, name)
+            if other != name:
+                found.append(f'{name}:{code[start][0]}: as in {other}; write it once')
+    return found
+
+
+def test_commands_keep_the_house_rules():
+    assert not command_violations(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ('file', 'source', 'message'),
+    [
+        ('experiments/sft.py', '\n' * 401, 'longer than 400 lines'),
+        ('configs/sft.py', '\n' * 401, 'longer than 400 lines'),
+        ('experiments/sft.py', 'def f():\n    return _CONFIG.value', '_CONFIG is read or passed on'),
+        ('experiments/sft.py', 'def f():\n    return _SEED.value', '_SEED is read or passed on'),
+        ('experiments/sft.py', 'def f(read=lambda: _SEED):\n    pass', '_SEED is read or passed on'),
+        (
+            'experiments/sft.py',
+            'class A:\n    def main(self):\n        _SEED.value',
+            '_SEED is read or passed on',
+        ),
+        ('experiments/sft.py', 'def f():\n    return flags.FLAGS.seed', 'FLAGS is read'),
+        ('experiments/sft.py', 'def f(seed: flags.FlagHolder):\n    return seed.value', 'takes a flag'),
+        ('experiments/benchmark/sft.py', 'def run():\n    return _SEED.value', '_SEED is read or passed on'),
+        ('configs/sft.py', '\n# why\n'.join(f'x = {i}' for i in range(9)), 'as in configs/dpo.py'),
+    ],
+)
+def test_planted_violation_of_a_command_is_found(tmp_path, file, source, message):
+    flagged = "_CONFIG = launch.define_config()\n_SEED = flags.DEFINE_integer('seed', 0, 'of the draws')\n"
+    sound = {
+        'experiments/dpo.py': f'{flagged}def main():\n    return _CONFIG.value, flags.FLAGS, _SEED.name\n',
+        'experiments/launch.py': 'def run():\n    return flags.FLAGS\n',
+        'configs/dpo.py': 'if True:\n' + '\n'.join(f'    x = {i}' for i in range(9)),
+        'configs/shorter.py': '\n'.join(f'x = {i}' for i in range(7)),
+    }
+    for name, text in [*sound.items(), (file, flagged * file.startswith('experiments') + source)]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == file:
+            assert not command_violations(tmp_path)
+        path.write_text(text)
+    assert [line for line in command_violations(tmp_path) if message in line and line.startswith(f'{file}:')]
+
+
 def _flag_names() -> set[str]:
     """Of all commands, and the keys of their configurations."""
     commands = '\n'.join(file.read_text() for file in (REPOSITORY / 'experiments').rglob('*.py'))
     flags = re.findall(r"(?:DEFINE_\w+|define_path)\(\s*'(\w+)'", commands)
-    configs = '\n'.join(file.read_text() for file in (REPOSITORY / 'configs').glob('*.py'))
-    keys = re.findall(r'config\.(\w+\.\w+) = ', configs)
-    return {'--config', *(f'--{flag}' for flag in flags), *keys}
+    keys = config_file.flatten(pretrain.get_config())
+    return {'--config', *(f'--{flag}' for flag in flags), *(key for key in keys if '.' in key)}
 
 
 def test_the_library_names_no_flag_of_a_command():

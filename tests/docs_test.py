@@ -9,7 +9,7 @@ import re
 import pytest
 
 from configs import pretrain
-from experiments import launch
+from experiments import config_file
 from llama_jax.models.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ CODE = sorted(
     file for room in ('llama_jax', 'experiments', 'configs', 'tests') for file in (ROOT / room).rglob('*.py')
 )
 PLACES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # of docstrings
-SETTINGS = frozenset(launch.flatten(pretrain.get_config()))
+SETTINGS = frozenset(config_file.flatten(pretrain.get_config()))
 
 # Of others: pip, srun, xpk, gcloud, pytest, XLA's environment variables.
 FOREIGN_FLAGS = {

@@ -11,8 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import pretrain
-from experiments import launch, training
-from experiments.pretrain import parse_weights
+from experiments import config_file, launch, settings
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -61,7 +60,8 @@ def test_no_flag_is_of_all_commands():
         if isinstance(node, ast.Assign)
     ]
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
-    joining = [file.stem for file in COMMANDS if 'launch.define_processes()' in file.read_text()]
+    joins = re.compile(r'launch\.define_(processes|run)\(\)')
+    joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
     assert joining == ['evaluate', 'pretrain']
 
 
@@ -83,16 +83,16 @@ def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
     values(['command', f'--place={given}'])
     assert holder.value == wanted
     config = ConfigDict({section: {} for section in ('data', 'eval', 'log')})
-    for key in launch.PATH_KEYS:
+    for key in config_file.PATH_KEYS:
         section, _, name = key.partition('.')
         config[section][name] = given
-    launch._expand_config(config)
-    assert set(launch.flatten(config).values()) == {wanted}
+    config_file.expand_user(config)
+    assert set(config_file.flatten(config).values()) == {wanted}
 
 
 def test_keys_that_name_files_are_expanded():
-    keys = set(launch.flatten(pretrain.get_config('tiny')))
-    assert set(launch.PATH_KEYS) <= keys
+    keys = set(config_file.flatten(pretrain.get_config('tiny')))
+    assert set(config_file.PATH_KEYS) <= keys
 
 
 @pytest.fixture
@@ -150,33 +150,34 @@ def test_who_knows_the_flags_names_them():
             raise InputError(line)
 
 
-@pytest.mark.parametrize('key', sorted(training._RANGES))
+NUMBERS = {
+    key for key, value in config_file.flatten(pretrain.get_config('tiny')).items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+}  # fmt: skip
+ELSEWHERE = {key for key in NUMBERS if key.startswith(settings._CHECKED_ELSEWHERE)}
+
+
+@pytest.mark.parametrize('key', sorted(NUMBERS - ELSEWHERE))
 def test_a_setting_out_of_range_is_named_before_anything_is_read(key):
     config = pretrain.get_config('tiny')
-    training.check_settings(config)
+    settings.check_settings(config)
     section, _, name = key.rpartition('.')
     place = config[section] if section else config
-    for value in (-1, *([float('nan')] if isinstance(place[name], float) else [])):
+    nothing = [0] if key in settings._POSITIVE else []
+    for value in (-1, *nothing, *([float('nan')] if isinstance(place[name], float) else [])):
         place[name] = value
         with pytest.raises(InputError, match=rf'^--config\.{key}=\S+ is out of range: it must be at least'):
-            training.check_settings(config)
+            settings.check_settings(config)
 
 
-def test_every_number_of_a_configuration_has_a_range():
-    checked = set(training._RANGES) | {
-        key for key in launch.flatten(pretrain.get_config()) if key.startswith('mesh.')
-    }
-    numbers = {
-        key for key, value in launch.flatten(pretrain.get_config()).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith('optimizer.')
-    }  # fmt: skip
-    # The size of a tokenizer is told by its training, which is the first thing that is done.
-    assert numbers - checked == {'data.vocab_size'}
+def test_ranges_are_of_keys_that_there_are():
+    assert {*settings._POSITIVE, *settings._BELOW} <= NUMBERS - ELSEWHERE
+    assert {key for key in ELSEWHERE if not key.startswith(('mesh.', 'optimizer.'))} == {'data.vocab_size'}
 
 
 def test_what_is_used_late_is_checked_early(monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    for settings, message in (
+    for values, message in (
         ({'log.profile_start': 600, 'log.profile_steps': 2}, 'profile_start=600 is not before the last'),
         (
             {'log.wandb': 'project'},
@@ -185,11 +186,11 @@ def test_what_is_used_late_is_checked_early(monkeypatch):
         ({'optimizer.beta2': 1.5}, r'^--config\.optimizer\.beta2 is 1\.5; it must be from 0 to below 1'),
     ):
         config = pretrain.get_config('tiny')
-        for key, value in settings.items():
+        for key, value in values.items():
             section, _, name = key.partition('.')
             config[section][name] = value
         with pytest.raises(InputError, match=message):
-            training.check_settings(config)
+            settings.check_settings(config)
     config = pretrain.get_config('tiny')
     for weights, message in (
         ('1,2', '2 weights for 1 data sources'),
@@ -198,10 +199,10 @@ def test_what_is_used_late_is_checked_early(monkeypatch):
     ):
         config.data.weights = weights
         with pytest.raises(InputError, match=message):
-            parse_weights(config)
+            settings.parse_weights(config)
     config.eval.tasks, config.eval.data_dir = 'mbpp', 'x'
     with pytest.raises(InputError, match=r'executes generated code.*set by --config\.eval\.tasks'):
-        training.prepare_exams(config)
+        settings.prepare_exams(config)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +222,13 @@ def test_the_advice_about_a_batch_helps(batch_size, parts, message):
     partitioner = Partitioner(make_mesh({'fsdp': 8}))
     config.train.batch_size, config.train.num_microbatches = batch_size, parts
     with pytest.raises(InputError, match=message) as error:
-        training.check_sizes(config, 256, partitioner)
+        settings.check_sizes(config, 256, partitioner)
     if multiple := re.search(r'multiple of (\d+)', str(error.value)):
         config.train.batch_size = int(multiple[1])
-        training.check_sizes(config, 256, partitioner)
+        settings.check_sizes(config, 256, partitioner)
     if fewer := re.search(r'take it in (\d+)', str(error.value)):
         config.train.batch_size, config.train.num_microbatches = batch_size, int(fewer[1])
-        training.check_sizes(config, 256, partitioner)
+        settings.check_sizes(config, 256, partitioner)
 
 
 def test_a_name_is_suggested_once():
@@ -243,11 +244,11 @@ def test_a_name_is_suggested_once():
 def test_the_name_of_no_model_is_refused_by_name(name):
     config = pretrain.get_config(name)
     with pytest.raises(InputError, match=f'unknown model {name!r}'):
-        training.find_preset(config.model.preset)
+        settings.find_preset(config.model.preset)
 
 
 def test_a_configuration_that_fails_is_told_in_a_line(tmp_path):
     file = tmp_path / 'failing.py'
     file.write_text("def get_config():\n    return {}['x']\n")
-    line = launch._describe_config_error(KeyError('x'), [f'--config={file}'])
+    line = config_file.describe_error(KeyError('x'), [f'--config={file}'])
     assert line == f"--config={file} cannot be loaded: KeyError: 'x'" and os.sep in line

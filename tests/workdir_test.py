@@ -7,7 +7,7 @@ from etils import epath
 
 from configs import pretrain
 from configs.pretrain import get_config
-from experiments import launch, workdir
+from experiments import config_file, workdir
 from experiments.workdir import CONFIG_FILE, check_data, check_workdir, record_run
 from llama_jax.types import InputError
 
@@ -84,9 +84,9 @@ def test_keys_that_cannot_be_overridden_are_refused(key, message):
 
 
 def test_every_key_is_free_or_overridable_or_in_the_weights():
-    keys = set(launch.flatten(pretrain.get_config())) | {'data_fingerprint'}
+    keys = set(config_file.flatten(pretrain.get_config())) | {'data_fingerprint'}
     assert set(workdir._OVERRIDABLE) <= keys
-    fixed = {key for key in keys if key.startswith(workdir._IDENTITY) and key not in workdir._OVERRIDABLE}
+    fixed = {key for key in keys if not key.startswith(workdir._FREE) and key not in workdir._OVERRIDABLE}
     assert fixed == {
         'model.preset',
         'model.vocab_size',
@@ -99,7 +99,7 @@ def test_every_key_is_free_or_overridable_or_in_the_weights():
 @pytest.mark.parametrize(('key', 'value'), [('optimizer.beta2', 0.9), ('data.train', 'x'), ('seed', 7)])
 def test_a_change_is_refused_or_written_down(begun, key, value):
     config = changed(key, value)
-    before = launch.flatten(pretrain.get_config('tiny'))[key]
+    before = config_file.flatten(pretrain.get_config('tiny'))[key]
     with pytest.raises(
         InputError, match=rf'--config\.{key} was .*, let it change by --override={key}, or choose'
     ):

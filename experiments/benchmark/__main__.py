@@ -23,27 +23,31 @@ from llama_jax import runtime, storage
 from llama_jax.types import InputError
 
 SUITES = {
-    'train': train.run,
-    'attention': attention.run,
-    'convert': convert.run,
-    'eval': evaluation.run,
-    'decode': decode.run,
-    'accelerator': accelerator.run,
+    'train': train.main,
+    'attention': attention.main,
+    'convert': convert.main,
+    'eval': evaluation.main,
+    'decode': decode.main,
+    'accelerator': accelerator.main,
 }
 
 _SUITE = flags.DEFINE_enum('suite', 'train', list(SUITES), 'what to measure')
 _JSON = launch.define_path('json', '', 'file to write the figures to, as one flat object')
 
 
-def prepare() -> None:
-    """Leaves the devices to the processes that a suite starts, where it measures in those alone."""
-    check_flags(_SUITE.value)
-    if SUITES[_SUITE.value] is accelerator.run:
-        jax.config.update('jax_platforms', 'cpu')
-
-
 def main() -> None:
     """Runs the suite; --json keeps its figures, of a suite of many parts after each."""
+    # Refuses the flags of other suites, which this one would ignore.
+    others = {suite.__module__: name for name, suite in SUITES.items() if name != _SUITE.value}
+    for name in flags.FLAGS:
+        module = flags.FLAGS.find_module_defining_flag(name)
+        if flags.FLAGS[name].present and module in others:
+            raise InputError(
+                f'--{name} is of --suite={others[module]}; --suite={_SUITE.value} does not use it'
+            )
+    if SUITES[_SUITE.value] is accelerator.main:  # the devices are for the processes that it starts
+        jax.config.update('jax_platforms', 'cpu')
+    launch.find_devices()
     if _JSON.value:
         storage.check_place(_JSON.value, folder=False)
     runtime.enable_compilation_cache('off')  # compile time is one of the figures
@@ -52,15 +56,6 @@ def main() -> None:
         if _JSON.value:
             figures = describe_machine() | {'suite': _SUITE.value} | figures
             storage.write_atomically(epath.Path(_JSON.value), json.dumps(figures, indent=2) + '\n')
-
-
-def check_flags(suite: str) -> None:
-    """Refuses the flags of other suites, which this one would ignore."""
-    others = {run.__module__: name for name, run in SUITES.items() if name != suite}
-    for name in flags.FLAGS:
-        module = flags.FLAGS.find_module_defining_flag(name)
-        if flags.FLAGS[name].present and module in others:
-            raise InputError(f'--{name} is of --suite={others[module]}; --suite={suite} does not use it')
 
 
 def describe_machine() -> dict[str, Any]:
@@ -79,4 +74,4 @@ def describe_machine() -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    launch.run(main, prepare=prepare)
+    launch.run(main, find=False)

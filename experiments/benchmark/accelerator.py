@@ -68,7 +68,7 @@ class Check:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def run() -> Iterator[dict[str, Any]]:
+def main() -> Iterator[dict[str, Any]]:
     """All figures so far, at first those of the device and then after each check; status 1 where one went wrong.
 
     Raises:

@@ -21,16 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import launch
+from experiments.checkpoint import DTYPES, dtype_name
 from llama_jax.ops.attention import attention, choose
 from llama_jax.types import InputError
 
 _SHAPES = flags.DEFINE_string(
     'attention_shapes', '', "B,T,N,K,H to time, several joined by ';'; '': some for this platform"
 )
-_DTYPE = flags.DEFINE_enum(
-    'attention_dtype', 'auto', ['auto', *launch.DTYPES], 'to time; auto: float32 on a CPU'
-)
+_DTYPE = flags.DEFINE_enum('attention_dtype', 'auto', ['auto', *DTYPES], 'to time; auto: float32 on a CPU')
 _ROUNDS = flags.DEFINE_integer('attention_rounds', 5, 'turns that each kernel takes', lower_bound=1)
 _CHECK = flags.DEFINE_boolean('attention_check', True, 'compare with float64 first')
 
@@ -60,7 +58,7 @@ _ACCELERATOR_TOLERANCE = {'float32': 1e-4, 'bfloat16': 1.5e-2}
 Kernel = Callable[..., jax.Array]  # of q, k, v and segment ids or None
 
 
-def run() -> dict[str, Any]:
+def main() -> dict[str, Any]:
     """Checks and times; prints a table of each. Ends the process where a kernel is wrong."""
     platform = jax.default_backend()
     names = KERNELS.get(platform, ('reference', 'chunked'))
@@ -73,10 +71,10 @@ def run() -> dict[str, Any]:
             figures |= {f'{name}_{key}': value for key, value in check(name, platform).items()}
         if wrong := [name for name in names if not figures.get(f'{name}_correct', True)]:
             sys.exit(f'error: wrong attention kernel: {", ".join(wrong)}; the table says in what')
-    dtype = _DTYPE.value if _DTYPE.value != 'auto' else ('float32' if platform == 'cpu' else 'bfloat16')
+    dtype = dtype_name(_DTYPE.value)
     figures['attention_dtype'] = dtype
     for shape in parse_shapes(_SHAPES.value or SHAPES.get(platform, _ACCELERATOR_SHAPES)):
-        figures |= time_kernels(names, shape, dtype)
+        figures |= time_kernels(names, shape, dtype, _ROUNDS.value)
     return figures
 
 
@@ -222,7 +220,7 @@ def exact_attention(q, k, v, ids, cotangent) -> tuple[np.ndarray, ...]:
     return out, by_queries, *(x.reshape(*k.shape[:3], group, -1).sum(3) for x in (by_keys, by_values))
 
 
-def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str, rounds: int) -> dict[str, Any]:
     """Milliseconds of each kernel on rows of this shape; one that cannot take it is left out with the reason."""
     batch, length, num_heads, _, head_dim = shape
     q, k, v, cotangent, ids = arguments(shape, dtype)
@@ -247,7 +245,7 @@ def time_kernels(names: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> 
         calls[name, 'forward'] = lambda forward=forward: forward(q, k, v, ids)
         calls[name, 'both'] = lambda both=both: both(q, k, v, ids, cotangent)
     milliseconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for turn in range(_ROUNDS.value + 1):
+    for turn in range(rounds + 1):
         for key, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())

@@ -19,7 +19,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import launch, training
+from experiments import launch
+from experiments.config_file import split_list
+from experiments.settings import find_preset
 from llama_jax.convert import meta
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16
@@ -63,7 +65,7 @@ class _Noise:
 
 def make_checkpoint(model: str, folder: Path) -> None:
     """Writes a checkpoint of a preset's full size, in bfloat16, as Meta would, with a small tokenizer."""
-    config = training.find_preset(model)
+    config = find_preset(model)
     values = np.random.default_rng(0).normal(0, 0.02, 1 << 25).astype(BFLOAT16)
     values = np.concatenate([values, values[: 1 << 23]])
     tensors = {
@@ -75,9 +77,9 @@ def make_checkpoint(model: str, folder: Path) -> None:
     meta.write(Source(config, tensors, model), epath.Path(folder))
 
 
-def run() -> dict[str, Any]:
+def main() -> dict[str, Any]:
     """Seconds, ratio to the copy, and peak memory of each conversion of each model; prints a line each."""
-    models = launch.split_list(_MODELS.value)
+    models = split_list(_MODELS.value)
     figures: dict[str, Any] = {}
     for model in models:
         with tempfile.TemporaryDirectory(dir=_SCRATCH.value or None) as temporary:

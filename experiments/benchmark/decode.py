@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import training
+from experiments.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM, init_params
@@ -28,9 +28,9 @@ _TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
 
 
-def run() -> dict[str, Any]:
+def main() -> dict[str, Any]:
     """Milliseconds of a step, its share of the memory's bandwidth, tokens/s of it and of the prompts; in a table."""
-    config = training.find_preset(_MODEL.value)
+    config = find_preset(_MODEL.value)
     prompt, tokens = _PROMPT.value, _TOKENS.value
     if prompt + tokens > config.max_seq_len:
         raise InputError(
@@ -46,7 +46,7 @@ def run() -> dict[str, Any]:
     )
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
     filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(_ROUNDS.value)
     figures: dict[str, Any] = {'model': _MODEL.value, 'dtype': dtype.name, 'copy_bandwidth': bandwidth}
     print(f'{_MODEL.value}, {dtype.name}, {prompt} + {tokens} tokens, copies at {bandwidth / 1e9:,.0f} GB/s')
     print(f'{"prompts":>8}{"step ms":>10}{"of bandwidth":>14}{"tokens/s":>12}{"prompt tokens/s":>17}')
@@ -59,7 +59,7 @@ def run() -> dict[str, Any]:
             return time.perf_counter() - start
 
         first, _ = complete(tokens), complete(1)
-        one, many = (median(lambda n=n: complete(n)) for n in (1, tokens))
+        one, many = (median(lambda n=n: complete(n), _ROUNDS.value) for n in (1, tokens))
         step = (many - one) / (tokens - 1)
         num_bytes = dtype.itemsize * (config.num_params - table + batch * filled)
         found = {
@@ -72,7 +72,7 @@ def run() -> dict[str, Any]:
     return figures
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(rounds: int) -> float:
     """Bytes/s read and written by an update of an array, in place, that no cache holds."""
     x = jnp.ones(2**26 if jax.default_backend() == 'cpu' else 2**29, jnp.float32)
     update = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -84,9 +84,9 @@ def copy_bandwidth() -> float:
         x = update(x).block_until_ready()
         return time.perf_counter() - start
 
-    return 2 * x.nbytes / median(once)
+    return 2 * x.nbytes / median(once, rounds)
 
 
-def median(measure: Callable[[], float]) -> float:
-    """Of the seconds of some turns."""
-    return statistics.median(measure() for _ in range(_ROUNDS.value))
+def median(measure: Callable[[], float], rounds: int) -> float:
+    """Of the seconds of so many turns."""
+    return statistics.median(measure() for _ in range(rounds))

@@ -38,14 +38,15 @@ _BATCH_TOKENS = flags.DEFINE_integer(
 Contender = Callable[[], dict[str, float]]  # one evaluation; its accuracies
 
 
-def run() -> dict[str, Any]:
+def main() -> dict[str, Any]:
     """Items a second of each contender and their ratio; prints a table."""
-    if not _CHECKPOINT.value or not _DATA_DIR.value:
+    checkpoint, data_dir, num_items = _CHECKPOINT.value, _DATA_DIR.value, _ITEMS.value
+    if not checkpoint or not data_dir:
         raise InputError('--suite=eval needs --eval_checkpoint=CKPT and --eval_data_dir=DIR')
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = {'llama_jax': ours()}
+        contenders = {'llama_jax': ours(checkpoint, data_dir, num_items, _BATCH_TOKENS.value)}
         if all(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'lm_eval', 'accelerate')):
-            contenders['lm_eval_huggingface'] = huggingface(Path(scratch))
+            contenders['lm_eval_huggingface'] = huggingface(checkpoint, data_dir, num_items, Path(scratch))
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         found: dict[str, dict[str, float]] = {}
         for _ in range(1 + _ROUNDS.value):
@@ -53,15 +54,15 @@ def run() -> dict[str, Any]:
                 start = time.perf_counter()
                 found[name] = contender()
                 seconds[name].append(time.perf_counter() - start)
-    figures: dict[str, Any] = {'eval_checkpoint': _CHECKPOINT.value, 'eval_items': _ITEMS.value}
-    print(f'\nHellaSwag, first {_ITEMS.value:,} items, {_CHECKPOINT.value}')
+    figures: dict[str, Any] = {'eval_checkpoint': checkpoint, 'eval_items': num_items}
+    print(f'\nHellaSwag, first {num_items:,} items, {checkpoint}')
     print(f'{"":24}{"items/s":>10}{"min":>10}{"max":>10}{"first turn s":>14}{"acc":>8}{"acc_norm":>10}')
     for name, times in seconds.items():
         first, *times = times
-        rate = _ITEMS.value / statistics.median(times)
+        rate = num_items / statistics.median(times)
         figures |= {f'{name}_items_per_second': rate, f'{name}_first_turn_seconds': first}
         figures |= {f'{name}_{metric}': value for metric, value in found[name].items()}
-        low, high = _ITEMS.value / max(times), _ITEMS.value / min(times)
+        low, high = num_items / max(times), num_items / min(times)
         accuracies = f'{found[name]["acc"]:8.3f}{found[name]["acc_norm"]:10.3f}'
         print(f'{name:24}{rate:10.1f}{low:10.1f}{high:10.1f}{first:14.1f}{accuracies}')
     if len(contenders) == 2:
@@ -76,30 +77,30 @@ def run() -> dict[str, Any]:
     return figures
 
 
-def ours() -> Contender:
+def ours(checkpoint: str, data_dir: str, num_items: int, batch_tokens: int) -> Contender:
     """Our harness, in float32."""
-    config, params, tokenizer = pretrained.load(_CHECKPOINT.value)
+    config, params, tokenizer = pretrained.load(checkpoint)
     model = LlamaForCausalLM(config, dtype=jnp.float32)
-    engine = Engine(model, params, tokenizer, batch_tokens=_BATCH_TOKENS.value)
+    engine = Engine(model, params, tokenizer, batch_tokens=batch_tokens)
 
     def once() -> dict[str, float]:
-        exam = prepare(find_task('hellaswag'), _DATA_DIR.value, limit=_ITEMS.value)
+        exam = prepare(find_task('hellaswag'), data_dir, limit=num_items)
         found = evaluate(exam, engine, progress=False)
         return {metric: found[metric] for metric in ('acc', 'acc_norm')}
 
     return once
 
 
-def huggingface(scratch: Path) -> Contender:
+def huggingface(checkpoint: str, data_dir: str, num_items: int, scratch: Path) -> Contender:
     """lm-evaluation-harness's HellaSwag on the same items, with its model of transformers, in float32."""
     os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_CACHE': str(scratch / 'cache'), 'TQDM_DISABLE': '1'}
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    checkpoint = pretrained.open(_CHECKPOINT.value)
-    export.save(scratch / 'model', checkpoint.source, checkpoint.tokenizer, to='huggingface', dtype='float32')
-    items = prepare(find_task('hellaswag'), _DATA_DIR.value, limit=_ITEMS.value).documents
+    opened = pretrained.open(checkpoint)
+    export.save(scratch / 'model', opened.source, opened.tokenizer, to='huggingface', dtype='float32')
+    items = prepare(find_task('hellaswag'), data_dir, limit=num_items).documents
     file = scratch / 'hellaswag.jsonl'
     file.write_text('\n'.join(map(json.dumps, items)))
     task = {

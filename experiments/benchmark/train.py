@@ -18,7 +18,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import launch, training
+from experiments import launch
+from experiments.checkpoint import DTYPES, dtype_name
+from experiments.settings import compiler_options, find_preset
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
@@ -33,9 +35,7 @@ from llama_jax.types import error_line
 _MODEL = flags.DEFINE_string('model', 'stories_15m', 'a preset')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update', lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer('seq_len', 0, "tokens in a row; 0: the preset's context", lower_bound=0)
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', *launch.DTYPES], 'of the computation; auto: float32 on a CPU'
-)
+_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _LAYERS = flags.DEFINE_integer('layers', 0, "of the model; 0: the preset's", lower_bound=0)
 _OPTIMIZER_NAME = flags.DEFINE_enum('optimizer', 'adamw', OPTIMIZERS, 'of ours; Hugging Face has AdamW')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns that each contender takes', lower_bound=1)
@@ -54,19 +54,23 @@ _OPTIMIZER = OptimizerConfig(learning_rate=1e-4, eps=1e-8)
 Step = Callable[[], float]  # one update; the loss before it
 
 
-def run() -> dict[str, Any]:
+def main() -> dict[str, Any]:
     """Times a training step of every contender in turns, and prints a table."""
-    config = training.find_preset(_MODEL.value)
+    config = find_preset(_MODEL.value)
     config = dataclasses.replace(config, num_layers=_LAYERS.value or config.num_layers)
     seq_len = _SEQ_LEN.value or config.max_seq_len
-    automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    dtype = automatic if _DTYPE.value == 'auto' else _DTYPE.value
+    dtype = dtype_name(_DTYPE.value)
     rows = np.random.default_rng(0).integers(
         0, config.vocab_size, (_BATCH_SIZE.value, seq_len + 1), dtype=np.int32
     )
 
+    model = LlamaForCausalLM(
+        config, dtype=DTYPES[dtype], remat=_REMAT.value, unroll=_UNROLL.value,
+        partitioner=Partitioner(make_mesh({'fsdp': -1})),
+    )  # fmt: skip
+    recipe = dataclasses.replace(_OPTIMIZER, name=_OPTIMIZER_NAME.value)
     contenders: dict[str, Callable[[], Step]] = {
-        'llama_jax': functools.partial(our_step, config, rows, dtype),
+        'llama_jax': functools.partial(our_step, model, recipe, rows, _LOSS_CHUNKS.value, _XLA_OPTIONS.value),
     }
     if _PEER.value and importlib.util.find_spec('torch') and importlib.util.find_spec('transformers'):
         contenders['huggingface_eager'] = functools.partial(
@@ -141,13 +145,12 @@ def run() -> dict[str, Any]:
     return figures
 
 
-def our_step(config: LlamaConfig, rows: np.ndarray, dtype: str) -> Step:
+def our_step(
+    model: LlamaForCausalLM, recipe: OptimizerConfig, rows: np.ndarray, loss_chunks: int, xla_options: str
+) -> Step:
     """Our training step on all devices."""
-    partitioner = Partitioner(make_mesh({'fsdp': -1}))
-    model = LlamaForCausalLM(
-        config, dtype=launch.DTYPES[dtype], remat=_REMAT.value, unroll=_UNROLL.value, partitioner=partitioner
-    )
-    recipe = dataclasses.replace(_OPTIMIZER, name=_OPTIMIZER_NAME.value)
+    partitioner = model.partitioner
+    assert partitioner is not None
     tx = make_optimizer(recipe, recipe.learning_rate)
     target = abstract_state(*abstract_params_and_axes(model), tx, partitioner)
     start = jax.jit(lambda key: new_state(init_params(model, key), tx), out_shardings=shardings_of(target))
@@ -157,9 +160,9 @@ def our_step(config: LlamaConfig, rows: np.ndarray, dtype: str) -> Step:
     )
     step_fn = compile_train_step(
         target,
-        loss_fn=language_model_loss(model, num_chunks=_LOSS_CHUNKS.value),
+        loss_fn=language_model_loss(model, num_chunks=loss_chunks),
         tx=tx,
-        compiler_options=training.compiler_options(_XLA_OPTIONS.value, partitioner),
+        compiler_options=compiler_options(xla_options, partitioner),
     )
     rng = jax.random.key(1)
 

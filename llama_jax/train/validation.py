@@ -90,7 +90,7 @@ def make_validation(
     *,
     every: int,
     target: LMBatch,
-    view: Callable[[Params], Params] = lambda params: params,
+    view: Callable[[TrainState], Params] = lambda state: state.params,
     max_rows: int = 0,
     num_chunks: int = 1,
 ) -> Measurement:
@@ -101,14 +101,14 @@ def make_validation(
       rows: see `evaluate_rows`.
       every: updates between two; 0: after the last only.
       target: see `evaluate_rows`.
-      view: what is trained -> the model's weights.
+      view: state -> the model's weights, which are trained whole or in part.
       max_rows: 0 for all.
       num_chunks: see `make_loss_step`.
     """
     loss_step = make_loss_step(model, num_chunks)
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        found = evaluate_rows(loss_step, view(state.params), rows, target=target, max_rows=max_rows)
+        found = evaluate_rows(loss_step, view(state), rows, target=target, max_rows=max_rows)
         nats, bits = found.nats_per_token, found.bits_per_byte
         _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
         return dict(zip(FIGURES, (nats, bits), strict=True))

@@ -60,7 +60,7 @@ def test_a_model_is_scored_as_by_hand():
     params = toy.make_params(model)
     measurement = make_validation(
         model, rows, every=5, target=toy.abstract_batch(Partitioner(make_mesh({'data': 8})), 8, LENGTH),
-        view=lambda trained: trained['policy'], num_chunks=2,
+        view=lambda state: state.params['policy'], num_chunks=2,
     )  # fmt: skip
     found = measurement.measure(TrainState(jnp.int32(5), {'policy': params}, {}), 5)
     assert tuple(found) == measurement.figures

@@ -1,0 +1,121 @@
+"""The sections that all configurations share: every key with its meaning, and the value that most tasks take.
+
+A task has `sections.all_of(MODEL)` and sets what is different in it; what it alone needs is a section of its own.
+"""
+
+from ml_collections import ConfigDict
+
+
+def all_of(preset: str) -> ConfigDict:
+    """A configuration of all sections."""
+    config = ConfigDict()
+    config.seed = 0  # of the weights' initial values and of the data's order
+    config.model = model(preset)
+    config.data = data()
+    config.train = train()
+    config.optimizer = optimizer()
+    config.mesh = mesh()
+    config.checkpoint = checkpoint()
+    config.eval = evaluation()
+    config.log = log()
+    return config
+
+
+def model(preset: str) -> ConfigDict:
+    """The architecture and how it is computed."""
+    section = ConfigDict()
+    section.preset = preset  # a name in llama_jax.PRESETS
+    section.vocab_size = 0  # 0: the preset's, or the tokenizer's where that is larger
+    section.dtype = 'bfloat16'  # of the computation; weights stay float32
+    section.remat = 'full'  # full, attention, projections (or NAME_offload), none: docs/preflight.md
+    section.unroll = 1  # layers per step of the scan
+    section.attention = 'auto'  # kernel: auto, reference, chunked, splash (TPU), cudnn (GPU)
+    return section
+
+
+def data() -> ConfigDict:
+    """What is read, and the tokenizer that reads it."""
+    section = ConfigDict()
+    section.train = ''  # sources: files, globs, tfds:NAME, prepared folders
+    section.weights = ''  # of the sources; '': by size
+    section.validation = ''  # sources to validate on; '': hold out a part of the training documents
+    section.validation_fraction = 0.001  # of the documents, where `validation` is ''
+    section.text_key = 'text'  # the field of JSONL and TFDS records that holds the text
+    section.separator = ''  # what divides documents in a text file; '': a file is a document
+    section.tokenizer = 'data/tokenizer.model'  # sentencepiece or tiktoken; '': train one
+    section.vocab_size = 32_000  # of the tokenizer, where one is trained
+    section.seq_len = 2048  # tokens in a row
+    return section
+
+
+def train() -> ConfigDict:
+    """How long, and in what pieces."""
+    section = ConfigDict()
+    section.num_steps = 238_419  # updates
+    section.batch_size = 2048  # rows in an update, over all devices: 4M tokens
+    section.num_microbatches = 1  # parts of the batch taken one after the other, to save memory
+    section.loss_chunks = 8  # parts of the sequence whose logits are held at a time
+    section.z_loss = 0.0  # weight of the squared log-normaliser; nll is then logged beside loss
+    return section
+
+
+def optimizer() -> ConfigDict:
+    """LLaMA's."""
+    section = ConfigDict()
+    section.name = 'adamw'  # adamw, adafactor, lion, muon
+    section.learning_rate = 3e-4  # peak
+    section.warmup_steps = 2000  # linear from 0
+    section.final_fraction = 0.1  # of the peak, at the end of the cosine
+    section.beta1 = 0.9
+    section.beta2 = 0.95
+    section.eps = 1e-5  # Llama 2's; LLaMA 1 does not publish its own
+    section.weight_decay = 0.1  # not on norms
+    section.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    return section
+
+
+def mesh() -> ConfigDict:
+    """How devices share the work: docs/preflight.md, docs/launch.md."""
+    section = ConfigDict()
+    section.dcn_data = 1  # TPU slices joined by the data-centre network, each with a copy of the model
+    section.data = 1  # copies of the model
+    section.fsdp = -1  # parts of weights, optimiser state and batch; -1: all other devices
+    section.context = 1  # parts of the sequence
+    section.tensor = 1  # parts of heads and mlp units
+    section.axis_rules = ''  # overrides such as 'kv_heads=' (replicate), 'vocab=tensor'
+    return section
+
+
+def checkpoint() -> ConfigDict:
+    """What is kept."""
+    section = ConfigDict()
+    section.every = 1000  # steps
+    section.keep = 3  # the newest N; 0: all
+    section.verify = True  # compare every file with its checksum before a checkpoint is restored
+    return section
+
+
+def evaluation() -> ConfigDict:
+    """What is measured on the way."""
+    section = ConfigDict()
+    section.every = 1000  # steps between validations; 0: at the end only
+    section.max_rows = 0  # validate on the first N rows; 0: all
+    section.prompt = ''  # completed at the end of the run
+    section.sample_tokens = 128  # of the completion; 0: none
+    section.tasks = ''  # benchmarks, as for `experiments.evaluate`: piqa,hellaswag
+    section.tasks_every = 5000  # steps between their evaluations; 0: at the end only
+    section.data_dir = ''  # folder of the benchmarks
+    section.limit = 0  # the first N items of each; 0: all
+    return section
+
+
+def log() -> ConfigDict:
+    """What is written of a run beside its checkpoints."""
+    section = ConfigDict()
+    section.every = 10  # steps
+    section.tensorboard = True
+    section.wandb = ''  # project name; '': off
+    section.profile_start = 0  # first step of a profiler trace
+    section.profile_steps = 0  # its length; 0: none
+    section.compilation_cache = ''  # folder of compiled programs; '': the user's cache, 'off': none
+    return section

@@ -1,0 +1,29 @@
+"""--checkpoint as commands open it: with its tokenizer, in a type to compute in."""
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import pretrained
+from llama_jax.types import InputError
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
+
+
+def dtype_name(given: str) -> str:
+    """--dtype as it is given; auto is float32 on a CPU, which has no fast bfloat16."""
+    automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return automatic if given == 'auto' else given
+
+
+def open_with_tokenizer(checkpoint: str, tokenizer: str) -> pretrained.Checkpoint:
+    """--checkpoint opened, for a command that reads or writes text; its weights are still in their files.
+
+    Raises:
+      InputError: it has no tokenizer, and --tokenizer gives none; or as `pretrained.open`.
+    """
+    opened = pretrained.open(checkpoint)
+    if not tokenizer and opened.tokenizer is None:
+        raise InputError(
+            f'{checkpoint} has no tokenizer; give the one that the weights were trained with by --tokenizer'
+        )
+    return opened

@@ -1,0 +1,79 @@
+"""A configuration file: its keys by dotted name, the paths among its values, what is wrong with it in one line."""
+
+import runpy
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from llama_jax import storage
+from llama_jax.types import did_you_mean, error_line
+
+# What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
+PATH_KEYS = (
+    'data.train', 'data.validation', 'data.tokenizer', 'eval.tasks', 'eval.data_dir', 'log.compilation_cache',
+)  # fmt: skip
+
+
+def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in values.items():
+        if hasattr(value, 'items'):
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """'a, b' -> ('a', 'b')."""
+    return tuple(filter(None, (part.strip() for part in text.split(','))))
+
+
+def expand_paths(text: str) -> str:
+    """'~' at the beginning of each path of a list, also behind the mark of a source or a task."""
+    return ','.join(storage.expand_user(part) for part in text.split(','))
+
+
+def expand_user(config: ConfigDict) -> None:
+    """'~' in all paths of a configuration, in place."""
+    known = flatten(config)
+    for key in PATH_KEYS:
+        if isinstance(known.get(key), str):
+            section, _, name = key.partition('.')
+            config[section][name] = expand_paths(known[key])
+
+
+def describe_error(error: Exception, argv: Sequence[str]) -> str:
+    """ml_collections names a bad key deep in a traceback: find the argument, and the keys it might have meant."""
+    path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
+    file = path.partition(':')[0]
+    if not epath.Path(file).exists():
+        return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
+    try:
+        known = flatten(_load(path))
+    except Exception as cause:
+        return f'--config={path} cannot be loaded: {type(cause).__name__}: {error_line(cause)}'
+    settings = {
+        arg: arg.removeprefix('--config.').split('=', 1) for arg in argv if arg.startswith('--config.')
+    }
+    for key, *_ in settings.values():
+        if key not in known:
+            return f'unknown config key --config.{key}; {did_you_mean(key, known)}'
+    text = str(error)
+    for arg in sorted(
+        settings, key=lambda arg: f'flag {arg}:' not in text
+    ):  # the one that is named comes first
+        key, *value = settings[arg]
+        kind = type(known[key]).__name__
+        if f'flag {arg}:' in text or kind in text or repr(''.join(value)) in text:
+            return f'{arg}: the value must be of type {kind}, as {known[key]!r} is'
+    return f'configuration: {error_line(error)}'
+
+
+def _load(path: str) -> ConfigDict:
+    file, _, argument = path.partition(':')
+    get_config = runpy.run_path(file)['get_config']
+    return get_config(argument) if argument else get_config()

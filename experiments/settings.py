@@ -1,0 +1,188 @@
+"""A configuration as what the library takes: checked before anything is read or written, a key named in each line."""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.checkpoint import DTYPES
+from experiments.config_file import flatten, split_list
+from experiments.launch import flags_named
+from llama_jax import xla_options
+from llama_jax.eval.harness import Exam, prepare
+from llama_jax.eval.task import Judges
+from llama_jax.eval.tasks import find_task
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS, with_vocab_size
+from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.train.optimizer import OptimizerConfig
+from llama_jax.types import InputError, did_you_mean
+
+# Numbers are at least 0, these at least 1 or below something. Most are used late, and all are checked first; those of
+# `mesh` and `optimizer` by who takes them, and the size of a tokenizer by its training, the first thing that is done.
+_POSITIVE = (
+    'model.unroll', 'data.seq_len', 'train.num_steps', 'train.batch_size', 'train.num_microbatches',
+    'train.loss_chunks',
+)  # fmt: skip
+_BELOW = {'seed': 2**31 - 1, 'data.validation_fraction': 1}
+_CHECKED_ELSEWHERE = ('mesh.', 'optimizer.', 'data.vocab_size')
+
+
+def check_settings(config: ConfigDict) -> None:
+    """What is wrong with a setting by itself, in a line that names its key: before anything is read or written."""
+    for key, value in flatten(config).items():
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or key.startswith(_CHECKED_ELSEWHERE)
+        ):
+            continue
+        least, end = int(key in _POSITIVE), _BELOW.get(key, math.inf)
+        if not least <= value < end:  # a NaN is in no range
+            above = '' if end == math.inf else f' and below {end}'
+            raise InputError(f'--config.{key}={value} is out of range: it must be at least {least}{above}')
+    start, steps = config.log.profile_start, config.log.profile_steps
+    if steps and start >= config.train.num_steps:
+        raise InputError(
+            f'--config.log.profile_start={start} is not before the last of --config.train.num_steps='
+            f'{config.train.num_steps}: nothing would be traced'
+        )
+    if config.log.wandb and importlib.util.find_spec('wandb') is None:
+        raise InputError(
+            f"--config.log.wandb={config.log.wandb} needs the package wandb: pip install 'llama_jax[wandb]'"
+        )
+    make_optimizer_config(config)
+
+
+def check_prompt(config: ConfigDict, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """What is completed at the end of the run must fit then."""
+    if config.eval.sample_tokens:
+        with flags_named('--config.eval.prompt'):
+            length = len(tokenizer.encode(config.eval.prompt, bos=True))
+            if length >= max_seq_len:
+                raise InputError(
+                    f'the prompt has {length} tokens; the model reads {max_seq_len}, so shorten it'
+                )
+
+
+def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -> Partitioner:
+    """The mesh of these devices (all there are) with the axis rules of `config.mesh`."""
+    with flags_named('--config.mesh.*'):
+        mesh = make_mesh({name: config.mesh[name] for name in MESH_AXES}, devices)
+    with flags_named('--config.mesh.axis_rules'):
+        return Partitioner(mesh, parse_rules(config.mesh.axis_rules))
+
+
+def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
+    """The model of an architecture with the knobs of `config.model`."""
+    if config.model.dtype not in DTYPES:
+        raise InputError(f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(DTYPES)}')
+    return LlamaForCausalLM(
+        llama,
+        dtype=DTYPES[config.model.dtype],
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention_implementation=config.model.attention,
+        partitioner=partitioner,
+    )
+
+
+def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) -> None:
+    """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
+    if config.data.seq_len > max_seq_len:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
+            f'{max_seq_len} tokens'
+        )
+    size, parts = config.train.batch_size, config.train.num_microbatches
+    if parts < 1 or size < 1 or size % parts:
+        raise InputError(
+            f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'
+        )
+    devices = partitioner.axis_size('batch')
+    if parts > 1 and size // parts % devices:
+        fewer = [n for n in range(1, parts) if size % (n * devices) == 0]
+        raise InputError(
+            f'--config.train.batch_size={size} in --config.train.num_microbatches={parts} are {size // parts} rows at '
+            f'a time, which do not divide over the {devices} devices that share a batch; make the batch a multiple of '
+            f'{parts * devices}' + (f', or take it in {fewer[-1]}' if fewer else '')
+        )
+    with flags_named('--config.train.batch_size', '--config.data.seq_len'):
+        partitioner.batch_sharding(size // parts, config.data.seq_len)
+    if config.train.loss_chunks < 1 or config.data.seq_len % config.train.loss_chunks:
+        raise InputError(
+            f'--config.data.seq_len={config.data.seq_len} does not divide into '
+            f'--config.train.loss_chunks={config.train.loss_chunks}'
+        )
+
+
+@functools.cache
+def compiler_options(text: str, partitioner: Partitioner) -> dict[str, Any]:
+    """What --xla_options sets, checked with the compiler for these devices."""
+    with flags_named('--xla_options'):
+        return xla_options.parse(text, partitioner.mesh)
+
+
+def find_preset(name: str) -> LlamaConfig:
+    """The preset of that name, or a line with the nearest ones."""
+    if name not in PRESETS:
+        raise InputError(f'unknown model {name!r}; {did_you_mean(name, PRESETS)}')
+    return PRESETS[name]
+
+
+def fit_vocabulary(config: ConfigDict, llama: LlamaConfig, tokenizer_size: int) -> LlamaConfig:
+    """The architecture with room for every id of the tokenizer."""
+    wanted = config.model.vocab_size or max(llama.vocab_size, tokenizer_size)
+    if wanted < tokenizer_size:
+        raise InputError(
+            f'--config.model.vocab_size={wanted} is less than the tokenizer needs: {tokenizer_size} ids; '
+            'raise it, or 0 to fit'
+        )
+    return with_vocab_size(llama, wanted)
+
+
+def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """`config.optimizer` as the dataclass that the library takes."""
+    with flags_named(*(f'--config.optimizer.{name}' for name in config.optimizer)):
+        return OptimizerConfig(**config.optimizer)
+
+
+def prepare_exams(config: ConfigDict) -> list[Exam]:
+    """The benchmarks that `config.eval` names, read before anything is trained."""
+    exams = []
+    for name in split_list(config.eval.tasks):
+        with flags_named('--config.eval.tasks'):
+            task = find_task(name)
+            if task.executes_code:
+                raise InputError(
+                    f'task {task.name} executes generated code, which a training run does not; leave it to '
+                    'experiments.evaluate'
+                )
+            task.check(Judges())
+        if not config.eval.data_dir and not name.startswith('perplexity:'):
+            raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
+        with flags_named('--config.eval.tasks', '--config.eval.data_dir'):
+            exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
+    return exams
+
+
+def parse_weights(config: ConfigDict) -> list[float] | None:
+    """`data.weights` as numbers; None weighs the sources by their size."""
+    given = f'--config.data.weights={config.data.weights!r}'
+    try:
+        weights = [float(weight) for weight in split_list(config.data.weights)] or None
+    except ValueError as error:
+        raise InputError(f'{given}: {error}; give numbers or none') from error
+    sources = split_list(config.data.train)
+    if weights and len(weights) != len(sources):
+        raise InputError(
+            f'{given} are {len(weights)} weights for {len(sources)} data sources; give one each, or none for all'
+        )
+    if weights and not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f'{given}: each must be a positive number (leave out an unused source)')
+    return weights
