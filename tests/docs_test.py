@@ -166,7 +166,7 @@ def wrong_names(text, file):
                 '/' in path or not any(other.name == path for other in [*CODE, *PAGES])
             ):
                 yield path
-    rooms = {part for name in modules() for part in name.split('.')}
+    rooms = {part for name in modules() for part in name.split('.')} - {'__main__'}
     for name in sorted(quoted):
         if re.fullmatch(r'[a-z_]\w*(?:\.\w+)+(?:\(\))?', name):
             name = name.removesuffix('()')

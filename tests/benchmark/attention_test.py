@@ -32,8 +32,7 @@ def test_it_checks_and_times_every_kernel_of_the_machine(commands, tmp_path):
 
 def test_a_wrong_kernel_ends_it_with_an_error(commands, tmp_path):
     file = tmp_path / 'figures.json'
-    pids = commands.start_processes('benchmark', *TINY, f'--json={file}', num_processes=1, before=WRONG)
-    (finished,) = commands.wait_processes(pids)
+    finished = commands.run('benchmark', *TINY, f'--json={file}', before=WRONG)
     assert finished.status == 1
     assert finished.stderr.splitlines()[-1].startswith('error: wrong attention kernel: chunked;')
     assert 'WRONG to 1e-02' in finished.stdout and 'WRONG: documents leak by' in finished.stdout
