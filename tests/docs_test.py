@@ -32,7 +32,7 @@ FOREIGN_FLAGS = {
     'tasks',
 }
 # Their names are a module's of ours, or of one that need not be installed.
-FOREIGN_NAMES = {'datasets.load_dataset', 'tfds.data_source', 'signal.SIGTERM'}
+FOREIGN_NAMES = {'datasets.load_dataset', 'tfds.data_source', 'signal.SIGTERM', 'lm_eval.api.model.LM'}
 # What commands write, and what stands for a name.
 FOREIGN_FILES = {'report.md', 'benchmark/SUITE.py'}
 # Of transformers, of Meta's code, of files' headers and of mathematics.

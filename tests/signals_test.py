@@ -80,7 +80,10 @@ def ended(tmp_path_factory):
     folders = {case: tmp_path_factory.mktemp('signals') for case in CASES}
     cases = [settings | {'folder': str(folders[case])} for case, (_, settings, *_) in CASES.items()]
     server = subprocess.Popen(
-        [sys.executable, '-c', SERVER, json.dumps(cases)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, '-W', 'ignore:This process:DeprecationWarning', '-c', SERVER, json.dumps(cases)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     pids = json.loads(server.stdout.readline())
     try:

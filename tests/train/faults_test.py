@@ -57,7 +57,7 @@ PLACES = {
     'validation': 'llama_jax.train.validation:evaluate_rows',
     'saving': 'llama_jax.checkpoint.training:Checkpointer.save',
     'committing': 'llama_jax.checkpoint.training:record_files',
-    'restoring': 'llama_jax.checkpoint.training:Checkpointer._restore',
+    'restoring': 'llama_jax.checkpoint.training:_restore',
     'checking': 'llama_jax.checkpoint.training:find_damage',
     'logging': 'llama_jax.train.metrics:JsonlWriter.write',
     'reporting': 'llama_jax.train.metrics:plot_loss',
