@@ -26,6 +26,7 @@ from experiments.workdir import (
     check_data,
     check_overrides,
     check_same_data,
+    check_same_fork,
     check_workdir,
     has_checkpoint,
     hold_folder,
@@ -141,6 +142,7 @@ def begin(plan: Plan, objective: Objective, fingerprint: str) -> Run:
     with runtime.refused_by_all():
         check_data(workdir, fingerprint, plan.overrides)
     check_same_data(fingerprint)
+    check_same_fork(fork)
     axes = ', '.join(f'{name} {size}' for name, size in plan.partitioner.mesh.shape.items())
     devices = f'{jax.device_count()} {jax.devices()[0].device_kind} ({axes})'
     logger.info('%s: %s weights on %s', config.model.preset, f'{llama.num_params:,}', devices)

@@ -253,6 +253,16 @@ def open_fork(given: str, workdir: epath.Path, config: ConfigDict) -> Fork:
     return Fork(given, origin, found, changes, recorded['data_fingerprint'])
 
 
+def check_same_fork(fork: Fork | None) -> None:
+    """Refuses processes that see another newest step of a run that goes on: they would start from different states."""
+    steps = runtime.gather_texts(str(fork.step) if fork else '')
+    if fork and len(set(steps)) > 1:
+        raise InputError(
+            f'--fork={fork.given}: the processes find {" and ".join(sorted(set(steps)))} as its newest step, for that '
+            f'run goes on; name the step, as in --fork={fork.workdir}@{fork.step.name}'
+        )
+
+
 def check_same_data(fingerprint: str) -> None:
     """Refuses hosts whose copies of the documents differ."""
     first, *others = runtime.gather_texts(fingerprint)

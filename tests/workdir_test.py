@@ -139,3 +139,12 @@ def test_what_no_run_can_start_from_is_refused(begun, tmp_path):
         workdir.open_fork(str(begun), new, changed('optimizer.name', 'lion'))
     assert {path.name for path in tmp_path.iterdir()} == {'run'}
     assert {path.name for path in begun.iterdir()} == {'config.json'}
+
+
+def test_processes_that_find_other_newest_steps_of_a_fork_are_refused(monkeypatch):
+    fork = workdir.Fork('runs/a', epath.Path('runs/a'), epath.Path('runs/a/checkpoints/10'), [], 'abc')
+    workdir.check_same_fork(fork)
+    workdir.check_same_fork(None)
+    monkeypatch.setattr(workdir.runtime, 'gather_texts', lambda text: [text, text.replace('10', '15')])
+    with pytest.raises(InputError, match=r'checkpoints/10 and runs/a/checkpoints/15 as .* --fork=runs/a@10$'):
+        workdir.check_same_fork(fork)
