@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings that go together. None is on by default: none has been measured with this code yet.
+    """Settings that go together; the two that `benchmark --suite=accelerator` measures. None is on by default.
 
     Attributes:
       kinds: parts of `device_kind`, any of which must be there.
@@ -51,32 +51,6 @@ PRESETS: dict[str, Preset] = {
             'xla_tpu_data_parallel_opt_different_sized_ops': True,
         },
         'weights gathered while the layer before computes (MaxText, Llama 2 on v5e and v5p)',
-    ),
-    'tpu_vmem': Preset(
-        ('TPU v6', 'TPU7x'),
-        {'xla_tpu_scoped_vmem_limit_kib': 98304},
-        'larger tiles in on-chip memory (MaxText, dense models on v6e)',
-    ),
-    'tpu_sparsecore': Preset(
-        ('TPU v6', 'TPU7x'),
-        {f'xla_tpu_enable_sparse_core_collective_offload_{name}': True for name in _COLLECTIVES}
-        | {f'xla_tpu_enable_async_collective_fusion_fuse_{name}': False for name in _COLLECTIVES},
-        'collectives on the SparseCores, beside the matrix units (MaxText, v6e)',
-    ),
-    'tpu_no_windows': Preset(
-        _TPU,
-        {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000},
-        'weights gathered whole rather than piece by piece within their product (tpu-recipes, Llama 3.1 on v6e)',
-    ),
-    'tpu_host_offload': Preset(
-        _TPU,
-        {
-            'xla_tpu_enable_all_experimental_scheduler_features': True,
-            'xla_tpu_enable_scheduler_memory_pressure_tracking': True,
-            'xla_tpu_host_transfer_overlap_limit': 24,
-            'xla_latency_hiding_scheduler_rerun': 2,
-        },
-        'for remat policies that keep activations in the host memory (MaxText, v6e and v5p)',
     ),
     'gpu_overlap': Preset(
         _GPU,

@@ -33,7 +33,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         {
             *('optax', 'orbax', 'tensorstore', 'google_crc32c', 'ml_dtypes', 'flax.traverse_util'),
             *('grain', 'tensorflow_datasets', 'pyarrow', 'array_record', 'zstandard'),
-            *('safetensors', 'gguf'),
+            'gguf',
         },
     ),
     ({'pretrained', 'export'}, {'huggingface_hub'}),
