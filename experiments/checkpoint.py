@@ -1,18 +1,17 @@
 """--checkpoint as commands open it: with its tokenizer, in a type to compute in."""
 
-import jax
 import jax.numpy as jnp
 
 from llama_jax import pretrained
+from llama_jax.models.llama import compute_dtype
 from llama_jax.types import InputError
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
 def dtype_name(given: str) -> str:
-    """--dtype as it is given; auto is float32 on a CPU, which has no fast bfloat16."""
-    automatic = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    return automatic if given == 'auto' else given
+    """--dtype as it is given; auto is what suits the device."""
+    return jnp.dtype(compute_dtype()).name if given == 'auto' else given
 
 
 def open_with_tokenizer(checkpoint: str, tokenizer: str) -> pretrained.Checkpoint:

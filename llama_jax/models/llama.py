@@ -157,12 +157,18 @@ class Block(_Layer):
         return (x, cache), None
 
 
+def compute_dtype() -> jax.typing.DTypeLike:
+    """What a model computes in where it is not told: float32 on a CPU, which has no fast bfloat16; else bfloat16."""
+    return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+
+
 class Transformer(nn.Module):
     """Embedding, layers and final norm: the trunk under every head.
 
     Attributes:
       config: the architecture.
-      dtype: of the computation; weights stay fp32, as do softmax, norms, RoPE and logits.
+      dtype: of the computation, by default the device's `compute_dtype`; weights stay fp32, as do softmax, norms,
+        RoPE and logits.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       unroll: layers per step of the scan; changes speed and compile time, never the weights' layout.
       attention_implementation: see `ops.attention.attention`.
@@ -170,7 +176,7 @@ class Transformer(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: jax.typing.DTypeLike = jnp.bfloat16
+    dtype: jax.typing.DTypeLike = dataclasses.field(default_factory=compute_dtype)
     remat: str = 'none'
     unroll: int = 1
     attention_implementation: str = 'auto'

@@ -216,7 +216,9 @@ def train(
             while done < config.num_steps:
                 profiler.before_step(done)
                 batch = fetch()
-                with jax.profiler.StepTraceAnnotation('train', step_num=done):
+                # Whatever a step reads is on the devices: a batch on the host would be copied while they wait.
+                annotation = jax.profiler.StepTraceAnnotation('train', step_num=done)
+                with annotation, jax.transfer_guard('disallow'):
                     state, metrics = step_fn(state, frozen, batch, rng)
                 preemption.listen()  # now there is something to save; while the first step compiled there was not
                 done += 1

@@ -63,7 +63,7 @@ def our_logits(source: Source, tokens, positions) -> np.ndarray:
             node = node.setdefault(name, {})
         leaf = Leaf(source, weight)
         node[last] = leaf.read((slice(None),) * len(leaf.shape))
-    model = LlamaForCausalLM(source.config, dtype=jnp.float32)
+    model = LlamaForCausalLM(source.config)  # on a CPU: in float32
     apply = jax.jit(lambda params, *args: model.apply({'params': params}, *args)[0])
     return np.asarray(apply(params, jnp.asarray(tokens), jnp.asarray(positions)))
 

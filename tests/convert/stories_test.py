@@ -51,7 +51,7 @@ def chain(stories, tmp_path_factory):
 
 def complete(path, **kwargs):
     config, params, tokenizer = llama_jax.load(path)
-    model = llama_jax.LlamaForCausalLM(config, dtype=jnp.float32)
+    model = llama_jax.LlamaForCausalLM(config)
     return llama_jax.generate(model, params, tokenizer, [''], temperature=0.0, **kwargs)[0]
 
 
@@ -68,7 +68,7 @@ def test_likelihood_of_real_stories(shared_data, stories, expected):
         i for story in text.split('<|endoftext|>')[:200] for i in tokenizer.encode(story.strip(), bos=True)
     ]
     rows = jnp.array([ids[start : start + 257] for start in range(0, 60 * 256, 256)])
-    model = llama_jax.LlamaForCausalLM(config, dtype=jnp.float32)
+    model = llama_jax.LlamaForCausalLM(config)
 
     @jax.jit
     def loss(params, rows):

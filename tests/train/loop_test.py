@@ -8,6 +8,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llama_jax.checkpoint.training import Checkpointer
@@ -48,6 +49,17 @@ class Log:
         pass
 
 
+def test_a_step_reads_nothing_from_the_host():
+    step_fn = jax.jit(lambda state, frozen, batch, rng: (state, {'loss': batch.sum()}))
+    config = LoopConfig(num_steps=1, batch_size=1, tokens_per_step=1, flops_per_token=(1.0, 1.0), peak_flops=1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device transfer'):
+        train(
+            TrainState(jnp.int32(0), {}, {}), config=config, step_fn=step_fn, frozen={}, rng=jax.random.key(0),
+            next_batch=lambda state, step: np.ones(2, np.float32), start_step=0, schedule=lambda count: 0.0,
+            checkpointer=Saves(), metadata={},
+        )  # fmt: skip
+
+
 def run(
     num_steps,
     *,
@@ -70,9 +82,10 @@ def run(
         num_steps=num_steps, batch_size=4, tokens_per_step=32, flops_per_token=(1e3, 2e3), peak_flops=1e9, **intervals
     )  # fmt: skip
     saves, log = saves or Saves(), Log()
+    on_host = jax.transfer_guard('allow')(step_fn or count)  # these steps are not compiled
     try:
         result = train(
-            TrainState(jnp.int32(start_step), {}, {}), config=config, step_fn=step_fn or count, frozen={},
+            TrainState(jnp.int32(start_step), {}, {}), config=config, step_fn=on_host, frozen={},
             next_batch=next_batch or (lambda state, step: step), rng=jax.random.key(0), start_step=start_step,
             schedule=lambda count: 0.1 * count, checkpointer=saves, metadata={'seed': 7}, writers=[log],
             measurements=measurements, measured=measured,
