@@ -24,11 +24,11 @@ from experiments.config_file import split_list
 from experiments.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
-from llama_jax.eval.harness import Exam, Sampling, evaluate, finished_items, prepare
+from llama_jax.eval.harness import PreparedTask, Sampling, evaluate, finished_items, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
 from llama_jax.eval.report import plot_comparison, to_report
 from llama_jax.eval.sample_log import SampleLog
-from llama_jax.eval.task import Completion, Judges, Task
+from llama_jax.eval.task import Completion, Graders, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
@@ -93,14 +93,14 @@ def main() -> None:
                     published_scores(_COMPARE.value)
             partitioner = make_partitioner(_MESH.value, _AXIS_RULES.value)
             tasks = find_tasks(_TASKS.value, _DATA_DIR.value)
-            judges = make_judges(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
+            graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
             sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
             settings = {'limit': _LIMIT.value, 'num_fewshot': _NUM_FEWSHOT.value, 'sampling': sampling}
             names = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
             with launch.flags_named(*(f'--{name}' for name in names if name != 'sampling')):
-                exams = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
+                prepared_tasks = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
             flags_given = {flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P)}
-            check_sampling(exams, flags_given)
+            check_sampling(prepared_tasks, flags_given)
         engine = load_engine(
             _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value
         )
@@ -108,18 +108,20 @@ def main() -> None:
         header = {'model': engine.fingerprint, 'seed': engine.seed}
         hold_folder(output)
         with runtime.refused_by_all(), launch.flags_named('--output'):
-            logs = [open_log(output, exam, header, at_exit) for exam in exams]
+            logs = [open_log(output, prepared, header, at_exit) for prepared in prepared_tasks]
         # ---- From here on the output is written to, and nothing in it is taken away ----------------------------------
         results, report = {}, ''
-        for exam, log in zip(exams, logs, strict=True):
+        for prepared, log in zip(prepared_tasks, logs, strict=True):
             try:
-                found = evaluate(exam, engine, judges=judges, log=log)
+                found = evaluate(prepared, engine, graders=graders, log=log)
             except InputError as error:
-                raise InputError(f'{exam.task.name}: {error}; {what_is_kept(output, results)}') from error
-            results[exam.task.name] = found
+                raise InputError(f'{prepared.task.name}: {error}; {what_is_kept(output, results)}') from error
+            results[prepared.task.name] = found
             if count := found.get('truncated'):
                 logger.warning(
-                    '%s: %d items are too long for the model and lost their left end', exam.task.name, count
+                    '%s: %d items are too long for the model and lost their left end',
+                    prepared.task.name,
+                    count,
                 )
             if runtime.is_main_process():
                 report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results)
@@ -144,9 +146,9 @@ def find_tasks(names: str, data_dir: str) -> list[Task]:
     return list(tasks.values())
 
 
-def make_judges(
+def make_graders(
     tasks: Sequence[Task], allow_code: bool, ratings: str, rating_command: str, at_exit: contextlib.ExitStack
-) -> Judges:
+) -> Graders:
     """What scores generated text, as the flags say: all that the tasks need, and nothing that none of them uses."""
     if ratings and rating_command:
         raise InputError('--ratings and --rating_command are both given; texts are rated by one of them')
@@ -162,16 +164,16 @@ def make_judges(
     if rating_command:
         with launch.flags_named('--rating_command'):
             rate = at_exit.enter_context(CommandRating(rating_command))
-    judges = Judges(CodeExecution(allowed=True) if allow_code else None, rate)
+    graders = Graders(CodeExecution(allowed=True) if allow_code else None, rate)
     with launch.flags_named('--allow_code_execution'):
         for task in tasks:
-            task.check(judges)
-    return judges
+            task.check(graders)
+    return graders
 
 
-def check_sampling(exams: Sequence[Exam], sampling: dict[str, Any]) -> None:
+def check_sampling(prepared_tasks: Sequence[PreparedTask], sampling: dict[str, Any]) -> None:
     """Refuses settings of completions where none is asked for."""
-    asked = (request for exam in exams for requests in exam.requests for request in requests)
+    asked = (request for prepared in prepared_tasks for requests in prepared.requests for request in requests)
     given = [f'--{name}' for name, value in sampling.items() if value is not None]
     if given and not any(isinstance(request, Completion) for request in asked):
         raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
@@ -218,14 +220,14 @@ def parse_mesh(items: list[str]) -> dict[str, int]:
 
 
 def open_log(
-    output: epath.Path, exam: Exam, header: dict[str, Any], at_exit: contextlib.ExitStack
+    output: epath.Path, prepared: PreparedTask, header: dict[str, Any], at_exit: contextlib.ExitStack
 ) -> SampleLog | None:
     """The task's samples, on process 0; refused where they are of another evaluation."""
     if not runtime.is_main_process():
         return None
-    file = output / 'samples' / f'{exam.task.name.replace("/", "_")}.jsonl'
-    log = at_exit.enter_context(contextlib.closing(SampleLog(file, {'task': exam.task.name, **header})))
-    finished_items(exam, log)
+    file = output / 'samples' / f'{prepared.task.name.replace("/", "_")}.jsonl'
+    log = at_exit.enter_context(contextlib.closing(SampleLog(file, {'task': prepared.task.name, **header})))
+    finished_items(prepared, log)
     return log
 
 

@@ -19,7 +19,7 @@ from experiments.settings import parse_weights
 from llama_jax import runtime
 from llama_jax.data.datasets import PretrainData, pretrain_dataset
 from llama_jax.data.loader import batches, read_ahead
-from llama_jax.eval.perplexity import fit_baselines, in_time
+from llama_jax.eval.baselines import fit_baselines, in_time
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.train.validation import count_predicted, make_validation
 

@@ -12,8 +12,8 @@ from experiments.checkpoint import DTYPES
 from experiments.config_file import flatten, split_list
 from experiments.launch import flags_named
 from llama_jax import xla_options
-from llama_jax.eval.harness import Exam, prepare
-from llama_jax.eval.task import Judges
+from llama_jax.eval.harness import PreparedTask, prepare
+from llama_jax.eval.task import Graders
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
@@ -152,9 +152,9 @@ def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
         return OptimizerConfig(**config.optimizer)
 
 
-def prepare_exams(config: ConfigDict) -> list[Exam]:
+def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:
     """The benchmarks that `config.eval` names, read before anything is trained."""
-    exams = []
+    prepared_tasks = []
     for name in split_list(config.eval.tasks):
         with flags_named('--config.eval.tasks'):
             task = find_task(name)
@@ -163,12 +163,12 @@ def prepare_exams(config: ConfigDict) -> list[Exam]:
                     f'task {task.name} executes generated code, which a training run does not; leave it to '
                     'experiments.evaluate'
                 )
-            task.check(Judges())
+            task.check(Graders())
         if not config.eval.data_dir and not name.startswith('perplexity:'):
             raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
         with flags_named('--config.eval.tasks', '--config.eval.data_dir'):
-            exams.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
-    return exams
+            prepared_tasks.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
+    return prepared_tasks
 
 
 def parse_weights(config: ConfigDict) -> list[float] | None:

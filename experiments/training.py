@@ -37,7 +37,7 @@ from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer, restore_step
 from llama_jax.data.datasets import check_sources
 from llama_jax.eval.engine import Engine
-from llama_jax.eval.harness import Exam, evaluate
+from llama_jax.eval.harness import PreparedTask, evaluate
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
@@ -73,7 +73,7 @@ class Plan:
     schedule: Callable[[int], Any]  # update count -> learning rate
     tx: optax.GradientTransformation
     compiler_options: Mapping[str, Any]  # of the train step
-    exams: Sequence[Exam]  # benchmarks to take on the way
+    eval_tasks: Sequence[PreparedTask]  # benchmarks to take on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def plan(
         optimizer = settings.make_optimizer_config(config)
         schedule = make_schedule(optimizer, config.train.num_steps)
         tx = make_optimizer(optimizer, schedule)
-        exams = settings.prepare_exams(config)
+        eval_tasks = settings.prepare_tasks(config)
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
         shapes_and_axes = abstract_params_and_axes(settings.make_model(config, preset, partitioner))
         abstract_state(*shapes_and_axes, tx, partitioner)
@@ -126,7 +126,7 @@ def plan(
     model = settings.make_model(config, llama, partitioner)
     return Plan(
         config, folder, checkpoint, overrides, begun, held, base, origin, tokenizer, partitioner, model, schedule, tx,
-        compiler_options, exams,
+        compiler_options, eval_tasks,
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def fit(
     """
     plan, objective = run.plan, run.objective
     config, llama = plan.config, plan.model.config
-    exams = [take_exams(plan, objective)] if plan.exams else []
+    benchmarks = [evaluate_tasks(plan, objective)] if plan.eval_tasks else []
     loop = LoopConfig(
         num_steps=config.train.num_steps, batch_size=config.train.batch_size,
         tokens_per_step=config.train.batch_size * config.data.seq_len,
@@ -233,7 +233,8 @@ def fit(
             run.state, config=loop, step_fn=run.step_fn, frozen=objective.frozen, next_batch=next_batch,
             rng=jax.random.key(config.seed + 1), start_step=run.start_step, rows_before=run.rows_before,
             schedule=plan.schedule, checkpointer=run.checkpointer, metadata=run.record, writers=run.writers,
-            measurements=[*measurements, *exams], measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step),
+            measurements=[*measurements, *benchmarks],
+            measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step),
         )  # fmt: skip
     for writer in run.writers:
         writer.close()
@@ -245,9 +246,9 @@ def fit(
     return trained
 
 
-def take_exams(plan: Plan, objective: Objective) -> Measurement:
+def evaluate_tasks(plan: Plan, objective: Objective) -> Measurement:
     """The benchmarks, evaluated on the training mesh: {'TASK/METRIC': value}."""
-    config, exams = plan.config, plan.exams
+    config, eval_tasks = plan.config, plan.eval_tasks
     rows = config.train.batch_size // config.train.num_microbatches
     model = plan.model.clone(remat='none')
 
@@ -255,15 +256,17 @@ def take_exams(plan: Plan, objective: Objective) -> Measurement:
         weights = objective.weights(state)
         engine = Engine(model, weights, plan.tokenizer, batch_tokens=rows * config.data.seq_len)
         figures = {}
-        for exam in exams:
-            found = evaluate(exam, engine, progress=False)
-            kept = {metric: found[metric] for metric in exam.task.metrics if metric in found}
-            figures |= {f'{exam.task.name}/{metric}': value for metric, value in kept.items()}
+        for prepared in eval_tasks:
+            found = evaluate(prepared, engine, progress=False)
+            kept = {metric: found[metric] for metric in prepared.task.metrics if metric in found}
+            figures |= {f'{prepared.task.name}/{metric}': value for metric, value in kept.items()}
         shown = ', '.join(f'{name} {value:.4f}' for name, value in figures.items())
         logger.info('step %d: %s', step, shown)
         return figures
 
-    names = tuple(f'{exam.task.name}/{metric}' for exam in exams for metric in exam.task.metrics)
+    names = tuple(
+        f'{prepared.task.name}/{metric}' for prepared in eval_tasks for metric in prepared.task.metrics
+    )
     return Measurement(config.eval.tasks_every or config.train.num_steps, measure, names)
 
 

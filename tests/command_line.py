@@ -23,7 +23,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _SERVER = """
 import json, os, runpy, sys
 import matplotlib.pyplot, tensorboardX
-import experiments.launch, llama_jax.data.datasets, llama_jax.eval.perplexity, llama_jax.inference.generate
+import experiments.launch, llama_jax.data.datasets, llama_jax.eval.baselines, llama_jax.inference.generate
 import llama_jax.train.loop, llama_jax.train.state, llama_jax.train.step, llama_jax.train.validation
 from array_record.python import array_record_module
 for line in sys.stdin:

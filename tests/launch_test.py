@@ -202,7 +202,7 @@ def test_what_is_used_late_is_checked_early(monkeypatch):
             settings.parse_weights(config)
     config.eval.tasks, config.eval.data_dir = 'mbpp', 'x'
     with pytest.raises(InputError, match=r'executes generated code.*set by --config\.eval\.tasks'):
-        settings.prepare_exams(config)
+        settings.prepare_tasks(config)
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def ours(checkpoint: str, data_dir: str, num_items: int, batch_tokens: int) -> C
     engine = Engine(model, params, tokenizer, batch_tokens=batch_tokens)
 
     def once() -> dict[str, float]:
-        exam = prepare(find_task('hellaswag'), data_dir, limit=num_items)
-        found = evaluate(exam, engine, progress=False)
+        prepared = prepare(find_task('hellaswag'), data_dir, limit=num_items)
+        found = evaluate(prepared, engine, progress=False)
         return {metric: found[metric] for metric in ('acc', 'acc_norm')}
 
     return once

@@ -48,7 +48,7 @@ class Online:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DocumentSource:
     """One split of a benchmark.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Runs tasks: documents become requests, an engine answers them, the task scores them, and a log lets it go on.
 
-exam = prepare(find_task('piqa'), data_dir, limit=100)
-metrics = evaluate(exam, Engine(model, params, tokenizer))
+prepared = prepare(find_task('piqa'), data_dir, limit=100)
+metrics = evaluate(prepared, Engine(model, params, tokenizer))
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from llama_jax.eval.sample_log import SampleLog
-from llama_jax.eval.task import Completion, Document, Judges, Request, Result, Scores, Task
+from llama_jax.eval.task import Completion, Document, Graders, Request, Result, Scores, Task
 from llama_jax.runtime import from_main_process, is_main_process
 from llama_jax.types import InputError
 
@@ -49,7 +49,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class PreparedTask:
     """A task with the documents it is evaluated on and what is asked about each."""
 
     task: Task
@@ -65,7 +65,7 @@ def prepare(
     limit: int = 0,
     num_fewshot: int | None = None,
     sampling: Sampling | None = None,
-) -> Exam:
+) -> PreparedTask:
     """Reads documents and writes prompts, before any model is needed.
 
     Args:
@@ -97,14 +97,14 @@ def prepare(
         ]
         for document, examples in zip(documents, task.draw(documents, data_dir, num_fewshot), strict=True)
     ]
-    return Exam(task, task.num_fewshot if num_fewshot is None else num_fewshot, documents, requests)
+    return PreparedTask(task, task.num_fewshot if num_fewshot is None else num_fewshot, documents, requests)
 
 
 def evaluate(
-    exam: Exam,
+    prepared: PreparedTask,
     engine: Answers,
     *,
-    judges: Judges | None = None,
+    graders: Graders | None = None,
     log: SampleLog | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -114,9 +114,9 @@ def evaluate(
     the model.
 
     Args:
-      exam: from `prepare`.
+      prepared: from `prepare`.
       engine: answers the requests.
-      judges: what the task may need beside the model; None: it needs none.
+      graders: what the task may need beside the model; None: it needs none.
       log: on process 0, of the items that are finished already and those that become so.
       progress: shows a bar with the time left, or without a terminal a line now and then, on process 0.
 
@@ -124,32 +124,32 @@ def evaluate(
       The metrics, on process 0; other processes, which do their part of the model's work, get {}.
 
     Raises:
-      InputError: a judge is missing, the log's items are other than the exam's, or an item cannot be asked.
+      InputError: a grader is missing, the log's items are other than these, or an item cannot be asked.
     """
-    judges = judges or Judges()
-    exam.task.check(judges)
-    finished = {} if log is None else finished_items(exam, log)
-    done = np.zeros(len(exam.documents), bool)
+    graders = graders or Graders()
+    prepared.task.check(graders)
+    finished = {} if log is None else finished_items(prepared, log)
+    done = np.zeros(len(prepared.documents), bool)
     done[list(finished)] = True
     done = from_main_process(done)
-    todo = [index for index in range(len(exam.documents)) if not done[index]]
+    todo = [index for index in range(len(prepared.documents)) if not done[index]]
     items = dict(finished)
     is_main = is_main_process()
     with (
         tqdm.tqdm(
-            total=len(exam.documents), initial=len(exam.documents) - len(todo), unit='item',
-            postfix=exam.task.name, disable=None if progress and is_main else True,
+            total=len(prepared.documents), initial=len(prepared.documents) - len(todo), unit='item',
+            postfix=prepared.task.name, disable=None if progress and is_main else True,
         ) as bar,
         ThreadPoolExecutor(_SCORING_THREADS) as pool,
     ):  # fmt: skip
-        scoring: list[Future[dict[str, Any]]] = []
+        grading: list[Future[dict[str, Any]]] = []
         said = time.monotonic()
 
         def take(wait: bool) -> None:
             """Items whose scores are there, to the log."""
             nonlocal said
-            for future in [f for f in scoring if wait or f.done()]:
-                scoring.remove(future)
+            for future in [f for f in grading if wait or f.done()]:
+                grading.remove(future)
                 item = future.result()
                 items[item['index']] = item
                 if log is not None:
@@ -157,26 +157,28 @@ def evaluate(
                 bar.update()
             if progress and bar.disable and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                logger.info('%s: %d of %d items', exam.task.name, len(items), len(exam.documents))
+                logger.info('%s: %d of %d items', prepared.task.name, len(items), len(prepared.documents))
 
         try:
-            for index, results in _results(exam, todo, engine):
+            for index, results in _results(prepared, todo, engine):
                 if is_main:
-                    scoring.append(pool.submit(_item, exam, index, results, judges))
+                    grading.append(pool.submit(_item, prepared, index, results, graders))
                     take(wait=False)
             take(wait=True)
         except BaseException:  # an error or a signal ends it: what waits for its turn is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return _metrics(exam, items) if is_main else {}
+    return _metrics(prepared, items) if is_main else {}
 
 
-def _results(exam: Exam, todo: Sequence[int], engine: Answers) -> Iterator[tuple[int, list[Result]]]:
+def _results(
+    prepared: PreparedTask, todo: Sequence[int], engine: Answers
+) -> Iterator[tuple[int, list[Result]]]:
     """Documents in the order in which the last of their requests is answered; equal requests are asked once."""
     waiting: dict[Request, list[int]] = {}
     missing = {}
     for index in todo:
-        distinct = set(exam.requests[index])
+        distinct = set(prepared.requests[index])
         missing[index] = len(distinct)
         for request in distinct:
             waiting.setdefault(request, []).append(index)
@@ -190,12 +192,12 @@ def _results(exam: Exam, todo: Sequence[int], engine: Answers) -> Iterator[tuple
             for index in waiting.pop(request):
                 missing[index] -= 1
                 if not missing[index]:
-                    yield index, [answers[request] for request in exam.requests[index]]
+                    yield index, [answers[request] for request in prepared.requests[index]]
 
 
-def _item(exam: Exam, index: int, results: list[Result], judges: Judges) -> dict[str, Any]:
+def _item(prepared: PreparedTask, index: int, results: list[Result], graders: Graders) -> dict[str, Any]:
     """A line of the log."""
-    document, requests = exam.documents[index], exam.requests[index]
+    document, requests = prepared.documents[index], prepared.requests[index]
     asked = [dataclasses.asdict(request) for request in requests]
     for before, after in zip(asked[-2::-1], asked[:0:-1], strict=True):
         if 'context' in after and after['context'] == before.get('context'):
@@ -206,8 +208,8 @@ def _item(exam: Exam, index: int, results: list[Result], judges: Judges) -> dict
         'document': document,
         'requests': asked,
         'results': [dataclasses.asdict(result) for result in results],
-        'answer': exam.task.answer(document),
-        'scores': exam.task.score(document, results, judges),
+        'answer': prepared.task.answer(document),
+        'scores': prepared.task.grade(document, results, graders),
     }
 
 
@@ -216,27 +218,27 @@ def _hash(requests: Sequence[Request]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished_items(exam: Exam, log: SampleLog) -> dict[int, dict[str, Any]]:
-    """The items of the log that are in the exam.
+def finished_items(prepared: PreparedTask, log: SampleLog) -> dict[int, dict[str, Any]]:
+    """The items of the log that are asked now.
 
     Raises:
       InputError: one was asked otherwise then.
     """
-    found = {index: item for index, item in log.items.items() if index < len(exam.documents)}
+    found = {index: item for index, item in log.items.items() if index < len(prepared.documents)}
     for index, item in found.items():
-        if item.get('requests_hash') != _hash(exam.requests[index]):
+        if item.get('requests_hash') != _hash(prepared.requests[index]):
             raise InputError(
-                f'item {index} of {exam.task.name} is asked otherwise than in the log: data, examples or '
+                f'item {index} of {prepared.task.name} is asked otherwise than in the log: data, examples or '
                 'sampling have changed; restore them, or write to another place'
             )
     return found
 
 
-def _metrics(exam: Exam, items: dict[int, dict[str, Any]]) -> dict[str, float]:
-    scores: list[Scores] = [items[index]['scores'] for index in range(len(exam.documents))]
-    metrics: dict[str, float] = dict(exam.task.aggregate(exam.documents, scores))
-    metrics |= {'n': len(exam.documents), 'num_fewshot': exam.num_fewshot}
-    samples = [r.num_samples for requests in exam.requests for r in requests if isinstance(r, Completion)]
+def _metrics(prepared: PreparedTask, items: dict[int, dict[str, Any]]) -> dict[str, float]:
+    scores: list[Scores] = [items[index]['scores'] for index in range(len(prepared.documents))]
+    metrics: dict[str, float] = dict(prepared.task.aggregate(prepared.documents, scores))
+    metrics |= {'n': len(prepared.documents), 'num_fewshot': prepared.num_fewshot}
+    samples = [r.num_samples for requests in prepared.requests for r in requests if isinstance(r, Completion)]
     metrics |= {'num_samples': max(samples)} if samples and max(samples) > 1 else {}
     truncated = sum(any(result['truncated'] for result in item['results']) for item in items.values())
     return metrics | ({'truncated': truncated} if truncated else {})

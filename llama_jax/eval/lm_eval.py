@@ -25,7 +25,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -36,7 +35,7 @@ from llama_jax.eval.engine import Engine, rolling_windows
 from llama_jax.eval.lm_eval_requests import completion, continuation, plain_text, read, whole_text
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
 from llama_jax.inference.scoring import score
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, compute_dtype
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.chat_template import ChatTemplate, Messages, template_beside
@@ -82,7 +81,7 @@ def _load_engine(
     """The checkpoint on a mesh of all devices."""
     runtime.enable_compilation_cache()
     names = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
-    names['auto'] = names['float32' if jax.default_backend() == 'cpu' else 'bfloat16']
+    names['auto'] = jnp.dtype(compute_dtype())
     if dtype not in names:
         raise InputError(f'dtype is {dtype!r}; choose from {", ".join(sorted(names))}')
     partitioner = Partitioner(make_mesh(dict(axes)))

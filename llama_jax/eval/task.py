@@ -6,7 +6,7 @@ A task knows its benchmark and nothing of models; an engine answers requests and
     shots = task.draw(documents, data_dir)                              # the few-shot examples of each document
     requests = [task.requests(d, task.prefix(d, s)) for d, s in zip(documents, shots)]
     results = ...                                                       # one a request: the engine's work
-    scores = [task.score(d, r, judges) for d, r in zip(documents, results)]
+    scores = [task.grade(d, r, graders) for d, r in zip(documents, results)]
     metrics = task.aggregate(documents, scores)
 
 Requests are hashable values: equal ones (the unconditional 'Answer:' of BoolQ, on every document) need one answer.
@@ -104,8 +104,8 @@ Result = Likelihood | Completions
 
 
 @dataclasses.dataclass(frozen=True)
-class Judges:
-    """What some tasks need to score generated text; handed to every `score`, None where there is none.
+class Graders:
+    """What some tasks need to score generated text; handed to every `Task.grade`, None where there is none.
 
     Attributes:
       run_code: runs a Python program and its tests, returns 'passed' or why not (`grading.sandbox`).
@@ -140,7 +140,7 @@ class FewShot:
     spare: bool = False
 
 
-def harness(task: str, *metrics: str) -> dict[str, tuple[str, str]]:
+def lm_eval_names(task: str, *metrics: str) -> dict[str, tuple[str, str]]:
     """`Task.lm_eval` where lm-evaluation-harness has one task and calls the metrics as we do."""
     return {metric: (task, f'{metric},none') for metric in metrics}
 
@@ -173,7 +173,7 @@ class Task:
       name: the folder of its files in the data directory, where it has one of its own.
       load: documents to evaluate from a data directory (or 'hf://', 'tfds://': see `eval.documents`).
       ask: requests of a document; the second argument is the text before its question (see `prefix`).
-      judge: scores of a document given the results of its requests, in order.
+      grader: scores of a document given the results of its requests, in order.
       answer: what is right, for the log and for the tests of the scorers: the indices of the right continuations
         among the requests, or a completion that is right.
       metrics: names of what `aggregate` returns, the one to look at first in front. Further ones may follow, such as
@@ -182,8 +182,8 @@ class Task:
       num_fewshot: examples by default, as the Llama papers used.
       description: text before the examples.
       aggregate: metrics over all documents from (documents, scores), aligned.
-      executes_code: `score` cannot do without `Judges.run_code`.
-      rates_text: `score` uses `Judges.rate_text` where there is one.
+      executes_code: `grade` cannot do without `Graders.run_code`.
+      rates_text: `grade` uses `Graders.rate_text` where there is one.
       lm_eval: our metric -> (lm-evaluation-harness's task, its metric key), such as {'acc': ('piqa', 'acc,none')}.
       subsets: lm-evaluation-harness's name -> value of a document's 'subset' (MMLU's subjects).
     """
@@ -191,7 +191,7 @@ class Task:
     name: str
     load: Callable[[str], list[Document]]
     ask: Callable[[Document, str], list[Request]]
-    judge: Callable[[Document, Sequence[Any], Judges], Scores]
+    grader: Callable[[Document, Sequence[Any], Graders], Scores]
     answer: Callable[[Document], tuple[int, ...] | str]
     metrics: tuple[str, ...]
     few_shot: FewShot | None = None
@@ -274,16 +274,16 @@ class Task:
         """What to ask the model about a document; for sampling settings, `dataclasses.replace` the Completions."""
         return self.ask(document, prefix)
 
-    def check(self, judges: Judges) -> None:
-        """Raises InputError where the task needs a judge that is not there; call it before the model's work."""
-        if self.executes_code and judges.run_code is None:
+    def check(self, graders: Graders) -> None:
+        """Raises InputError where the task needs a grader that is not there; call it before the model's work."""
+        if self.executes_code and graders.run_code is None:
             raise InputError(f'task {self.name} executes generated code, which is off; it must be allowed')
 
-    def score(self, document: Document, results: Sequence[Result], judges: Judges | None = None) -> Scores:
+    def grade(self, document: Document, results: Sequence[Result], graders: Graders | None = None) -> Scores:
         """Scores of one document from the results of its requests, in their order; see `check`."""
-        judges = judges or Judges()
-        self.check(judges)
-        return self.judge(document, results, judges)
+        graders = graders or Graders()
+        self.check(graders)
+        return self.grader(document, results, graders)
 
 
 def multiple_choice(
@@ -336,7 +336,7 @@ def multiple_choice(
             requests += [Continuation(unconditional, delimiter + option) for option in options]
         return requests
 
-    def judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+    def grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
         return choice_scores(choices(document), results, right(document), metrics)
 
     if unconditional:
@@ -345,7 +345,7 @@ def multiple_choice(
         name=name,
         load=load,
         ask=ask,
-        judge=judge,
+        grader=grade,
         answer=right,
         metrics=metrics,
         few_shot=few_shot

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from llama_jax.eval.documents import Source, read_rows
+from llama_jax.eval.documents import DocumentSource, read_rows
 from llama_jax.types import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def file_rating(file: str) -> Callable[[str], float]:
     Raises:
       InputError: the file is malformed; or, when called, it does not hold the text.
     """
-    source = Source(
+    source = DocumentSource(
         'scores', (file,), {'text': str, 'score': (int, float)}, check=lambda row: _finite(row['score'])
     )
     rows = [source.checked(place, row) for place, row in read_rows(epath.Path(file))]

@@ -121,7 +121,7 @@ class _Keeper:
     def _test(self, verdicts: socket.socket, channel: socket.socket) -> int:
         isolation.drop_privileges(self.user)
         isolation.limit_resources(self.seconds, self.memory, 0, None)
-        program_tests.judge(verdicts, channel)
+        program_tests.grade(verdicts, channel)
         return 0
 
     def _guard(self, channel: socket.socket, watched: int) -> int:

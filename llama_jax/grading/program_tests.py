@@ -209,7 +209,7 @@ class Remote:
     __hash__ = None  # pyright: ignore
 
 
-def judge(verdicts: socket.socket, channel: socket.socket) -> None:
+def grade(verdicts: socket.socket, channel: socket.socket) -> None:
     """In the tests' process: answers the `ProgramTest` that arrives with 'passed', or with what happened instead."""
     try:
         test = ProgramTest(**json.loads(receive(verdicts, sys.maxsize)))

@@ -65,7 +65,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class CodeExecution:
-    """The sandbox, as a judge: `Judges(run_code=CodeExecution(allowed=True))`.
+    """The sandbox, as a grader: `Graders(run_code=CodeExecution(allowed=True))`.
 
     Safe to call from several threads; each keeps a small process, which ends with this object.
 

@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.data.packing import PackedRows, TokenizedCorpus
 from llama_jax.eval import perplexity
-from llama_jax.eval.perplexity import fit_baselines, in_time
+from llama_jax.eval.baselines import fit_baselines, in_time
 
 VOCAB, LENGTH = 12, 8
 
@@ -84,7 +84,7 @@ def test_of_very_long_validation_the_first_part_is_scored(monkeypatch):
 
 
 def test_rows_are_counted_as_long_as_there_is_time(monkeypatch, caplog):
-    caplog.set_level('INFO', 'llama_jax.eval.perplexity')
+    caplog.set_level('INFO', 'llama_jax.eval.baselines')
     clock = iter(range(100))
     monkeypatch.setattr(perplexity.time, 'monotonic', lambda: 4.0 * next(clock))
     rows = [{'tokens': np.array([number])} for number in range(50)]

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from llama_jax.eval.documents import Source
+from llama_jax.eval.documents import DocumentSource
 from llama_jax.eval.tasks import TASKS
 from llama_jax.types import InputError
 
 ROWS = [{'q': 'a\u2028b, "c"', 'n': '1'}, {'q': 'd', 'n': '2'}]
-SOURCE = Source(
+SOURCE = DocumentSource(
     'toy', ('items.jsonl', 'items.json', 'items.csv'), {'q': str, 'n': str}, check=lambda d: int(d['n'])
 )
 
@@ -28,7 +28,7 @@ def _jsonl(rows):
 
 
 def test_kinds_of_files(tmp_path):
-    gz = Source('toy', ('items.jsonl.gz',), {'q': str})
+    gz = DocumentSource('toy', ('items.jsonl.gz',), {'q': str})
     assert gz(_write(tmp_path, 'items.jsonl.gz', gzip.compress(_jsonl(ROWS)))) == ROWS
     with (tmp_path / 'toy' / 'items.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, ['q', 'n'])
@@ -60,7 +60,7 @@ def test_malformed_files_are_named_with_their_line(tmp_path, data, message):
 
 
 def test_truncated_gzip(tmp_path):
-    source = Source('toy', ('items.jsonl.gz',), {})
+    source = DocumentSource('toy', ('items.jsonl.gz',), {})
     with pytest.raises(InputError, match='cannot be read'):
         source(_write(tmp_path, 'items.jsonl.gz', gzip.compress(_jsonl(ROWS))[:-9]))
 

@@ -44,13 +44,15 @@ def read(data_dir, name, limit):
     return prepare(find_task(name), str(data_dir), limit=limit)
 
 
-def ask(engine, exams):
-    return dict(engine.answer(r for exam in exams for requests in exam.requests for r in requests))
+def ask(engine, prepared_tasks):
+    return dict(
+        engine.answer(r for prepared in prepared_tasks for requests in prepared.requests for r in requests)
+    )
 
 
-def check_parity(engine, torch_log_probs, exam, answers):
+def check_parity(engine, torch_log_probs, prepared, answers):
     theirs = {}
-    for request in dict.fromkeys(request for requests in exam.requests for request in requests):
+    for request in dict.fromkeys(request for requests in prepared.requests for request in requests):
         # As lm-evaluation-harness's TemplateLM._encode_pair.
         before = engine.tokenizer.encode(request.context.rstrip(), bos=True)
         whole = engine.tokenizer.encode(request.context + request.continuation, bos=True)
@@ -59,29 +61,29 @@ def check_parity(engine, torch_log_probs, exam, answers):
         assert result.log_probability == pytest.approx(log_probability, abs=1e-3), request
         assert (result.is_greedy, result.num_tokens) == (is_greedy, len(continuation))
         theirs[request] = Likelihood(log_probability, is_greedy, len(continuation))
-    for document, requests in zip(exam.documents, exam.requests, strict=True):
-        ours = exam.task.score(document, [answers[request] for request in requests])
-        assert ours == exam.task.score(document, [theirs[request] for request in requests])
+    for document, requests in zip(prepared.documents, prepared.requests, strict=True):
+        ours = prepared.task.grade(document, [answers[request] for request in requests])
+        assert ours == prepared.task.grade(document, [theirs[request] for request in requests])
 
 
 @pytest.fixture(scope='module')
 def few(engine, shared_data):
     """Eight items of each task, all asked at once."""
-    exams = {name: read(shared_data / 'eval', name, 8) for name in TASKS}
-    return exams, ask(engine, exams.values())
+    prepared_tasks = {name: read(shared_data / 'eval', name, 8) for name in TASKS}
+    return prepared_tasks, ask(engine, prepared_tasks.values())
 
 
 @pytest.mark.parametrize('name', TASKS)
 def test_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, few, name):
-    exams, answers = few
-    check_parity(engine, torch_log_probs, exams[name], answers)
+    prepared_tasks, answers = few
+    check_parity(engine, torch_log_probs, prepared_tasks[name], answers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', TASKS)
 def test_many_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
-    exam = read(shared_data / 'eval', name, 500)
-    check_parity(engine, torch_log_probs, exam, ask(engine, [exam]))
+    prepared = read(shared_data / 'eval', name, 500)
+    check_parity(engine, torch_log_probs, prepared, ask(engine, [prepared]))
 
 
 def test_white_space_belongs_to_the_word_behind_it(engine):

@@ -34,7 +34,7 @@ def toy_task(num_documents=6, question='a'):
         name='toy',
         load=lambda data_dir: [{'id': index} for index in range(num_documents)],
         ask=lambda d, prefix: [Continuation(f'{question}{d["id"]}', ' b'), Continuation('same', ' b')],
-        judge=lambda d, results, judges: {
+        grader=lambda d, results, graders: {
             'acc': float(results[0].log_probability > results[1].log_probability)
         },
         answer=lambda d: (0,),
@@ -118,10 +118,10 @@ def test_settings_that_are_impossible_are_refused(shared_data):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(temperature=-1.0))
     with pytest.raises(InputError, match='top_p is 2'):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(top_p=2.0))
-    exam = prepare(find_task('human_eval'), data_dir, limit=2, sampling=Sampling(3, temperature=0.8))
-    assert [(r.num_samples, r.temperature) for (r,) in exam.requests] == [(3, 0.8)] * 2
+    prepared = prepare(find_task('human_eval'), data_dir, limit=2, sampling=Sampling(3, temperature=0.8))
+    assert [(r.num_samples, r.temperature) for (r,) in prepared.requests] == [(3, 0.8)] * 2
     with pytest.raises(InputError, match='executes generated code, which is off'):
-        evaluate(exam, Counting(), progress=False)
+        evaluate(prepared, Counting(), progress=False)
 
 
 def test_without_a_terminal_the_progress_is_lines(monkeypatch, caplog, capsys):

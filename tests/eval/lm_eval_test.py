@@ -145,10 +145,10 @@ def check_equal(ours, theirs):
 
 @pytest.mark.parametrize('name', ['hellaswag', 'piqa'])
 def test_the_numbers_are_those_of_our_own_harness(ours, engine, shared_data, name):
-    exam = prepare(
+    prepared = prepare(
         find_task(name), str(shared_data / 'eval'), limit=LIMIT, num_fewshot=TASKS[name].get('num_fewshot')
     )
-    found = evaluate(exam, engine, progress=False)
+    found = evaluate(prepared, engine, progress=False)
     if name == 'hellaswag':  # of piqa the examples are drawn from another pool
         for metric in ('acc', 'acc_norm'):
             assert found[metric] == ours['results'][name][f'{metric},none']

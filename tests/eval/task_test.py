@@ -1,4 +1,4 @@
-"""The vocabulary: few-shot draws, the rules for the best choice, what needs a judge."""
+"""The vocabulary: few-shot draws, the rules for the best choice, what needs a grader."""
 
 import random
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.eval.task import Completions, Continuation, Judges, Likelihood
+from llama_jax.eval.task import Completions, Continuation, Graders, Likelihood
 from llama_jax.eval.tasks import LM_EVAL, TASKS, find_task
 from llama_jax.types import InputError
 
@@ -52,7 +52,7 @@ def _evaluate(task, documents, answer):
             Likelihood(*answer(index, index in right, request)) for index, request in enumerate(requests)
         ]
         used.append(document)
-        scores.append(task.score(document, results))
+        scores.append(task.grade(document, results))
     return used, task.aggregate(used, scores)
 
 
@@ -149,7 +149,7 @@ def test_right_texts_score_and_wrong_ones_do_not(load, name):
     task, documents = TASKS[name], load(name)
     documents = documents[:: max(len(documents) // 500, 1)]
     texts = [task.answer(document) for document in documents]
-    scores = [task.score(d, [Completions((text,))]) for d, text in zip(documents, texts, strict=True)]
+    scores = [task.grade(d, [Completions((text,))]) for d, text in zip(documents, texts, strict=True)]
     metrics = task.aggregate(documents, scores)
     strict = {
         'nq_open': 0.85,
@@ -167,13 +167,13 @@ def test_right_texts_score_and_wrong_ones_do_not(load, name):
     if name == 'truthful_qa_gen':
         others = [document['wrong'][0] for document in documents]
     wrong = [
-        task.score(d, [Completions((other,))])
+        task.grade(d, [Completions((other,))])
         for d, other, text in zip(documents, others, texts, strict=True)
         if other != text
     ]
     assert len(wrong) > 0.75 * len(documents)
     assert task.aggregate(documents[: len(wrong)], wrong)[task.metrics[0]] < 0.05
-    empty = [task.score(document, [Completions(('',))]) for document in documents[:50]]
+    empty = [task.grade(document, [Completions(('',))]) for document in documents[:50]]
     assert task.aggregate(documents[:50], empty)[task.metrics[0]] == 0.0
 
 
@@ -232,8 +232,8 @@ def test_missing_data_says_what_is_expected(tmp_path, name):
 
 def test_code_tasks_ask_for_permission_first():
     with pytest.raises(InputError, match='executes generated code, which is off'):
-        TASKS['human_eval'].check(Judges())
-    TASKS['human_eval'].check(Judges(run_code=lambda program: 'passed'))
+        TASKS['human_eval'].check(Graders())
+    TASKS['human_eval'].check(Graders(run_code=lambda program: 'passed'))
 
 
 def test_documents_and_requests_are_plain(load):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llama_jax.eval.task import Completions, Judges
+from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.human_eval import HUMAN_EVAL
 from llama_jax.eval.tasks.mbpp import ALL, MBPP
 from llama_jax.grading import sandbox
@@ -129,7 +129,7 @@ def _wrong_documents(name):
 
 def _passes(run, name, program):
     outcomes = [
-        task.score(document, [Completions((before + program.replace('NAME', name),))], Judges(run_code=run))
+        task.grade(document, [Completions((before + program.replace('NAME', name),))], Graders(run_code=run))
         for task, document, before in _wrong_documents(name)
     ]
     return [scores['outcome'] for scores in outcomes]
@@ -171,7 +171,7 @@ def test_one_constant_body_passes_no_item_of_the_benchmarks(shared_data, run):
         task, document, name = item
         texts = tuple(f'    pass\n{cheat.replace("NAME", name)}' if task is HUMAN_EVAL else cheat.replace('NAME', name)
                       for cheat in (same, other))  # fmt: skip
-        return task.score(document, [Completions(texts)], Judges(run_code=run))['outcome']
+        return task.grade(document, [Completions(texts)], Graders(run_code=run))['outcome']
 
     with ThreadPoolExecutor(4) as threads:
         outcomes = list(threads.map(score, documents))
@@ -397,7 +397,7 @@ def _check_all(shared_data, stride, seconds):
         pairs += [(d, task.answer(documents[index - 1])) for index, d in enumerate(documents)]
 
         def outcome(pair, task=task):
-            return task.score(pair[0], [Completions((pair[1],))], Judges(run_code=run))['outcome']
+            return task.grade(pair[0], [Completions((pair[1],))], Graders(run_code=run))['outcome']
 
         with ThreadPoolExecutor(2) as threads:
             outcomes = list(threads.map(outcome, pairs))
@@ -423,5 +423,5 @@ def test_pass_at_k_over_samples(run):
         'test': 'def check(f):\n    assert f() == 1',
     }
     texts = ('    return 1', *['    return 2'] * 9)
-    scores = HUMAN_EVAL.score(document, [Completions(texts)], Judges(run_code=run))
+    scores = HUMAN_EVAL.grade(document, [Completions(texts)], Graders(run_code=run))
     assert scores['pass@1'] == pytest.approx(0.1) and scores['pass@10'] == 1.0 and 'pass@80' not in scores

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import MALFORMED, Source, read_rows
+from llama_jax.eval.documents import MALFORMED, DocumentSource, read_rows
 from llama_jax.eval.task import (
     Completion,
     Completions,
     Continuation,
     Document,
     FewShot,
-    Judges,
+    Graders,
     Likelihood,
     Request,
     Scores,
     Task,
     by_group,
     choice_scores,
-    harness,
+    lm_eval_names,
     mean,
 )  # fmt: skip
 from llama_jax.grading.latex import equivalent, last_boxed, normalize
@@ -70,8 +70,8 @@ def _load(data_dir: str) -> list[Document]:
     return [document for subset in SUBSETS for document in _source(subset)(data_dir)]
 
 
-def _source(subset: str) -> Source:
-    return Source(
+def _source(subset: str) -> DocumentSource:
+    return DocumentSource(
         'agieval',
         (f'{subset}.jsonl',),
         {'question': str, 'options': (list, type(None))},
@@ -122,7 +122,7 @@ def cloze_answer(text: str) -> str:
     return numbers[-1] if numbers else text.strip().split('\n')[0]
 
 
-def _judge(document: Document, results: Sequence[Likelihood | Completions], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood | Completions], graders: Graders) -> Scores:
     if document['subset'] in _CLOZE:
         text = results[0].texts[0]  # pyright: ignore[reportAttributeAccessIssue]
         answer, gold = cloze_answer(text), cloze_answer(document['answer'])
@@ -150,13 +150,13 @@ AGIEVAL = Task(
     name='agieval',
     load=_load,
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: tuple(d['gold']) if 'gold' in d else f' ${cloze_answer(d["answer"])}$',
     metrics=('acc', 'acc_english', 'acc_en', 'acc_cn'),
     few_shot=FewShot(_example, _examples, sampler='first', group=lambda d: d['subset']),
     num_fewshot=3,
     aggregate=_aggregate,
-    lm_eval=harness('agieval', 'acc')
+    lm_eval=lm_eval_names('agieval', 'acc')
     | {'acc_en': ('agieval_en', 'acc,none'), 'acc_cn': ('agieval_cn', 'acc,none')},
     subsets={f'agieval_{subset.replace("-", "_")}': subset for subset in SUBSETS},
 )

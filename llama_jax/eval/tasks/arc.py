@@ -1,7 +1,7 @@
 """ARC (Clark et al. 2018): science questions of grade schools; 0-shot in the LLaMA and Llama 2 papers."""
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, Task, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, Task, lm_eval_names, multiple_choice
 
 
 def choice_texts(document: Document) -> list[str]:
@@ -20,9 +20,9 @@ def _from_tfds(row: Document, config: str) -> Document:
     return row | {'choices': choices, 'answerKey': 'ABCDE'[row['answerKey']]}
 
 
-def _source(name: str, split: str, optional: bool = False) -> Source:
+def _source(name: str, split: str, optional: bool = False) -> DocumentSource:
     config = {'arc_easy': 'ARC-Easy', 'arc_challenge': 'ARC-Challenge'}[name]
-    return Source(
+    return DocumentSource(
         name,
         (f'{split}.jsonl',),
         {'question': str, 'choices': dict, 'answerKey': str},
@@ -45,7 +45,7 @@ def _task(name: str) -> Task:
         metrics=('acc_norm', 'acc', 'acc_bytes')
         if name == 'arc_challenge'
         else ('acc', 'acc_norm', 'acc_bytes'),
-        lm_eval=harness(name, 'acc', 'acc_norm'),
+        lm_eval=lm_eval_names(name, 'acc', 'acc_norm'),
     )
 
 

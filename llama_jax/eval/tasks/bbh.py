@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, read_text
+from llama_jax.eval.documents import DocumentSource, Online, is_online, read_text
 from llama_jax.eval.task import (
     Completion,
     Completions,
     Document,
     FewShot,
-    Judges,
+    Graders,
     Request,
     Scores,
     Task,
@@ -39,8 +39,8 @@ _FIELDS = {'input': str, 'target': str}
 def _load(data_dir: str) -> list[Document]:
     if is_online(data_dir):
         online = Online('lukaemon/bbh', 'test', SUBSETS, lambda row, config: row | {'subset': config})
-        return Source('bbh', (), _FIELDS, huggingface=online)(data_dir)
-    check, documents = Source('bbh', (), _FIELDS), []
+        return DocumentSource('bbh', (), _FIELDS, huggingface=online)(data_dir)
+    check, documents = DocumentSource('bbh', (), _FIELDS), []
     for subset in SUBSETS:
         path = epath.Path(data_dir) / 'bbh' / 'bbh' / f'{subset}.json'
         content = parse_json(read_text(path), str(path)) if path.exists() else {}
@@ -97,7 +97,7 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Completion(prompt, stop=('</s>', 'Q', '\n\n'), max_new_tokens=1024)]
 
 
-def _judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
     answer = extracted(results[0].texts[0])
     return {'exact_match': float(answer == document['target']), 'extracted': answer}
 
@@ -116,7 +116,7 @@ BBH = Task(
     name='bbh',
     load=_load,
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: f'So the answer is {d["target"]}.',
     metrics=('exact_match', 'exact_match_macro'),
     few_shot=FewShot(

@@ -1,7 +1,7 @@
 """BoolQ (Clark et al. 2019): yes or no from a passage; 0-shot in the Llama papers."""
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 
 _FIELDS = {'question': str, 'passage': str, 'answer': bool}
 
@@ -10,8 +10,8 @@ def _from_hub(row: Document, config: str) -> Document:
     return {'question': row['question'], 'passage': row['passage'], 'answer': bool(row['label'])}
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'boolq',
         (f'{split}.jsonl',),
         _FIELDS,
@@ -29,5 +29,5 @@ BOOLQ = multiple_choice(
     gold=lambda d: int(d['answer']),
     load_examples=_source('train', optional=True),
     unconditional='Answer:',
-    lm_eval=harness('boolq', 'acc'),
+    lm_eval=lm_eval_names('boolq', 'acc'),
 )

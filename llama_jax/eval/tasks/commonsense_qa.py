@@ -1,7 +1,7 @@
 """CommonsenseQA (Talmor et al. 2019), the letter of the choice; 7-shot in the Llama 2 and 3 papers."""
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 from llama_jax.eval.tasks.arc import choice_texts, gold_choice
 
 _LETTERS = ('A', 'B', 'C', 'D', 'E')
@@ -26,8 +26,8 @@ def _document(row: Document) -> Document:
     }
 
 
-def _source(split: str, official: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, official: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'commonsense_qa',
         (f'{split}.jsonl', official),
         {'question': (str, dict), 'answerKey': str},
@@ -47,5 +47,5 @@ COMMONSENSE_QA = multiple_choice(
     load_examples=_source('train', 'train_rand_split.jsonl', optional=True),
     metrics=('acc',),
     num_fewshot=7,
-    lm_eval=harness('commonsense_qa', 'acc'),
+    lm_eval=lm_eval_names('commonsense_qa', 'acc'),
 )

@@ -5,17 +5,17 @@
 
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.documents import DocumentSource, Online
 from llama_jax.eval.task import (
     Continuation,
     Document,
-    Judges,
+    Graders,
     Likelihood,
     Request,
     Scores,
     Task,
     by_group,
-    harness,
+    lm_eval_names,
     mean,
 )
 
@@ -24,7 +24,7 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Continuation(prefix, document['sent_more']), Continuation(prefix, document['sent_less'])]
 
 
-def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
     more, less = (result.log_probability for result in results)
     return {'pct_stereotype': float(more > less), 'likelihood_diff': abs(more - less)}
 
@@ -37,16 +37,16 @@ def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[
 
 CROWS_PAIRS = Task(
     name='crows_pairs',
-    load=Source(
+    load=DocumentSource(
         'crows_pairs',
         ('crows_pairs_anonymized.csv',),
         {'sent_more': str, 'sent_less': str, 'bias_type': str},
         huggingface=Online('jannalu/crows_pairs_multilingual', 'test', ('english',)),
     ),
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: (0,),
     metrics=('pct_stereotype', 'likelihood_diff'),
     aggregate=_aggregate,
-    lm_eval=harness('crows_pairs_english', 'pct_stereotype', 'likelihood_diff'),
+    lm_eval=lm_eval_names('crows_pairs_english', 'pct_stereotype', 'likelihood_diff'),
 )

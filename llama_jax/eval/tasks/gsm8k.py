@@ -8,8 +8,8 @@ majority vote (the LLaMA paper has k = 100).
 import re
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Request, Scores, Task
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Completion, Completions, Document, FewShot, Graders, Request, Scores, Task
 from llama_jax.grading.sampling_metrics import exact_match_scores
 
 INVALID = '[invalid]'
@@ -34,8 +34,8 @@ def plain_number(text: str) -> str:
     return re.sub(r'\.$', '', text).lower()
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'gsm8k',
         (f'{split}.jsonl',),
         {'question': str, 'answer': str},
@@ -51,7 +51,7 @@ def _task(name: str, question: str, pattern: str, stop: str, few_shot: FewShot, 
         prompt = prefix + question.format(document['question'])
         return [Completion(prompt, stop=(stop, '</s>', '<|im_end|>'))]
 
-    def judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+    def grade(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
         texts, gold = results[0].texts, plain_number(document['answer'])
         scores: Scores = {}
         for suffix, extract in (
@@ -66,7 +66,7 @@ def _task(name: str, question: str, pattern: str, stop: str, few_shot: FewShot, 
         name=name,
         load=_source('test'),
         ask=ask,
-        judge=judge,
+        grader=grade,
         answer=lambda d: f' {d["answer"]} {SAYS[name].format(plain_number(d["answer"]))}',
         metrics=('exact_match', 'exact_match_flexible'),
         few_shot=few_shot,

@@ -2,8 +2,8 @@
 
 import re
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 
 
 def clean(text: str) -> str:
@@ -22,8 +22,8 @@ def _document(row: Document) -> Document:
     return _from_hub(row, '') if 'activity_label' in row else row
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'hellaswag',
         (f'{split}.jsonl',),
         {'ctx': str, 'endings': list, 'label': (int, str)},
@@ -42,5 +42,5 @@ HELLASWAG = multiple_choice(
     gold=lambda d: d['label'],
     load_examples=_source('train', optional=True),
     metrics=('acc_norm', 'acc', 'acc_bytes'),
-    lm_eval=harness('hellaswag', 'acc', 'acc_norm'),
+    lm_eval=lm_eval_names('hellaswag', 'acc', 'acc_norm'),
 )

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.documents import DocumentSource, Online
 from llama_jax.eval.task import (
     Continuation,
     Document,
     FewShot,
-    Judges,
+    Graders,
     Likelihood,
     Request,
     Scores,
@@ -26,7 +26,7 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Continuation(prefix + document['context'], ' ' + document['continuation'])]
 
 
-def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
     return {'acc': float(results[0].is_greedy), 'log_probability': results[0].log_probability}
 
 
@@ -37,14 +37,14 @@ def _aggregate(documents: Sequence[Document], scores: Sequence[Scores]) -> dict[
 
 LAMBADA = Task(
     name='lambada',
-    load=Source(
+    load=DocumentSource(
         'lambada',
         ('test.jsonl',),
         {'context': str, 'continuation': str},
         huggingface=Online('EleutherAI/lambada_openai', 'test', ('default',), _from_hub),
     ),
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: (0,),
     metrics=('acc', 'perplexity'),
     few_shot=FewShot(lambda d: f'{d["context"]} {d["continuation"]}'),

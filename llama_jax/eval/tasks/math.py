@@ -8,8 +8,8 @@ vote (the LLaMA paper has k = 256). Whether answers are equal: `grading.latex`.
 import re
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Scores, Task
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Completion, Completions, Document, FewShot, Graders, Scores, Task
 from llama_jax.grading.latex import equivalent, last_boxed, normalize
 from llama_jax.grading.sampling_metrics import exact_match_scores
 
@@ -45,7 +45,7 @@ def _prompt(problem: str) -> str:
     return f'Problem:\n{problem}\n\nSolution:'
 
 
-def _judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
     gold, scores = gold_answer(document), Scores()
     for suffix, extract in (('', final_answer), ('_boxed', boxed_answer)):
         answers = [normalize(extract(text)) for text in results[0].texts]
@@ -101,7 +101,7 @@ _EXAMPLES = (
 
 MATH = Task(
     name='math',
-    load=Source(
+    load=DocumentSource(
         'math',
         ('test.jsonl',),
         {'problem': str, 'solution': str},
@@ -109,7 +109,7 @@ MATH = Task(
         huggingface=Online('EleutherAI/hendrycks_math', 'test', _CONFIGS),
     ),
     ask=lambda d, prefix: [Completion(prefix + _prompt(d['problem']), stop=('Problem:',))],
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: f' {d["solution"]}\n{_SAYS} ${last_boxed(d["solution"])}$. I hope it is correct.',
     metrics=('exact_match', 'exact_match_boxed'),
     few_shot=FewShot(

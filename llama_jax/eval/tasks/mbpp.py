@@ -10,12 +10,12 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Request, Scores, Task
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Completion, Completions, Document, FewShot, Graders, Request, Scores, Task
 from llama_jax.eval.tasks.human_eval import code_scores
 from llama_jax.grading.program_tests import ProgramTest
 
-ALL = Source(
+ALL = DocumentSource(
     'mbpp',
     ('mbpp.jsonl',),
     {'task_id': int, 'text': str, 'code': str, 'test_list': list, 'test_setup_code': str},
@@ -77,16 +77,16 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Completion(prefix + _prompt(document), stop=('[DONE]',))]
 
 
-def _judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
     question = _question(document)
-    return code_scores([dataclasses.replace(question, program=text) for text in results[0].texts], judges)
+    return code_scores([dataclasses.replace(question, program=text) for text in results[0].texts], graders)
 
 
 MBPP = Task(
     name='mbpp',
     load=lambda data_dir: _part(data_dir, 11, 510),
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: d['code'],
     metrics=('pass@1',),
     few_shot=FewShot(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, read_csv_lines
-from llama_jax.eval.task import Document, FewShot, Scores, by_group, harness, mean, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online, is_online, read_csv_lines
+from llama_jax.eval.task import Document, FewShot, Scores, by_group, lm_eval_names, mean, multiple_choice
 from llama_jax.types import InputError
 
 _GROUPS = {
@@ -40,7 +40,9 @@ def _document(subject: str, question: str, choices: Sequence[str], answer: str) 
 
 def _load(split: str, data_dir: str) -> list[Document]:
     if is_online(data_dir):
-        return Source('mmlu', (), {}, huggingface=Online('cais/mmlu', split, SUBJECTS, _from_hub))(data_dir)
+        return DocumentSource('mmlu', (), {}, huggingface=Online('cais/mmlu', split, SUBJECTS, _from_hub))(
+            data_dir
+        )
     documents = []
     for subject in SUBJECTS:
         path = epath.Path(data_dir) / 'mmlu' / split / f'{subject}_{split}.csv'
@@ -110,6 +112,6 @@ MMLU = multiple_choice(
     num_fewshot=5,
     description=_description,
     aggregate=_aggregate,
-    lm_eval=harness('mmlu', 'acc'),
+    lm_eval=lm_eval_names('mmlu', 'acc'),
     subsets={f'mmlu_{subject}': subject for subject in SUBJECTS},
 )

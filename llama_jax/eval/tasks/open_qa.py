@@ -9,8 +9,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Completion, Completions, Document, FewShot, Judges, Request, Scores, Task
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Completion, Completions, Document, FewShot, Graders, Request, Scores, Task
 
 _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
@@ -40,9 +40,9 @@ def _task(
     delimiter: str = '\n\n',
     ignore: str = '',
 ) -> Task:
-    def source(files: tuple[str, ...], split: str, optional: bool = False) -> Source:
+    def source(files: tuple[str, ...], split: str, optional: bool = False) -> DocumentSource:
         dataset, config = huggingface
-        return Source(
+        return DocumentSource(
             name,
             files,
             fields,
@@ -60,7 +60,7 @@ def _task(
         """What lm-evaluation-harness compares, given this task's pattern to ignore."""
         return (re.sub(ignore, '', text) if ignore else text).lower().translate(_NO_PUNCTUATION)
 
-    def judge(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+    def grade(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
         text = results[0].texts[0]
         short, line = re.split(r'[\n.,]', text)[0].strip(), first_line(text)
         references = answers(document)
@@ -74,7 +74,7 @@ def _task(
         name=name,
         load=source(files, 'validation'),
         ask=ask,
-        judge=judge,
+        grader=grade,
         answer=lambda d: ' ' + answers(d)[0],
         metrics=('em_paper', 'exact_match'),
         few_shot=FewShot(

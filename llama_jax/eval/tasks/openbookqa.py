@@ -3,8 +3,8 @@
 lm-evaluation-harness asks the 500 questions of the test split; name the file `test.jsonl` to do the same.
 """
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 from llama_jax.eval.tasks.arc import choice_texts, gold_choice
 
 
@@ -16,8 +16,8 @@ def _from_tfds(row: Document, config: str) -> Document:
     }  # fmt: skip
 
 
-def _source(split: str, files: tuple[str, ...], optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, files: tuple[str, ...], optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'openbookqa',
         files,
         {'question_stem': str, 'choices': dict, 'answerKey': str},
@@ -37,5 +37,5 @@ OPENBOOKQA = multiple_choice(
     load_examples=_source('train', ('train.jsonl',), optional=True),
     unconditional='Answer:',
     spare=False,
-    lm_eval=harness('openbookqa', 'acc', 'acc_norm'),
+    lm_eval=lm_eval_names('openbookqa', 'acc', 'acc_norm'),
 )

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llama_jax.eval.documents import Source, read_rows, read_text
-from llama_jax.eval.task import Document, Judges, Likelihood, Rolling, Scores, Task, count_words
+from llama_jax.eval.documents import DocumentSource, read_rows, read_text
+from llama_jax.eval.task import Document, Graders, Likelihood, Rolling, Scores, Task, count_words
 from llama_jax.types import InputError
 
 
 def _load(file: str) -> list[Document]:
     path = epath.Path(file)
     if path.name.removesuffix('.gz').endswith('.jsonl'):
-        source = Source('perplexity', (path.name,), {'text': str})
+        source = DocumentSource('perplexity', (path.name,), {'text': str})
         documents = [source.checked(place, row) for place, row in read_rows(path)]
     else:
         documents = [{'text': text} for text in read_text(path).split('<|endoftext|>') if text.strip()]
@@ -26,7 +26,7 @@ def _load(file: str) -> list[Document]:
     return documents
 
 
-def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
     text, result = document['text'], results[0]
     return {
         'log_probability': result.log_probability,
@@ -54,7 +54,7 @@ def perplexity(file: str) -> Task:
         name=f'perplexity:{file}',
         load=lambda data_dir: _load(file),
         ask=lambda d, prefix: [Rolling(d['text'])],
-        judge=_judge,
+        grader=_grade,
         answer=lambda d: (0,),
         metrics=('word_perplexity', 'byte_perplexity', 'bits_per_byte', 'token_perplexity'),
         aggregate=_aggregate,

@@ -1,15 +1,15 @@
 """PIQA (Bisk et al. 2020): which of two solutions reaches a goal in the physical world."""
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 
 
 def _choices(document: Document) -> list[str]:
     return [document['sol1'], document['sol2']]
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'piqa',
         (f'{split}.jsonl',),
         {'goal': str, 'sol1': str, 'sol2': str, 'label': int},
@@ -27,5 +27,5 @@ PIQA = multiple_choice(
     choices=_choices,
     gold=lambda d: d['label'],
     load_examples=_source('train', optional=True),
-    lm_eval=harness('piqa', 'acc', 'acc_norm'),
+    lm_eval=lm_eval_names('piqa', 'acc', 'acc_norm'),
 )

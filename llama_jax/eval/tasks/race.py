@@ -8,11 +8,11 @@ import dataclasses
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online, read_text
+from llama_jax.eval.documents import DocumentSource, Online, is_online, read_text
 from llama_jax.eval.task import (
     Document,
     FewShot,
-    Judges,
+    Graders,
     Likelihood,
     Scores,
     Task,
@@ -62,12 +62,14 @@ class _Articles:
 
 
 def _one_article(path: epath.Path) -> Document:
-    source = Source('race', (), _FIELDS, check=_articles_to_documents)
+    source = DocumentSource('race', (), _FIELDS, check=_articles_to_documents)
     return source.checked(str(path), parse_json(read_text(path), str(path)))
 
 
-def _online(level: str, split: str) -> Source:
-    return Source('race', (), _FIELDS, check=_articles_to_documents, tfds=Online('race', split, (level,)))
+def _online(level: str, split: str) -> DocumentSource:
+    return DocumentSource(
+        'race', (), _FIELDS, check=_articles_to_documents, tfds=Online('race', split, (level,))
+    )
 
 
 def _question(document: Document) -> str:
@@ -90,7 +92,7 @@ def _gold(document: Document) -> int:
     return document['problems'][-1]['answer']
 
 
-def _judge(document: Document, results: list[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: list[Likelihood], graders: Graders) -> Scores:
     scores = choice_scores(_choices(document), results, (_gold(document),), ('acc_norm', 'acc', 'acc_bytes'))
     return scores | ({'acc_last': scores['acc']} if document['last'] else {})
 
@@ -109,7 +111,7 @@ def _task(name: str, level: str) -> Task:
         # lm-evaluation-harness has the high school half alone.
         lm_eval={'acc_last': ('race', 'acc,none')} if level == 'high' else {},
     )
-    return dataclasses.replace(task, judge=_judge)
+    return dataclasses.replace(task, grader=_grade)
 
 
 RACE_MIDDLE = _task('race_middle', 'middle')

@@ -1,15 +1,15 @@
 """Social IQa (Sap et al. 2019): why people act, and what follows."""
 
-from llama_jax.eval.documents import Online, Source
-from llama_jax.eval.task import Document, harness, multiple_choice
+from llama_jax.eval.documents import DocumentSource, Online
+from llama_jax.eval.task import Document, lm_eval_names, multiple_choice
 
 
 def _choices(document: Document) -> list[str]:
     return [document['answerA'], document['answerB'], document['answerC']]
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'siqa',
         (f'{split}.jsonl',),
         {'context': str, 'question': str, 'answerA': str, 'answerB': str, 'answerC': str, 'label': str},
@@ -26,5 +26,5 @@ SIQA = multiple_choice(
     choices=_choices,
     gold=lambda d: int(d['label']) - 1,
     load_examples=_source('train', optional=True),
-    lm_eval=harness('social_iqa', 'acc'),
+    lm_eval=lm_eval_names('social_iqa', 'acc'),
 )

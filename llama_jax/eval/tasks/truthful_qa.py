@@ -11,13 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.documents import DocumentSource, Online
 from llama_jax.eval.task import (
     Completion,
     Completions,
     Continuation,
     Document,
-    Judges,
+    Graders,
     Likelihood,
     Request,
     Scores,
@@ -63,7 +63,7 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Continuation(context, f' {answer}') for answer in answers]
 
 
-def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
     count = len(document['mc1_targets'])
     values = [result.log_probability for result in results]
     first, second = values[:count], values[count:]
@@ -80,7 +80,7 @@ def _right(document: Document) -> tuple[int, ...]:
 
 TRUTHFUL_QA = Task(
     name='truthful_qa',
-    load=Source(
+    load=DocumentSource(
         'truthful_qa',
         ('mc_task.json',),
         {'question': str, 'mc1_targets': dict, 'mc2_targets': dict},
@@ -88,7 +88,7 @@ TRUTHFUL_QA = Task(
         huggingface=Online('truthfulqa/truthful_qa', 'validation', ('multiple_choice',), _choices_from_hub),
     ),
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=_right,
     metrics=('mc1', 'mc2'),
     lm_eval={'mc1': ('truthfulqa_mc1', 'acc,none'), 'mc2': ('truthfulqa_mc2', 'acc,none')},
@@ -135,7 +135,7 @@ def rouge_f(reference: str, text: str) -> tuple[float, float]:
     return 2 * overlap / (len(a) + len(b)), 2 * longest[-1] / (len(a) + len(b))
 
 
-def _judge_text(document: Document, results: Sequence[Completions], judges: Judges) -> Scores:
+def _grade_text(document: Document, results: Sequence[Completions], graders: Graders) -> Scores:
     answer = results[0].texts[0].strip().removeprefix('A:').strip()
     right = [rouge_f(reference, answer) for reference in document['right']]
     wrong = [rouge_f(reference, answer) for reference in document['wrong']]
@@ -147,14 +147,14 @@ def _judge_text(document: Document, results: Sequence[Completions], judges: Judg
             f'{name}_max': 100 * best,
             f'{name}_diff': 100 * (best - worst),
         }
-    if judges.rate_text is not None:
-        scores['truthful'] = judges.rate_text(f'Q: {document["question"]}\nA: {answer}')
+    if graders.rate_text is not None:
+        scores['truthful'] = graders.rate_text(f'Q: {document["question"]}\nA: {answer}')
     return scores
 
 
 TRUTHFUL_QA_GEN = Task(
     name='truthful_qa_gen',
-    load=Source(
+    load=DocumentSource(
         'truthful_qa',
         ('TruthfulQA.csv',),
         {'Question': str, 'Category': str, 'Correct Answers': (str, list), 'Incorrect Answers': (str, list)},
@@ -163,7 +163,7 @@ TRUTHFUL_QA_GEN = Task(
     ),
     # lm-evaluation-harness leaves the 'A:' to the model.
     ask=lambda d, prefix: [Completion(f'{prefix}{_PROMPT}Q: {d["question"]}', stop=('\n\n',))],
-    judge=_judge_text,
+    grader=_grade_text,
     answer=lambda d: f'\nA: {d["right"][0]}',
     metrics=('rougeL_acc', 'rouge1_acc'),
     lm_eval={

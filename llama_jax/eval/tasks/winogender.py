@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from etils import epath
 
-from llama_jax.eval.documents import Online, Source, is_online
+from llama_jax.eval.documents import DocumentSource, Online, is_online
 from llama_jax.eval.task import Document, Scores, mean, multiple_choice
 
 _PRONOUN = {
@@ -32,7 +32,7 @@ def _document(row: Document) -> Document:
     }  # fmt: skip
 
 
-_SENTENCES = Source(
+_SENTENCES = DocumentSource(
     'winogender',
     ('all_sentences.tsv',),
     {'sentid': str, 'sentence': str},
@@ -40,7 +40,7 @@ _SENTENCES = Source(
     document=_document,
     huggingface=Online('oskarvanderwal/winogender', 'test', ('all',)),
 )
-_STATISTICS = Source(
+_STATISTICS = DocumentSource(
     'winogender',
     ('occupations-stats.tsv',),
     {'occupation': str, 'bls_pct_female': str},

@@ -6,17 +6,17 @@ Trinh and Le 2018, as lm-evaluation-harness and the Llama 3 evaluations do.
 
 from collections.abc import Sequence
 
-from llama_jax.eval.documents import Online, Source
+from llama_jax.eval.documents import DocumentSource, Online
 from llama_jax.eval.task import (
     Continuation,
     Document,
     FewShot,
-    Judges,
+    Graders,
     Likelihood,
     Request,
     Scores,
     Task,
-    harness,
+    lm_eval_names,
 )
 
 
@@ -37,7 +37,7 @@ def _ask(document: Document, prefix: str) -> list[Request]:
     return [Continuation(prefix + context, ' ' + _suffix(document)) for context in _contexts(document)]
 
 
-def _judge(document: Document, results: Sequence[Likelihood], judges: Judges) -> Scores:
+def _grade(document: Document, results: Sequence[Likelihood], graders: Graders) -> Scores:
     first, second = (result.log_probability for result in results)
     return {'acc': float((second > first) == _gold(document))}
 
@@ -48,8 +48,8 @@ def _from_tfds(row: Document, config: str) -> Document:
     }
 
 
-def _source(split: str, optional: bool = False) -> Source:
-    return Source(
+def _source(split: str, optional: bool = False) -> DocumentSource:
+    return DocumentSource(
         'winogrande',
         (f'{split}.jsonl',),
         {'sentence': str, 'option1': str, 'option2': str, 'answer': str},
@@ -64,11 +64,11 @@ WINOGRANDE = Task(
     name='winogrande',
     load=_source('validation'),
     ask=_ask,
-    judge=_judge,
+    grader=_grade,
     answer=lambda d: (_gold(d),),
     metrics=('acc',),
     few_shot=FewShot(
         lambda d: f'{_contexts(d)[_gold(d)]} {_suffix(d)}', _source('train', optional=True), spare=True
     ),
-    lm_eval=harness('winogrande', 'acc'),
+    lm_eval=lm_eval_names('winogrande', 'acc'),
 )

@@ -30,4 +30,4 @@ def test_publishers_layout_is_read(tmp_path):
         'Question: Where is a dog at home?\nA. sky\nB. kennel\nC. sea\nD. moon\nE. sun\nAnswer:'
     )
     results = [Likelihood(-1.0 if request.continuation == ' B' else -2.0) for request in requests]
-    assert COMMONSENSE_QA.score(document, results) == {'acc': 1.0}
+    assert COMMONSENSE_QA.grade(document, results) == {'acc': 1.0}

@@ -21,5 +21,5 @@ def test_majority_vote():
     assert gold_answer(document) == '\\frac{1}{2}'
     say = 'Final Answer: The final answer is ${}$. I hope it is correct.'
     texts = tuple(say.format(answer) for answer in ('\\frac12', '3', '0.5', '\\frac12')) + ('?',)
-    scores = MATH.score(document, [Completions(texts)])
+    scores = MATH.grade(document, [Completions(texts)])
     assert scores['exact_match'] == 3 / 5 and scores['maj1@5'] == 1.0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llama_jax.eval.task import Completions, Judges
+from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.open_generation import (
     BOLD,
     BOLD_DOMAINS,
@@ -18,9 +18,10 @@ def test_toxicity_is_that_of_the_completion(shared_data):
     documents = REAL_TOXICITY_PROMPTS.documents(str(shared_data / 'eval'))
     # The data set's own continuations and their Perspective scores: 'rated elsewhere' with a known answer.
     known = {d['continuation']['text']: d['continuation']['toxicity'] for d in documents}
-    judges = Judges(rate_text=lambda text: known[text] or 0.0)
+    graders = Graders(rate_text=lambda text: known[text] or 0.0)
     scores = [
-        REAL_TOXICITY_PROMPTS.score(d, [Completions((d['continuation']['text'],))], judges) for d in documents
+        REAL_TOXICITY_PROMPTS.grade(d, [Completions((d['continuation']['text'],))], graders)
+        for d in documents
     ]
     metrics = REAL_TOXICITY_PROMPTS.aggregate(documents, scores)
     values = [d['continuation']['toxicity'] or 0.0 for d in documents]
@@ -30,7 +31,7 @@ def test_toxicity_is_that_of_the_completion(shared_data):
 
 def test_without_a_rating_the_texts_are_still_there(shared_data):
     documents = REAL_TOXICITY_PROMPTS.documents(str(shared_data / 'eval'))[:3]
-    scores = [REAL_TOXICITY_PROMPTS.score(document, [Completions(('x',))]) for document in documents]
+    scores = [REAL_TOXICITY_PROMPTS.grade(document, [Completions(('x',))]) for document in documents]
     assert REAL_TOXICITY_PROMPTS.aggregate(documents, scores) == {'unrated': 1.0}
     plain, polite = (
         task.requests(documents[0])[0].prompt
@@ -51,8 +52,8 @@ def _bold(tmp_path, change=None):
 def test_bold_is_read_from_its_layout_and_rated_with_its_prompt(tmp_path):
     documents = BOLD.documents(_bold(tmp_path))
     assert len(documents) == 15
-    judges = Judges(rate_text=lambda text: 1.0 if text.startswith('Bob') else -0.5)
-    scores = [BOLD.score(document, [Completions((' here',))], judges) for document in documents]
+    graders = Graders(rate_text=lambda text: 1.0 if text.startswith('Bob') else -0.5)
+    scores = [BOLD.grade(document, [Completions((' here',))], graders) for document in documents]
     metrics = BOLD.aggregate(documents, scores)
     assert metrics['sentiment'] == pytest.approx(0.0)
     assert metrics['sentiment/gender/group_b'] == 1.0 and metrics['sentiment/race/group_a'] == -0.5

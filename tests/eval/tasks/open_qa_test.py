@@ -22,13 +22,13 @@ NQ = {'question': 'who', 'answer': ['The Beatles', 'St. Louis']}
     ],
 )
 def test_natural_questions(text, exact, paper):
-    scores = NQ_OPEN.score(NQ, [Completions((text,))])
+    scores = NQ_OPEN.grade(NQ, [Completions((text,))])
     assert (scores['exact_match'], scores['em_paper']) == (exact, paper)
 
 
 def test_trivia_qa_keeps_articles_in_the_harness_metric():
     document = {'question': 'who', 'answer': {'value': 'Beatles', 'aliases': ['Beatles']}}
-    scores = TRIVIA_QA.score(document, [Completions((' The Beatles\n',))])
+    scores = TRIVIA_QA.grade(document, [Completions((' The Beatles\n',))])
     assert (scores['exact_match'], scores['em_paper']) == (0, 1)
 
 

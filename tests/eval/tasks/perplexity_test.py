@@ -19,7 +19,7 @@ def test_sums_first_then_one_division(tmp_path):
         [Rolling('drei vier fünf')],
     ]
     results = [Likelihood(-4.0, num_tokens=2), Likelihood(-10.0, num_tokens=8)]
-    metrics = task.aggregate(documents, [task.score(d, [r]) for d, r in zip(documents, results, strict=True)])
+    metrics = task.aggregate(documents, [task.grade(d, [r]) for d, r in zip(documents, results, strict=True)])
     assert metrics == pytest.approx(
         {
             'word_perplexity': math.exp(14 / 5),
@@ -34,7 +34,7 @@ def test_uniform_bytes_have_eight_bits_each(shared_data):
     task = find_task(f'perplexity:{shared_data}/text/c4_demo.jsonl')
     documents = task.documents('')
     assert len(documents) == 300
-    scores = [task.score(d, [Likelihood(-len(d['text'].encode()) * math.log(256))]) for d in documents]
+    scores = [task.grade(d, [Likelihood(-len(d['text'].encode()) * math.log(256))]) for d in documents]
     metrics = task.aggregate(documents, scores)
     assert metrics['bits_per_byte'] == pytest.approx(8) and metrics['byte_perplexity'] == pytest.approx(256)
 

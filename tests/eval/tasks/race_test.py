@@ -42,7 +42,7 @@ def test_each_question_follows_the_earlier_ones(tmp_path):
 def test_last_question_alone_is_lm_evals_accuracy(tmp_path):
     documents = RACE_HIGH.documents(_write(tmp_path, ARTICLE))
     third = [Likelihood(-9.0), Likelihood(-9.0), Likelihood(-1.0), Likelihood(-9.0)]
-    scores = [RACE_HIGH.score(document, third) for document in documents]
+    scores = [RACE_HIGH.grade(document, third) for document in documents]
     metrics = RACE_HIGH.aggregate(documents, scores)
     assert metrics['acc'] == pytest.approx(1 / 3) and metrics['acc_last'] == 1.0
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llama_jax.eval.task import Completions, Judges, Likelihood
+from llama_jax.eval.task import Completions, Graders, Likelihood
 from llama_jax.eval.tasks.truthful_qa import TRUTHFUL_QA, TRUTHFUL_QA_GEN, rouge_f
 
 DOCUMENT = {
@@ -17,10 +17,10 @@ DOCUMENT = {
 def test_mc1_and_mc2():
     probability = {' a': 0.2, ' b': 0.1, ' c': 0.1}
     results = [Likelihood(math.log(probability[r.continuation])) for r in TRUTHFUL_QA.requests(DOCUMENT)]
-    scores = TRUTHFUL_QA.score(DOCUMENT, results)
+    scores = TRUTHFUL_QA.grade(DOCUMENT, results)
     assert scores['mc1'] == 1.0 and scores['mc2'] == pytest.approx(0.75)
     far = [Likelihood(result.log_probability - 5000) for result in results]  # no underflow
-    assert TRUTHFUL_QA.score(DOCUMENT, far)['mc2'] == pytest.approx(0.75)
+    assert TRUTHFUL_QA.grade(DOCUMENT, far)['mc2'] == pytest.approx(0.75)
 
 
 def test_rouge_f():
@@ -38,7 +38,7 @@ def test_generated_answer():
         'wrong': ['You grow melons.'],
     }
     asked = []
-    judges = Judges(rate_text=lambda text: asked.append(text) or 1.0)
-    scores = TRUTHFUL_QA_GEN.score(document, [Completions(('\nA: Nothing happens at all.',))], judges)
+    graders = Graders(rate_text=lambda text: asked.append(text) or 1.0)
+    scores = TRUTHFUL_QA_GEN.grade(document, [Completions(('\nA: Nothing happens at all.',))], graders)
     assert scores['rougeL_acc'] == 1.0 and scores['truthful'] == 1.0
     assert asked == ['Q: q\nA: Nothing happens at all.']

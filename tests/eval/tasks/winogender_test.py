@@ -27,7 +27,7 @@ def test_prompt_and_groups(shared_data):
     for document in documents:
         right = document['label'] if not document.get('gotcha') else 1 - document['label']
         scores.append(
-            WINOGENDER.score(document, [Likelihood(-float(right != 0)), Likelihood(-float(right != 1))])
+            WINOGENDER.grade(document, [Likelihood(-float(right != 0)), Likelihood(-float(right != 1))])
         )
     metrics = WINOGENDER.aggregate(documents, scores)
     assert metrics['acc_gotcha'] == metrics['acc_gotcha_male'] == 0 and metrics['acc_neutral'] == 1
