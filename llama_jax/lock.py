@@ -169,11 +169,18 @@ class _BeatingLock:
             raise _locked(self._file, now)
 
     def _beat(self) -> None:
+        beaten = time.monotonic()
         while not self._released.wait(_BEAT_SECONDS):
             try:
                 now = self._read()
-                if now.get('token') == self._token:
+                is_gone = (
+                    not now and time.monotonic() - beaten < _DEAD_SECONDS
+                )  # nobody could take it over since
+                if is_gone:
+                    logger.warning('%s was taken away; its owner is alive and writes it again', self._file)
+                if is_gone or now.get('token') == self._token:
                     self._write()
+                    beaten = time.monotonic()
                     continue
             except Exception as error:  # of a bucket's client; the next beat may succeed
                 logger.warning('%s cannot be written: %s', self._file, error_line(error))

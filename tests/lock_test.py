@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -130,9 +131,25 @@ def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating):
 
 def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
     ended = []
-    monkeypatch.setattr(lock.os, '_exit', lambda status: (ended.append(status), time.sleep(60)))
+
+    def end(status):
+        ended.append(status)
+        threading.Event().wait()  # for ever: the thread must not go on to end this process
+
+    monkeypatch.setattr(lock.os, '_exit', end)
     hold(epath.Path(tmp_path))
     as_of_another_host(tmp_path / lock.FILE)
     while not ended:
         time.sleep(0.01)
     assert ended == [1] and 'was taken over by host elsewhere, process 7' in caplog.text
+
+
+def test_a_file_that_somebody_took_away_is_written_again(tmp_path, beating, caplog):
+    release = hold(epath.Path(tmp_path))
+    (tmp_path / lock.FILE).unlink()
+    while not (tmp_path / lock.FILE).exists():
+        time.sleep(0.01)
+    with pytest.raises(Locked):
+        hold(epath.Path(tmp_path))
+    release()
+    assert 'run.lock was taken away' in caplog.text and not (tmp_path / lock.FILE).exists()

@@ -51,7 +51,9 @@ class Log:
 
 def test_a_step_reads_nothing_from_the_host():
     step_fn = jax.jit(lambda state, frozen, batch, rng: (state, {'loss': batch.sum()}))
-    config = LoopConfig(num_steps=1, batch_size=1, tokens_per_step=1, flops_per_token=(1.0, 1.0), peak_flops=1.0)
+    config = LoopConfig(
+        num_steps=1, batch_size=1, tokens_per_step=1, flops_per_token=(1.0, 1.0), peak_flops=1.0
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device transfer'):
         train(
             TrainState(jnp.int32(0), {}, {}), config=config, step_fn=step_fn, frozen={}, rng=jax.random.key(0),
