@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.packing import PackedRows, TokenizedCorpus
-from llama_jax.eval import perplexity
+from llama_jax.eval import baselines
 from llama_jax.eval.baselines import fit_baselines, in_time
 
 VOCAB, LENGTH = 12, 8
@@ -57,7 +57,7 @@ def test_count_models_by_hand():
 
 
 def test_memory_does_not_grow_with_the_training_rows(monkeypatch):
-    monkeypatch.setattr(perplexity, '_CHUNK', 1 << 12)
+    monkeypatch.setattr(baselines, '_CHUNK', 1 << 12)
     size, length = 50_000, 1023
 
     def row(seed):
@@ -79,14 +79,14 @@ def test_memory_does_not_grow_with_the_training_rows(monkeypatch):
 def test_of_very_long_validation_the_first_part_is_scored(monkeypatch):
     train, held_out = (list(PackedRows(corpus(seed, 30)[1], LENGTH)) for seed in (2, 3))
     count = sum(np.sum(row['segment_ids'][1:] == row['segment_ids'][:-1]) for row in held_out[:5])
-    monkeypatch.setattr(perplexity, '_MAX_VALIDATION_TARGETS', int(count))
+    monkeypatch.setattr(baselines, '_MAX_VALIDATION_TARGETS', int(count))
     assert fit_baselines(train, held_out, VOCAB) == fit_baselines(train, held_out[:5], VOCAB)
 
 
 def test_rows_are_counted_as_long_as_there_is_time(monkeypatch, caplog):
     caplog.set_level('INFO', 'llama_jax.eval.baselines')
     clock = iter(range(100))
-    monkeypatch.setattr(perplexity.time, 'monotonic', lambda: 4.0 * next(clock))
+    monkeypatch.setattr(baselines.time, 'monotonic', lambda: 4.0 * next(clock))
     rows = [{'tokens': np.array([number])} for number in range(50)]
     found = list(in_time(iter(rows), 50, seconds=60))
     assert [int(row['tokens'][0]) for row in found] == list(range(15))

@@ -15,7 +15,7 @@ from llama_jax.train.validation import (
     make_validation,
 )
 from tests import toy
-from tests.eval.perplexity_test import LENGTH, VOCAB, corpus, pairs
+from tests.eval.baselines_test import LENGTH, VOCAB, corpus, pairs
 
 
 def table_loss(params, batch):
