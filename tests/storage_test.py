@@ -1,10 +1,13 @@
 """Local paths and addresses of buckets; results read ahead."""
 
+import errno
+import os
+
 import pytest
 from etils import epath
 
 from llama_jax import storage
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 
 
 def test_prefetched_results_come_in_order_and_errors_where_they_belong():
@@ -64,3 +67,16 @@ def test_what_another_command_has_written_meanwhile_stays(tmp_path):
     with pytest.raises(InputError, match='a has been written by another command meanwhile'):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ['a'] and (place / 'file').read_text() == 'theirs'
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    file = epath.Path(tmp_path / 'file')
+    storage.write_atomically(file, 'before')
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(SystemFailure, match='file cannot be written: No space left on device'):
+        storage.write_atomically(file, 'after')
+    assert file.read_text() == 'before' and [path.name for path in tmp_path.iterdir()] == ['file']

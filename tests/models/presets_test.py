@@ -3,6 +3,7 @@ import math
 import jax
 import pytest
 
+from llama_jax.models.config import RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
 from llama_jax.models.presets import PRESETS, with_vocab_size
 
@@ -50,6 +51,32 @@ def test_presets_keep_the_rules_of_the_family():
             # SwiGLU's hidden size: 8/3 of the embedding, at times 1.2 to 1.5 times that, rounded up.
             assert 8 / 3 <= config.mlp_dim / config.embed_dim <= 1.5 * 8 / 3, name
             assert config.mlp_dim % 256 == 0, name
+
+
+# norm_eps, rope_theta, RopeScaling.factor, tie_embeddings, max_seq_len: params.json and model card of each release.
+CONSTANTS = {
+    'llama_': (1e-6, 1e4, None, False, 2048),
+    'llama2_': (1e-5, 1e4, None, False, 4096),
+    'code_llama_': (1e-5, 1e6, None, False, 16_384),
+    'llama3_8b': (1e-5, 5e5, None, False, 8192),
+    'llama3_70b': (1e-5, 5e5, None, False, 8192),
+    'llama3_1_': (1e-5, 5e5, 8.0, False, 131_072),
+    'llama3_2_': (1e-5, 5e5, 32.0, True, 131_072),
+    'llama3_3_': (1e-5, 5e5, 8.0, False, 131_072),
+}
+
+
+@pytest.mark.parametrize('name', NUM_PARAMS)
+def test_constants_are_those_of_the_release(name):
+    config, scaling = PRESETS[name], PRESETS[name].rope_scaling
+    (wanted,) = (constants for release, constants in CONSTANTS.items() if name.startswith(release))
+    if name == 'llama_65b':  # by its own params.json
+        wanted = (1e-5, *wanted[1:])
+    found = (
+        config.norm_eps, config.rope_theta, scaling and scaling.factor, config.tie_embeddings, config.max_seq_len
+    )  # fmt: skip
+    assert found == wanted
+    assert scaling is None or scaling == RopeScaling(scaling.factor, 1.0, 4.0, 8192)
 
 
 def test_another_vocabulary_changes_nothing_else():
