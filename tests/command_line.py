@@ -4,8 +4,10 @@ Starting Python and importing JAX takes longer than most of these runs. So one p
 and forks (before JAX has a device or a thread) for each run, which then is `python -m experiments.NAME`.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -22,10 +24,11 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 _SERVER = """
 import json, os, runpy, sys
-import matplotlib.pyplot, tensorboardX
-import experiments.launch, llama_jax.data.datasets, llama_jax.eval.baselines, llama_jax.inference.generate
-import llama_jax.train.loop, llama_jax.train.state, llama_jax.train.step, llama_jax.train.validation
+import experiments.training, llama_jax.eval.tasks, llama_jax.export, llama_jax.preflight.compile
+import llama_jax.train.validation, matplotlib.pyplot, tensorboardX
 from array_record.python import array_record_module
+from tests.command_line import add_nano
+add_nano()
 for line in sys.stdin:
     pids = []
     for request in json.loads(line):
@@ -66,17 +69,53 @@ class Finished:
         return last
 
 
+class _Server:
+    """The process that forks the runs, one run or job at a time."""
+
+    def __init__(self, preload: str):
+        environment = os.environ | ({'LD_PRELOAD': preload} if preload else {})
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', _SERVER], cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._running: list[int] = []
+        atexit.register(self._close)
+
+    def start(self, requests: list[dict[str, Any]]) -> list[int]:
+        """Process ids of what now runs."""
+        if self._running:  # nobody waited for its end: the test that started it has failed
+            for pid in self._running:
+                _kill(pid)
+            self.wait()
+        self._process.stdin.write(json.dumps(requests) + '\n')
+        self._process.stdin.flush()
+        self._running = json.loads(self._process.stdout.readline())
+        return self._running
+
+    def wait(self) -> list[int]:
+        """How they ended."""
+        statuses = json.loads(self._process.stdout.readline())
+        self._running = []
+        return statuses
+
+    def _close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+_server = functools.cache(_Server)  # importing takes long: one serves all files that a process tests
+
+
 class CommandLine:
     """Runs one command at a time, or one job of several processes that join over loopback.
 
     With `num_devices` emulated devices where the run does not say otherwise.
     """
 
-    def __init__(self, folder: pathlib.Path, num_devices: int = 1, **environment: str):
+    def __init__(self, folder: pathlib.Path, num_devices: int = 1, preload: str = '', **environment: str):
         self._folder, self._num_devices, self._environment = folder, num_devices, environment
-        self._server = subprocess.Popen(
-            [sys.executable, '-c', _SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
+        self._server = _server(preload)
 
     def start(self, name: str, *arguments: str, num_devices: int = 0, before: str = '') -> int:
         """Starts `python -m experiments.NAME ARGUMENTS` and returns its process id; `wait` must follow.
@@ -147,22 +186,15 @@ class CommandLine:
             }
             for (process, arguments), (stdout, stderr) in zip(processes.items(), self._outputs, strict=True)
         ]
-        self._server.stdin.write(json.dumps(requests) + '\n')
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        return self._server.start(requests)
 
     def _wait(self) -> list[Finished]:
-        statuses = json.loads(self._server.stdout.readline())
+        statuses = self._server.wait()
         outputs = [[file.read_text(errors='replace') for file in files] for files in self._outputs]
         return [
             Finished(status, _without_gloo(stdout), stderr)
             for status, (stdout, stderr) in zip(statuses, outputs, strict=True)
         ]
-
-    def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-        self._server.stdout.close()
 
 
 def _kill(pid: int) -> None:
@@ -181,6 +213,15 @@ def _devices(count: int) -> dict[str, str]:
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0 '
         '--xla_cpu_collective_call_terminate_timeout_seconds=300'
     }
+
+
+def add_nano() -> None:
+    """Makes `nano` a preset: a model whose programs, compiled without optimisation, take little time."""
+    from llama_jax.models.presets import PRESETS
+
+    PRESETS['nano'] = dataclasses.replace(
+        PRESETS['tiny'], embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
+    )
 
 
 def run_python(name: str, *arguments: str) -> Finished:
@@ -207,13 +248,14 @@ def write_corpus(file: pathlib.Path) -> pathlib.Path:
 
 
 def tiny_run(workdir: pathlib.Path, corpus: pathlib.Path, **overrides) -> list[str]:
-    """Arguments of a `pretrain` that takes seconds; `overrides` are config keys with `__` for the dot."""
+    """Arguments of a `pretrain` of `nano` that takes seconds; `overrides` are config keys with `__` for the dot."""
     config = {
         'data__train': corpus,
         'data__validation': '',
         'data__validation_fraction': 0.02,
         'data__separator': '<|endoftext|>',
         'data__vocab_size': 320,
+        'model__preset': 'nano',
         'model__vocab_size': 320,
         'data__seq_len': 64,
         'train__batch_size': 8,

@@ -4,12 +4,10 @@ JAX reads its environment when it is first imported, so that is set at the top, 
 subprocesses too. What is set already is left alone: `JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
 """
 
-import contextlib
 import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
 
 import pytest
 
@@ -95,10 +93,9 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='module')
-def commands(folder) -> Iterator[CommandLine]:
+def commands(folder) -> CommandLine:
     """Runs commands, on one device where a run does not say otherwise."""
-    with contextlib.closing(CommandLine(folder)) as commands:
-        yield commands
+    return CommandLine(folder)
 
 
 @pytest.fixture(scope='module')

@@ -17,12 +17,12 @@ SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba
 
 
 @pytest.fixture(scope='module')
-def run(folder, corpus):
+def run(folder, commands, corpus):
     """The workdir of a finished run, of twelve steps."""
     workdir = folder / 'run'
     # As the README gives it: from where the command is run.
     relative = os.path.relpath(workdir, REPOSITORY)
-    finished = run_python('pretrain', *tiny_run(relative, corpus, **SHOWN)).succeeded()
+    finished = commands.run('pretrain', *tiny_run(relative, corpus, **SHOWN)).succeeded()
     assert all(text in finished.stdout for text in ('this model', 'unigram', 'sample:', 'loss.png'))
     return workdir
 
@@ -238,11 +238,11 @@ REFUSED = {
     'unknown attention': ({'model__attention': 'flush'}, "attention implementation 'flush'; choose from"),
     'unknown optimizer': ({'optimizer__name': 'sgd'}, "optimizer.name is 'sgd', which is no optimizer; choose"),
     'impossible mesh': ({'mesh__tensor': 3}, 'impossible mesh .* tensor=3.* 8 devices'),
-    'indivisible heads': ({'mesh__tensor': 8}, "axis '(kv_)?heads' of size 4 does not divide over mesh axes tensor=8"),
+    'indivisible heads': ({'mesh__tensor': 8}, "axis '(kv_)?heads' of size [24] does not divide over mesh axes tensor=8"),
     'indivisible batch': ({'train__batch_size': 12}, 'batch size 12 does not divide over the 8 devices'),
     'microbatches': ({'train__num_microbatches': 3}, 'batch_size=8 does not divide into .*num_microbatches=3'),
     'loss chunks': ({'train__loss_chunks': 7}, 'seq_len=64 does not divide into --config.train.loss_chunks=7'),
-    'long sequence': ({'data__seq_len': 257}, 'seq_len=257 is longer than tiny reads: at most 256'),
+    'long sequence': ({'data__seq_len': 257}, 'seq_len=257 is longer than nano reads: at most 256'),
     'weights': ({'data__weights': '1,2'}, '2 weights for 1 data sources'),
     'small vocabulary': ({'model__vocab_size': 100}, 'vocab_size=100 is less than the tokenizer needs: 320'),
     'no tokenizer': ({'data__tokenizer': 'none.model'}, 'no tokenizer at none.model'),

@@ -6,6 +6,7 @@ The layers are one scanned block, their weights stacked on a leading `layers` ax
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -293,20 +294,17 @@ def head_weight(params: Params) -> Weight:
 
 def init_params(model: Transformer, rng: Array) -> Params:
     """Freshly drawn fp32 weights as a plain nested dict (under `jax.jit`, born with its output shardings)."""
-    return nn.meta.unbox(_init_boxed(model, rng))
+    return nn.meta.unbox(_plain(model).init(rng, jnp.zeros((1, 1), jnp.int32))['params'])
 
 
 def abstract_params(model: Transformer) -> Params:
     """Shapes and dtypes of the weights, without memory."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.value, _abstract_boxes(_plain(model)), is_leaf=_is_box)
 
 
 def param_axes(model: Transformer) -> PyTree:
     """Logical axes of every weight: a tree like the params with a tuple of names at each leaf."""
-    boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
-    return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    )
+    return jax.tree.map(lambda box: tuple(box.names), _abstract_boxes(_plain(model)), is_leaf=_is_box)
 
 
 def abstract_params_and_axes(model: Transformer) -> tuple[Params, PyTree]:
@@ -314,11 +312,22 @@ def abstract_params_and_axes(model: Transformer) -> tuple[Params, PyTree]:
     return abstract_params(model), param_axes(model)
 
 
-def _init_boxed(model: Transformer, rng: Array) -> PyTree:
+def _plain(model: Transformer) -> Transformer:
+    """Without what does not change the weights: one token tells their shapes, and would not divide over a mesh."""
     _check_knobs(model)
-    # One token tells the shapes of all weights; no mesh, as that token would not divide over it.
-    plain = model.clone(partitioner=None, remat='none')
-    return plain.init(rng, jnp.zeros((1, 1), jnp.int32))['params']
+    return model.clone(
+        dtype=jnp.float32, partitioner=None, remat='none', unroll=1, attention_implementation='auto'
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_boxes(plain: Transformer) -> PyTree:
+    """The weights with their axes; kept, as tracing the model takes long and a command asks several times."""
+    return jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def _check_knobs(model: Transformer) -> None:

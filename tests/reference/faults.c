@@ -1,7 +1,8 @@
 /* Preloaded into a process: lets the n-th change of a file under a folder fail, kill the process, or send it a signal.
 
    Inert until `fault_arm`. Every change counts: an opened file that may be written, a write, a truncation, a flush to
-   disk, a rename, a removal, a new folder. What is counted is the same for Python and for C++ libraries. */
+   disk, a rename, a removal, a new folder. What is counted is the same for Python and for C++ libraries. Armed for
+   reading, it counts files that are opened to be read, and reads, instead. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,11 +20,11 @@
 
 static char folder[PATH_MAX];
 static long wanted = -1, count;
-static int failure, lasting, signal_number;
+static int failure, lasting, signal_number, reads;
 
-void fault_arm(const char *prefix, long nth, int error, int for_ever, int number) {
+void fault_arm(const char *prefix, long nth, int error, int for_ever, int number, int reading) {
   snprintf(folder, sizeof folder, "%s", prefix);
-  failure = error, lasting = for_ever, signal_number = number, count = 0;
+  failure = error, lasting = for_ever, signal_number = number, reads = reading, count = 0;
   __atomic_store_n(&wanted, nth, __ATOMIC_SEQ_CST);
 }
 
@@ -58,7 +59,7 @@ static int at_fd(int fd) {
   return !strncmp(path, folder, strlen(folder));
 }
 
-/* Whether this change, which is in the folder, must fail; `grows`: a full disk refuses it. */
+/* Whether this change or read, which is in the folder, must fail; `grows`: a full disk refuses it. */
 static int fails(int here, int grows) {
   if (!here) return 0;
   long number = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
@@ -71,10 +72,16 @@ static int fails(int here, int grows) {
 
 #define REAL(name) static __typeof__(name) *real; if (!real) real = dlsym(RTLD_NEXT, #name)
 #define ON_FD(type, name, parameters, arguments, grows) \
-  type name parameters { REAL(name); return fails(at_fd(fd), grows) ? (type)-1 : real arguments; }
+  type name parameters { REAL(name); return fails(!reads && at_fd(fd), grows) ? (type)-1 : real arguments; }
 #define ON_PATH(type, name, parameters, arguments, directory, path, grows) \
-  type name parameters { REAL(name); return fails(at_path(directory, path), grows) ? (type)-1 : real arguments; }
+  type name parameters { REAL(name); return fails(!reads && at_path(directory, path), grows) ? (type)-1 : real arguments; }
 
+#define ON_READ(name, parameters, arguments) \
+  ssize_t name parameters { REAL(name); return fails(reads && at_fd(fd), 1) ? -1 : real arguments; }
+
+ON_READ(read, (int fd, void *data, size_t size), (fd, data, size))
+ON_READ(pread, (int fd, void *data, size_t size, off_t at), (fd, data, size, at))
+ON_READ(pread64, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at))
 ON_FD(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size), 1)
 ON_FD(ssize_t, pwrite, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at), 1)
 ON_FD(ssize_t, pwrite64, (int fd, const void *data, size_t size, off64_t at), (fd, data, size, at), 1)
@@ -101,7 +108,7 @@ ON_PATH(int, rmdir, (const char *path), (path), AT_FDCWD, path, 0)
     REAL(name); \
     va_list rest; va_start(rest, flags); mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; va_end(rest); \
     int writes = (flags & O_ACCMODE) != O_RDONLY; \
-    return fails(writes && at_path(directory, path), 1) ? -1 : real arguments; \
+    return fails(writes != reads && at_path(directory, path), 1) ? -1 : real arguments; \
   }
 OPEN(open, (const char *path, int flags, ...), (path, flags, mode), AT_FDCWD)
 OPEN(open64, (const char *path, int flags, ...), (path, flags, mode), AT_FDCWD)

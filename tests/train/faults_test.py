@@ -4,7 +4,6 @@ A shim in C, preloaded, lets the n-th change of a file under the workdir fail or
 library in C++ makes it; what is on disk is damaged between two launches; signals come while something long is done.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -23,14 +22,10 @@ STOPPED_AT = 10
 
 # What each launch runs first: PROCESS is its number among those started together.
 BEFORE = """
-import ctypes, dataclasses, json, os
-from llama_jax.models.presets import PRESETS
-PRESETS['nano'] = dataclasses.replace(
-    PRESETS['tiny'], embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64
-)
-folder, number, failure, lasting, kill, more = json.load(open('FAULTS'))[PROCESS]
+import ctypes, json, os
+folder, number, failure, lasting, kill, reads, more = json.load(open('FAULTS'))[PROCESS]
 shim = ctypes.CDLL(None)
-shim.fault_arm(folder.encode(), ctypes.c_long(number), failure, lasting, kill)
+shim.fault_arm(folder.encode(), ctypes.c_long(number), failure, lasting, kill, reads)
 exec(more)
 """
 # Writes down how many changes there were.
@@ -38,8 +33,8 @@ COUNT = """
 import atexit
 atexit.register(lambda: open('COUNT', 'w').write(str(shim.fault_count())))
 """
-# A signal while something is done for the n-th time.
-SIGNAL_IN = """
+# A signal or a failure while something is done for the n-th time.
+WHILE = """
 import importlib
 module, *names, last = 'PLACE'.split(':')[0], *'PLACE'.split(':')[1].split('.')
 owner = importlib.import_module(module)
@@ -49,18 +44,30 @@ calls, original = [], getattr(owner, last)
 def signalled(*args, **options):
     calls.append(1)
     if len(calls) == NTH:
-        os.kill(os.getpid(), SIGNAL)
+        WHAT
     return original(*args, **options)
 setattr(owner, last, signalled)
 """
 PLACES = {
     'validation': 'llama_jax.train.validation:evaluate_rows',
+    'benchmarks': 'experiments.training:evaluate',
     'saving': 'llama_jax.checkpoint.training:Checkpointer.save',
     'committing': 'llama_jax.checkpoint.training:record_files',
     'restoring': 'llama_jax.checkpoint.training:_restore',
     'checking': 'llama_jax.checkpoint.training:find_damage',
     'logging': 'llama_jax.train.metrics:JsonlWriter.write',
     'reporting': 'llama_jax.train.metrics:plot_loss',
+}
+# What threads of their own do, and how such a thread may end.
+_FAILS = "raise OSError(5, 'Input/output error')"
+HELPERS = {
+    'TensorBoard dies': ('llama_jax.train.metrics:TensorBoardWriter.write', "raise RuntimeError('dead')"),
+    'TensorBoard hangs': (
+        'llama_jax.train.metrics:TensorBoardWriter.write',
+        'import time; time.sleep(10 ** 6)',
+    ),
+    'reading ahead fails': ('llama_jax.data.loader:_HostBatches.__getitem__', _FAILS),
+    'committing fails': ('llama_jax.checkpoint.training:record_files', _FAILS),
 }
 
 
@@ -74,6 +81,7 @@ class Fault:
       failure: the error that the system gives then.
       lasting: and ever after.
       kill: the signal that the process gets then.
+      reads: it is not changes that are counted, but reads.
       more: Python that runs first.
       resuming: it meets a run that goes on, from step 10, not a new one.
       damaged: file of the workdir of that run that is spoilt before.
@@ -86,6 +94,7 @@ class Fault:
     failure: int = 0
     lasting: bool = False
     kill: int = 0
+    reads: bool = False
     more: str = ''
     resuming: bool = False
     damaged: str = ''
@@ -96,8 +105,19 @@ class Fault:
 class Runs:
     """A run left alone, and copies of it that faults are injected into."""
 
-    def __init__(self, folder: pathlib.Path, commands: CommandLine, corpus: pathlib.Path, num_steps: int):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        commands: CommandLine,
+        corpus: pathlib.Path,
+        num_steps: int,
+        evaluated: bool,
+    ):
         self.folder, self.commands, self.corpus, self.num_steps = folder, commands, corpus, num_steps
+        self.tasks = ''  # evaluated on the way
+        if evaluated:
+            (folder / 'evaluated.txt').write_text(corpus.read_text()[:200])
+            self.tasks = f'perplexity:{folder}/evaluated.txt'
         self.whole = folder / 'whole'
         (whole,) = self.launch(
             [(self.whole, Fault('none', 10**9, more=COUNT.replace('COUNT', f'{folder}/fresh')))]
@@ -109,6 +129,9 @@ class Runs:
         self.launch([(stopped, Fault('none', 10**9, more=COUNT.replace('COUNT', f'{folder}/resumes')))])
         self.resumed_changes = int((folder / 'resumes').read_text())
         assert self.ended_as_if_left_alone(stopped) == ''
+        reading = Fault('none', 10**9, reads=True, more=COUNT.replace('COUNT', f'{folder}/reads'))
+        self.launch([(self.stopped(folder / 'read'), reading)])
+        self.resumed_reads = int((folder / 'reads').read_text())
 
     def stopped(self, workdir: pathlib.Path) -> pathlib.Path:
         """Like that of a run that was killed some time after step 10."""
@@ -123,14 +146,16 @@ class Runs:
         """Runs the command in each of these workdirs at the same time; one that stands still is killed."""
         faults = self.folder / 'faults.json'
         faults.write_text(json.dumps([
-            [f'{workdir}/', fault.number or -1, fault.failure, int(fault.lasting), int(fault.kill), fault.more]
+            [f'{workdir}/', fault.number or -1, fault.failure, int(fault.lasting), int(fault.kill),
+             int(fault.reads), fault.more]
             for workdir, fault in launches
         ]))  # fmt: skip
         arguments = {
             number: [
                 *tiny_run(
-                    workdir, self.corpus, model__preset='nano', data__seq_len=32, data__tokenizer=self.corpus.parent,
-                    eval__every=10, eval__max_rows=8, checkpoint__every=5, checkpoint__keep=0,
+                    workdir, self.corpus, data__seq_len=32, data__tokenizer=self.corpus.parent,
+                    eval__every=10, eval__max_rows=8, eval__tasks=self.tasks, eval__tasks_every=10,
+                    checkpoint__every=5, checkpoint__keep=0,
                     train__num_steps=self.num_steps,
                 ),
                 *fault.arguments,
@@ -226,11 +251,7 @@ def commands(folder):
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_MAX_SIZE': '-1',
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('LD_PRELOAD', str(shim))
-        server = CommandLine(folder, **cache)
-    with contextlib.closing(server):
-        yield server
+    return CommandLine(folder, preload=str(shim), **cache)
 
 
 @pytest.fixture(scope='module')
@@ -240,10 +261,10 @@ def make_runs(folder, commands, corpus):
     commands.run('pretrain', *tiny_run(tokenizer, corpus, train__num_steps=1, data__seq_len=32)).succeeded()
     shutil.copy(tokenizer / 'tokenizer.model', corpus.parent / 'tokenizer.model')
 
-    def make(num_steps):
+    def make(num_steps, evaluated=False):
         made = folder / str(num_steps)
         made.mkdir()
-        return Runs(made, commands, corpus, num_steps)
+        return Runs(made, commands, corpus, num_steps, evaluated)
 
     return make
 
@@ -283,17 +304,43 @@ def damages(runs: Runs, hows: tuple[str, ...]) -> list[Fault]:
     ]
 
 
+def while_in(address: str, nth: int, what: str) -> str:
+    """Python that has something happen when a function is called for the n-th time."""
+    return WHILE.replace('PLACE', address).replace('NTH', str(nth)).replace('WHAT', what)
+
+
+def reads(runs: Runs, count: int) -> list[Fault]:
+    """Reads of a run that goes on that fail, once or from then on."""
+    numbers = [max(1, runs.resumed_reads * number // count) for number in range(count)]
+    return [
+        Fault(
+            f'read {nth} fails{" and all after it" if lasting else ""}',
+            nth,
+            errno.EIO,
+            lasting,
+            reads=True,
+            resuming=True,
+        )
+        for nth, lasting in zip(numbers, [False, True] * count, strict=False)
+    ]
+
+
+def dead_helpers() -> list[Fault]:
+    """Threads that stand beside a run and die or hang."""
+    return [
+        Fault(name, more=while_in(*address, what), arguments=('--config.log.tensorboard=True',))
+        for name, (place, what) in HELPERS.items()
+        for address in ((place, 1), (place, 7))
+    ]
+
+
 def signals(kills: tuple[int, ...], nths: tuple[int, ...]) -> list[Fault]:
     """Each signal, while each of these things is done for the n-th time."""
     faults = []
     for place, address in PLACES.items():
         for kill in kills:
             for nth in nths:
-                more = (
-                    SIGNAL_IN.replace('PLACE', address)
-                    .replace('NTH', str(nth))
-                    .replace('SIGNAL', str(int(kill)))
-                )
+                more = while_in(address, nth, f'os.kill(os.getpid(), {int(kill)})')
                 name = f'{signal.Signals(kill).name} while {place} ({nth})'
                 faults.append(Fault(name, kill=kill, more=more, resuming=place in ('restoring', 'checking')))
     return faults
@@ -323,17 +370,21 @@ def test_thirty_faults(short):
     rng = random.Random(0)
     faults = writes(short, 15, rng)
     faults += rng.sample(damages(short, ('a flipped bit', 'cut short', 'deleted')), 9)
-    faults += rng.sample(signals((signal.SIGTERM,), (1, 2)), 6)
+    faults += rng.sample(
+        [f for f in signals((signal.SIGTERM,), (1, 2)) if 'benchmarks' not in f.name], 3
+    ) + rng.sample(reads(short, 10) + dead_helpers(), 3)
     failures = short.survive(faults)
     assert not failures, '\n\n'.join(failures)
 
 
 @pytest.mark.long
 def test_two_hundred_faults(make_runs):
-    runs, rng = make_runs(60), random.Random(1)
-    faults = writes(runs, 110, rng)
+    runs, rng = make_runs(60, evaluated=True), random.Random(1)
+    faults = writes(runs, 80, rng)
     faults += damages(runs, ('a flipped bit', 'cut short', 'deleted', 'emptied', 'zeroed'))
-    faults += signals((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), (1, 3))
+    faults += (
+        signals((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), (1, 2)) + reads(runs, 20) + dead_helpers()
+    )
     print(f'{len(faults)} faults')
     assert len(faults) >= 200
     failures = runs.survive(faults)

@@ -1,6 +1,5 @@
 """Runs that are killed, stopped, damaged and moved, and end with the losses of a run that was left alone."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -26,8 +25,7 @@ NUM_STEPS = 16
 def commands(folder):
     # A cache of their own: a process killed while it writes there can spoil the one of all other tests.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_COMPILATION_CACHE_MAX_SIZE': '-1'}
-    with contextlib.closing(CommandLine(folder, num_devices=8, **cache)) as commands:
-        yield commands
+    return CommandLine(folder, num_devices=8, **cache)
 
 
 def arguments(workdir, corpus, **overrides):
