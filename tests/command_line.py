@@ -23,12 +23,13 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 _SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import experiments.training, llama_jax.eval.tasks, llama_jax.export, llama_jax.preflight.compile
 import llama_jax.train.validation, matplotlib.pyplot, tensorboardX
 from array_record.python import array_record_module
 from tests.command_line import add_nano
 add_nano()
+gc.freeze()
 for line in sys.stdin:
     pids = []
     for request in json.loads(line):
