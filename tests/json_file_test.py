@@ -68,6 +68,9 @@ def test_files_and_lines_have_a_limit(tmp_path, monkeypatch):
     lines = b'short\n\n' + b'x' * 20 + b'\nend'
     assert list(read_lines(io.BytesIO(lines), 'FILE', 21)) == lines.splitlines(keepends=True)
     assert 'FILE line 3 has more than' in refusal(lambda: list(read_lines(io.BytesIO(lines), 'FILE', 19)))
+    monkeypatch.setattr(json_file, '_MAX_VALUES', 3)
+    assert parse_json('[1, 2]', 'FILE') == [1, 2]
+    assert 'up to 4 values; at most' in refusal(parse_json, '[1, {}, 2]', 'FILE')
     monkeypatch.setattr(json_file, 'MAX_BYTES', 10)
     assert 'at most 10' in refusal(parse_json, '"0123456789"', 'FILE')
 

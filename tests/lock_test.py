@@ -139,7 +139,8 @@ def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
     monkeypatch.setattr(lock.os, '_exit', end)
     hold(epath.Path(tmp_path))
     as_of_another_host(tmp_path / lock.FILE)
-    while not ended:
+    patience = time.monotonic() + 10
+    while not ended and time.monotonic() < patience:
         time.sleep(0.01)
     assert ended == [1] and 'was taken over by host elsewhere, process 7' in caplog.text
 

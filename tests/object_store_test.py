@@ -153,6 +153,9 @@ def test_a_damaged_step_is_passed_over(gcs):
     np.testing.assert_array_equal(restored['w'], state['w'] + 1)
     assert gcs.names('bucket/damaged/2/') == []
     assert 'bucket/damaged/2.damaged/files.json' in gcs.names()
+    del gcs.objects['bucket', 'damaged/1/commit_success.txt']  # what was written last
+    with pytest.raises(InputError, match='no checkpoint under'):
+        latest_step(folder)
 
 
 def test_one_run_at_a_time_holds_a_folder_of_a_bucket(gcs, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 from llama_jax.convert.mapping import Naming, Source, layers_of, weights_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class InMemory:
     """An array as a `Tensor`, whose `read` takes a slice an axis, and as a `LazyArray`, whose `read` takes a tuple."""
 

@@ -10,6 +10,7 @@ from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
     row_blocks,
+    tie,
     to_half_split,
     to_interleaved,
 )
@@ -82,6 +83,18 @@ def test_parts_read_as_one_tensor(axis):
     for start, stop in itertools.combinations_with_replacement(range(7), 2):
         np.testing.assert_array_equal(tensor.read(slice(start, stop)), whole[start:stop])
         np.testing.assert_array_equal(tensor.read(slice(1, 5), slice(start, stop)), whole[1:5, start:stop])
+
+
+def test_two_copies_of_a_weight_are_compared_as_they_are_read():
+    values = np.arange(60, dtype=np.float32).reshape(30, 2)
+    other = values.copy()
+    other[3] += 1  # none of the few rows that are compared at once
+    tied = tie(InMemory(values), InMemory(other), 'they differ')
+    np.testing.assert_array_equal(tied.read(slice(4, 30)), values[4:])
+    with pytest.raises(InputError, match='they differ'):
+        tied.read(slice(0, 30))
+    other[0] += 1
+    assert tie(InMemory(values), InMemory(other), 'they differ') is None
 
 
 @pytest.mark.parametrize('naming', ['meta', 'huggingface', 'gguf'])

@@ -56,6 +56,15 @@ def test_count_models_by_hand():
     assert found.bigram < found.unigram - 0.3  # what x tells of the next token
 
 
+def test_behind_a_token_never_seen_the_bigram_is_the_unigram():
+    train, validation = (
+        [{'tokens': np.array(tokens), 'segment_ids': np.ones(3, np.int32)}]
+        for tokens in ([0, 2, 3], [5, 3, 3])
+    )
+    found = fit_baselines(train, validation, VOCAB)
+    assert found.bigram == found.unigram == pytest.approx(-math.log(2 / (2 + VOCAB)), rel=1e-9)
+
+
 def test_memory_does_not_grow_with_the_training_rows(monkeypatch):
     monkeypatch.setattr(baselines, '_CHUNK', 1 << 12)
     size, length = 50_000, 1023

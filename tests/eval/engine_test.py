@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.eval.engine import Engine, rolling_windows
+from llama_jax.eval.engine import Engine, before_stop, left_truncated, rolling_windows
 from llama_jax.eval.harness import prepare
 from llama_jax.eval.task import Completion, Continuation, Likelihood, Rolling
 from llama_jax.eval.tasks import find_task
@@ -108,6 +108,9 @@ def test_long_texts_lose_their_left_end_and_rolling_ones_do_not(engine):
     ids = engine.tokenizer.encode(text)
     assert answers[Rolling(text)].num_tokens == len(ids) > length and not answers[Rolling(text)].truncated
     assert answers[Rolling('')].num_tokens == 0
+    assert left_truncated((1, 2, 3, 4), (5, 6), 4) == ([((2, 3, 4), (5, 6))], True)
+    assert left_truncated((1, 2), (3, 4, 5), 2) == ([((3,), (4, 5))], True)
+    assert left_truncated((1, 2, 3), (4, 5), 4) == ([((1, 2, 3), (4, 5))], False)
     windows = rolling_windows(tuple(range(10, 20)), 1, 4)
     assert [target for _, targets in windows for target in targets] == list(range(10, 20))
     assert windows == [((1,), (10, 11, 12, 13)), ((13,), (14, 15, 16, 17)), ((15, 16, 17), (18, 19))]
@@ -137,6 +140,7 @@ def test_completions_end_before_their_stop_string(engine, monkeypatch):
     for request, result in engine.answer(asked):
         (text,), (full,) = result.texts, whole[Completion(request.prompt, max_new_tokens=40)].texts
         assert text == full[: min(full.find(stop) for stop in (' she', '.') if stop in full)]
+    assert before_stop('a.b she', (' she', '.', 'zz')) == 'a' and before_stop('a.', ()) == 'a.'
     assert whole[Completion('Once upon a time', max_new_tokens=40)].texts[0].startswith(', there was')
 
 

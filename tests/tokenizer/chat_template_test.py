@@ -83,6 +83,8 @@ def test_a_wrong_template_is_refused_in_one_line(chat):
         refusal(chat, template)
     assert refusal(chat, "{{ raise_exception('no') }}").endswith('messages: no')
     assert 'ZeroDivisionError' in refusal(chat, '{{ 1 / 0 }}')
+    line = "{% for i in range(20) %}{{ 'a' * 1000000 }}{% endfor %}"
+    assert f'writes more than {chat_template._MAX_TEXT} characters' in refusal(chat, line)
 
 
 def check_limits(chat, templates):

@@ -136,6 +136,8 @@ def test_a_tokenizer_json_is_found_and_takes_its_ends_from_the_file_beside_it(sh
     byte = [3 + 0xE2, 3 + 0x0A, 0]  # half a character, a good byte after it, the unknown token
     assert tokenizer.decode([1, *native.encode('One day'), *byte[:2], 2]) == 'One day\ufffd\n'
     assert tokenizer.decode(byte) == '\ufffd\n \u2047 '
+    begun = [3 + 0xE2, 3 + 0x80]  # two bytes of three
+    assert tokenizer.decode(begun) == native.decode(begun) == '\ufffd' * 2
     config = json.loads((huggingface / 'tokenizer_config.json').read_text())
     config['eos_token'] = {'content': '<unk>', 'lstrip': False}
     (huggingface / 'tokenizer_config.json').write_text(json.dumps(config))

@@ -233,11 +233,15 @@ def test_checkpoints_come_at_their_interval_and_after_the_last_step():
 def test_a_resumed_run_goes_on_from_its_step():
     result, saves, log = run(10, start_step=7, log_every=1)
     assert result.step == 10 and [step for step, _ in saves.saved] == [10]
+    assert saves.saved[0][1]['rows_consumed'] == 3 * 4  # of this launch's steps; none were before
     assert [step for step, _ in log.lines] == [8, 9, 10]
     _, saves, log = run(3, log_every=0, checkpoint_every=0)
     assert [step for step, _ in saves.saved] == [step for step, _ in log.lines] == [3]  # the last alone
-    result, saves, _ = run(10, start_step=10)
-    assert result.step == 10 and not saves.saved and not result.stopped
+    unneeded = []  # of a measurement without figures nothing can be missing
+    result, saves, _ = run(
+        10, start_step=10, measurements=[Measurement(5, lambda *at: unneeded.append(at) or {})]
+    )
+    assert result.step == 10 and not saves.saved and not result.stopped and not unneeded
 
 
 @pytest.mark.parametrize('broken', [1, 3, 4, 5, 8])

@@ -27,7 +27,7 @@ def test_extraction(text, strict, flexible):
 def test_majority_vote():
     document = {'question': 'q', 'answer': 'so\n#### 8'}
     texts = ('#### 8', '#### 9', 'no idea', '#### 8')
-    scores = GSM8K.score(document, [Completions(texts)])
+    scores = GSM8K.grade(document, [Completions(texts)])
     assert scores['exact_match'] == 0.5 and scores['maj1@4'] == 1.0 and scores['extracted'] == '8'
 
 
