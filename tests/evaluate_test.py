@@ -263,6 +263,7 @@ def test_training_evaluates_on_its_mesh(commands, corpus, shared_data, tmp_path)
     assert json.loads((tmp_path / 'out/results.json').read_text())['piqa']['acc'] == metrics[-1]['piqa/acc']
 
 
+@pytest.mark.slow
 def test_benchmark_sets_it_beside_the_harness(commands, shared_data, tmp_path):
     file = tmp_path / 'figures.json'
     arguments = [
