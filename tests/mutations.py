@@ -29,6 +29,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _PROCESSES = 2  # at a time, each in a copy of its own
 _SECONDS = 120  # until a test that hangs at a fault is given up
 _STATUS = {0: 'GREEN', 1: 'red'}  # of pytest; any other says that nothing was tested
+_SKIPPED = 'skipped without it'  # for want of data or a package; shows nothing either way
 
 
 def copy_repository(target: pathlib.Path) -> pathlib.Path:
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     only = parser.parse_args(arguments).only
     chosen = [fault for fault in FAULTS if only in f'{fault.file} {fault.what} {fault.test}']
+    if not chosen:
+        parser.error(f'no fault of {len(FAULTS)} has {only!r} in its file, name or test')
     start = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix='mutations-') as folder,
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def judge(fault: Fault) -> tuple[str, float, str]:
             if before[fault.test] != 'passed':
-                return f'{before[fault.test]} without it'.upper(), 0.0, ''
+                return f'{before[fault.test]} without it', 0.0, ''
             copy = copies.get()
             try:
                 return try_fault(copy, fault)
@@ -140,14 +143,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 copies.put(copy)
 
         print(f'{len(before)} tests on the clean copy: {time.monotonic() - start:.0f} s', flush=True)
-        wrong = []
+        wrong, skipped = [], 0
         try:
             for fault, (verdict, seconds, said) in zip(chosen, threads.map(judge, chosen), strict=True):
-                wrong += [fault.what] if verdict != 'red' else []
+                skipped += verdict == _SKIPPED
+                wrong += [fault.what] if verdict not in ('red', _SKIPPED) else []
                 print(f'{verdict:5} {seconds:5.1f} s  {fault.what}  [{fault.test}]  {said[:90]}', flush=True)
         finally:
             threads.shutdown(cancel_futures=True)
-    print(f'{len(chosen) - len(wrong)} of {len(chosen)} red in {time.monotonic() - start:.0f} s')
+    count = len(chosen) - len(wrong) - skipped
+    print(f'{count} of {len(chosen)} red in {time.monotonic() - start:.0f} s, {skipped} not tried')
     if wrong:
         print(f'not red: {"; ".join(wrong)}')
     return int(bool(wrong))

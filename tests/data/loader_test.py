@@ -1,12 +1,14 @@
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from llama_jax.data import loader
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
+from llama_jax.types import InputError, LMBatch
 from tests import toy
 
 LENGTH = 4
@@ -66,6 +68,20 @@ def test_going_on_is_the_rest(consumed):
 def test_threads_do_not_change_the_order(num_threads):
     loaded = load(Numbered(), count=8, num_threads=num_threads)
     np.testing.assert_array_equal(np.concatenate([first_tokens(batch) for batch in loaded]), np.arange(64))
+
+
+def test_of_several_processes_one_reads_what_its_own_devices_hold(monkeypatch):
+    # Four devices of eight: rows 2 and 3, in two halves each, and rows 6 and 7.
+    own = [(rows, part) for rows in (slice(2, 4), slice(6, 8)) for part in (slice(0, 2), slice(2, 4))]
+    sharding = SimpleNamespace(addressable_devices_indices_map=lambda shape: dict(enumerate(own)))
+    leaf, rows = SimpleNamespace(shape=(8, LENGTH), sharding=sharding), Numbered(16)
+    monkeypatch.setattr(
+        loader, 'make_global_array', lambda read, row_of, size, sharding: (read[:, 0], row_of)
+    )
+    found = list(batches(rows, LMBatch(*[leaf] * 5)))
+    assert [(batch.tokens[0] // 100).tolist() for batch in found] == [[2, 3, 6, 7], [10, 11, 14, 15]]
+    assert found[0].tokens[1] == {2: 0, 3: 1, 6: 2, 7: 3}
+    assert sorted(rows.read) == [2, 3, 6, 7, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize('sizes', LAYOUTS, ids=str)

@@ -40,7 +40,7 @@ FAULTS: tuple[Fault, ...] = (
         ('loader: begins anew on resuming', 'data/loader_test.py::test_going_on_is_the_rest',
          'start = self._first_row + int(index)', 'start = int(index)'),
         ('loader: every process reads all rows',
-         'multiprocess_test.py::test_a_process_reads_the_rows_of_its_own_devices_alone',
+         'data/loader_test.py::test_of_several_processes_one_reads_what_its_own_devices_hold',
          'sorted({row for index in indices for row in range(*index[0].indices(batch_size))})',
          'list(range(batch_size))'),
         ('loader: padding is the first row again',
