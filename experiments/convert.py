@@ -15,7 +15,7 @@ from experiments.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
 from llama_jax.tokenizer.chat_format import chat_format_for
-from llama_jax.tokenizer.vocabulary import required
+from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
 _INPUT = launch.define_path('input', None, 'checkpoint of any format', required=True)

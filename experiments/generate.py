@@ -2,7 +2,9 @@
 
     python -m experiments.generate --checkpoint=DIR --prompt='Once upon a time' --max_new_tokens=100 --temperature=0
 
-Standard output is the completion alone, or with --format=jsonl one object {"prompt", "completion"} a prompt.
+Standard output is the completion alone, or with --format=jsonl one object {"prompt", "completion"} a prompt. With
+--chat a prompt is what a user says; --messages gives a whole conversation, whose last message may be the beginning of
+the assistant's own.
 """
 
 import json
@@ -10,13 +12,17 @@ import logging
 
 import jax.numpy as jnp
 from absl import flags
+from etils import epath
 
 from experiments import launch
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from llama_jax import pretrained, runtime
+from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import generate
 from llama_jax.inference.sampling import Sampler
+from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.tokenizer.protocol import Tokenizer, required
 from llama_jax.types import InputError
 
 _CHECKPOINT = launch.define_path(
@@ -26,8 +32,22 @@ _CHECKPOINT = launch.define_path(
     required=True,
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_PROMPT = flags.DEFINE_multi_string(
-    'prompt', None, 'text to complete; give it several times for several', required=True
+_PROMPT = flags.DEFINE_multi_string('prompt', None, 'text to complete; give it several times for several')
+_CHAT = flags.DEFINE_bool(
+    'chat', False, "each prompt is what a user says: by the checkpoint's own chat format"
+)
+_SYSTEM = flags.DEFINE_string('system', '', 'with --chat: what the system says before it')
+_MESSAGES = launch.define_path(
+    'messages',
+    '',
+    'JSON file of a conversation: [{"role": "user", "content": "..."}, ...], instead of --prompt',
+)
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'text that ends a completion, and is left out; may be given several times'
+)
+_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'go on behind the tokens that end a text')
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    'special_tokens', False, 'names of special tokens in --prompt are those tokens, not plain text'
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'at most this many tokens a prompt')
 _TEMPERATURE = flags.DEFINE_float(
@@ -48,6 +68,7 @@ def main() -> None:
         if _MAX_NEW_TOKENS.value < 1:
             raise InputError(f'max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1')
         Sampler(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    _check_what_is_asked()
     if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _SEED) if f.present]):
         names = ', '.join(f'--{flag.name}' for flag in idle)
         logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
@@ -58,18 +79,54 @@ def main() -> None:
         config, params, tokenizer = pretrained.load(
             checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
         )
+    prompts, stop_ids = _prompts(tokenizer, checkpoint)
     completions = generate(
-        LlamaForCausalLM(config, dtype=dtype), params, tokenizer, _PROMPT.value,
+        LlamaForCausalLM(config, dtype=dtype), params, tokenizer, prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
         top_p=_TOP_P.value, seed=_SEED.value,
+        stop=_STOP.value, stop_ids=stop_ids, ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
     )  # fmt: skip
-    for prompt, completion in zip(_PROMPT.value, completions, strict=True):
+    for prompt, completion in zip(_PROMPT.value or [_MESSAGES.value], completions, strict=True):
         text = (
             json.dumps({'prompt': prompt, 'completion': completion})
             if _FORMAT.value == 'jsonl'
             else completion
         )
         print(text)
+
+
+def _check_what_is_asked() -> None:
+    """One thing to answer, and nothing beside it that would be without effect."""
+    if not (_PROMPT.value or _MESSAGES.value):
+        raise InputError('--prompt is required: what is to be completed; or --messages, a conversation')
+    if _PROMPT.value and _MESSAGES.value:
+        raise InputError('--prompt and --messages are both given; one thing is answered')
+    if _SYSTEM.value and not (_CHAT.value and _PROMPT.value):
+        raise InputError(
+            '--system says something before a --prompt with --chat; a file of --messages has it in itself'
+        )
+    if _SPECIAL_TOKENS.value and (_CHAT.value or _MESSAGES.value):
+        raise InputError('--special_tokens reads the tags of a --prompt; in a chat the format puts them')
+    if '' in _STOP.value:
+        raise InputError("--stop is '', which every text begins with; give at least one character")
+
+
+def _prompts(
+    tokenizer: Tokenizer | None, checkpoint: pretrained.Checkpoint
+) -> tuple[list[str] | list[list[int]], tuple[int, ...]]:
+    """What is to be completed, and the ids that end an answer besides the tokenizer's own."""
+    if not (_CHAT.value or _MESSAGES.value):
+        return _PROMPT.value, ()
+    chat = Chat(required(tokenizer), checkpoint.template)
+    if _MESSAGES.value:
+        with launch.flags_named('--messages'):
+            given = parse_json(read_bytes(epath.Path(_MESSAGES.value)), _MESSAGES.value)
+            given = given.get('messages') if isinstance(given, dict) else given
+            return [chat.encode_prompt(check_messages(given))], chat.stop_ids
+    before = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+    with launch.flags_named('--prompt', '--system'):
+        turns = [[*before, {'role': 'user', 'content': prompt}] for prompt in _PROMPT.value]
+        return [chat.encode_prompt(messages) for messages in turns], chat.stop_ids
 
 
 if __name__ == '__main__':

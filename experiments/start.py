@@ -1,8 +1,9 @@
 """What a run starts from: the sizes of its model, its tokenizer, its first weights. Nothing is written here."""
 
+import base64
 import functools
+import json
 import logging
-import os
 import tempfile
 
 import jax
@@ -12,14 +13,14 @@ from ml_collections import ConfigDict
 from experiments.config_file import split_list
 from experiments.launch import flags_named
 from experiments.settings import find_preset
-from experiments.workdir import CONFIG_FILE, TOKENIZER_FILE, Fork, open_fork, read_record
+from experiments.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, read_record
 from llama_jax import pretrained, runtime
 from llama_jax.data.datasets import train_tokenizer
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.presets import with_vocab_size
-from llama_jax.tokenizer.tokenizer import Tokenizer, parse_tokenizer
-from llama_jax.tokenizer.vocabulary import model_file
+from llama_jax.tokenizer.conversion import own_files
+from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_files
 from llama_jax.train.state import shardings_of
 from llama_jax.types import InputError, Params
 
@@ -60,29 +61,31 @@ def find_tokenizer(
 
     It is written nowhere yet.
     """
-    file = workdir / TOKENIZER_FILE
-    data = b''
+    files: dict[str, bytes] = {}
     with runtime.refused_by_all():
         if runtime.is_main_process():
             # Without a config.json no run has begun here, and a tokenizer may be what is left of another attempt.
-            if file.exists() and (workdir / CONFIG_FILE).exists():
-                data = file.read_bytes()
+            if (workdir / CONFIG_FILE).exists() and any(
+                (workdir / name).exists() for name in TOKENIZER_FILES
+            ):
+                files = own_files(load_tokenizer(workdir))
             elif given:
                 with flags_named('--config.data.tokenizer'):
-                    data = model_file(pretrained.load_tokenizer(given))
+                    files = own_files(pretrained.load_tokenizer(given))
             elif base and base.tokenizer:
-                data = model_file(base.tokenizer)
+                files = own_files(base.tokenizer)
             else:
                 logger.info('training a tokenizer of %d ids', config.data.vocab_size)
                 with tempfile.TemporaryDirectory() as folder, flags_named('--config.data.vocab_size'):
                     trained = train_tokenizer(
-                        split_list(config.data.train), config.data.vocab_size, f'{folder}/{TOKENIZER_FILE}',
+                        split_list(config.data.train), config.data.vocab_size, f'{folder}/tokenizer.model',
                         text_key=config.data.text_key, separator=config.data.separator,
                     )  # fmt: skip
-                    data = model_file(trained)
-    data = runtime.bytes_from_main_process(data)
+                    files = own_files(trained)
+    everywhere = {name: base64.b64encode(data).decode() for name, data in files.items()}
+    sent = json.loads(runtime.bytes_from_main_process(json.dumps(everywhere).encode()))
     with runtime.refused_by_all():
-        return parse_tokenizer(os.fspath(file), data)
+        return tokenizer_of_files(workdir, {name: base64.b64decode(data) for name, data in sent.items()})
 
 
 def open_origin(

@@ -21,7 +21,6 @@ from experiments.launch import flags_named
 from experiments.objective import Objective, compile_step
 from experiments.start import find_tokenizer, open_origin, starting_architecture
 from experiments.workdir import (
-    TOKENIZER_FILE,
     Fork,
     check_data,
     check_overrides,
@@ -41,8 +40,8 @@ from llama_jax.eval.harness import PreparedTask, evaluate
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
+from llama_jax.tokenizer.conversion import own_files
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.tokenizer.vocabulary import model_file
 from llama_jax.train import metrics
 from llama_jax.train.loop import LoopConfig, Measurement, Trained, train
 from llama_jax.train.optimizer import make_optimizer, make_schedule
@@ -158,7 +157,9 @@ def begin(plan: Plan, objective: Objective, fingerprint: str) -> Run:
         changes = check_workdir(workdir, config, plan.checkpoint, plan.overrides)
         changes += check_data(workdir, fingerprint, plan.overrides)
     if runtime.is_main_process():
-        storage.write_atomically(workdir / TOKENIZER_FILE, model_file(plan.tokenizer))
+        own_template = plan.base.template if plan.base and not config.data.tokenizer else ''
+        for name, data in own_files(plan.tokenizer, own_template).items():
+            storage.write_atomically(workdir / name, data)
         save_config(workdir, llama, base_checkpoint=plan.checkpoint or (str(fork.step) if fork else ''))
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
     if restored := checkpointer.restore_latest(target):

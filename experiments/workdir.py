@@ -20,7 +20,7 @@ from llama_jax.checkpoint.weights import check_step, latest_step
 from llama_jax.types import InputError, did_you_mean, error_line
 
 CONFIG_FILE = 'config.json'
-TOKENIZER_FILE = 'tokenizer.model'
+TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json')
 
 logger = logging.getLogger('llama_jax.workdir')
 

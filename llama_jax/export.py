@@ -17,9 +17,11 @@ from llama_jax.convert.mapping import Leaf, Source, weights_of
 from llama_jax.convert.tensors import row_blocks, same_bits
 from llama_jax.placement import cast
 from llama_jax.storage import new_folder, parents_made, system_failures
+from llama_jax.tokenizer.conversion import model_file, own_files
+from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, required
 from llama_jax.types import InputError
 
 FLOAT_DTYPES = ('float32', 'bfloat16', 'float16')
@@ -47,7 +49,7 @@ def save(
       to: 'orbax', 'meta', 'huggingface' or 'gguf'.
       dtype: 'float32', 'bfloat16' or 'float16', for GGUF also 'q8_0' or 'q4_0'; '' keeps the source's.
       model_parallel: number of files of Meta's format.
-      chat_template: Jinja, for Hugging Face and GGUF.
+      chat_template: Jinja, kept in all formats but Meta's, which has no place for it.
       files: to carry along into a Hugging Face folder; see `huggingface.carried_files`.
       progress: called with the bytes of each block written.
 
@@ -83,11 +85,13 @@ def save(
                 **_with_tokenizer(tokenizer, chat_template, source, files),
             )  # fmt: skip
             return
-        if tokenizer:
-            (target / 'tokenizer.model').write_bytes(model_file(tokenizer))
         if to == 'meta':
+            if tokenizer:
+                (target / 'tokenizer.model').write_bytes(model_file(tokenizer))
             meta.write(source, target, model_parallel=model_parallel, dtype=float_dtype, progress=progress)
             return
+        for name, data in own_files(tokenizer, chat_template).items() if tokenizer else ():
+            (target / name).write_bytes(data)
         leaves = {w.path: Leaf(source, w, float_dtype) for w in weights_of(source.config)}
         save_params(target / CHECKPOINTS, leaves, progress)
         save_config(target, source.config, base_checkpoint='', converted_from=source.origin)
@@ -99,9 +103,15 @@ def _with_tokenizer(
     """What `huggingface.write` is given because of a tokenizer."""
     if not tokenizer:
         return {'files': files}
-    own = huggingface_files(tokenizer, chat_template=chat_template, max_seq_len=source.config.max_seq_len)
-    eos_ids = tokenizer.stop_ids if chat_template else (tokenizer.eos_id,)
-    return {'bos_id': tokenizer.bos_id, 'eos_ids': eos_ids, 'files': {**own, **files}}
+    own = {}
+    if not files.keys() & {
+        'tokenizer.json',
+        'tokenizer.model',
+    }:  # these are carried along with all that is beside them
+        own = huggingface_files(tokenizer, chat_template=chat_template, max_seq_len=source.config.max_seq_len)
+    ends = getattr(tokenizer, 'ends', None)
+    bos_id = tokenizer.bos_id if ends is None else ends.bos_id
+    return {'bos_id': bos_id, 'eos_ids': tokenizer.stop_ids, 'files': {**own, **files}}
 
 
 @contextlib.contextmanager

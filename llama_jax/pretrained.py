@@ -20,7 +20,6 @@ from llama_jax.checkpoint.weights import check_step, latest_step, open_params
 from llama_jax.convert import gguf, gguf_file, huggingface, llama2c, meta
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import Leaf, Source, native_source, weights_of
-from llama_jax.json_file import parse_object
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -28,8 +27,9 @@ from llama_jax.placement import BlockArray, Index, place_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
+from llama_jax.tokenizer.chat_template import template_beside
+from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.tokenizer.vocabulary import tokenizer_from_gguf
 from llama_jax.types import InputError, Params
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,11 @@ def load(
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
     # The tokenizer first: it takes a moment, and where it is wrong nobody should wait for the weights.
     vocabulary = load_tokenizer(tokenizer) if tokenizer else checkpoint.tokenizer
-    if vocabulary and vocabulary.vocab_size > checkpoint.config.vocab_size:
-        raise InputError(
-            f'the tokenizer {vocabulary.path} has {vocabulary.vocab_size} ids, the model '
-            f'{checkpoint.config.vocab_size}; give the one that the weights were trained with'
-        )
+    if vocabulary and vocabulary.vocab_size > (rows := checkpoint.config.vocab_size):
+        logger.warning(
+            'the tokenizer %s has %d ids, the model %d; texts that need the others are refused',
+            vocabulary.path, vocabulary.vocab_size, rows,
+        )  # fmt: skip
     return checkpoint.config, checkpoint.params(target), vocabulary
 
 
@@ -156,7 +156,7 @@ class Checkpoint:
         if self.format == 'gguf':
             template = self._gguf_header[0].get('tokenizer.chat_template')
             return template if isinstance(template, str) else ''
-        return _template_of(self.files)
+        return template_beside(self.place) if self.format in ('huggingface', 'orbax') else ''
 
     def params(self, target: Params, *, grow_vocabulary: bool = False) -> Params:
         """The weights, cast and placed as `target` says; every process of its shardings calls this.
@@ -311,13 +311,7 @@ def _has_tokenizer(place: epath.Path) -> bool:
     """Whether it is one, or a folder that holds some."""
     if not place.is_dir():
         return True
-    return any(file.name.endswith('.model') or file.name == 'tokenizer.json' for file in place.iterdir())
-
-
-def _template_of(files: Mapping[str, bytes]) -> str:
-    """The chat template of a Hugging Face folder: a file of its own, or part of the tokenizer's configuration."""
-    if 'chat_template.jinja' in files:
-        return files['chat_template.jinja'].decode(errors='replace')
-    name = 'tokenizer_config.json'
-    template = parse_object(files.get(name, b'{}'), name).get('chat_template')
-    return template if isinstance(template, str) else ''
+    return any(
+        file.name.endswith('.model') or file.name in ('tokenizer.json', 'tokenizer.bin')
+        for file in place.iterdir()
+    )

@@ -17,6 +17,7 @@ from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.generate import generate
+from llama_jax.inference.scoring import score
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
@@ -266,11 +267,17 @@ class Unreadable:
         raise OSError('disk on fire')
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, workdir):
+def test_ids_without_a_row_are_refused_where_they_are_used(tmp_path, workdir, caplog):
     other = tmp_path / 'other.model'
     train_sentencepiece([f'{i} green bottles hanging on the wall' for i in range(200)], 301, other)
-    with pytest.raises(InputError, match='has 301 ids, the model 300; give the one'):
-        load(workdir, tokenizer=str(other))
+    config, params, tokenizer = load(workdir, tokenizer=str(other))
+    assert 'has 301 ids, the model 300' in caplog.text
+    model = LlamaForCausalLM(config)
+    assert generate(model, params, tokenizer, ['green'], max_new_tokens=1)
+    with pytest.raises(InputError, match='token 300, for which the model has no row'):
+        generate(model, params, tokenizer, [[1, 300]], max_new_tokens=1)
+    with pytest.raises(InputError, match='token 300, for which the model has no row'):
+        list(score(model, params, [((1,), (300,))]))
 
 
 @pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])

@@ -7,9 +7,9 @@ from etils import epath
 from llama_jax.checkpoint.model_file import MODEL_FILE, read_config, save_config
 from llama_jax.data.sources import read_documents
 from llama_jax.eval.sample_log import SampleLog
+from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.tokenizer.vocabulary import gguf_vocabulary
 from tests import toy
 from tests.convert.fuzz import mutations, refused_or_read
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
-from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.generate import before_stop, generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.tokenizer.protocol import printable, prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError, Params
 
 _log = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ class Engine:
             if not (continuation := whole[len(context) :]):
                 merged.append(request)
                 continuation = self._alone(request.continuation)
-            parts.append(left_truncated(bos + context, continuation, length))
+            # Without a BOS of its own a text begins by itself; what has nothing before it needs something to follow.
+            begin = bos if getattr(self.tokenizer, 'add_bos', True) or not context else ()
+            parts.append(left_truncated(begin + context, continuation, length))
         if merged:
             _log.warning(
                 'continuations that are one token with the end of their context: %d, such as %r of %r; they are scored '
@@ -147,7 +149,7 @@ class Engine:
         """Requests that differ in prompt and number of samples only."""
         length, wanted = self.model.config.max_seq_len, requests[0].max_new_tokens
         kept = length - wanted if length > wanted else length // 2  # tokens of a prompt
-        prompts = [self.tokenizer.encode(request.prompt, bos=True) for request in requests]
+        prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
         # Greedy samples are all alike.
         counts = [request.num_samples if request.temperature else 1 for request in requests]
         rows = [
@@ -179,7 +181,7 @@ class Engine:
         offsets = [len(self.tokenizer.decode(prompt)) for prompt in before]
 
         def text_of(index: int, tokens: list[int]) -> str:
-            return self.tokenizer.decode(before[index] + tokens)[offsets[index] :]
+            return self.tokenizer.decode(before[index] + printable(self.tokenizer, tokens))[offsets[index] :]
 
         def is_complete(index: int, tokens: list[int]) -> bool:
             text = text_of(index, tokens)
@@ -209,11 +211,6 @@ def rolling_windows(tokens: tuple[int, ...], bos_id: int, length: int) -> list[P
         end = min(start + length, len(tokens))
         windows.append((tokens[end - length - 1 : start], tokens[start:end]))
     return windows
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _seed(seed: int, prompt: str, sample: int) -> int:

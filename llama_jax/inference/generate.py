@@ -15,8 +15,8 @@ from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
+from llama_jax.tokenizer.protocol import printable, prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.tokenizer.vocabulary import required
 from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
@@ -29,13 +29,17 @@ def generate(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    special_tokens: bool = False,
 ) -> list[str]:
     """Completions of the prompts, without the prompts themselves.
 
@@ -43,27 +47,54 @@ def generate(
       model: the architecture and its compute dtype; its partitioner, where it has one, places the rows.
       params: its weights.
       tokenizer: that the weights were trained with.
-      prompts: any number of texts; '' starts a document.
+      prompts: any number of texts, or of token ids; '' starts a document.
       max_new_tokens: at most this many each; a row ends earlier at a stop id of the tokenizer, or at the context.
       temperature: 0 is greedy.
       top_k: see `Sampler`.
       top_p: see `Sampler`.
       seed: of the draws.
+      stop: texts that end a completion where they begin; they are left out.
+      stop_ids: of tokens that end a completion, besides those of the tokenizer.
+      ignore_eos: go on behind what ends a text.
+      special_tokens: names of special tokens in a prompt are those tokens, else plain text.
 
     Raises:
-      InputError: a prompt leaves no room in the model's context, or a sampling setting is out of range.
+      InputError: a prompt leaves no room in the model's context, or a setting is out of range.
     """
     tokenizer = required(tokenizer)
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    if '' in stop:
+        raise InputError("a stop text is '', which every text begins with; give at least one character")
+    ids = [
+        prompt_ids(tokenizer, prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
+
+    def is_complete(index: int, tokens: list[int]) -> bool:
+        text = completed_text(tokenizer, ids[index], tokens)
+        return any(text_ in text for text_ in stop)
+
+    ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
     completions = generate_tokens(
         model, params, ids, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p),
-        stop_ids=tokenizer.stop_ids, seed=seed,
+        stop_ids=ends, seed=seed, is_complete=is_complete if stop else None,
     )  # fmt: skip
-    # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
-    return [
-        tokenizer.decode(prompt + completion)[len(tokenizer.decode(prompt)) :]
+    texts = [
+        completed_text(tokenizer, prompt, completion)
         for prompt, completion in zip(ids, completions, strict=True)
     ]
+    return [before_stop(text, stop) for text in texts]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def completed_text(tokenizer: Tokenizer, prompt: Sequence[int], completion: Sequence[int]) -> str:
+    """What a completion adds to the text of its prompt."""
+    # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
+    before = printable(tokenizer, prompt)
+    return tokenizer.decode(before + printable(tokenizer, completion))[len(tokenizer.decode(before)) :]
 
 
 def generate_tokens(
@@ -107,6 +138,11 @@ def generate_tokens(
         raise InputError(
             f'prompt {lengths.argmax()} has {lengths.max()} tokens; the model reads {context}, so shorten it to '
             f'at most {context - 1}'
+        )
+    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
+        raise InputError(
+            f'a prompt holds token {largest}, for which the model has no row: it has {model.config.vocab_size}; give '
+            'the tokenizer that the weights were trained with'
         )
     if model.partitioner is not None:
         model = model.clone(partitioner=_decode_rules(model.partitioner))

@@ -109,6 +109,14 @@ def score(
                 f'pair {index} has {len(context)} + {len(continuation)} tokens; the model reads '
                 f'{model.config.max_seq_len} and predicts the next, so shorten it'
             )
+    if (
+        pairs
+        and (largest := max(max(max(pair[0]), max(pair[1])) for pair in pairs)) >= model.config.vocab_size
+    ):
+        raise InputError(
+            f'a text holds token {largest}, for which the model has no row: it has {model.config.vocab_size}; give '
+            'the tokenizer that the weights were trained with'
+        )
     # Where rows are split over devices, their kernel knows of no shared context: each pair has a row of its own.
     whole_rows = model.partitioner is None or model.partitioner.axis_size('length') == 1
     rows = sorted(_rows(pairs, share=whole_rows), key=lambda row: -row.size)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import InputError
 
 
@@ -43,8 +43,12 @@ class ChatFormat(Protocol):
     stop_ids: tuple[int, ...]
     template: str
 
-    def encode_prompt(self, messages: Dialog) -> list[int]:
+    def encode_prompt(self, messages: Dialog, prefix: str = '') -> list[int]:
         """Ids of a conversation that waits for the assistant.
+
+        Args:
+          messages: the last one by the user, or by a tool.
+          prefix: what the assistant's answer begins with, to be gone on from.
 
         Raises:
           InputError: the roles are not in an order that the format has, or a message holds what would read as a tag.
@@ -102,13 +106,15 @@ class Llama2ChatFormat:
         self._tokenizer = tokenizer
         self.stop_ids = (tokenizer.eos_id,)
 
-    def encode_prompt(self, messages: Dialog) -> list[int]:
+    def encode_prompt(self, messages: Dialog, prefix: str = '') -> list[int]:
         """See `ChatFormat`."""
         turns = self._turns(messages, last='user')
         ids: list[int] = []
         for user, assistant in zip(turns[:-1:2], turns[1::2], strict=True):
             ids += self._pair(user, assistant)[0]
-        return ids + self._instruction(turns[-1])
+        if not (prefix := prefix.strip()):
+            return ids + self._instruction(turns[-1])
+        return ids + self._tokenizer.encode(f'[INST] {turns[-1]} [/INST] {prefix}', bos=True)
 
     def encode_dialog(
         self, messages: Dialog, loss_on: Collection[str] = ('assistant',)
@@ -190,13 +196,13 @@ class Llama3ChatFormat:
         for name in ('start_header_id', 'end_header_id', 'eot_id'):
             self._id(name)
 
-    def encode_prompt(self, messages: Dialog) -> list[int]:
+    def encode_prompt(self, messages: Dialog, prefix: str = '') -> list[int]:
         """See `ChatFormat`."""
         messages = self._checked(messages, ('user', 'ipython'))
         ids = [self._tokenizer.bos_id]
         for message in messages:
             ids += self._header(message.role) + self._body(message)
-        return ids + self._header('assistant')
+        return ids + self._header('assistant') + self._tokenizer.encode(prefix.strip())
 
     def encode_dialog(
         self, messages: Dialog, loss_on: Collection[str] = ('assistant',)

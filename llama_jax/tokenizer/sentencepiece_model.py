@@ -13,7 +13,8 @@ from llama_jax.types import InputError, error_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF's tokens
 MAX_TOKEN = 1024  # bytes of a token's text, in any format; Llama 3's longest has 128
-_BPE = 2  # TrainerSpec.ModelType
+_NONE = (1 << 64) - 1  # -1: there is no such token
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SentencePieceModel:
       eos_piece: ends it.
       add_dummy_prefix: whether a text is read as if a space came before it.
       remove_extra_whitespaces: whether outer spaces go and inner ones are squeezed.
+      is_unigram: whether scores are of words by themselves, else of merges.
+      charsmap: the compiled normalizer of characters; empty for none.
     """
 
     pieces: list[tuple[str, float, int]]
@@ -33,31 +36,33 @@ class SentencePieceModel:
     eos_piece: str = '</s>'
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
+    is_unigram: bool = False
+    charsmap: bytes = b''
 
 
-def check_pieces(data: bytes, path: str) -> None:
-    """Refuses what sentencepiece itself opens and then fails at: pieces that are no text, or none for the unknown.
+def checked_pieces(data: bytes, path: str) -> list[tuple[str, float, int]]:
+    """The pieces; refuses what sentencepiece opens and then fails at: pieces that are no text, none for the unknown.
 
     Raises:
       InputError: as said, or the file is damaged otherwise.
     """
-    types = [kind for _, _, kind in _parse(data, path).pieces]
+    pieces = _parse(data, path).model.pieces
+    types = [kind for _, _, kind in pieces]
     if types.count(UNKNOWN) != 1:
         raise InputError(f'{path} has {types.count(UNKNOWN)} pieces for what is unknown; it needs one')
+    return pieces
 
 
 def read_model(data: bytes, path: str) -> SentencePieceModel:
     """Reads a model that sentencepiece itself has opened.
 
     Raises:
-      InputError: it is damaged, no BPE, or changes texts before it splits them, which no other format of Llama's can
-        say.
+      InputError: it is damaged, neither BPE nor Unigram, or treats spaces as no other format of Llama's can say.
     """
     parsed = _parse(data, path)
     refused = {
-        'is not BPE': parsed.kind != _BPE,
+        'is neither BPE nor Unigram': parsed.kind not in (_BPE, _UNIGRAM),
         'puts spaces after words': parsed.puts_spaces_after,
-        f'normalizes texts ({parsed.normalizer[:40]!r})': parsed.changes_texts,
         'leaves spaces as they are': not parsed.escapes_spaces,
     }
     for what, is_so in refused.items():
@@ -72,14 +77,8 @@ class _Parsed:
 
     model: SentencePieceModel
     kind: int
-    normalizer: str
     puts_spaces_after: bool
-    changes_texts: bool
     escapes_spaces: bool
-
-    @property
-    def pieces(self) -> list[tuple[str, float, int]]:
-        return self.model.pieces
 
 
 def _parse(data: bytes, path: str) -> _Parsed:
@@ -102,13 +101,13 @@ def _parse(data: bytes, path: str) -> _Parsed:
             trainer.get(47, b'</s>').decode(),
             bool(normalizer.get(3, 1)),
             bool(normalizer.get(4, 1)),
+            trainer.get(3, 1) == _UNIGRAM,
+            bytes(normalizer.get(2, b'')),
         )
         return _Parsed(
             model,
             kind=trainer.get(3, 1),
-            normalizer=normalizer.get(1, b'').decode(),
             puts_spaces_after=bool(trainer.get(24, 0)),
-            changes_texts=bool(normalizer.get(2, b'')),
             escapes_spaces=bool(normalizer.get(5, 1)),
         )
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
@@ -122,13 +121,15 @@ def write_model(model: SentencePieceModel) -> bytes:
     text_of_type = {kind: text for text, _, kind in reversed(model.pieces)}
     index = {text: i for i, (text, _, _) in enumerate(model.pieces)}
     trainer = {
-        3: _BPE, 4: len(model.pieces), 22: 1, 23: 1, 25: 1, 26: 1, 35: BYTE in text_of_type,
-        40: index.get(text_of_type.get(UNKNOWN, ''), 0), 41: index[model.bos_piece], 42: index[model.eos_piece],
-        43: (1 << 64) - 1,  # no padding: -1
+        3: _UNIGRAM if model.is_unigram else _BPE, 4: len(model.pieces), 22: 1, 23: 1, 25: 1, 26: 1,
+        35: BYTE in text_of_type, 40: index.get(text_of_type.get(UNKNOWN, ''), 0),
+        41: index.get(model.bos_piece, _NONE), 42: index.get(model.eos_piece, _NONE),
+        43: _NONE,
         44: ' \u2047 ', 45: text_of_type.get(UNKNOWN, '<unk>'), 46: model.bos_piece, 47: model.eos_piece,
     }  # fmt: skip
     normalizer = {
-        1: 'identity', 2: '', 3: model.add_dummy_prefix, 4: model.remove_extra_whitespaces, 5: 1,
+        1: 'custom' if model.charsmap else 'identity', 2: model.charsmap,
+        3: model.add_dummy_prefix, 4: model.remove_extra_whitespaces, 5: 1,
     }  # fmt: skip
     pieces = [(1, _message([(1, text), (2, score), (3, kind)])) for text, score, kind in model.pieces]
     return _message([*pieces, (2, _message(trainer.items())), (3, _message(normalizer.items()))])

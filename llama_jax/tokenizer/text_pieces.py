@@ -1,7 +1,9 @@
 """Texts as the libraries of tokenizers can take them: of Unicode, and cut where they are too long."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+
+from llama_jax.types import InputError
 
 _MAX_CHUNK = 400_000  # characters given to tiktoken at once: it panics on much more
 _MAX_RUN = 25_000  # longest run of all-space or no-space characters: its regex engine overflows on much more
@@ -32,3 +34,25 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text
+
+
+def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Ids as plain numbers; InputError where one is none of a vocabulary's."""
+    ids = [int(i) for i in ids]
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InputError(f'token id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}')
+    return ids
+
+
+def split_at(text: str, names: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
+    """A text in pieces: what stands between the names, with None, and the names, each with its id; the longest win."""
+    if not names:
+        yield text, None
+        return
+    found = re.compile('(' + '|'.join(map(re.escape, sorted(names, key=len, reverse=True))) + ')')
+    for number, piece in enumerate(found.split(text)):
+        if number % 2:
+            yield piece, names[piece]
+        elif piece:
+            yield piece, None

@@ -101,6 +101,37 @@ def test_texts_are_continued_without_their_prompt(model, params):
     assert generate(model, params, tokenizer, []) == []
 
 
+def test_texts_end_at_a_stop_text_and_go_on_behind_the_end_where_asked(model, params, greedy):
+    prompt = PROMPTS[0]
+    plain = generate(model, params, Letters(), [prompt], max_new_tokens=8)[0]
+    assert len(plain) > 3
+    cut = generate(model, params, Letters(), [prompt], max_new_tokens=8, stop=['~~', plain[2:4]])
+    assert cut == [plain[: plain.find(plain[2:4])]]
+    ender = greedy[0][3]  # as if this one ended a text
+    short = generate(model, params, Letters(), [prompt], max_new_tokens=8, stop_ids=[ender])[0]
+    assert plain.startswith(short) and len(short) < len(plain)
+
+    class Ending(Letters):
+        stop_ids = (ender,)
+
+    assert generate(model, params, Ending(), [prompt], max_new_tokens=8) == [short]
+    assert generate(model, params, Ending(), [prompt], max_new_tokens=8, ignore_eos=True) == [plain]
+    with pytest.raises(InputError, match="a stop text is ''"):
+        generate(model, params, Letters(), [prompt], stop=[''])
+
+
+def test_rows_without_a_token_print_nothing(model, params, greedy):
+    largest = max(greedy[0])
+    assert largest > max(PROMPTS[0])
+
+    class Few(Letters):
+        vocab_size = largest
+
+    plain = generate(model, params, Letters(), [PROMPTS[0]], max_new_tokens=8)[0]
+    fewer = generate(model, params, Few(), [PROMPTS[0]], max_new_tokens=8)[0]
+    assert fewer.replace(' ', '') == plain.replace(' ', '').replace(chr(largest - 4 + 64), '')
+
+
 @pytest.mark.parametrize(
     ('prompts', 'max_new_tokens', 'words'),
     [

@@ -11,7 +11,8 @@ from llama_jax.tokenizer.chat_format import (
     chat_format_for,
 )
 from llama_jax.tokenizer.huggingface_files import huggingface_files
-from llama_jax.tokenizer.tokenizer import TiktokenTokenizer, llama3_special_names, load_tokenizer
+from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 
 # Ids that Meta's own code gives.

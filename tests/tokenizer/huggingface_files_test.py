@@ -3,9 +3,13 @@ import json
 import pytest
 
 from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.conversion import model_file
+from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
-from llama_jax.tokenizer.tokenizer import SentencePieceTokenizer, load_tokenizer
-from llama_jax.tokenizer.vocabulary import model_file, tokenizer_from_gguf
+from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from llama_jax.tokenizer.sentencepiece_model import SentencePieceModel, write_model
+from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 
 TEXTS = [
@@ -67,10 +71,23 @@ def test_the_folder_is_ours_again(folder):
         assert (path / 'tokenizer.model').read_bytes() == model_file(native)
 
 
-def test_user_defined_pieces_are_refused():
-    tokens = ['<unk>', '<s>', '</s>', 'a', 'mine']
-    keys = {'model': 'llama', 'tokens': tokens, 'token_type': [2, 3, 3, 1, 4], 'scores': [0.0] * 5}
+def test_user_defined_pieces_are_read_whole_where_no_format_disagrees():
+    tokens = ['<unk>', '<s>', '</s>', 'a', '▁', 'mine', '▁a']
+    keys = {
+        'model': 'llama',
+        'tokens': tokens,
+        'token_type': [2, 3, 3, 1, 1, 4, 1],
+        'scores': [0.0] * 6 + [-1.0],
+    }
     keys |= {'bos_token_id': 1, 'eos_token_id': 2}
     tokenizer = tokenizer_from_gguf({f'tokenizer.ggml.{key}': value for key, value in keys.items()}, 'a.gguf')
-    with pytest.raises(InputError, match=r"a\.gguf has user-defined pieces \('mine'\)"):
-        huggingface_files(tokenizer, max_seq_len=8)
+    assert tokenizer.encode('aminea') == [6, 5, 6]  # as llama.cpp, which puts a space before each piece
+    files = huggingface_files(tokenizer, max_seq_len=8)
+    again = HuggingFaceTokenizer('none/tokenizer.json', files.pop('tokenizer.json'), files)
+    assert again.encode('aminea') == [6, 5, 6] and again.ends == tokenizer.ends
+    # Sentencepiece itself puts one before the whole text.
+    pieces = list(zip(tokens, [0.0] * 6 + [-1.0], [2, 3, 3, 1, 1, 4, 1], strict=True))
+    own = SentencePieceTokenizer('own.model', write_model(SentencePieceModel(pieces)))
+    assert own.encode('aminea') == [6, 5, 3]
+    with pytest.raises(InputError, match=r"own\.model has user-defined pieces \('mine'\)"):
+        huggingface_files(own, max_seq_len=8)

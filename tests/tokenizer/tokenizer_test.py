@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from llama_jax.tokenizer.huggingface_files import huggingface_files
-from llama_jax.tokenizer.tokenizer import (
-    HuggingFaceTokenizer,
-    TiktokenTokenizer,
-    llama3_special_names,
-    load_tokenizer,
-)
+from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 
 LLAMA2_GOLDEN = {

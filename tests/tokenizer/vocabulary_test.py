@@ -3,16 +3,15 @@ import random
 
 import pytest
 
+from llama_jax.tokenizer.conversion import model_file, vocabulary_of
+from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
-from llama_jax.tokenizer.tokenizer import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    llama3_special_names,
-    load_tokenizer,
-)
+from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
-from llama_jax.tokenizer.vocabulary import gguf_vocabulary, model_file, tokenizer_from_gguf, vocabulary_of
+from llama_jax.tokenizer.vocabulary import SPELLING
 from llama_jax.types import InputError
 
 
@@ -163,16 +162,15 @@ def test_metadata_that_contradict_themselves_are_refused_in_one_line(shared_data
         ({'token_type': types[:-1]}, '511 elements for 512 tokens'),
         ({'token_type': [7, *types[1:]]}, 'holds 7; the types are 1 to 6'),
         ({'token_type': [True, *types[1:]]}, 'holds a bool'),
-        ({'token_type': [2, 2, *types[2:]]}, 'not a tokenizer'),
         ({'scores': [float('nan')] * 512}, 'not finite'),
         ({'scores': [0.0]}, '1 values for 512 tokens'),
         ({'bos_token_id': 512}, 'bos_token_id is 512; it must be an id, 0 to 511'),
-        ({'bos_token_id': 300}, 'no BOS'),
+        ({'add_bos_token': 'yes'}, "add_bos_token is 'yes'; it must be true or false"),
         ({'eos_token_id': '2'}, "eos_token_id is '2'"),
         ({'tokens': [], 'token_type': []}, '0 to -1'),
-        ({'model': 'gpt2', 'pre': 'gpt-2'}, "pre is 'gpt-2'"),
+        ({'model': 'gpt2', 'pre': 'smollm'}, "pre is 'smollm'"),
         ({'model': 'gpt2', 'pre': 'llama-bpe'}, 'merges is missing'),
-        ({'model': 'gpt2', 'pre': 'llama-bpe', 'merges': []}, 'id 0 is not normal'),
+        ({'model': 'gpt2', 'pre': 'llama-bpe', 'merges': []}, 'spells no bytes'),
         (
             {'model': 'gpt2', 'pre': 'llama-bpe', 'merges': [], 'tokens': llama3, 'token_type': [1] * 94},
             'lacks 162',
@@ -182,10 +180,11 @@ def test_metadata_that_contradict_themselves_are_refused_in_one_line(shared_data
                 'model': 'gpt2',
                 'pre': 'llama-bpe',
                 'merges': ['a b'],
-                'tokens': llama3,
-                'token_type': [1] * 94,
+                'tokens': [*map(chr, SPELLING.values()), '</s>'],
+                'token_type': [1] * 256 + [3],
+                'eos_token_id': 256,
             },
-            'not in the order',
+            'out of vocabulary',
         ),
     ):
         keys = good | {f'tokenizer.ggml.{key}': value for key, value in changes.items()}
@@ -209,6 +208,9 @@ def test_what_no_other_format_can_hold_is_refused(shared_data, tmp_path):
     definition['normalizer'] = {'type': 'Lowercase'}
     lower = HuggingFaceTokenizer('lower.json', json.dumps(definition).encode())
     assert 'lower.json splits texts differently' in one_line_error(model_file, lower)
-    definition['model']['vocab']['far'] = 700
+    definition['normalizer'] = None
+    definition['model']['vocab']['far'] = 514
     gap = HuggingFaceTokenizer('gap.json', json.dumps(definition).encode())
-    assert 'gap.json leaves out ids' in one_line_error(gguf_vocabulary, gap)
+    keys = gguf_vocabulary(gap)
+    assert keys['tokenizer.ggml.tokens'][512:] == ['[PAD512]', '[PAD513]', 'far']
+    assert keys['tokenizer.ggml.token_type'][512:] == [5, 5, 1]

@@ -1,0 +1,199 @@
+"""A `tokenizer.json`, as the library `tokenizers` reads it."""
+
+import codecs
+import functools
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llama_jax.json_file import parse_object
+from llama_jax.tokenizer.huggingface_statements import Statements, read_statements, stating_files
+from llama_jax.tokenizer.library_errors import refused
+from llama_jax.tokenizer.text_pieces import checked_ids, without_surrogates
+from llama_jax.types import InputError
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, through the library `tokenizers`; files beside it say more of its tokens.
+
+    Attributes:
+      ends: how texts begin and end.
+      special_tokens: name to id.
+      added_tokens: name to id of what is read whole in any text, though it is not special.
+      file_bytes: the whole file.
+      beside: contents of the files beside it, by name, where they say something of its tokens.
+    """
+
+    def __init__(self, path: str, data: bytes, beside: Mapping[str, bytes] | None = None):
+        """Reads the JSON of a file.
+
+        Args:
+          path: of the file.
+          data: its content.
+          beside: contents of `STATING_FILES` by name; None: those that stand beside the path.
+
+        Raises:
+          InputError: something is damaged, or there is no EOS.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise InputError(f"{path} needs the package tokenizers: pip install 'llama_jax[hf]'") from error
+        folder = epath.Path(path).parent
+        self.beside = dict(stating_files(folder) if beside is None else beside)
+        said = read_statements(self.beside, str(folder))
+        definition = parse_object(data, path)
+        if not isinstance(definition.get('model'), dict):
+            raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: it has no model')
+        data = _with_added(definition, said, path) or data
+        if (growth := _growth(definition.get('normalizer'))) > _MAX_GROWTH:
+            raise InputError(
+                f'{path} makes texts {growth} times as long; at most {_MAX_GROWTH} times is allowed'
+            )
+        with refused(f'{path} is not a tokenizer.json that tokenizers can read'):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            for text in _PROBES:  # a pattern may fail at some text only
+                self._tokenizer.encode(text)
+            around = self._around(definition)
+        self.path = path
+        self.file_bytes = data
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.ends = said.ends(self._tokenizer.token_to_id, path, self._special(), around=around)
+        self.bos_id = self.ends.eos_id if self.ends.bos_id is None else self.ends.bos_id
+        self.eos_id, self.stop_ids, self.add_bos = self.ends.eos_id, self.ends.stop_ids, self.ends.add_bos
+        # Not all files say that these two are special; a text that spells one would become it.
+        names = [self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id)]
+        self._tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False) for name in names if name]
+        )
+        self._tokenizer.encode_special_tokens = True  # in text they are ordinary characters
+        self.special_tokens = self._special()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens = {t.content: id for id, t in sorted(added.items()) if not t.special}
+        self.unk_id = self._unknown_id(definition['model'])
+        decoder = json.dumps(definition.get('decoder'))
+        self._byte_level = 'ByteLevel' in decoder
+        self._strips = 'Strip' in decoder or 'Metaspace' in decoder
+
+    def __reduce__(self):  # pickled, the library's own object forgets encode_special_tokens
+        return HuggingFaceTokenizer, (self.path, self.file_bytes, self.beside)
+
+    def token(self, id: int) -> str | None:
+        """What the vocabulary calls an id; None where it has no such token."""
+        return self._tokenizer.id_to_token(id)
+
+    def _special(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in sorted(added.items()) if token.special}
+
+    def _unknown_id(self, model: dict[str, Any]) -> int | None:
+        """Of a Unigram an id, of a BPE a name."""
+        if isinstance(model.get('unk_id'), int):
+            return model['unk_id']
+        return self._tokenizer.token_to_id(model.get('unk_token') or '')
+
+    def _around(self, definition: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """The ids that the file itself puts before and behind a text."""
+        if not definition.get('post_processor'):
+            return [], []
+        plain = self._tokenizer.encode('a', add_special_tokens=False).ids
+        whole = self._tokenizer.encode('a').ids
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []
+
+    @functools.cached_property
+    def _reading_special(self) -> Any:
+        """The same, but names of special tokens in a text are those tokens."""
+        other = HuggingFaceTokenizer(self.path, self.file_bytes, self.beside)._tokenizer
+        other.encode_special_tokens = False
+        return other
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
+        library = self._reading_special if special else self._tokenizer
+        with refused(f'{self.path} cannot encode {text[:40]!r}'):
+            ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, on all cores."""
+        texts = [without_surrogates(text) for text in texts]
+        with refused(f'{self.path} cannot encode one of {len(texts)} texts'):
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens appear by name if the vocabulary is of bytes (Llama 3), else not at all."""
+        ids = checked_ids(ids, self.vocab_size)
+        if self._byte_level:
+            with refused(f'{self.path} cannot decode {ids[:10]}'):
+                return self._tokenizer.decode(ids, skip_special_tokens=False)
+        special = set(self.special_tokens.values()) - {self.unk_id}
+        pieces = [
+            ' \u2047 ' if i == self.unk_id else self._tokenizer.id_to_token(i) or ''
+            for i in ids
+            if i not in special
+        ]
+        if self._strips and pieces and pieces[0].startswith('▁'):
+            pieces[0] = pieces[0][1:]
+        # As sentencepiece does it; the library would drop the good bytes beside a bad one.
+        data = b''.join(
+            bytes.fromhex(piece[3:5]) if _BYTE_PIECE.fullmatch(piece) else piece.replace('▁', ' ').encode()
+            for piece in pieces
+        )
+        return data.decode(errors='llama_jax.each_byte')
+
+
+logger = logging.getLogger(__name__)
+
+_PROBES = ('Hello world! 12', *(letter * 40 + '!x' for letter in 'a1 -\né'))
+_MAX_GROWTH = 100  # times; a Llama's own puts one letter for another
+
+
+def _growth(normalizer: Any) -> int:
+    """By how much the parts of a normalizer, one after another, can lengthen a text."""
+    if not isinstance(normalizer, dict):
+        return 1
+    parts = normalizer.get('normalizers')
+    growth = math.prod(map(_growth, parts)) if isinstance(parts, list) else 1
+    texts = [value for key in ('content', 'prepend') if isinstance(value := normalizer.get(key), str)]
+    return growth * max(1, *map(len, texts), 1)
+
+
+_BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
+codecs.register_error('llama_jax.each_byte', lambda e: ('\ufffd', e.start + 1))  # pyright: ignore
+
+
+def _with_added(definition: dict[str, Any], said: Statements, path: str) -> bytes | None:
+    """The file with the tokens that only files beside it name, as transformers adds them; None where there are none."""
+    listed, model = definition.get('added_tokens') or [], definition.get('model')
+    vocab = model.get('vocab') if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # of a Unigram
+        vocab = {piece[0]: id for id, piece in enumerate(vocab) if isinstance(piece, list) and piece}
+    if not said.added or not isinstance(listed, list) or not isinstance(vocab, dict):
+        return None
+    known = {token.get('id') for token in listed if isinstance(token, dict)} | set(vocab.values())
+    names = {token.get('content') for token in listed if isinstance(token, dict)} | set(vocab)
+    missing = [
+        {'id': id, 'content': token.content, 'single_word': False, 'lstrip': False, 'rstrip': False,
+         'normalized': False, 'special': token.special}
+        for id, token in sorted(said.added.items())
+        if id not in known and token.content not in names
+    ]  # fmt: skip
+    if not missing:
+        return None
+    logger.info('%s: %d added tokens are named beside it alone', path, len(missing))
+    definition['added_tokens'] = [*listed, *missing]
+    return json.dumps(definition, ensure_ascii=False).encode()

@@ -1,0 +1,74 @@
+"""What the code base asks of a tokenizer, and how a model's prompt begins."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from llama_jax.types import InputError
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the code base asks of a tokenizer. One that puts no BOS before a text has a further `add_bos`, False.
+
+    Attributes:
+      vocab_size: number of ids, special ones included.
+      bos_id: begins every document; EOS where there is no BOS.
+      eos_id: ends every document.
+      stop_ids: any of these ends what a model generates: EOS, the end of a message or turn, and what else is stated.
+      path: the file it was read from.
+      sha256: hash of that file, in hexadecimal; two tokenizers with one hash are the same.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    path: str
+    sha256: str
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts (int32 or uint32, no BOS, no EOS), on all cores."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    """What a model is given to go on from: the text's ids, BOS before them where this tokenizer puts one.
+
+    Args:
+      tokenizer: any.
+      text: any.
+      special: names of special tokens in the text are those tokens; BOS is then not put twice.
+    """
+    bos = getattr(tokenizer, 'add_bos', True)
+    if not special:
+        return tokenizer.encode(text, bos=bos)
+    ids = tokenizer.encode(text, special=True)
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id] * bos + ids
+
+
+def printable(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids that are tokens: an embedding may have more rows, which stand for no text."""
+    return [int(id) for id in ids if id < tokenizer.vocab_size]
+
+
+def required(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of what reads or writes text.
+
+    Raises:
+      InputError: it is None, as that of a checkpoint without one.
+    """
+    if tokenizer is None:
+        raise InputError(
+            'text needs a tokenizer, and the checkpoint has none; give the one that the weights were trained with'
+        )
+    return tokenizer

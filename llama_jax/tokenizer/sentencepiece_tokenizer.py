@@ -1,0 +1,93 @@
+"""The LLaMA 1 and Llama 2 tokenizer: a sentencepiece model, BPE or Unigram."""
+
+import copy
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from llama_jax.tokenizer.library_errors import refused
+from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_pieces
+from llama_jax.tokenizer.text_pieces import checked_ids, split_at, without_surrogates
+from llama_jax.tokenizer.vocabulary import Ends
+from llama_jax.types import InputError
+
+_SPECIAL = (UNKNOWN, CONTROL)
+
+
+class SentencePieceTokenizer:
+    """Sentencepiece with byte fallback.
+
+    Attributes:
+      ends: how texts begin and end.
+      special_tokens: name to id.
+      file_bytes: the whole file.
+    """
+
+    def __init__(self, path: str, data: bytes, ends: Ends | None = None):
+        """Reads `data`, made from the file at `path`.
+
+        Args:
+          path: for messages.
+          data: the file.
+          ends: as another file states them; None: the model's own BOS and EOS.
+
+        Raises:
+          InputError: it is no model, or lacks EOS.
+        """
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second of what it would say
+            raise InputError(
+                f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a '
+                f'tokenizer.json ({len(data)} bytes); give the tokenizer.model that came with the weights'
+            ) from error
+        pieces = checked_pieces(data, path)
+        self.path = path
+        self.file_bytes = data
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = self._processor.GetPieceSize()
+        self.special_tokens = {text: id for id, (text, _, kind) in enumerate(pieces) if kind in _SPECIAL}
+        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if ends is None:
+            if eos_id < 0:
+                raise InputError(f'{path} defines no EOS (id {eos_id}); Llama needs one')
+            ends = Ends(None if bos_id < 0 else bos_id, eos_id, (eos_id,), bos_id >= 0)
+        self._take(ends)
+
+    def id_of(self, name: str) -> int | None:
+        """Of a piece; None where there is none of this name."""
+        id = self._processor.PieceToId(without_surrogates(name))
+        return id if self._processor.IdToPiece(id) == name else None
+
+    def _take(self, ends: Ends) -> None:
+        self.ends = ends
+        self.bos_id = ends.eos_id if ends.bos_id is None else ends.bos_id
+        self.eos_id, self.stop_ids, self.add_bos = ends.eos_id, ends.stop_ids, ends.add_bos
+
+    def with_ends(self, ends: Ends) -> 'SentencePieceTokenizer':
+        """The same vocabulary, of which another file says how texts begin and end."""
+        other = copy.copy(self)
+        other._take(ends)
+        return other
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
+        ids: list[int] = []
+        for part, id in split_at(without_surrogates(text), self.special_tokens if special else {}):
+            ids += self._processor.Encode(part) if id is None else [id]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, on all cores."""
+        texts = [without_surrogates(text) for text in texts]
+        return self._processor.Encode(texts, return_type='numpy', num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, without control tokens and the dummy-prefix space, as in Meta's wrapper."""
+        ids = checked_ids(ids, self.vocab_size)
+        with refused(f'{self.path} cannot decode {ids[:10]}'):
+            return self._processor.Decode(ids)
