@@ -7,8 +7,10 @@ Standard output is the completion alone, or with --format=jsonl one object {"pro
 the assistant's own.
 """
 
+import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from absl import flags
@@ -68,7 +70,11 @@ def main() -> None:
         if _MAX_NEW_TOKENS.value < 1:
             raise InputError(f'max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1')
         Sampler(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    _check_what_is_asked()
+    asked = _Asked(
+        _PROMPT.value or [], _MESSAGES.value, _SYSTEM.value, _CHAT.value or bool(_MESSAGES.value),
+        _SPECIAL_TOKENS.value, _STOP.value,
+    )  # fmt: skip
+    asked.check()
     if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _SEED) if f.present]):
         names = ', '.join(f'--{flag.name}' for flag in idle)
         logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
@@ -79,14 +85,14 @@ def main() -> None:
         config, params, tokenizer = pretrained.load(
             checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
         )
-    prompts, stop_ids = _prompts(tokenizer, checkpoint)
+    prompts, stop_ids = asked.prompts_for(required(tokenizer), checkpoint.template)
     completions = generate(
         LlamaForCausalLM(config, dtype=dtype), params, tokenizer, prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
         top_p=_TOP_P.value, seed=_SEED.value,
         stop=_STOP.value, stop_ids=stop_ids, ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
     )  # fmt: skip
-    for prompt, completion in zip(_PROMPT.value or [_MESSAGES.value], completions, strict=True):
+    for prompt, completion in zip(asked.texts or [asked.messages], completions, strict=True):
         text = (
             json.dumps({'prompt': prompt, 'completion': completion})
             if _FORMAT.value == 'jsonl'
@@ -95,38 +101,48 @@ def main() -> None:
         print(text)
 
 
-def _check_what_is_asked() -> None:
-    """One thing to answer, and nothing beside it that would be without effect."""
-    if not (_PROMPT.value or _MESSAGES.value):
-        raise InputError('--prompt is required: what is to be completed; or --messages, a conversation')
-    if _PROMPT.value and _MESSAGES.value:
-        raise InputError('--prompt and --messages are both given; one thing is answered')
-    if _SYSTEM.value and not (_CHAT.value and _PROMPT.value):
-        raise InputError(
-            '--system says something before a --prompt with --chat; a file of --messages has it in itself'
-        )
-    if _SPECIAL_TOKENS.value and (_CHAT.value or _MESSAGES.value):
-        raise InputError('--special_tokens reads the tags of a --prompt; in a chat the format puts them')
-    if '' in _STOP.value:
-        raise InputError("--stop is '', which every text begins with; give at least one character")
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is to be answered: texts to complete or what users say, or the file of a conversation."""
 
+    texts: list[str]
+    messages: str
+    system: str
+    chat: bool
+    special_tokens: bool
+    stop: list[str]
 
-def _prompts(
-    tokenizer: Tokenizer | None, checkpoint: pretrained.Checkpoint
-) -> tuple[list[str] | list[list[int]], tuple[int, ...]]:
-    """What is to be completed, and the ids that end an answer besides the tokenizer's own."""
-    if not (_CHAT.value or _MESSAGES.value):
-        return _PROMPT.value, ()
-    chat = Chat(required(tokenizer), checkpoint.template)
-    if _MESSAGES.value:
-        with launch.flags_named('--messages'):
-            given = parse_json(read_bytes(epath.Path(_MESSAGES.value)), _MESSAGES.value)
-            given = given.get('messages') if isinstance(given, dict) else given
-            return [chat.encode_prompt(check_messages(given))], chat.stop_ids
-    before = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
-    with launch.flags_named('--prompt', '--system'):
-        turns = [[*before, {'role': 'user', 'content': prompt}] for prompt in _PROMPT.value]
-        return [chat.encode_prompt(messages) for messages in turns], chat.stop_ids
+    def check(self) -> None:
+        """There is one thing to answer, and nothing beside it that would be without effect."""
+        if not (self.texts or self.messages):
+            raise InputError('--prompt is required: what is to be completed; or --messages, a conversation')
+        if self.texts and self.messages:
+            raise InputError('--prompt and --messages are both given; one thing is answered')
+        if self.system and not (self.chat and self.texts):
+            raise InputError(
+                '--system says something before a --prompt with --chat; --messages has it in its file'
+            )
+        if self.special_tokens and self.chat:
+            raise InputError('--special_tokens reads the tags of a --prompt; in a chat the format puts them')
+        if '' in self.stop:
+            raise InputError("--stop is '', which every text begins with; give at least one character")
+
+    def prompts_for(
+        self, tokenizer: Tokenizer, template: str
+    ) -> tuple[Sequence[str | list[int]], tuple[int, ...]]:
+        """Texts or ids to complete, and the ids that end an answer besides the tokenizer's own."""
+        if not self.chat:
+            return self.texts, ()
+        chat = Chat(tokenizer, template)
+        if self.messages:
+            with launch.flags_named('--messages'):
+                given = parse_json(read_bytes(epath.Path(self.messages)), self.messages)
+                given = given.get('messages') if isinstance(given, dict) else given
+                return [chat.encode_prompt(check_messages(given))], chat.stop_ids
+        before = [{'role': 'system', 'content': self.system}] if self.system else []
+        with launch.flags_named('--prompt', '--system'):
+            turns = [[*before, {'role': 'user', 'content': text}] for text in self.texts]
+            return [chat.encode_prompt(messages) for messages in turns], chat.stop_ids
 
 
 if __name__ == '__main__':

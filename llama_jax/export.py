@@ -8,13 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.weights import save_params
 from llama_jax.convert import gguf, huggingface, meta
-from llama_jax.convert.mapping import Leaf, Source, weights_of
-from llama_jax.convert.tensors import row_blocks, same_bits
+from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, weights_of
+from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
 from llama_jax.placement import cast
 from llama_jax.storage import new_folder, parents_made, system_failures
 from llama_jax.tokenizer.conversion import model_file, own_files
@@ -74,8 +75,7 @@ def save(
         vocabulary = gguf_vocabulary(required(tokenizer), chat_template, source.config.vocab_size)
         with _refused_in_one_line(path), parents_made(folder):
             gguf.write(
-                source, folder, dtype=dtype or source.dtype.name, vocabulary=vocabulary, name=folder.stem,
-                progress=progress,
+                source, folder, dtype=dtype, vocabulary=vocabulary, name=folder.stem, progress=progress,
             )  # fmt: skip
         return
     with _refused_in_one_line(path), new_folder(folder) as target:
@@ -129,6 +129,9 @@ def verify(
 ) -> None:
     """Compares every value of a checkpoint that was written with its source's, cast or quantised alike.
 
+    Without `dtype` nothing may have been cast: a matrix has its source's type, but where a format holds all layers as
+    one array, or vectors as float32, one that holds the same values.
+
     Args:
       written: the new checkpoint, opened.
       source: what was given to `save`.
@@ -150,6 +153,11 @@ def verify(
         for layer, (original, copy) in enumerate(pairs):
             for rows in row_blocks(tuple(original.shape), original.dtype, multiple=source.config.head_dim):
                 expected, found = original.read(rows), copy.read(rows)
+                if not dtype and not _keeps_type(expected, found, copy):
+                    raise InputError(
+                        f'{written.origin} was written wrong: weight {weight.path}, layer {layer} is '
+                        f'{found.dtype}, in {source.origin} it is {expected.dtype}'
+                    )
                 if dtype and dtype not in FLOAT_DTYPES:
                     expected = gguf.as_read_back(expected, dtype, weight.path)
                 else:
@@ -160,3 +168,11 @@ def verify(
                         f'{rows.start} to {rows.stop} differ from {source.origin}'
                     )
                 progress(found.nbytes)
+
+
+def _keeps_type(original: np.ndarray, copy: np.ndarray, tensor: Tensor) -> bool:
+    """Whether a copy's type is the original's, or a wider one where its format has no other."""
+    if original.dtype == copy.dtype:
+        return True
+    widened = jnp.promote_types(original.dtype, copy.dtype) == copy.dtype
+    return bool(widened) and (isinstance(tensor, LeafMatrix) or original.ndim == 1)

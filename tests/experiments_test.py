@@ -54,7 +54,7 @@ def logged(run):
     return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_generate_prints_the_completion_alone(commands, run):
+def test_generate_prints_the_completion_alone(commands, run, tmp_path):
     prompts = ['ba', 'dio kurst']
     config, params, tokenizer = llama_jax.load(run)
     greedy = llama_jax.generate(LlamaForCausalLM(config), params, tokenizer, prompts, max_new_tokens=12)
@@ -64,6 +64,20 @@ def test_generate_prints_the_completion_alone(commands, run):
     finished = commands.run('generate', *arguments, '--prompt=dio kurst', '--format=jsonl').succeeded()
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     assert lines == [dict(prompt=p, completion=c) for p, c in zip(prompts, greedy, strict=True)]
+    cut = commands.run('generate', *arguments, f'--stop={greedy[0][2:4]}').succeeded().stdout
+    assert cut == f'{greedy[0][: greedy[0].find(greedy[0][2:4])]}\n'
+    for wrong, words in (
+        (['--system=Hi'], '--system says something before a --prompt with --chat'),
+        (['--messages=x.json'], '--prompt and --messages are both given'),
+        (['--stop='], "--stop is ''"),
+        (['--chat', '--special_tokens'], '--special_tokens reads the tags of a --prompt'),
+    ):
+        assert words in commands.run('generate', *arguments, *wrong).error()
+    arguments[-1] = f'--messages={tmp_path / "dialog.json"}'
+    (tmp_path / 'dialog.json').write_text('[{"role": "user", "content": 7}]')
+    assert 'message 0 is' in commands.run('generate', *arguments).error()
+    (tmp_path / 'dialog.json').write_text('{"messages": [{"role": "user", "content": "ba"}]}')
+    assert commands.run('generate', *arguments).succeeded().stdout
 
 
 def test_the_same_command_again_changes_nothing(commands, run, corpus):

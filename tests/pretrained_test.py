@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
@@ -254,10 +255,47 @@ def test_weights_in_float64_are_written_or_refused(tmp_path, workdir, to):
             InputError, match=f'memory holds float64, which {to} does not; give dtype float32'
         ):
             export.save(tmp_path / 'out', source, tokenizer, to=to)
-        export.save(tmp_path / 'out', source, tokenizer, to=to, dtype='float32')
-    else:
-        export.save(tmp_path / 'out', source, tokenizer, to=to)
-    export.verify(pretrained.open(tmp_path / 'out').source, source)
+    dtype = 'float32' if to in ('meta', 'gguf') else ''
+    export.save(tmp_path / 'out', source, tokenizer, to=to, dtype=dtype)
+    export.verify(pretrained.open(tmp_path / 'out').source, source, dtype=dtype)
+    if dtype:
+        with pytest.raises(InputError, match='weight embed, layer 0 is float32, in memory it is float64'):
+            export.verify(pretrained.open(tmp_path / 'out').source, source)
+
+
+class Typed:
+    """A tensor in a type of its own, whose values every type holds."""
+
+    def __init__(self, tensor, dtype):
+        self.values = np.sign(tensor.read()).astype(dtype)
+        self.shape, self.dtype = self.values.shape, self.values.dtype
+
+    def read(self, rows=slice(None), columns=slice(None)):
+        return self.values[(rows, columns)[: self.values.ndim]]
+
+
+@pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])
+def test_every_tensor_keeps_its_type(tmp_path, workdir, to):
+    source, tokenizer = random_source(CONFIG, np.float32), load(workdir)[2]
+    kinds = [np.float32, np.float16, ml_dtypes.bfloat16]
+    count = iter(range(1000))
+    tensors = {
+        path: [Typed(tensor, kinds[next(count) % 3]) for tensor in layers]
+        for path, layers in source.tensors.items()
+    }
+    mixed = dataclasses.replace(source, tensors=tensors)
+    export.save(tmp_path / 'out', mixed, tokenizer, to=to)
+    written = pretrained.open(tmp_path / 'out').source
+    export.verify(written, mixed)
+    if to != 'orbax':  # which has all layers of a weight in one array
+        for path, layers in tensors.items():
+            for layer, tensor in enumerate(layers):
+                is_vector = to == 'gguf' and len(tensor.shape) == 1
+                expected = np.dtype(np.float32) if is_vector else tensor.dtype
+                assert written.tensors[path][layer].dtype == expected, (path, layer)
+    export.save(tmp_path / 'narrow', mixed, tokenizer, to=to, dtype='bfloat16')
+    with pytest.raises(InputError, match='is bfloat16, in memory it is float'):
+        export.verify(pretrained.open(tmp_path / 'narrow').source, mixed)
 
 
 class Unreadable:

@@ -168,8 +168,8 @@ def write(
     Args:
       source: where the weights come from; blocks of rows are read, converted and written one after another.
       path: of the file, on a local disk.
-      dtype: of the matrices, a key of `WRITTEN_TYPES`; vectors are float32, and rows that are not whole blocks of
-        32 float16.
+      dtype: of the matrices, a key of `WRITTEN_TYPES`, or '' for the type that each has; vectors are float32, and
+        rows that are not whole blocks of 32 float16.
       vocabulary: the key/values `tokenizer.*`; a token for every row of the embedding, or no tokens at all.
       name: what `general.name` says.
       progress: called with the number of bytes of tensors written since its last call.
@@ -186,7 +186,7 @@ def write(
     partial = path.with_name(f'{path.name}.partial')
     try:
         with contextlib.closing(gguf.GGUFWriter(os.fspath(partial), 'llama')) as writer:
-            _add_metadata(writer, source.config, dtype, name)
+            _add_metadata(writer, source.config, dtype or source.dtype.name, name)
             for key, value in vocabulary.items():
                 _add(writer, key, value)
             jobs = _add_tensors(writer, source, dtype)
@@ -264,7 +264,8 @@ def _add_tensors(writer: Any, source: Source, dtype: str) -> Iterator[Callable[[
         jobs.append(lambda: (True, divisors))
     for weight, layer in in_file_order(config):
         tensor = source.tensors[weight.path][layer]
-        name, kind = weight.name('gguf', layer), _stored_type(weight.matrix_shape(config), dtype)
+        name = weight.name('gguf', layer)
+        kind = _stored_type(weight.matrix_shape(config), dtype or tensor.dtype.name)
         announce(name, weight.matrix_shape(config), kind)
         head_dim = config.head_dim if weight.rotary else None
         jobs += [

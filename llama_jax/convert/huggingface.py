@@ -12,7 +12,7 @@ from etils import epath
 
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import BFLOAT16, FileTensor, Tensor, tie
+from llama_jax.convert.tensors import BFLOAT16, Tensor, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.json_file import read_object, show_json
 from llama_jax.models.config import LlamaConfig, RopeScaling
@@ -42,7 +42,10 @@ _FLOATS = [np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFL
 _EMBED, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 # Those of LlamaModel, the trunk alone, which lack `model.`.
 _BASE_NAME = re.compile(r'(embed_tokens|norm|layers\.\d+)\..*')
-_IGNORED = (r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq', r'model\.rotary_emb\.inv_freq')
+# Buffers that models make themselves: of RoPE, and of masks in the first uploads.
+_BUFFER = re.compile(
+    r'(model\.)?(layers\.\d+\.self_attn\.)?(rotary_emb\.\w+|masked_bias|bias)|(model\.)?position_ids'
+)
 _FILE_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}')  # in an index: of this folder, not above it
 
 
@@ -55,6 +58,8 @@ def open_source(folder: epath.Path) -> Source:
     config = read_config(folder)
     found: dict[str, Tensor] = {}
     for name, tensor in _open_weights(folder).items():
+        if _is_buffer(name):
+            continue
         if tensor.dtype not in _FLOATS:
             raise InputError(f'{folder}: tensor {name} holds {tensor.dtype}, no weights; is it quantised?')
         full_name = f'model.{name}' if _BASE_NAME.fullmatch(name) else name
@@ -72,7 +77,7 @@ def open_source(folder: epath.Path) -> Source:
             raise InputError(refusal)
         found[_EMBED] = tied
         logger.info('%s: %s is the embedding (tie_word_embeddings)', folder, _HEAD)
-    return assemble(found, 'huggingface', config, origin=str(folder), ignored=_IGNORED)
+    return assemble(found, 'huggingface', config, origin=str(folder))
 
 
 # Weights.
@@ -91,20 +96,15 @@ def _open_weights(folder: epath.Path) -> Mapping[str, Tensor]:
     raise InputError(f'{folder} holds no weights ({_WEIGHTS_FILE} or {_INDEX.format(_WEIGHTS_FILE)}); {hint}')
 
 
-def _open_torch(path: epath.Path) -> dict[str, FileTensor]:
-    """The tensors of a file of torch.save, where tied weights are one storage under two names."""
-    state = open_torch_file(path)
-    head = state.get(_HEAD) if isinstance(state, dict) else None
-    if not isinstance(head, FileTensor) or head != state.get(_EMBED):
-        return weights(state, str(path))
-    found = weights({name: tensor for name, tensor in state.items() if name != _HEAD}, str(path))
-    return {**found, _HEAD: found[_EMBED]}
+def _open_torch(path: epath.Path) -> Mapping[str, Tensor]:
+    """The tensors of a file of torch.save."""
+    return weights(open_torch_file(path), str(path), (_BUFFER.pattern,))
 
 
 def _open_shards(
     index: epath.Path, open_file: Callable[[epath.Path], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors of the files that an index names, which must hold just what it says."""
+    """The tensors of the files that an index names; of a tensor in several files it says which one counts."""
     places = read_object(index).get('weight_map')
     if not isinstance(places, dict):
         raise InputError(f'{index} has no weight_map; copy or download it again')
@@ -119,15 +119,20 @@ def _open_shards(
         if not path.exists():
             raise InputError(f'{path} is missing, and {index.name} names it; copy or download it again')
         for name, tensor in open_file(path).items():
-            if places.get(name) != file:
+            if name not in places and not _is_buffer(name):
                 raise InputError(f'{path} holds tensor {name}, which {index.name} does not place there')
-            tensors[name] = tensor
-    if missing := places.keys() - tensors.keys():
+            if places.get(name) == file:
+                tensors[name] = tensor
+    if missing := {name for name in places.keys() - tensors.keys() if not _is_buffer(name)}:
         name = min(missing)
         raise InputError(
             f'{index.parent / places[name]} has no tensor {show_json(name)}, which {index.name} places there'
         )
     return tensors
+
+
+def _is_buffer(name: str) -> bool:
+    return _BUFFER.fullmatch(name) is not None
 
 
 # The configuration. Absent keys have the defaults of transformers' LlamaConfig.

@@ -6,11 +6,13 @@ transposes, with heads on an axis of their own and all layers stacked.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert.tensors import ALL, HalfSplit, Tensor, row_blocks
@@ -207,7 +209,11 @@ class Leaf:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.cast_to or self.source.tensors[self.weight.path][0].dtype
+        """Of all layers, which are one array: the narrowest that holds what each of them does."""
+        if self.cast_to:
+            return self.cast_to
+        dtypes = [tensor.dtype for tensor in self.source.tensors[self.weight.path]]
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
     @property
     def rows_axis(self) -> int:

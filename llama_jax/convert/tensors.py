@@ -76,6 +76,37 @@ class FileTensor:
         return block
 
 
+@dataclasses.dataclass(frozen=True)
+class StridedTensor:
+    """A view of a storage whose values do not lie row after row: transposed, cut out, or repeated.
+
+    Attributes:
+      path: the file. The caller has checked that it holds all that the view reaches.
+      offset: of the first value, in bytes.
+      shape: one or two sizes.
+      strides: of each axis, in values.
+      dtype: little-endian.
+    """
+
+    path: epath.Path
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        spans = [slice(*s.indices(size)[:2]) for s, size in zip((rows, columns), self.shape, strict=False)]
+        sizes = [max(span.stop - span.start, 0) for span in spans]
+        if not math.prod(sizes):
+            return np.zeros(sizes, self.dtype)
+        begin = sum(span.start * stride for span, stride in zip(spans, self.strides, strict=True))
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
+        item = self.dtype.itemsize
+        values = read_array(self.path, self.offset + begin * item, (reach,), self.dtype)
+        strides = [stride * item for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(values, sizes, strides, writeable=False)
+
+
 def read_array(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The array at `offset` bytes of a file: mapped where the file is local, so that only what is used is read."""
     if not math.prod(shape):

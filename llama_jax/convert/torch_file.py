@@ -18,14 +18,14 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert import torch_pickle
-from llama_jax.convert.tensors import BFLOAT16, FileTensor
+from llama_jax.convert.tensors import BFLOAT16, FileTensor, StridedTensor
 from llama_jax.convert.torch_pickle import Storage, StorageType, Unreadable, are_sizes, show
 from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
 _MAX_PICKLE = 4 << 20  # bytes; the 405B's takes 0.3 MB a file, and what it describes is held in memory
 _MAX_DIRECTORY = 4 << 20  # bytes; the 405B's takes 0.1 MB a file
-_WEIGHT_DTYPES = (np.dtype('<f2'), BFLOAT16, np.dtype('<f4'))
+_WEIGHT_DTYPES = (np.dtype('<f2'), BFLOAT16, np.dtype('<f4'), np.dtype('<f8'))
 
 
 def open_torch_file(path: epath.Path) -> Any:
@@ -59,8 +59,10 @@ def open_torch_file(path: epath.Path) -> Any:
             raise InputError(f'{path} is damaged: its pickle is not valid ({show(str(error), 80)})') from None
 
 
-def weights(state: Any, origin: str, ignored: Sequence[str] = ()) -> dict[str, FileTensor]:
-    """The tensors of a state dict, each one sound: floating-point values inside its file that overlap no other's.
+def weights(state: Any, origin: str, ignored: Sequence[str] = ()) -> dict[str, FileTensor | StridedTensor]:
+    """The tensors of a state dict, each one sound: floating-point values inside one storage of its file.
+
+    Several may be views of one storage, as tied weights are.
 
     Args:
       state: what should be a dict from names to tensors.
@@ -72,7 +74,7 @@ def weights(state: Any, origin: str, ignored: Sequence[str] = ()) -> dict[str, F
     """
     if not isinstance(state, dict) or not state:
         raise InputError(f'{origin} holds no state dict, that is tensors by name')
-    found: dict[str, FileTensor] = {}
+    found: dict[str, FileTensor | StridedTensor] = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not re.fullmatch(r'[\w.\-]{1,200}', name, re.ASCII):
             raise InputError(f'{origin} has {show(name)} where the name of a tensor belongs')
@@ -80,27 +82,16 @@ def weights(state: Any, origin: str, ignored: Sequence[str] = ()) -> dict[str, F
             continue
         if isinstance(tensor, Unreadable):
             raise InputError(f'{origin}: tensor {name} {tensor.reason}')
-        if not isinstance(tensor, FileTensor):
+        if not isinstance(tensor, FileTensor | StridedTensor):
             raise InputError(f'{origin}: {name} is a {type(tensor).__name__}, not a tensor')
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise InputError(
-                f'{origin}: tensor {name} is of type {tensor.dtype}; weights are float16, bfloat16 or float32'
+                f'{origin}: tensor {name} is of type {tensor.dtype}; weights are float16, bfloat16, float32 or float64'
             )
         if not math.prod(tensor.shape):
             raise InputError(f'{origin}: tensor {name} is empty: shape {tensor.shape}')
         found[name] = tensor
-    last = ''
-    for name in sorted(found, key=lambda name: _extent(found[name])):
-        if last and _extent(found[name])[0] < _extent(found[last])[1]:
-            tied = {name, last} == {'tok_embeddings.weight', 'output.weight'}
-            if not (tied and _extent(found[name]) == _extent(found[last])):
-                raise InputError(f'{origin}: tensors {last} and {name} overlap in the file')
-        last = name
     return found
-
-
-def _extent(tensor: FileTensor) -> tuple[int, int]:
-    return tensor.offset, tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 class _Bounded:
@@ -238,7 +229,7 @@ class _Archive:
         except InputError as error:
             return unusable(f'cannot be read: {error}')
         if dtype.dtype is None:
-            return unusable(f'is in a {dtype.name}, not in float16, bfloat16 or float32')
+            return unusable(f'is in a {dtype.name}, not in float16, bfloat16, float32 or float64')
         if not are_sizes([count]) or count * dtype.dtype.itemsize > size:
             return unusable(
                 f'needs a storage of {show(count)} values, but entry data/{show(key, 20)} has {size} bytes'

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.convert.tensors import BFLOAT16, FileTensor
+from llama_jax.convert.tensors import BFLOAT16, FileTensor, StridedTensor
 from llama_jax.types import InputError
 
 STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
@@ -30,6 +30,7 @@ STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
     'BoolStorage': np.dtype('?'),
     **dict.fromkeys(('ComplexFloatStorage', 'ComplexDoubleStorage', 'UntypedStorage')),
 }
+_MAX_EXPANSION = 1 << 20  # times; of an expanded view, whose values are in the file once
 _MAX_ARGUMENTS = 16  # of a call; a tensor's has 6 or 7
 _MAX_NAME = 1000  # characters of a key or a class
 _DTYPE_NAME = re.compile(r'(b?float|complex|u?int|q?u?int|long|half|double|bool)\w*')
@@ -86,7 +87,9 @@ def are_sizes(values: Sequence[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> FileTensor | Unreadable:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
+) -> FileTensor | StridedTensor | Unreadable:
     """`torch._utils._rebuild_tensor_v2`: a view of a storage."""
     if not isinstance(storage, Storage):
         raise ValueError('a tensor without a storage')
@@ -99,15 +102,19 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if len(shape) not in (1, 2):
         return Unreadable(f'has {len(shape)} axes; weights have one or two')
     row_major = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if any(
-        size > 1 and stride != dense for size, stride, dense in zip(shape, strides, row_major, strict=True)
-    ):
-        return Unreadable(f'is not contiguous: shape {shape}, strides {strides}')
-    if offset + math.prod(shape) > storage.count:
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) and offset + reach > storage.count:
         return Unreadable(
             f'of shape {shape} at {offset} does not fit into its storage of {storage.count} values'
         )
-    return FileTensor(storage.path, storage.offset + offset * storage.dtype.itemsize, shape, storage.dtype)
+    place = storage.offset + offset * storage.dtype.itemsize
+    if any(
+        size > 1 and stride != dense for size, stride, dense in zip(shape, strides, row_major, strict=True)
+    ):
+        if math.prod(shape) > _MAX_EXPANSION * storage.count:
+            return Unreadable(f'of shape {shape} repeats the {storage.count} values of its storage too often')
+        return StridedTensor(storage.path, place, shape, strides, storage.dtype)
+    return FileTensor(storage.path, place, shape, storage.dtype)
 
 
 def _rebuild_tensor_of_dtype(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Unreadable:

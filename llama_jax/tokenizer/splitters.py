@@ -1,6 +1,6 @@
 """What cuts a text into words before a byte-level vocabulary merges letters: the patterns that Llamas come with.
 
-GGUF names them (`tokenizer.ggml.pre`), a tokenizer.json spells them out. Both as in llama.cpp's llama-vocab.cpp.
+GGUF names them (by its key `pre`), a tokenizer.json spells them out. Both as in llama.cpp's llama-vocab.cpp.
 """
 
 import dataclasses

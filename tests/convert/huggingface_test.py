@@ -390,3 +390,35 @@ def test_mutations_are_read_or_refused(kind, name, count, saved, tmp_path):
     refused = np.mean([bool(message) for message in messages])
     assert 0.2 < refused < 1
     assert all(str(folder) in message for message in messages if message)
+
+
+def test_an_index_decides_which_copy_counts_and_buffers_count_nowhere(tmp_path):
+    """As transformers reads them: stale copies in other shards, buffers in the index alone or in a shard alone."""
+    config, folder = toy.CONFIG, tmp_path / 'm'
+    folder.mkdir()
+    source = random_source(config)
+    huggingface.write(source, epath.Path(folder))
+    tensors = load_file(folder / 'model.safetensors')
+    (folder / 'model.safetensors').unlink()
+    names = sorted(tensors)
+    one, two = 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'
+    parts = {one: {n: tensors[n] for n in names[:5]}, two: {n: tensors[n] for n in names[5:]}}
+    places = {name: file for file, part in parts.items() for name in part}
+    parts[two][names[0]] = np.zeros_like(tensors[names[0]])  # superseded
+    parts[one]['model.layers.1.self_attn.rotary_emb.inv_freq'] = np.ones(4, np.float32)
+    parts[one]['model.layers.0.self_attn.rotary_emb.cos_cached'] = np.ones((1, 1, 8, 4), np.float32)
+    parts[two]['model.position_ids'] = np.arange(4)
+    places['model.layers.0.self_attn.rotary_emb.inv_freq'] = two
+    for file, part in parts.items():
+        save_file(part, folder / file, metadata={'format': 'pt'})
+    index = folder / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
+    read = huggingface.open_source(epath.Path(folder))
+    for path, layers in source.tensors.items():
+        for original, copy in zip(layers, read.tensors[path], strict=True):
+            np.testing.assert_array_equal(copy.read(), original.read())
+    index.write_text(
+        json.dumps({'metadata': {}, 'weight_map': places | {'model.layers.0.extra.weight': one}})
+    )
+    with pytest.raises(InputError, match=r"has no tensor 'model\.layers\.0\.extra\.weight'"):
+        huggingface.open_source(epath.Path(folder))
