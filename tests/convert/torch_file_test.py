@@ -88,9 +88,8 @@ def test_reads_what_torch_saves(tmp_path):
         if found.ndim == 2:
             block = read['state'][name].read(slice(1, 3), slice(1, 4))
             np.testing.assert_array_equal(block, found[1:3, 1:4])
-    assert weights(read['state'] | {'same storage': read['state']['view']}, 'x.pt', ('.* .*',)).keys() > {
-        'double'
-    }
+    plain = {name: tensor for name, tensor in read['state'].items() if ' ' not in name}
+    assert weights(plain | {'again': read['state']['view']}, 'x.pt').keys() == {*plain, 'again'}
     np.testing.assert_array_equal(read['module']['weight'].read(), saved['module']['weight'].numpy())
     assert read['numbers'] == saved['numbers']
     assert (read['dtype'], read['size']) == ('float32', (2, 3))
