@@ -1,11 +1,14 @@
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 
+import httpx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -174,29 +177,113 @@ def test_a_step_may_be_named(tmp_path, workdir, params):
 
 
 class Hub:
-    """What `huggingface_hub.snapshot_download` does, from a folder."""
+    """What `huggingface_hub` does, from folders by the names of repositories, to a cache beside them."""
 
-    def __init__(self, folder):
-        self.folder, self.asked = folder, []
+    def __init__(self, root, monkeypatch):
+        self.root, self.asked, self.error = root, [], None
+        monkeypatch.setattr('huggingface_hub.snapshot_download', self.download)
+        monkeypatch.setattr('huggingface_hub.HfApi.list_repo_files', self.list)
 
-    def __call__(self, repo_id, *, revision, allow_patterns, ignore_patterns):
-        self.asked.append((repo_id, revision))
-        if repo_id != 'someone/llama':
+    def files(self, repo_id):
+        folder = self.root / repo_id.split('/')[1]
+        if not folder.exists():
             raise OSError(f'404 Client Error: {repo_id}\nmore about it')
-        return str(self.folder)
+        return sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())
+
+    def list(self, _, repo_id=None, *, revision=None):
+        if self.error:
+            raise self.error
+        return self.files(repo_id or _)
+
+    def download(self, repo_id, *, revision=None, allow_patterns=('*',), local_files_only=False):
+        cache = self.root / 'cache' / repo_id.split('/')[1]
+        if local_files_only and not cache.exists():
+            raise OSError('it is not in the cache')
+        names = [n for n in self.files(repo_id) if any(fnmatch.fnmatch(n, p) for p in allow_patterns)]
+        for name in names if not local_files_only else ():
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.root / repo_id.split('/')[1] / name, cache / name)
+        self.asked.append((repo_id, revision, names))
+        return str(cache)
 
 
-def test_a_model_of_the_hub_is_downloaded_and_read(tmp_path, workdir, params, monkeypatch):
-    source = pretrained.open(workdir).source
-    export.save(tmp_path / 'hf', source, load(workdir)[2], to='huggingface')
-    hub = Hub(tmp_path / 'hf')
-    monkeypatch.setattr('huggingface_hub.snapshot_download', hub)
+@pytest.fixture
+def hub(tmp_path, workdir, monkeypatch):
+    """One repository of each format, and one of all."""
+    source, tokenizer = pretrained.open(workdir).source, load(workdir)[2]
+    root = tmp_path / 'repositories'
+    export.save(root / 'llama', source, tokenizer, to='huggingface')
+    export.save(root / 'original_only/original', source, tokenizer, to='meta')
+    export.save(root / 'meta', source, tokenizer, to='meta')
+    export.save(root / 'one/model-f32.gguf', source, tokenizer, to='gguf')
+    export.save(root / 'several/a.gguf', source, tokenizer, to='gguf')
+    export.save(root / 'several/b.gguf', source, tokenizer, to='gguf')
+    (root / 'adapter').mkdir()
+    (root / 'adapter/adapter_config.json').write_text('{}')
+    shutil.copytree(root / 'llama', root / 'all')
+    shutil.copytree(root / 'original_only/original', root / 'all/original')
+    (root / 'all/pytorch_model.bin').write_bytes(b'twice')
+    return Hub(root, monkeypatch)
+
+
+def test_a_model_of_the_hub_is_downloaded_and_read(hub, params):
     config, loaded, tokenizer = load('hf://someone/llama@v2')
-    assert config == CONFIG and hub.asked[0] == ('someone/llama', 'v2')
+    assert config == CONFIG and hub.asked[0][:2] == ('someone/llama', 'v2')
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert tokenizer.decode(tokenizer.encode('green bottles')) == 'green bottles'
     assert 'hf://someone/else cannot be downloaded: 404 Client Error' in refused('hf://someone/else')
     assert 'is not hf://ORGANISATION/MODEL' in refused('hf://llama')
+
+
+def test_the_format_that_a_repository_has_is_taken(hub, params):
+    for name in ('original_only', 'meta', 'one', 'several/b.gguf', 'all/original', 'all'):
+        _, loaded, tokenizer = load(f'hf://someone/{name}')
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+        assert tokenizer.encode('green bottles')
+    assert not any(
+        'original' in file or file.endswith('.bin') for file in hub.asked[-1][2]
+    )  # each weight once
+    assert 'give one of them: hf://someone/several/a.gguf, b.gguf' in refused('hf://someone/several')
+    assert 'the repository has no c.gguf; it holds a.gguf, b.gguf' in refused('hf://someone/several/c.gguf')
+    assert 'is an adapter, not a model; merge it' in refused('hf://someone/adapter')
+
+
+def test_without_a_network_the_cache_will_do_and_a_gate_says_what_to_do(hub, params):
+    from huggingface_hub import errors
+
+    load('hf://someone/llama')
+    hub.error = ConnectionError('no network')
+    jax.tree.map(np.testing.assert_array_equal, load('hf://someone/llama')[1], params)
+    assert 'hf://someone/meta cannot be downloaded: no network' in refused('hf://someone/meta')
+    response = httpx.Response(401, request=httpx.Request('GET', 'https://huggingface.co/x'))
+    hub.error = errors.GatedRepoError('gated', response=response)
+    message = refused('hf://someone/llama')
+    assert 'accept its licence at https://huggingface.co/someone/llama' in message and 'HF_TOKEN' in message
+
+
+def test_folders_of_many_shapes_are_found_or_the_line_says_which_path_to_give(tmp_path, workdir, params):
+    source, tokenizer = pretrained.open(workdir).source, load(workdir)[2]
+    cached = tmp_path / 'models--someone--llama'
+    export.save(cached / 'snapshots/abc', source, tokenizer, to='huggingface')
+    (cached / 'refs').mkdir()
+    (cached / 'refs/main').write_text('abc')
+    (cached / 'snapshots/old').mkdir()
+    export.save(tmp_path / 'above/original', source, tokenizer, to='meta')
+    export.save(tmp_path / 'above/ours', source, tokenizer, to='orbax')
+    for place in (
+        cached, cached / 'snapshots/abc/model.safetensors', cached / 'snapshots/abc/config.json',
+        tmp_path / 'above/original/consolidated.00.pth', tmp_path / 'above/original/params.json',
+        tmp_path / 'above/ours/model.json',
+    ):  # fmt: skip
+        jax.tree.map(np.testing.assert_array_equal, load(place)[1], params)
+    message = refused(tmp_path / 'above')
+    assert f'holds 2; give one by its path: {tmp_path}/above/original, {tmp_path}/above/ours' in message
+    (tmp_path / 'alone').mkdir()
+    shutil.copy(cached / 'snapshots/abc/model.safetensors', tmp_path / 'alone')
+    assert 'holds weights alone; put the config.json' in refused(tmp_path / 'alone/model.safetensors')
+    for name in ('adapter_model.safetensors', 'adapter_model.bin'):
+        (tmp_path / name).write_bytes(b'PK\3\4' + bytes(40))
+        assert 'is a LoRA adapter' in refused(tmp_path / name)
 
 
 def test_llama_1_and_2_find_the_tokenizer_above_their_folder(tmp_path, workdir, params):

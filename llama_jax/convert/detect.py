@@ -1,5 +1,7 @@
 """Which format a checkpoint is in, told from what it holds, never from its name alone."""
 
+import re
+from collections.abc import Collection
 from typing import Literal
 
 from etils import epath
@@ -9,6 +11,12 @@ from llama_jax.storage import read_range
 from llama_jax.types import InputError
 
 Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c']
+# What stands beside a file that is part of a folder, the folder's format, and the file's name.
+_PARTS: tuple[tuple[str, Format, str], ...] = (
+    ('model.json', 'orbax', r'model\.json|tokenizer\.\w+'),
+    ('params.json', 'meta', r'params\.json|consolidated\..*\.pth|tokenizer\.model'),
+    ('config.json', 'huggingface', r'.*\.safetensors|pytorch_model.*\.bin|.*\.json|tokenizer\.model'),
+)
 
 
 def detect(path: epath.Path) -> tuple[Format, epath.Path]:
@@ -20,7 +28,7 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
     if not path.exists():
         raise InputError(f'no checkpoint at {path}: there is no such file or folder')
     if not path.is_dir():
-        return _detect_file(path), path
+        return _detect_file(path)
     names = {file.name for file in path.iterdir()}
     if 'model.json' in names:
         return 'orbax', path
@@ -28,9 +36,20 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
         return 'meta', path
     if 'config.json' in names:
         return 'huggingface', path
-    models = sorted(name for name in names if name.endswith(('.gguf', '.pt', '.bin')))
+    if adapters := sorted(name for name in names if name.startswith('adapter_')):
+        raise InputError(_adapter(path, adapters[0]))
+    models = sorted(
+        name for name in names if name.endswith(('.gguf', '.pt', '.bin')) and name != 'tokenizer.bin'
+    )
     if len(models) == 1:
-        return _detect_file(path / models[0]), path / models[0]
+        return _detect_file(path / models[0])
+    if 'snapshots' in names and (snapshot := _snapshot(path)) is not None:
+        return detect(snapshot)
+    if inside := _checkpoints_in(path, names):
+        raise InputError(
+            f'{path} is not a checkpoint itself, but holds {len(inside)}; give one by its path: '
+            + ', '.join(map(str, inside[:8]))
+        )
     found = ', '.join(sorted(names)[:5]) or 'nothing'
     raise InputError(
         f'{path} is not a checkpoint: it holds {found}; a folder of ours has model.json, of Meta params.json, '
@@ -38,13 +57,52 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
     )
 
 
-def _detect_file(path: epath.Path) -> Format:
+def _snapshot(path: epath.Path) -> epath.Path | None:
+    """Of a model's folder in the hub's cache, `models--ORGANISATION--NAME`: what `main` is, or the one there is."""
+    snapshots = sorted(folder for folder in (path / 'snapshots').iterdir() if folder.is_dir())
+    main = path / 'refs' / 'main'
+    name = main.read_text().strip() if main.is_file() else ''
+    chosen = [folder for folder in snapshots if folder.name == name] or (
+        snapshots if len(snapshots) == 1 else []
+    )
+    return chosen[0] if chosen else None
+
+
+def _checkpoints_in(path: epath.Path, names: Collection[str]) -> list[epath.Path]:
+    """Folders and files just below that are checkpoints by their look."""
+    marks = ('model.json', 'params.json', 'config.json', 'snapshots')
+    found = []
+    for name in sorted(names)[:1000]:
+        place = path / name
+        if name.endswith('.gguf') or (place.is_dir() and any((place / mark).exists() for mark in marks)):
+            found.append(place)
+    return found
+
+
+def _adapter(path: epath.Path, name: str) -> str:
+    return (
+        f'{path} is a LoRA adapter ({name}), not a model; merge it into its base model with peft '
+        '(merge_and_unload, save_pretrained) and give the merged folder'
+    )
+
+
+def _detect_file(path: epath.Path) -> tuple[Format, epath.Path]:
+    if path.name.startswith('adapter_'):
+        raise InputError(_adapter(path, path.name))
+    for mark, form, pattern in _PARTS:
+        if re.fullmatch(pattern, path.name) and (path.parent / mark).exists():
+            return form, path.parent  # a part of the folder, which is meant
     head = read_range(path, 0, HEADER_BYTES[0])
     if head[:4] == b'GGUF':
-        return 'gguf'
+        return 'gguf', path
+    if re.fullmatch(r'(pytorch_model|model|consolidated)\b.*\.(bin|pth|safetensors)', path.name):
+        raise InputError(
+            f'{path} holds weights alone; put the config.json (of Hugging Face) or params.json (of Meta) that belongs '
+            'to them beside it, and give the folder'
+        )
     may_be_version_0 = len(head) == HEADER_BYTES[0] and path.name.endswith('.bin')
     if head[:4] in (b'PK\3\4', MAGIC) or may_be_version_0:
-        return 'llama2c'
+        return 'llama2c', path
     raise InputError(
         f'{path} is not a checkpoint: it begins with {head[:4]!r}; a file is a .gguf, or a .pt or .bin of llama2.c'
     )

@@ -11,12 +11,12 @@ from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 from llama_jax.tokenizer.splitters import SPLITTERS, splitter_named
 from llama_jax.tokenizer.text_pieces import without_surrogates
-from llama_jax.tokenizer.vocabulary import Ends, Vocabulary, check_tokens, is_hole
+from llama_jax.tokenizer.vocabulary import Ends, Family, Vocabulary, check_tokens, is_hole
 from llama_jax.types import InputError
 
 _MAX_SCORE = 3.4e38  # what sentencepiece's float32 holds
 _NO_SCORE = -1000.0  # of an id without a token
-_MODELS = {'llama': 'sentencepiece', 't5': 'unigram', 'gpt2': 'byte-level'}
+_MODELS: dict[str, Family] = {'llama': 'sentencepiece', 't5': 'unigram', 'gpt2': 'byte-level'}
 
 # What llama.cpp takes for the end of an answer by its name alone, whatever the keys say, and then for a control token.
 _END_NAMES = (
@@ -155,7 +155,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
             )
     vocabulary = Vocabulary(
         _MODELS[model], tokens, types, _ends(metadata, path, model, splitter, named, size), splitter=splitter
-    )  # pyright: ignore[reportArgumentType]
+    )
     if model == 'gpt2':
         merges = _list(metadata, path, 'merges', str)
         pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges if (cut := merge.find(' ', 1)) > 0]

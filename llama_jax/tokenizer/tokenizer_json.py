@@ -140,7 +140,8 @@ def candidates_of(tokenizer: HuggingFaceTokenizer) -> list[Vocabulary]:
     check_tokens(tokens, path)
     if len(set(tokens)) != len(tokens):
         raise InputError(f'{path} gives one token several ids; other formats have one each')
-    merges = [tuple(m.split(' ') if isinstance(m, str) else m) for m in model.get('merges', [])]
+    listed = (m.split(' ') if isinstance(m, str) else m for m in model.get('merges', []))
+    merges = [(pair[0], pair[-1]) for pair in listed]
     ends = tokenizer.ends
     if kind == 'BPE' and not has_bytes and _is_byte_level(definition):
         if not (splitter := splitter_of(definition.get('pre_tokenizer'), bool(model.get('ignore_merges')))):
