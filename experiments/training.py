@@ -253,12 +253,12 @@ def evaluate_tasks(plan: Plan, objective: Objective) -> Measurement:
     rows = config.train.batch_size // config.train.num_microbatches
     model = plan.model.clone(remat='none')
 
-    def measure(state: TrainState, step: int) -> dict[str, float]:
+    def measure(state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:
         weights = objective.weights(state)
         engine = Engine(model, weights, plan.tokenizer, batch_tokens=rows * config.data.seq_len)
         figures = {}
         for prepared in eval_tasks:
-            found = evaluate(prepared, engine, progress=False)
+            found = evaluate(prepared, engine, progress=False, pause=pause)
             kept = {metric: found[metric] for metric in prepared.task.metrics if metric in found}
             figures |= {f'{prepared.task.name}/{metric}': value for metric, value in kept.items()}
         shown = ', '.join(f'{name} {value:.4f}' for name, value in figures.items())

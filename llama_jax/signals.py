@@ -178,6 +178,15 @@ class PreemptionSignal:
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._asked)
         return self._agreed
 
+    def raise_received(self) -> None:
+        """Ends what is being done here, on all processes, where a signal has come.
+
+        Raises:
+          Interrupted: it has.
+        """
+        if self.received():
+            raise Interrupted(self._signum)
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Around what may be cut off anywhere: a signal raises within, at once where there is one process.
@@ -187,8 +196,7 @@ class PreemptionSignal:
         """
         self._interruptible = True
         try:
-            if self.received():
-                raise Interrupted(self._signum)
+            self.raise_received()
             yield
         finally:
             self._interruptible = False

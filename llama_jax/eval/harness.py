@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +107,7 @@ def evaluate(
     graders: Graders | None = None,
     log: SampleLog | None = None,
     progress: bool = True,
+    pause: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The task's metrics, 'n' (documents) and 'num_fewshot'.
 
@@ -119,6 +120,7 @@ def evaluate(
       graders: what the task may need beside the model; None: it needs none.
       log: on process 0, of the items that are finished already and those that become so.
       progress: shows a bar with the time left, or without a terminal a line now and then, on process 0.
+      pause: called after each document, on all processes; may raise.
 
     Returns:
       The metrics, on process 0; other processes, which do their part of the model's work, get {}.
@@ -164,6 +166,7 @@ def evaluate(
                 if is_main:
                     grading.append(pool.submit(_item, prepared, index, results, graders))
                     take(wait=False)
+                pause()
             take(wait=True)
         except BaseException:  # an error or a signal ends it: what waits for its turn is not begun
             pool.shutdown(wait=False, cancel_futures=True)

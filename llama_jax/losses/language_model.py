@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
-from llama_jax.ops.cross_entropy import head_losses
+from llama_jax.ops.cross_entropy import head_cross_entropy
 from llama_jax.types import Array, LMBatch, LossFn, Metrics, Params, PyTree
 
 
@@ -22,7 +22,7 @@ def language_model_loss(model: LlamaForCausalLM, *, z_loss: float = 0.0, num_chu
         hidden, _ = model.apply(
             {'params': params}, batch.tokens, batch.positions, batch.segment_ids, method='hidden'
         )
-        loss, nll = head_losses(
+        loss, nll = head_cross_entropy(
             hidden, head_weight(params), batch.targets, batch.loss_mask, num_chunks, z_loss, model.partitioner
         )
         sums = {'nll': nll} if z_loss else {}

@@ -66,7 +66,7 @@ def head_cross_entropy(
     num_chunks: int = 1,
     z_loss: float = 0.0,
     partitioner: Partitioner | None = None,
-) -> Float[Array, '']:
+) -> tuple[Float[Array, ''], Float[Array, '']]:
     """Sum over unmasked tokens of the loss of logits = hidden @ head.T, the sequence taken in `num_chunks` pieces.
 
     Peak memory is one chunk's logits. The backward pass recomputes nothing: as the loss is the end of the line, each
@@ -74,22 +74,12 @@ def head_cross_entropy(
     only scaled later. With a partitioner the head is gathered, and its gradient summed over devices, once whatever the
     number of chunks.
 
+    Returns:
+      The loss, to minimise, and what of it is negative log-likelihood, to read: it has no gradient.
+
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    return head_losses(hidden, head, targets, mask, num_chunks, z_loss, partitioner)[0]
-
-
-def head_losses(
-    hidden: Float[Array, 'B T D'],
-    head: Weight,
-    targets: Int[Array, 'B T'],
-    mask: Bool[Array, 'B T'],
-    num_chunks: int = 1,
-    z_loss: float = 0.0,
-    partitioner: Partitioner | None = None,
-) -> tuple[Float[Array, ''], Float[Array, '']]:
-    """(`head_cross_entropy`, what of it is negative log-likelihood): the first to minimise, the second to read."""
     sums: Any = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
     return sums[0], jax.lax.stop_gradient(sums[-1])
 

@@ -28,12 +28,13 @@ class Measurement:
 
     Attributes:
       every: after so many updates (0: never), and after the last.
-      measure: (state after `step` updates, step) -> figures to log with that step.
+      measure: (state after `step` updates, step, pause) -> figures to log with that step. Between its parts it calls
+        `pause()`, on all processes equally often: a signal that has come ends it there.
       figures: names of what it finds; none of them logged with the step that a run resumes at: it is made up for then.
     """
 
     every: int
-    measure: Callable[[TrainState, int], dict[str, float]]
+    measure: Callable[[TrainState, int, Callable[[], None]], dict[str, float]]
     figures: tuple[str, ...] = ()
 
 
@@ -173,7 +174,7 @@ def train(
         preemption.listen()
         for item in items:
             with timer.paused(), preemption.interruptible():
-                found = item.measure(state, done)
+                found = item.measure(state, done, preemption.raise_received)
             figures.update(found)
             if found:
                 write(done, found)

@@ -49,6 +49,7 @@ def evaluate_rows(
     *,
     target: LMBatch,
     max_rows: int = 0,
+    pause: Callable[[], None] = lambda: None,
 ) -> Perplexity:
     """Perplexity over the first `max_rows` rows (0: all), however the last batch falls.
 
@@ -58,6 +59,7 @@ def evaluate_rows(
       rows: packed text.
       target: an abstract batch with its shardings.
       max_rows: 0 for all.
+      pause: called after each batch; may raise.
     """
     padded = PaddedRows(rows, target.tokens.shape[0], max_rows)
     losses, weights = [], []
@@ -65,6 +67,7 @@ def evaluate_rows(
         loss, weight = loss_step(params, batch)
         losses.append(loss)
         weights.append(weight)
+        pause()
     total = math.fsum(float(weight) for weight in weights)
     nats = math.fsum(float(loss) for loss in losses) / total
     return Perplexity(nats, bits_per_byte(nats, rows), int(total))
@@ -107,8 +110,8 @@ def make_validation(
     """
     loss_step = make_loss_step(model, num_chunks)
 
-    def measure(state: TrainState, step: int) -> dict[str, float]:
-        found = evaluate_rows(loss_step, view(state), rows, target=target, max_rows=max_rows)
+    def measure(state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:
+        found = evaluate_rows(loss_step, view(state), rows, target=target, max_rows=max_rows, pause=pause)
         nats, bits = found.nats_per_token, found.bits_per_byte
         _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
         return dict(zip(FIGURES, (nats, bits), strict=True))

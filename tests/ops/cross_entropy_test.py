@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ops.cross_entropy import head_cross_entropy, head_losses, token_log_probabilities, token_losses
+from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
 from llama_jax.types import InputError
 
 BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40
@@ -52,10 +52,11 @@ def test_token_losses(offset, z_loss):
 def test_head_cross_entropy(num_chunks, z_loss):
     hidden, head, targets, mask = random_inputs()
 
+    def both(hidden, head):
+        return head_cross_entropy(hidden, head, jnp.asarray(targets), jnp.asarray(mask), num_chunks, z_loss)
+
     def loss(hidden, head):
-        return 2.0 * head_cross_entropy(
-            hidden, head, jnp.asarray(targets), jnp.asarray(mask), num_chunks, z_loss
-        )
+        return 2.0 * both(hidden, head)[0]
 
     weights = (jnp.asarray(hidden), jnp.asarray(head))
     value, (hidden_gradient, head_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(*weights)
@@ -72,9 +73,6 @@ def test_head_cross_entropy(num_chunks, z_loss):
     )
     assert (np.asarray(hidden_gradient)[~mask] == 0).all()
 
-    def both(hidden, head):
-        return head_losses(hidden, head, jnp.asarray(targets), jnp.asarray(mask), num_chunks, z_loss)
-
     likelihood = (reference(hidden64 @ head64.T, targets, 0.0)[0] * mask).sum()
     np.testing.assert_allclose(both(*weights)[1], likelihood, rtol=1e-6)
     (_, beside), (once, _) = jax.value_and_grad(both, argnums=(0, 1), has_aux=True)(*weights)
@@ -86,7 +84,8 @@ def test_bf16_activations_leave_loss_and_master_gradient_in_fp32():
     hidden, head, targets, mask = random_inputs(jnp.bfloat16)
 
     args = [jnp.asarray(a) for a in (hidden, head, targets, mask)]
-    value, gradients = jax.value_and_grad(head_cross_entropy, argnums=(0, 1))(*args, 3)
+    gradient_of = jax.value_and_grad(head_cross_entropy, argnums=(0, 1), has_aux=True)
+    (value, _), gradients = gradient_of(*args, 3)
 
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
     rounded_head = head.astype(jnp.bfloat16).astype(np.float64)
@@ -104,7 +103,7 @@ def test_chunks_save_the_memory_of_the_logits():
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     def temporary_bytes(num_chunks: int) -> int:
-        gradient = jax.grad(lambda *args: head_cross_entropy(*args, num_chunks), argnums=(0, 1))
+        gradient = jax.grad(lambda *args: head_cross_entropy(*args, num_chunks)[0], argnums=(0, 1))
         return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     logits_bytes = 2 * 256 * 8192 * 4

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import signals
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.signals import ENDING
 from llama_jax.train.loop import LoopConfig, Measurement, _Overdue, train
@@ -112,7 +113,7 @@ def test_steps_are_logged_at_intervals_and_at_the_end():
 
 
 def validation(found, every, seen=None):
-    def measure(state, step):
+    def measure(state, step, pause):
         assert state.step == step
         if seen is not None:
             seen.append(step)
@@ -129,7 +130,7 @@ def by_step(log, name):
 
 def test_measurements_come_at_their_interval_and_after_the_last_step():
     seen, at_end = [], []
-    last = Measurement(0, lambda _, step: at_end.append(step) or {})
+    last = Measurement(0, lambda _, step, pause: at_end.append(step) or {})
     result, _, log = run(10, log_every=0, measurements=[validation(10.0, 4, seen), last])
     assert seen == [4, 8, 10] and at_end == [10]
     assert by_step(log, 'validation_loss') == {4: 40.0, 8: 80.0, 10: 100.0}
@@ -140,7 +141,7 @@ def test_measurements_come_at_their_interval_and_after_the_last_step():
 def test_a_step_is_saved_before_it_is_measured():
     saves, seen = Saves(), []
 
-    def measure(_, step):
+    def measure(_, step, pause):
         seen.append((step, [saved for saved, _ in saves.saved], saves.committed))
         return {}
 
@@ -158,7 +159,7 @@ def test_a_measurement_that_is_cut_off_is_made_up_for(at, signum, given_back):
     """Whether within the run or after its last step, and by each signal."""
     seen = []
 
-    def measure(_, step):
+    def measure(_, step, pause):
         if step == at:
             os.kill(os.getpid(), signum)
             pytest.fail('the signal was not heard at once')
@@ -172,11 +173,35 @@ def test_a_measurement_that_is_cut_off_is_made_up_for(at, signum, given_back):
 
     resumed, _, log = run(
         10, start_step=at, measured=dict(log.lines[-1][1]),
-        measurements=[validation(1.0, 2, seen), Measurement(2, lambda _, step: {'score': 5.0}, ('score',))],
+        measurements=[validation(1.0, 2, seen), Measurement(2, lambda _, step, pause: {'score': 5.0}, ('score',))],
     )  # fmt: skip
     assert by_step(log, 'score')[at] == 5.0 and at not in seen and not resumed.stopped
     assert resumed.figures == {'validation_loss': 10.0, 'score': 5.0}
     assert list(by_step(log, 'loss')) == ([] if at == 10 else [6, 8, 10])
+
+
+def test_processes_leave_a_measurement_together_between_its_parts(given_back, monkeypatch):
+    """One process alone cannot: the others would wait for its part of the next batch."""
+    asked, parts = [], []
+
+    def agreed(number):
+        asked.append(number)
+        return bool(parts) and number > parts[0] + 2  # where the last of them has come to
+
+    monkeypatch.setattr(signals.multihost_utils, 'reached_preemption_sync_point', agreed)
+
+    def measure(_, step, pause):
+        if step == 4:
+            monkeypatch.setattr(jax, 'process_count', lambda: 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(9):
+                parts.append(len(asked))
+                pause()
+            pytest.fail('the signal was not heard')
+        return {}
+
+    result, saves, _ = run(10, checkpoint_every=4, measurements=[Measurement(2, measure)])
+    assert result.stopped and result.step == 4 == saves.saved[-1][0] and len(parts) == 3
 
 
 def test_a_signal_while_the_last_step_is_saved_waits_for_it(given_back):

@@ -62,7 +62,7 @@ def test_a_model_is_scored_as_by_hand():
         model, rows, every=5, target=toy.abstract_batch(Partitioner(make_mesh({'data': 8})), 8, LENGTH),
         view=lambda state: state.params['policy'], num_chunks=2,
     )  # fmt: skip
-    found = measurement.measure(TrainState(jnp.int32(5), {'policy': params}, {}), 5)
+    found = measurement.measure(TrainState(jnp.int32(5), {'policy': params}, {}), 5, lambda: None)
     assert tuple(found) == measurement.figures
     apply = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({'params': params}, tokens)[0][0]))
     total = count = 0
