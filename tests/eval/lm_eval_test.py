@@ -217,6 +217,7 @@ def test_the_numbers_are_equal_behind_a_chat_template_too(engine, tasks, hugging
     assert prompt.count('user: ') == 2 and prompt.endswith('assistant:')
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(engine, tasks, stories, tmp_path):
     """In an interpreter that finds every package but those."""
     packages = tmp_path / 'packages'

@@ -128,8 +128,11 @@ def assert_same_gradients(found, want, tolerance):
 
 @pytest.mark.parametrize(
     'knobs',
-    [{'remat': name} for name in REMAT_POLICIES if name != 'none']
-    + [{'unroll': 3}, {'unroll': 100}, {'unroll': 2, 'remat': 'full'}],
+    [
+        *({'remat': 'attention'}, {'unroll': 2, 'remat': 'projections_offload'}),
+        *(pytest.param({'remat': name}, marks=pytest.mark.slow) for name in REMAT_POLICIES if name != 'none'),
+        *(pytest.param({'unroll': number}, marks=pytest.mark.slow) for number in (3, 100)),
+    ],
     ids=str,
 )
 def test_remat_and_unrolling_change_neither_results_nor_weights(model, params, knobs):

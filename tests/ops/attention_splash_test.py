@@ -39,10 +39,10 @@ def test_tiles_divide_queries_and_keys(length, parts):
 @pytest.mark.parametrize(
     ('length', 'parts', 'packed', 'blocks', 'fused'),
     [
-        (384, 1, False, 3, True),
+        pytest.param(384, 1, False, 3, True, marks=pytest.mark.slow),
         (384, 1, True, 3, True),
         pytest.param(640, 1, False, 5, False, marks=pytest.mark.slow),
-        (640, 1, True, 5, False),
+        pytest.param(640, 1, True, 5, False, marks=pytest.mark.slow),
         # A device's middle block of queries lies in both of its chunks, before and behind keys.
         (1536, 2, True, 3, True),
         pytest.param(1536, 2, False, 3, True, marks=pytest.mark.slow),
@@ -145,6 +145,7 @@ for topology, sizes, length, head_dim in (
 @pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'llama_jax[tpu]'"
 )
+@pytest.mark.slow
 def test_a_tpu_program_takes_it_by_itself():
     process = subprocess.run(
         [sys.executable, '-c', COMPILE],

@@ -49,13 +49,15 @@ def test_a_row_that_does_not_divide_is_refused():
         split.batch_sharding(1, 12)
 
 
-@pytest.mark.parametrize('packed', [False, True], ids=['one document', 'packed'])
+@pytest.mark.parametrize(
+    'packed', [pytest.param(False, marks=pytest.mark.slow), True], ids=['one document', 'packed']
+)
 @pytest.mark.parametrize(
     ('implementation', 'sizes', 'rules', 'length'),
     [
         ('reference', {'context': 4}, '', 48),
         ('chunked', {'context': 4}, '', 560),  # a chunk of 70 is no multiple of its block
-        ('chunked', {'data': 2, 'context': 2, 'tensor': 2}, '', 256),
+        pytest.param('chunked', {'data': 2, 'context': 2, 'tensor': 2}, '', 256, marks=pytest.mark.slow),
         (
             'chunked',
             {'context': 2, 'tensor': 4},

@@ -50,7 +50,13 @@ def costs(
     return dataclasses.replace(counted, collectives=[c for c in counted.collectives if c.groups.shape[1] > 1])
 
 
-MESHES = [{'fsdp': 8}, {'data': 2, 'tensor': 4}, {'fsdp': 2, 'tensor': 4}, {'dcn_data': 2, 'fsdp': 4}]
+MESHES = [
+    {'fsdp': 2, 'tensor': 4},
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in [{'fsdp': 8}, {'data': 2, 'tensor': 4}, {'dcn_data': 2, 'fsdp': 4}]
+    ),
+]
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
@@ -108,7 +114,12 @@ def test_fsdp_sums_every_gradient_once(attention):
 
 
 @pytest.mark.parametrize(
-    'sizes', [{'fsdp': 8}, {'fsdp': 4, 'tensor': 2}, {'dcn_data': 2, 'fsdp': 4}], ids=str
+    'sizes',
+    [
+        {'fsdp': 4, 'tensor': 2},
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [{'fsdp': 8}, {'dcn_data': 2, 'fsdp': 4}]),
+    ],
+    ids=str,
 )
 def test_loss_chunks_gather_the_head_and_sum_its_gradient_no_more_often(sizes):
     """All chunks together move what one does; only the sums of losses, a few numbers a token, come with each."""

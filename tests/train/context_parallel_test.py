@@ -48,7 +48,11 @@ def whole_rows():
 
 @pytest.mark.parametrize(
     ('size', 'remat'),
-    [(2, 'none'), pytest.param(4, 'attention', marks=pytest.mark.slow), (8, 'full_offload')],
+    [
+        pytest.param(2, 'none', marks=pytest.mark.slow),
+        pytest.param(4, 'attention', marks=pytest.mark.slow),
+        (8, 'full_offload'),
+    ],
 )
 def test_split_rows_give_the_loss_and_gradients_of_whole_ones(whole_rows, size, remat):
     for (metrics, gradients), (wanted_metrics, wanted) in zip(

@@ -18,12 +18,12 @@ from llama_jax.train.step import compile_train_step
 from tests import toy
 
 MESHES = [
-    {'data': 8},
-    {'dcn_data': 2, 'data': 4},
     {'fsdp': 8},
     {'data': 2, 'fsdp': 2, 'tensor': 2},
-    {'fsdp': 2, 'tensor': 4},
     {'fsdp': 2, 'context': 2, 'tensor': 2},
+    {'data': 8},
+    {'dcn_data': 2, 'data': 4},
+    {'fsdp': 2, 'tensor': 4},
 ]
 ROWS, LENGTH = 16, 16
 KNOBS = {'remat': 'full', 'num_chunks': 2, 'num_microbatches': 2}
@@ -54,7 +54,9 @@ def one_device():
     return update({'data': 1})
 
 
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
+@pytest.mark.parametrize(
+    'sizes', [*MESHES[:3], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[3:])], ids=str
+)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(one_device, sizes):
     wanted_metrics, wanted = one_device
     metrics, gradients = update(sizes, **KNOBS)

@@ -106,7 +106,14 @@ def successor_batch(seed):
 
 
 @pytest.mark.parametrize(
-    ('name', 'learning_rate'), [('adamw', 1e-2), ('adafactor', 1e-2), ('lion', 4e-3), ('muon', 2e-2)]
+    ('name', 'learning_rate'),
+    [
+        ('adamw', 1e-2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [('adafactor', 1e-2), ('lion', 4e-3), ('muon', 2e-2)]
+        ),
+    ],
 )
 def test_every_optimizer_learns(name, learning_rate):
     config = OptimizerConfig(name=name, learning_rate=learning_rate, warmup_steps=5)

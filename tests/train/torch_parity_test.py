@@ -109,7 +109,10 @@ def torch_losses(
 
 @pytest.mark.parametrize(
     ('name', 'num_microbatches', 'num_chunks'),
-    [('llama2_7b', 1, 1), ('llama3_8b', 4, 1), ('llama3_2_1b', 2, 4)],
+    [
+        ('llama3_2_1b', 2, 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [('llama2_7b', 1, 1), ('llama3_8b', 4, 1)]),
+    ],
 )
 def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
@@ -127,7 +130,15 @@ def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
 
 
 @pytest.mark.parametrize(
-    'mutation', [{'norm_decay': 0.1}, {'weight_decay': 0.0}, {'beta2': 0.999}, {'clip_norm': 1e9}], ids=str
+    'mutation',
+    [
+        {'norm_decay': 0.1},
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in [{'weight_decay': 0.0}, {'beta2': 0.999}, {'clip_norm': 1e9}]
+        ),
+    ],
+    ids=str,
 )
 def test_another_optimiser_is_seen(mutation):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
