@@ -99,6 +99,8 @@ FAULTS: tuple[Fault, ...] = (
         ('generation: a stop token does not stop',
          'inference/generate_test.py::test_a_stop_token_ends_its_row_and_is_left_out',
          'state.running & ~is_stop &', 'state.running &'),
+        ('generation: beyond the stop string', 'eval/engine_test.py::test_completions_end_before_their_stop_string',
+         'text[: min((place', 'text[: max((place'),
         ('generation: beyond the context', 'inference/generate_test.py::test_a_row_ends_at_the_context',
          'np.minimum(max_new_tokens, context - lengths)', 'np.full_like(lengths, max_new_tokens)'),
         ('generation: rows are drawn alike', 'inference/generate_test.py::test_draws_depend_on_the_seed_alone',
