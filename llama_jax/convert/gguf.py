@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
@@ -102,9 +103,78 @@ def _config(metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> LlamaCo
         tie_embeddings='output.weight' not in found,
     )
     divisors = found.get(_ROPE_DIVISORS)
+    stretched = _stretched(keys, config)
     if divisors is None:
-        return config
+        return stretched
+    if stretched.rope_scaling is not None:
+        raise InputError(
+            f'it scales RoPE both by tensor {_ROPE_DIVISORS} and by llama.rope.scaling; a Llama has one of them'
+        )
     return dataclasses.replace(config, rope_scaling=_rope_scaling(divisors, config))
+
+
+def _stretched(keys: _Keys, config: LlamaConfig) -> LlamaConfig:
+    """The architecture with the context and the scaling of RoPE that the key/values tell."""
+    given = keys.metadata
+    kind = given.get('llama.rope.scaling.type')
+    factor = given.get('llama.rope.scaling.factor', given.get('llama.rope.scale_linear')) or 1.0
+    if type(factor) not in (int, float) or not 0 < factor <= 1e6:
+        raise InputError(f'llama.rope.scaling.factor is {str(factor)[:80]!r}; it must be a number above 0')
+    factor = float(str(np.float32(factor)))
+    if kind == 'none' or factor == 1.0:
+        return config
+    name = 'rope.scaling.original_context_length'
+    is_stated = f'llama.{name}' in given
+    original, context = keys.size(name, config.max_seq_len), config.max_seq_len
+    if kind == 'yarn':
+        scaling = RopeScaling(
+            factor, kind='yarn', original_max_seq_len=original,
+            attention_factor=_attention_of(keys, factor),
+            beta_fast=keys.real('rope.scaling.yarn_beta_fast', 32.0),
+            beta_slow=keys.real('rope.scaling.yarn_beta_slow', 1.0),
+        )  # fmt: skip
+    else:
+        scaling = RopeScaling(factor, kind='linear', original_max_seq_len=original)
+        context = context if is_stated else min(round(context * factor), 2**31 - 1)
+    return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=max(context, 1))
+
+
+def _attention_of(keys: _Keys, factor: float) -> float:
+    beside = keys.real('rope.scaling.attn_factor', 1.0)
+    whole = beside * _yarn_attention(factor)
+    return whole if beside == 1.0 else float(f'{whole:.6g}')  # beside it has the digits of float32
+
+
+def _yarn_attention(factor: float) -> float:
+    """By how much llama.cpp multiplies cosines and sines by itself."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _scaling_keys(config: LlamaConfig) -> dict[str, Any]:
+    """The key/values that `_stretched` reads.
+
+    Raises:
+      InputError: llama.cpp does not scale so.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == 'llama3':  # whose divisors are a tensor
+        return {}
+    if scaling.kind == 'dynamic' or not scaling.truncate:
+        what = 'dynamic scaling' if scaling.kind == 'dynamic' else 'yarn without rounding'
+        raise InputError(f'GGUF has no {what} of RoPE, which this model has; write another format')
+    keys: dict[str, Any] = {
+        'type': scaling.kind, 'factor': scaling.factor, 'original_context_length': scaling.original_max_seq_len,
+    }  # fmt: skip
+    if scaling.kind == 'yarn':
+        if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+            raise InputError(
+                f'llama.cpp has yarn with beta_fast 32 and beta_slow 1, this model has {scaling.beta_fast:g} and '
+                f'{scaling.beta_slow:g}; write another format'
+            )
+        beside = scaling.attention_factor / _yarn_attention(scaling.factor)
+        if abs(beside - 1) > _SAME_DIVISORS:
+            keys['attn_factor'] = beside
+    return {f'llama.rope.scaling.{key}': value for key, value in keys.items()}
 
 
 def _refuse_other_architectures(metadata: Mapping[str, Any]) -> None:
@@ -113,9 +183,7 @@ def _refuse_other_architectures(metadata: Mapping[str, Any]) -> None:
         ('general.architecture', ('llama',), 'only Llamas are read'),
         ('split.count', (0, 1), 'join the parts: llama-gguf-split --merge FIRST OUTPUT'),
         ('llama.expert_count', (0,), 'a mixture of experts is no Llama'),
-        ('llama.rope.scaling.type', ('none',), 'Llama 3.1 scales by the tensor rope_freqs.weight instead'),
-        ('llama.rope.scaling.factor', (1.0, 0.0), 'positions scaled linearly are not supported'),
-        ('llama.rope.scale_linear', (1.0, 0.0), 'positions scaled linearly are not supported'),
+        ('llama.rope.scaling.type', ('none', 'linear', 'yarn'), 'no Llama scales RoPE otherwise'),
     ):
         value = metadata.get(key, allowed[0] if key != 'general.architecture' else None)
         if type(value) not in (int, float, str) or value not in allowed:
@@ -124,8 +192,10 @@ def _refuse_other_architectures(metadata: Mapping[str, Any]) -> None:
 
 def _rope_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
     """By how much each frequency is divided, fp32 [H/2]."""
+    settings = dataclasses.asdict(scaling)
+    del settings['attention_factor']
     return inverse_frequencies(config.head_dim, config.rope_theta) / inverse_frequencies(
-        config.head_dim, config.rope_theta, *dataclasses.astuple(scaling)
+        config.head_dim, config.rope_theta, **settings
     )
 
 
@@ -225,6 +295,8 @@ def _add_metadata(writer: Any, config: LlamaConfig, dtype: str, name: str) -> No
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
+    for key, value in _scaling_keys(config).items():
+        _add(writer, key, value)
     if config.head_dim * config.num_heads != config.embed_dim:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -258,7 +330,7 @@ def _add_tensors(writer: Any, source: Source, dtype: str) -> Iterator[Callable[[
         number = gguf.GGMLQuantizationType(kind.number)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=number)
 
-    if config.rope_scaling is not None:
+    if config.rope_scaling is not None and config.rope_scaling.kind == 'llama3':
         divisors = _rope_divisors(config, config.rope_scaling)
         announce(_ROPE_DIVISORS, divisors.shape, F32)
         jobs.append(lambda: (True, divisors))

@@ -232,6 +232,10 @@ def from_config(config: LlamaConfig, dtype: np.dtype, kv_heads: int) -> dict[str
             f'this model has head_dim {config.head_dim}; write another format'
         )
     scaling = config.rope_scaling
+    if scaling and scaling.kind != 'llama3':
+        raise InputError(
+            f"Meta's format has no {scaling.kind} scaling of RoPE, which this model has; write another format"
+        )
     if scaling and (scaling.low_freq_factor, scaling.original_max_seq_len) != (1.0, 8192):
         raise InputError(
             "Meta's format has RoPE scaling with low_freq_factor 1 and original_max_seq_len 8192 only, this model has "

@@ -12,7 +12,11 @@ _MOST = {
     'vocab_size': 2**24, 'embed_dim': 2**20, 'mlp_dim': 2**31 - 1, 'num_layers': 2**14, 'num_heads': 2**14,
     'num_kv_heads': 2**14, 'head_dim': 2**14, 'max_seq_len': 2**31 - 1, 'original_max_seq_len': 2**31 - 1,
     'norm_eps': 1, 'rope_theta': 1e12, 'factor': 1e6, 'low_freq_factor': 1e6, 'high_freq_factor': 1e6,
+    'attention_factor': 1e3, 'beta_fast': 1e6, 'beta_slow': 1e6,
 }  # fmt: skip
+
+_KINDS = ('llama3', 'linear', 'dynamic', 'yarn')
+_LLAMA3_FIELDS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_seq_len')
 
 
 def _check_ranges(kind: type, values: Mapping[str, Any]) -> None:
@@ -42,22 +46,39 @@ def _shown(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low RoPE frequencies (see `ops.rope.inverse_frequencies`).
+    """How RoPE's frequencies are stretched to a longer context (see `ops.rope.inverse_frequencies`).
 
     Attributes:
       factor: how much the lowest frequencies are slowed down: 8 for 3.1 and 3.3, 32 for 3.2's 1B and 3B.
       low_freq_factor: wavelengths above `original_max_seq_len / low_freq_factor` are slowed down by `factor`.
       high_freq_factor: wavelengths below `original_max_seq_len / high_freq_factor` stay as they are.
       original_max_seq_len: context in tokens before the stretch.
+      kind: 'llama3', as Meta's since 3.1; 'linear', every frequency by the factor; 'yarn', by Peng et al. 2023;
+        'dynamic', of which a context within the original one sees nothing.
+      attention_factor: that yarn multiplies cosines and sines by.
+      beta_fast: rotations within the original context above which yarn leaves a frequency as it is.
+      beta_slow: rotations below which it is slowed down by the whole factor.
+      truncate: whether yarn rounds the pairs between which it blends.
     """
 
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    kind: str = 'llama3'
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self):
         _check_ranges(type(self), vars(self))
+        if self.kind not in _KINDS:
+            raise InputError(
+                f'kind of rope_scaling is {_shown(self.kind)}; it must be one of {", ".join(_KINDS)}'
+            )
+        if self.kind == 'yarn' and self.beta_slow >= self.beta_fast:
+            raise InputError(f'beta_slow {self.beta_slow} must be less than beta_fast {self.beta_fast}')
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f'low_freq_factor {self.low_freq_factor} must be less than high_freq_factor {self.high_freq_factor}'
@@ -105,7 +126,10 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.rope_scaling and self.rope_scaling.kind == 'llama3':  # as before there were others
+            values['rope_scaling'] = {name: values['rope_scaling'][name] for name in _LLAMA3_FIELDS}
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> 'LlamaConfig':

@@ -234,7 +234,8 @@ class Transformer(nn.Module):
             segment_ids = None if segment_ids is None else to_balanced(segment_ids, row, split_over)
         c, s = self.config, self.config.rope_scaling
         scaling: dict[str, Any] = {} if s is None else dataclasses.asdict(s)
-        rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling))
+        scale = scaling.pop('attention_factor', 1.0)
+        rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling), scale)
         x = self.embed_tokens(tokens)
         layers = jnp.arange(c.num_layers)
         (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)

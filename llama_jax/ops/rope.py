@@ -18,6 +18,10 @@ def inverse_frequencies(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
     original_max_seq_len: int = 8192,
+    kind: str = 'llama3',
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> Float[np.ndarray, 'H2']:
     """Radians per position of each of the H/2 pairs, fp32, computed on the host exactly as torch computes them.
 
@@ -25,14 +29,35 @@ def inverse_frequencies(
     llama-models: wavelengths beyond `original_max_seq_len / low_freq_factor` become `factor` times longer, those
     below `original_max_seq_len / high_freq_factor` stay, and between them the two are blended linearly.
 
+    Other kinds as in transformers' modeling_rope_utils.py: 'linear' slows every frequency down by the factor (Chen et
+    al. 2023); 'yarn' those that make fewer than `beta_slow` turns in the original context, leaves those of more than
+    `beta_fast`, and blends between them (Peng et al. 2023); 'dynamic' none within the original context.
+
     Released models differ by one ulp from any other rounding order, and at position 130,000 an ulp is an angle of
     1e-2, so the order is part of the contract: fp32 exponent, fp64 power rounded to fp32, fp32 reciprocal.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1.0) / power
-    if factor == 1.0:
+    if factor == 1.0 or kind == 'dynamic':
         return frequencies
+    if kind == 'linear':
+        return frequencies / np.float32(factor)
+    if kind == 'yarn':
+
+        def pair_of(turns: float) -> float:
+            return head_dim * math.log(original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = pair_of(beta_fast), pair_of(beta_slow)
+        if truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 * (low == high)
+        pairs = np.arange(head_dim // 2, dtype=np.float32)
+        ramp = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+        kept = np.float32(1.0) - ramp
+        slowed = np.float32(1.0) / (np.float32(factor) * power)
+        return (slowed * (np.float32(1.0) - kept) + frequencies * kept).astype(np.float32)
     wavelengths = np.float32(2 * math.pi) / frequencies
     slowed = frequencies / np.float32(factor)
     # 0 where the wavelength is too long to have been seen whole in training, 1 where it is short.
@@ -46,11 +71,12 @@ def inverse_frequencies(
 
 
 def rope_tables(
-    positions: Int[Array, 'B T'], frequencies: Float[np.ndarray, 'H2']
+    positions: Int[Array, 'B T'], frequencies: Float[np.ndarray, 'H2'], scale: float = 1.0
 ) -> tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]:
-    """Cosine and sine of every position's angles, fp32 like Meta's table."""
+    """Cosine and sine of every position's angles, fp32 like Meta's table; times `scale`, yarn's factor of attention."""
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if scale == 1.0 else (cos * np.float32(scale), sin * np.float32(scale))
 
 
 def apply_rope(

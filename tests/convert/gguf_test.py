@@ -262,8 +262,8 @@ def test_refuses_what_is_no_whole_llama(target, damage, message):
     ('key', 'value', 'message'),
     [
         ('llama.expert_count', 8, 'a mixture of experts is no Llama'),
-        ('llama.rope.scaling.type', 'yarn', "scaling.type is 'yarn'"),
-        ('llama.rope.scaling.factor', 2.0, 'positions scaled linearly'),
+        ('llama.rope.scaling.type', 'longrope', "scaling.type is 'longrope'"),
+        ('llama.rope.scaling.factor', 2.0, 'scales RoPE both by tensor'),
         ('split.count', 3, 'join the parts'),
         ('llama.head_count_kv', [4, 2], None),  # not the key of any number
         ('llama.feed_forward_length.', 'x', None),
