@@ -170,6 +170,11 @@ class Checkpoint:
         Raises:
           InputError: the checkpoint is damaged, or of another shape.
         """
+        if self.format == 'orbax' and self.config.tie_embeddings and 'head' in self._leaves:
+            raise InputError(
+                f'{self.path}: model.json says that the head is the embedding (tie_embeddings), but the weights hold a '
+                'head of their own; one of them is not what was trained'
+            )
         wanted, structure = jax.tree_util.tree_flatten_with_path(target)
         alone = all(leaf.sharding.is_fully_addressable for _, leaf in wanted)
         together = contextlib.nullcontext if alone else refused_by_all

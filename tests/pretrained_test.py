@@ -122,6 +122,12 @@ def test_a_damaged_description_is_refused_in_one_line(tmp_path, text, words):
     assert 'model.json' in message and words in message
 
 
+def test_a_tied_flag_that_the_weights_contradict_is_refused(tmp_path, params):
+    run = make_workdir(tmp_path / 'run', params)
+    save_config(run, dataclasses.replace(CONFIG, tie_embeddings=True), base_checkpoint='')
+    assert 'says that the head is the embedding (tie_embeddings), but the weights hold a head' in refused(run)
+
+
 def test_what_is_missing_is_named(tmp_path, params):
     save_config(epath.Path(tmp_path), CONFIG)
     (tmp_path / 'tokenizer.model').write_bytes(TOKENIZER.read_bytes())

@@ -148,3 +148,25 @@ def test_processes_that_find_other_newest_steps_of_a_fork_are_refused(monkeypatc
     monkeypatch.setattr(workdir.runtime, 'gather_texts', lambda text: [text, text.replace('10', '15')])
     with pytest.raises(InputError, match=r'checkpoints/10 and runs/a/checkpoints/15 as .* --fork=runs/a@10$'):
         workdir.check_same_fork(fork)
+
+
+def test_a_runs_tokenizer_keeps_what_its_files_say(tmp_path):
+    """A fine-tune's stop tokens and added tokens go into the workdir, and come back when the run resumes."""
+    pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")
+    from experiments.start import find_tokenizer
+    from llama_jax.tokenizer.conversion import own_files
+    from tests.tokenizer import kinds
+
+    folder, workdir = tmp_path / 'base', epath.Path(tmp_path / 'run')
+    folder.mkdir()
+    workdir.mkdir()
+    files, stop_ids, _ = kinds.kinds()['dolphin']
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    tokenizer = find_tokenizer(str(folder), None, workdir, None)
+    assert set(tokenizer.stop_ids) == stop_ids
+    for name, data in own_files(tokenizer).items():
+        (workdir / name).write_bytes(data)
+    (workdir / 'config.json').write_text('{}')
+    again = find_tokenizer('', None, workdir, None)
+    assert (again.sha256, again.ends) == (tokenizer.sha256, tokenizer.ends)

@@ -27,7 +27,7 @@ from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.splitters import SPLITTERS
 from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
 from llama_jax.tokenizer.tokenizer_json import candidates_of, definition_of
-from llama_jax.tokenizer.vocabulary import BYTES, SPELLING, Ends, Vocabulary
+from llama_jax.tokenizer.vocabulary import BYTES, SPELLING, Ends, Vocabulary, check_tokens
 from llama_jax.types import InputError
 
 # What tokenizers disagree about: spaces, digits, case, contractions, scripts, bytes, control characters, tags.
@@ -57,6 +57,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = read_model(tokenizer.file_bytes, tokenizer.path)
         tokens, scores, types = (list(column) for column in zip(*model.pieces, strict=True))
+        check_tokens(tokens, tokenizer.path)
         return Vocabulary(
             'unigram' if model.is_unigram else 'sentencepiece', tokens, types, tokenizer.ends, scores,
             add_dummy_prefix=model.add_dummy_prefix, remove_extra_whitespaces=model.remove_extra_whitespaces,
@@ -68,6 +69,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
             names = llama3_special_names(huggingface=True)  # GGUF's are those too
         lines = tokenizer.file_bytes.split()[::2]
         tokens = [base64.b64decode(line).decode('latin1').translate(SPELLING) for line in lines]
+        check_tokens(tokens, tokenizer.path)
         types = [NORMAL] * len(tokens) + [CONTROL] * len(names)
         return Vocabulary('byte-level', tokens + names, types, tokenizer.ends, splitter='llama-bpe')
     if isinstance(tokenizer, HuggingFaceTokenizer):

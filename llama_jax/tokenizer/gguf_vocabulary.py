@@ -58,10 +58,8 @@ def gguf_vocabulary(
     if vocabulary.family == 'byte-level':
         keys['ggml.merges'] = [f'{left} {right}' for left, right in vocabulary.merges()]
     else:
-        if vocabulary.charsmap and vocabulary.family != 'unigram':
-            raise InputError(
-                f'{path} normalizes characters, which llama.cpp does for no BPE; keep its own file'
-            )
+        if vocabulary.charsmap:
+            raise InputError(f"{path} normalizes characters, which no Llama's GGUF does; keep its own file")
         if (BYTE in vocabulary.types) == (vocabulary.family == 'unigram'):
             what = 'spells bytes in a Unigram' if BYTE in vocabulary.types else 'has no tokens for bytes'
             raise InputError(f'{path} {what}, which llama.cpp cannot; keep its own file')
@@ -71,8 +69,6 @@ def gguf_vocabulary(
         keys['ggml.add_space_prefix'] = vocabulary.add_dummy_prefix
         if vocabulary.remove_extra_whitespaces:
             keys['ggml.remove_extra_whitespaces'] = True
-        if vocabulary.charsmap:
-            keys['ggml.precompiled_charsmap'] = list(vocabulary.charsmap)
     eos_id = end_of_turn(vocabulary) if chat_template else ends.eos_id
     keys |= _end_keys(vocabulary, eos_id, path)
     keys |= {'ggml.add_bos_token': ends.add_bos, 'ggml.add_eos_token': ends.add_eos}
@@ -169,13 +165,17 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
     unknown = _id(
         metadata, path, 'unknown_token_id', size, default=types.index(UNKNOWN) if UNKNOWN in types else 0
     )
-    charsmap = metadata.get('tokenizer.ggml.precompiled_charsmap')
+    # Sentencepiece believes all of it, and it comes from anybody.
+    if metadata.get('tokenizer.ggml.precompiled_charsmap') is not None:
+        raise InputError(
+            f'{path}: tokenizer.ggml.precompiled_charsmap normalizes characters, which no Llama does; give the '
+            'tokenizer.model that the weights were trained with as their tokenizer'
+        )
     return dataclasses.replace(
         vocabulary,
         scores=scores[:size],
         add_dummy_prefix=_flag(metadata, path, 'add_space_prefix', default=True),
         remove_extra_whitespaces=_flag(metadata, path, 'remove_extra_whitespaces', default=False),
-        charsmap=b'' if charsmap is None else np.asarray(charsmap, np.uint8).tobytes(),
         unk_id=unknown,
     )
 

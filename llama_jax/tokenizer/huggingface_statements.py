@@ -63,6 +63,7 @@ class Statements:
         path: str,
         special_tokens: Mapping[str, int],
         *,
+        size: int,
         around: tuple[list[int], list[int]] | None = None,
         own: Ends | None = None,
     ) -> Ends:
@@ -72,6 +73,7 @@ class Statements:
           id_of: a name's id.
           path: of the vocabulary, for messages.
           special_tokens: name to id.
+          size: of the vocabulary, beyond which an id is none.
           around: ids that the vocabulary's own file puts before and behind a text; None where it says nothing of it.
           own: what the vocabulary's own file says else.
 
@@ -84,7 +86,8 @@ class Statements:
             by_usual = [id for name in usual if (id := id_of(name)) is not None]
             said = {'bos_token': own and own.bos_id, 'eos_token': own and own.eos_id}.get(key)
             owned = [] if said is None else [said]
-            found[key] = next(iter([*by_name, *owned, *self.ids[key], *by_usual]), None)
+            by_id = [id for id in self.ids[key] if id < size]
+            found[key] = next(iter([*by_name, *owned, *by_id, *by_usual]), None)
         if around and around[0]:
             found['bos_token'] = around[0][0]
         eos_id = found['eos_token']

@@ -68,7 +68,9 @@ class HuggingFaceTokenizer:
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.ends = said.ends(self._tokenizer.token_to_id, path, self._special(), around=around)
+        self.ends = said.ends(
+            self._tokenizer.token_to_id, path, self._special(), size=self.vocab_size, around=around
+        )
         self.bos_id = self.ends.eos_id if self.ends.bos_id is None else self.ends.bos_id
         self.eos_id, self.stop_ids, self.add_bos = self.ends.eos_id, self.ends.stop_ids, self.ends.add_bos
         # Not all files say that these two are special; a text that spells one would become it.

@@ -109,9 +109,11 @@ def parse_tokenizer(path: str, data: bytes, beside: Mapping[str, bytes] | None =
         return native
     said = read_statements(beside, str(folder))
     if (vocabulary := with_added(vocabulary_of(native), said.added) if said.added else None) is None:
-        return native.with_ends(said.ends(native.id_of, path, native.special_tokens, own=native.ends))
+        return native.with_ends(
+            said.ends(native.id_of, path, native.special_tokens, size=native.vocab_size, own=native.ends)
+        )
     ids = {name: id for id, name in enumerate(vocabulary.tokens)}
-    ends = said.ends(ids.get, path, vocabulary.special_ids(), own=native.ends)
+    ends = said.ends(ids.get, path, vocabulary.special_ids(), size=len(ids), own=native.ends)
     return tokenizer_of(dataclasses.replace(vocabulary, ends=ends), path)
 
 

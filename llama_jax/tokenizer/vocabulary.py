@@ -98,15 +98,23 @@ class Vocabulary:
         return {self.tokens[i]: i for i, kind in enumerate(self.types) if kind in (CONTROL, UNKNOWN)}
 
 
+_MAX_MERGE_WORK = 1 << 28  # squared lengths of all tokens together; Llama 3's are 10 million
+
+
 def check_tokens(tokens: list[str], path: str) -> None:
     """Refuses what would take too long: the time to find a token's merges grows with the square of its length.
 
     Raises:
-      InputError: a token is longer than any real one.
+      InputError: a token is longer than any real one, or too many are long.
     """
     longest = max(tokens, key=len, default='')
     if len(longest) > MAX_TOKEN:
         raise InputError(f'{path} holds a token of {len(longest)} characters; at most {MAX_TOKEN} are read')
+    if sum(len(token) ** 2 for token in tokens) > _MAX_MERGE_WORK:
+        mean = sum(map(len, tokens)) / len(tokens)
+        raise InputError(
+            f'{path} holds {len(tokens)} tokens of {mean:.0f} characters on average; no vocabulary does'
+        )
 
 
 def spelling() -> dict[int, int]:

@@ -49,7 +49,7 @@ def test_every_preset_survives_json():
         ({'num_experts': 8}, "has 'num_experts', which is none of vocab_size"),
         ({'rope_scaling': [8]}, 'rope_scaling is a list'),
         ({'rope_scaling': {}}, 'rope_scaling has no factor'),
-        ({'rope_scaling': {'factor': 8.0, 'kind': 'yarn'}}, "rope_scaling has 'kind'"),
+        ({'rope_scaling': {'factor': 8.0, 'sort': 'yarn'}}, "rope_scaling has 'sort'"),
         ({'rope_scaling': {'factor': float('nan')}}, 'factor is nan'),
         ({'rope_scaling': {'factor': 8.0, 'low_freq_factor': 4.0}}, 'must be less than high_freq_factor'),
     ],

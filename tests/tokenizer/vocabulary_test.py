@@ -165,6 +165,7 @@ def test_metadata_that_contradict_themselves_are_refused_in_one_line(shared_data
         ({'scores': [float('nan')] * 512}, 'not finite'),
         ({'scores': [0.0]}, '1 values for 512 tokens'),
         ({'bos_token_id': 512}, 'bos_token_id is 512; it must be an id, 0 to 511'),
+        ({'precompiled_charsmap': [1, 2, 3]}, 'precompiled_charsmap normalizes characters'),
         ({'add_bos_token': 'yes'}, "add_bos_token is 'yes'; it must be true or false"),
         ({'eos_token_id': '2'}, "eos_token_id is '2'"),
         ({'tokens': [], 'token_type': []}, '0 to -1'),
@@ -214,3 +215,12 @@ def test_what_no_other_format_can_hold_is_refused(shared_data, tmp_path):
     keys = gguf_vocabulary(gap)
     assert keys['tokenizer.ggml.tokens'][512:] == ['[PAD512]', '[PAD513]', 'far']
     assert keys['tokenizer.ggml.token_type'][512:] == [5, 5, 1]
+
+
+def test_long_tokens_cost_no_more_than_their_file(shared_data):
+    """The time to find merges grows with the squares of the lengths."""
+    small = gguf_vocabulary(load_tokenizer(shared_data / 'weights/stories260K/tok512.model'))
+    more = [f'{i:04}' + 'x' * 1000 for i in range(2000)]
+    for key, filler in (('tokens', more), ('token_type', [1] * 2000), ('scores', [-9.0] * 2000)):
+        small[f'tokenizer.ggml.{key}'] = [*small[f'tokenizer.ggml.{key}'], *filler]
+    assert 'tokens of 8' in one_line_error(tokenizer_from_gguf, small, 'a.gguf')
