@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Seconds that the main thread has to come back to Python, from a compilation say, and those it then has to clear up.
 _PATIENCE, _CLEARING_UP = 5.0, 30.0
+_AFTER_FINALISER = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,11 +28,12 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       signum: of the signal; 0 where another process of the job got it.
+      handler: that raised it, and is called again where Python drops what is raised, as in a finaliser.
     """
 
-    def __init__(self, signum: int = 0):
+    def __init__(self, signum: int = 0, handler: Callable[[int, Any], object] | None = None):
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.handler = signum, handler
 
 
 class Interrupts:
@@ -49,6 +52,7 @@ class Interrupts:
         if jax.distributed.is_initialized():
             _jax_handler()
         _watch()
+        _raise_dropped_again()
         for signum in ENDING:
             signal.signal(signum, self)
 
@@ -56,7 +60,7 @@ class Interrupts:
         del frame
         signal.signal(signum, signal.SIG_DFL)
         _later(_CLEARING_UP, lambda: self._end_at_once(signum))
-        raise Interrupted(signum)
+        raise Interrupted(signum, self)
 
     def end(self, interrupted: Interrupted) -> NoReturn:
         """Ends the process with a line that names the signal."""
@@ -116,6 +120,25 @@ def _watch() -> None:
     threading.Thread(target=watch, daemon=True, name='signals').start()
 
 
+@functools.cache
+def _raise_dropped_again() -> None:
+    """Has an `Interrupted` that Python would print and drop raised once more; once a process."""
+    otherwise = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        error = dropped.exc_value
+        if not isinstance(error, Interrupted) or error.handler is None:
+            otherwise(dropped)
+            return
+        signal.signal(
+            error.signum, functools.partial(error.handler)
+        )  # another object: it is no second signal
+        main = threading.main_thread().ident or 0
+        _later(_AFTER_FINALISER, functools.partial(signal.pthread_kill, main, error.signum))
+
+    sys.unraisablehook = hook
+
+
 def _forget() -> None:
     """A forked process's signals are its own business."""
     signal.set_wakeup_fd(-1)
@@ -157,6 +180,7 @@ class PreemptionSignal:
             return
         if jax.process_count() > 1:
             self._tell_job = _jax_handler()
+        _raise_dropped_again()
         self._previous = {signum: signal.signal(signum, self._receive) for signum in ENDING}
 
     def _receive(self, signum: int, frame: Any) -> None:
@@ -167,8 +191,7 @@ class PreemptionSignal:
             if self._tell_job:
                 self._tell_job(signal.SIGTERM)
         elif self._interruptible:
-            self._interruptible = False
-            raise Interrupted(signum)
+            raise Interrupted(signum, self._receive)
 
     def received(self) -> bool:
         """Whether to save and stop here."""
@@ -194,8 +217,8 @@ class PreemptionSignal:
         Raises:
           Interrupted: a signal has come, before or within.
         """
-        self._interruptible = True
         try:
+            self._interruptible = True
             self.raise_received()
             yield
         finally:

@@ -276,7 +276,8 @@ def tiny_run(workdir: pathlib.Path, corpus: pathlib.Path, **overrides) -> list[s
 def figures(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every logged step."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [(item['step'], item['loss'], item['grad_norm']) for item in map(json.loads, lines)]
+    # Where lines were lost, a step may have those figures alone that were measured again.
+    return [(item['step'], item.get('loss'), item.get('grad_norm')) for item in map(json.loads, lines)]
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

@@ -50,6 +50,14 @@ os.kill(pid, 15)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -15
 time.sleep(1.5)
 """
+# What is raised in a finaliser, Python prints and drops.
+FINALISER = """
+ class Slow:
+  def __del__(self):
+   time.sleep(60)
+ Slow()
+ time.sleep(60)
+"""
 CASES = {
     # what happens: (signals sent, where the process is, its status, what it says)
     'in Python': ([signal.SIGTERM], {'place': 'time.sleep(60)'}, 143, 'error: stopped by SIGTERM\n'),
@@ -69,6 +77,11 @@ CASES = {
     'a second signal while training': ([signal.SIGTERM] * 2, {'place': OUTSIDE, 'training': True}, 143, ''),
     'a second signal of another kind': (
         [signal.SIGTERM, signal.SIGINT], {'place': OUTSIDE}, 143, 'error: stopped by SIGTERM\n'
+    ),
+    'in a finaliser': ([signal.SIGTERM], {'place': f'if True:{FINALISER}'}, 143, 'error: stopped by SIGTERM\n'),
+    'in a finaliser while training': (
+        [signal.SIGTERM],
+        {'place': f'with preemption.interruptible():{FINALISER}', 'training': True}, 143, 'error: stopped by SIGTERM\n',
     ),
     'one of a pool is ended': ([], {'place': POOL}, 0, ''),
 }  # fmt: skip

@@ -221,7 +221,8 @@ def what_is_wrong(fault: Fault, hit: Finished, again: Finished) -> str:
         again.succeeded()
     except AssertionError as error:
         return str(error)[-3000:]
-    return 'Traceback' if 'Traceback' in hit.stderr + again.stderr else ''
+    said = hit.stderr + again.stderr
+    return said[-3000:] if 'Traceback' in said else ''
 
 
 def damage(file: pathlib.Path, how: str) -> None:
