@@ -25,7 +25,8 @@ COMMANDS = sorted(
 # Strings that name no file.
 NO_PATHS = {
     'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
-    'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches', 'decode_model',
+    'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
+    'decode_model',
 }  # fmt: skip
 
 
