@@ -5,6 +5,8 @@
 CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, or hf://ORGANISATION/MODEL.
 """
 
+import importlib.util
+
 from absl import flags
 from etils import epath
 from tqdm import tqdm
@@ -60,8 +62,10 @@ def main() -> None:
     if _VERIFY.value:
         try:
             with _progress_bar(source, 'verifying') as bar:
-                written = pretrained.open(_OUTPUT.value).source
-                export.verify(written, source, dtype=_DTYPE.value, progress=bar.update)
+                written = pretrained.open(_OUTPUT.value)
+                export.verify(written.source, source, dtype=_DTYPE.value, progress=bar.update)
+                if importlib.util.find_spec('tokenizers'):  # without it not every format's can be read
+                    export.verify_tokenizer(written.tokenizer, tokenizer, _OUTPUT.value)
         except InputError as error:  # what is wrong must not look complete, and is not ours to take away
             output = epath.Path(_OUTPUT.value)
             kept = output.rename(output.with_name(f'{output.name}.damaged'))

@@ -18,7 +18,7 @@ from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, weights_of
 from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
 from llama_jax.placement import cast
 from llama_jax.storage import new_folder, parents_made, system_failures
-from llama_jax.tokenizer.conversion import model_file, own_files
+from llama_jax.tokenizer.conversion import comparable_probes, model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import required
@@ -168,6 +168,32 @@ def verify(
                         f'{rows.start} to {rows.stop} differ from {source.origin}'
                     )
                 progress(found.nbytes)
+
+
+def verify_tokenizer(written: Tokenizer | None, original: Tokenizer | None, origin: str) -> None:
+    """Compares a tokenizer that was written with its source's, by texts made of its own added tokens among others.
+
+    Args:
+      written: of the new checkpoint.
+      original: what was given to `save`.
+      origin: the new checkpoint, for messages.
+
+    Raises:
+      InputError: a text has other ids, or texts begin or end otherwise.
+    """
+    if original is None:
+        return
+    if written is None:
+        raise InputError(f'{origin} was written wrong: it has no tokenizer')
+    for text in comparable_probes(original):
+        if (found := written.encode(text)) != (expected := original.encode(text)):
+            raise InputError(
+                f'{origin} was written wrong: {text!r} has the ids {found}, in the source {expected}'
+            )
+    for name in ('bos_id', 'add_bos', 'stop_ids'):
+        found, expected = getattr(written, name, True), getattr(original, name, True)
+        if not set(expected) <= set(found) if name == 'stop_ids' else found != expected:
+            raise InputError(f'{origin} was written wrong: its {name} is {found}, in the source {expected}')
 
 
 def _keeps_type(original: np.ndarray, copy: np.ndarray, tensor: Tensor) -> bool:

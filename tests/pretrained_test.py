@@ -26,10 +26,13 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import make_mesh
 from llama_jax.pretrained import load
+from llama_jax.tokenizer.conversion import own_files
+from llama_jax.tokenizer.tokenizer import tokenizer_of_files
 from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.types import InputError, SystemFailure
 from tests import toy
 from tests.convert.in_memory import random_source
+from tests.tokenizer import kinds
 
 CONFIG = dataclasses.replace(
     toy.CONFIG, vocab_size=300, head_dim=4
@@ -389,6 +392,24 @@ def test_every_tensor_keeps_its_type(tmp_path, workdir, to):
     export.save(tmp_path / 'narrow', mixed, tokenizer, to=to, dtype='bfloat16')
     with pytest.raises(InputError, match='is bfloat16, in memory it is float'):
         export.verify(pretrained.open(tmp_path / 'narrow').source, mixed)
+
+
+def test_a_tokenizer_that_was_written_wrong_is_found():
+    found = kinds.kinds()
+    tokenizers = {name: tokenizer_of_files(name, found[name][0]) for name in ('dolphin', 'hermes', 'no BOS')}
+    for tokenizer in tokenizers.values():
+        back = tokenizer_of_files('back', own_files(tokenizer))
+        export.verify_tokenizer(back, tokenizer, 'x')
+    dolphin = tokenizers['dolphin']
+    for written, words in (
+        (None, 'it has no tokenizer'),
+        (tokenizer_of_files('a', found['dolphin'][0] | {'generation_config.json': b'{"eos_token_id": 401}',
+                            'tokenizer_config.json': b'{"eos_token": "<|end_of_text|>"}'}), 'its stop_ids is'),
+        (tokenizers['no BOS'], 'x was written wrong: its add_bos is False'),
+        (tokenizer_of_files('a', found['llama2'][0]), "has the ids .*, in the source"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            export.verify_tokenizer(written, dolphin, 'x')
 
 
 class Unreadable:

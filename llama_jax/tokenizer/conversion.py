@@ -48,6 +48,13 @@ def probes_of(tokenizer: Tokenizer) -> list[str]:
     return [*_PROBES, *own]
 
 
+def comparable_probes(tokenizer: Tokenizer) -> list[str]:
+    """Those of `probes_of` that every format reads alike."""
+    # Metaspace puts no space before a text that begins with one. Those texts apart, it is sentencepiece all the same.
+    spaced = isinstance(tokenizer, HuggingFaceTokenizer) and b'Metaspace' in tokenizer.file_bytes
+    return [text for text in probes_of(tokenizer) if not (spaced and text.startswith(' '))]
+
+
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The description of any tokenizer.
 
@@ -79,11 +86,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 def _of_json(tokenizer: HuggingFaceTokenizer) -> tuple[Vocabulary, Tokenizer]:
     """The vocabulary that gives the same ids, and its tokenizer."""
-    # Metaspace puts no space before a text that begins with one. Those texts apart, it is sentencepiece all the same.
-    spaced = (
-        b'Metaspace' in tokenizer.file_bytes[-(64 << 10) :] or b'Metaspace' in tokenizer.file_bytes[: 1 << 20]
-    )
-    probes = [text for text in probes_of(tokenizer) if not (spaced and text.startswith(' '))]
+    probes = comparable_probes(tokenizer)
     expected = [tokenizer.encode(text) for text in probes]
     differing = ''
     for candidate in candidates_of(tokenizer):
