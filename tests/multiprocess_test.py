@@ -151,7 +151,7 @@ def stopped_at_3(workdir, copy):
 def test_two_processes_train_as_one(alone, two):
     assert_same_batches(two, alone)
     assert_same_losses(two, alone)
-    assert losses(two)[NUM_STEPS - 1] < 0.8 * losses(two)[0]
+    assert losses(two)[NUM_STEPS - 1] < losses(two)[0] - 0.5
     assert saved_steps(two) == [3, 6]
     found, wanted = (json.loads((workdir / 'report.json').read_text()) for workdir in (two, alone))
     assert found.pop('sample') == wanted.pop('sample')

@@ -300,12 +300,12 @@ def init_params(model: Transformer, rng: Array) -> Params:
 
 def abstract_params(model: Transformer) -> Params:
     """Shapes and dtypes of the weights, without memory."""
-    return jax.tree.map(lambda box: box.value, _abstract_boxes(_plain(model)), is_leaf=_is_box)
+    return jax.tree.map(lambda box: box.value, _abstract_boxes(model), is_leaf=_is_box)
 
 
 def param_axes(model: Transformer) -> PyTree:
     """Logical axes of every weight: a tree like the params with a tuple of names at each leaf."""
-    return jax.tree.map(lambda box: tuple(box.names), _abstract_boxes(_plain(model)), is_leaf=_is_box)
+    return jax.tree.map(lambda box: tuple(box.names), _abstract_boxes(model), is_leaf=_is_box)
 
 
 def abstract_params_and_axes(model: Transformer) -> tuple[Params, PyTree]:
@@ -321,8 +321,12 @@ def _plain(model: Transformer) -> Transformer:
     )
 
 
+def _abstract_boxes(model: Transformer) -> PyTree:
+    return _abstract_boxes_of(_plain(model))  # pyright: ignore[reportArgumentType] - a module has a hash
+
+
 @functools.lru_cache(maxsize=16)
-def _abstract_boxes(plain: Transformer) -> PyTree:
+def _abstract_boxes_of(plain: Transformer) -> PyTree:
     """The weights with their axes; kept, as tracing the model takes long and a command asks several times."""
     return jax.eval_shape(lambda: plain.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
 
