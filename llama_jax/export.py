@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -191,8 +191,9 @@ def verify_tokenizer(written: Tokenizer | None, original: Tokenizer | None, orig
                 f'{origin} was written wrong: {text!r} has the ids {found}, in the source {expected}'
             )
     for name in ('bos_id', 'add_bos', 'stop_ids'):
-        found, expected = getattr(written, name, True), getattr(original, name, True)
-        is_kept = set(expected) <= set(found) if isinstance(expected, Collection) else found == expected
+        found: Any = getattr(written, name, True)
+        expected: Any = getattr(original, name, True)
+        is_kept = set(expected) <= set(found) if name == 'stop_ids' else found == expected
         if not is_kept:
             raise InputError(f'{origin} was written wrong: its {name} is {found}, in the source {expected}')
 
