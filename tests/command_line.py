@@ -221,7 +221,7 @@ def add_nano() -> None:
     from llama_jax.models.presets import PRESETS
 
     PRESETS['nano'] = dataclasses.replace(
-        PRESETS['tiny'], embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
+        PRESETS['tiny'], embed_dim=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=128
     )
 
 

@@ -252,7 +252,7 @@ REFUSED = {
     'unknown attention': ({'model__attention': 'flush'}, "attention implementation 'flush'; choose from"),
     'unknown optimizer': ({'optimizer__name': 'sgd'}, "optimizer.name is 'sgd', which is no optimizer; choose"),
     'impossible mesh': ({'mesh__tensor': 3}, 'impossible mesh .* tensor=3.* 8 devices'),
-    'indivisible heads': ({'mesh__tensor': 8}, "heads' of size [24] does not divide over mesh axes tensor=8"),
+    'indivisible heads': ({'mesh__tensor': 8}, "heads' of size 4 does not divide over mesh axes tensor=8"),
     'indivisible batch': ({'train__batch_size': 12}, 'batch size 12 does not divide over the 8 devices'),
     'microbatches': ({'train__num_microbatches': 3}, 'batch_size=8 does not divide into .*num_microbatches=3'),
     'loss chunks': ({'train__loss_chunks': 7}, 'seq_len=64 does not divide into --config.train.loss_chunks=7'),
