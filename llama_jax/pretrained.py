@@ -285,15 +285,14 @@ def _downloaded(text: str, repository: str, revision: str | None, part: str) -> 
             names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
             patterns, place = _wanted_of(names, text, part)
             folder = epath.Path(fetch(allow_patterns=patterns))
-        except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-            raise
         except (
-            OSError,
-            errors.OfflineModeIsEnabled,
-        ) as error:  # without a network, what was fetched before will do
+            InputError, errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
+        ):  # fmt: skip
+            raise
+        except Exception as error:  # without a network, what was fetched before will do
             try:
                 folder = epath.Path(fetch(local_files_only=True))
-            except (OSError, ValueError):
+            except Exception:
                 raise error from None
             logger.info('%s is read from the cache: %s', text, error_line(error))
             local = pathlib.Path(folder)
@@ -309,7 +308,11 @@ def _downloaded(text: str, repository: str, revision: str | None, part: str) -> 
             f'{text} cannot be downloaded: there is no {page}, or it is private; if it is yours, log in by '
             f'`hf auth login`, or set HF_TOKEN ({error_line(error)})'
         ) from error
-    except (OSError, ValueError) as error:  # what the hub's own errors derive from, of several lines each
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # the hub's own, of several lines each, and those of the HTTP client of its release
         raise InputError(f'{text} cannot be downloaded: {" ".join(str(error).split())}') from error
     return folder / place if place else folder
 
