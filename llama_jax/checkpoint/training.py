@@ -214,6 +214,8 @@ def _restore(folder: epath.Path, abstract_state: PyTree) -> tuple[Any, str]:
                 damage = line
             elif isinstance(error, ValueError):
                 raise InputError(f'checkpoint {folder} cannot be restored: {line}') from error
+            elif type(error) is Exception or isinstance(cause, OSError):  # as Orbax tells of reads that fail
+                raise SystemFailure(f'checkpoint {folder} cannot be read: {line}') from error
             else:
                 raise
     return restored, next(filter(None, gather_texts(damage)), '')
