@@ -5,6 +5,7 @@ subprocesses too. What is set already is left alone: `JAX_PLATFORMS=cuda pytest 
 """
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -21,12 +22,17 @@ def _cache_dir() -> pathlib.Path:
     return root / 'llama_jax' / f'tests-{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}'
 
 
+_jaxlib = tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2]))
 _flags = os.environ.get('XLA_FLAGS', '').split()
 for _flag in (
     '--xla_force_host_platform_device_count=8',
     # Eight devices on two busy cores: a device that waits 40 s for the others is slow, not stuck.
     '--xla_cpu_collective_call_terminate_timeout_seconds=300',
-    '--xla_backend_optimization_level=0',  # the programs of tests compile for longer than they run
+    # The programs of tests compile for longer than they run.
+    '--xla_backend_optimization_level=0',
+    '--xla_cpu_parallel_codegen_split_count=1',
+    # Compiling with XLA's older emitters of loops takes a fourth of the time; newer releases have none.
+    *(['--xla_cpu_use_fusion_emitters=false'] if _jaxlib < (0, 11) else []),
 ):
     if not any(flag.startswith(_flag.split('=')[0]) for flag in _flags):
         _flags.append(_flag)
