@@ -30,6 +30,7 @@ from array_record.python import array_record_module
 from tests.command_line import add_nano
 add_nano()
 gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 for line in sys.stdin:
     pids = []
     for request in json.loads(line):

@@ -87,6 +87,7 @@ def test_a_killed_run_goes_on(commands, given, evaluated, tmp_path):
     assert 'of another evaluation: seed was 0 and is 1' in line and (output / 'results.json').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one(given, evaluated, tmp_path):
     """Only the first has the log; both go through what is left."""
     output = tmp_path / 'run'

@@ -140,6 +140,7 @@ def test_a_new_run_continues_from_the_weights_of_another(commands, run, corpus, 
     assert '--checkpoint was' in other
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_settings_where_that_is_allowed(commands, run, corpus, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(run, workdir)
@@ -361,6 +362,7 @@ def test_benchmark_writes_its_figures(commands, tmp_path):
     assert 'llama_jax' in finished.stdout and figures['device'] in finished.stdout
 
 
+@pytest.mark.slow
 def test_chosen_steps_are_traced(commands, corpus, tmp_path):
     traced = dict(log__profile_start=1, log__profile_steps=2, train__num_steps=4)
     commands.run('pretrain', *tiny_run(tmp_path / 'run', corpus, **traced)).succeeded()
@@ -374,7 +376,9 @@ def test_wandb_is_asked_for_by_name(commands, corpus, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('to', ['orbax', 'meta', 'huggingface', 'gguf'])
+@pytest.mark.parametrize(
+    'to', ['orbax', 'huggingface', *(pytest.param(to, marks=pytest.mark.slow) for to in ('meta', 'gguf'))]
+)
 def test_convert_writes_what_generates_the_same_text(commands, run, tmp_path, to):
     output = tmp_path / ('model.gguf' if to == 'gguf' else 'model')
     line = commands.run(
