@@ -5,6 +5,7 @@ of brackets, and ends in errors of several kinds where text is nested deep or a 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,11 @@ def parse_object(data: bytes | str, place: str) -> dict[str, Any]:
     )
     if not isinstance(value, dict):
         raise InputError(f'{place} is a JSON {type(value).__name__}, it must be an object')
+    if isinstance(data, str) or re.search(rb'\\u[dD][89a-fA-F]', data):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f'{place} holds half a character ({error.object[error.start]!a})') from None
     if _is_deep(value):
         raise InputError(f'{place} nests its values more than {_MAX_DEPTH} deep; copy or download it again')
     return value

@@ -62,7 +62,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def error_line(error: BaseException) -> str:
     """What a library's error says, short enough to be the reason within a line of ours; its type where it is silent."""
     lines = filter(None, map(str.strip, str(error).splitlines()))
-    return next(lines, type(error).__name__)[:300]
+    line = next(lines, type(error).__name__)[:300]
+    return ''.join(letter if letter.isprintable() else '\ufffd' for letter in line)
 
 
 @runtime_checkable

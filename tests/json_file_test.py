@@ -27,6 +27,7 @@ BAD_OBJECTS = {
     'infinite': ('{"a": -Infinity}', '-Infinity is no number'),
     'beyond floats': ('{"a": 1e400}', '1e400 is beyond'),
     'beyond floats, whole': ('{"a": 1' + '0' * 400 + '}', '401 digits'),
+    'half a character': ('{"a": {"b": "x\\ud800"}}', 'holds half a character'),
     'nested': ('{"a": ' + '[' * 101 + ']' * 101 + '}', 'more than 100 deep'),
 }
 

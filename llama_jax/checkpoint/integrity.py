@@ -82,11 +82,17 @@ def _read_record(step_folder: epath.Path) -> dict[str, dict[str, Any]] | None:
     try:
         if (step_folder / _RECORD).exists():
             record = json.loads((step_folder / _RECORD).read_text())
-            return {
+            found = {
                 name: {'bytes': entry['bytes'], 'crc32c': entry['crc32c']} for name, entry in record.items()
             }
-        sizes = json.loads((step_folder / _SIZES).read_text())
-        return {name: {'bytes': size, 'crc32c': ''} for name, size in sizes.items()}
+        else:
+            sizes = json.loads((step_folder / _SIZES).read_text())
+            found = {name: {'bytes': size, 'crc32c': ''} for name, size in sizes.items()}
+        are_sound = all(
+            name.isprintable() and type(entry['bytes']) is int and isinstance(entry['crc32c'], str)
+            for name, entry in found.items()
+        )
+        return found if are_sound else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -69,7 +69,9 @@ class _Keys:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        return float(str(np.float32(self.value(key, default))))  # 1e-05, not its fp32 9.99999974e-06
+        if type(value := self.value(key, default)) is not float:
+            raise InputError(f'llama.{key} is {value}, which is no float as llama.cpp writes it')
+        return float(str(np.float32(value)))  # 1e-05, not its fp32 9.99999974e-06
 
 
 def _config(metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> LlamaConfig:
@@ -118,8 +120,8 @@ def _stretched(keys: _Keys, config: LlamaConfig) -> LlamaConfig:
     given = keys.metadata
     kind = given.get('llama.rope.scaling.type')
     factor = given.get('llama.rope.scaling.factor', given.get('llama.rope.scale_linear')) or 1.0
-    if type(factor) not in (int, float) or not 0 < factor <= 1e6:
-        raise InputError(f'llama.rope.scaling.factor is {str(factor)[:80]!r}; it must be a number above 0')
+    if type(factor) is not float or not 0 < factor <= 1e6:
+        raise InputError(f'llama.rope.scaling.factor is {str(factor)[:80]!r}; it must be a float above 0')
     factor = float(str(np.float32(factor)))
     if kind == 'none' or factor == 1.0:
         return config
@@ -163,7 +165,7 @@ def _scaling_keys(config: LlamaConfig) -> dict[str, Any]:
         what = 'dynamic scaling' if scaling.kind == 'dynamic' else 'yarn without rounding'
         raise InputError(f'GGUF has no {what} of RoPE, which this model has; write another format')
     keys: dict[str, Any] = {
-        'type': scaling.kind, 'factor': scaling.factor, 'original_context_length': scaling.original_max_seq_len,
+        'type': scaling.kind, 'factor': float(scaling.factor), 'original_context_length': scaling.original_max_seq_len,
     }  # fmt: skip
     if scaling.kind == 'yarn':
         if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):

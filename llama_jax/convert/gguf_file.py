@@ -25,6 +25,8 @@ _MAX_NAME = 64  # bytes of a tensor's name
 _MAX_KEY = 2**16 - 1
 _MAX_VALUE = 64 << 20  # bytes of one value; the largest real ones, lists of merges, have a few MB
 _MAX_AXES = 4
+_MAX_METADATA = 128 << 20  # bytes of all keys and values; real files have a tenth of that
+_MAX_TENSORS = 1 << 16  # the 405B's file has 1,138
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: 'u1', 10: '<u8', 11: '<i8', 12: '<f8',
 }  # fmt: skip
@@ -159,6 +161,8 @@ def read_header(path: epath.Path) -> Header:
         cursor = _Cursor(file, str(path), path.stat().length)
         metadata, num_tensors = _metadata(cursor)
         cursor.expect(num_tensors * _MIN_TENSOR, f'a list of {num_tensors} tensors')
+        if num_tensors > _MAX_TENSORS:
+            raise cursor.error(f'it lists {num_tensors} tensors; at most {_MAX_TENSORS} are read')
         tensors: dict[str, TensorInfo] = {}
         for index in range(num_tensors):
             name = cursor.text(f'the name of tensor {index}', _MAX_NAME)
@@ -193,6 +197,10 @@ def _metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
         if key in metadata:
             raise cursor.error(f'key {key[:80]!r} appears twice')
         metadata[key] = _value(cursor, f'the value of {key[:80]!r}')
+        if cursor.position > _MAX_METADATA:
+            raise cursor.error(
+                f'its keys and values take more than {_MAX_METADATA} bytes; no model needs that'
+            )
     return metadata, num_tensors
 
 

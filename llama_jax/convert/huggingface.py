@@ -113,7 +113,7 @@ def _open_shards(
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         path = index.parent / file
-        if not path.exists():
+        if not path.is_file():
             raise InputError(f'{path} is missing, and {index.name} names it; copy or download it again')
         for name, tensor in open_file(path).items():
             if name not in places and not _is_buffer(name):

@@ -37,7 +37,7 @@ DTYPES = {
     'BOOL': np.dtype(bool),
 }
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_HEADER = 32 << 20  # bytes; a Llama's has less than one MB, and what it describes is held in memory
 _MAX_NAME = 256  # characters; what a message can show
 _MAX_RANK = 8
 _WRITE_BYTES = 256 << 10  # at once; Linux takes two to five times as long for pieces of a megabyte and more

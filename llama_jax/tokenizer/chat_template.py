@@ -174,7 +174,7 @@ def template_beside(folder: epath.Path) -> str:
         return ''
     template = read_object(file).get('chat_template')
     if isinstance(template, list):  # several by name
-        named = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
+        named = {str(t.get('name')): t.get('template') for t in template if isinstance(t, dict)}
         template = named.get('default', '')
     if not isinstance(template, str | None):
         raise InputError(f'{file}: chat_template is {show_json(template)}; it must be a text')

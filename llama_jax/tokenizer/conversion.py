@@ -126,12 +126,13 @@ def tokenizer_of(vocabulary: Vocabulary, path: str) -> Tokenizer:
 def with_added(vocabulary: Vocabulary, added: Mapping[int, AddedToken]) -> Vocabulary | None:
     """The vocabulary with further tokens, or others of its ids' names; None where it has them all."""
     tokens, types = list(vocabulary.tokens), list(vocabulary.types)
+    names = set(tokens)
     changed = False
     for id, token in sorted(added.items()):
         kinds = (CONTROL, UNKNOWN) if token.special else (USER_DEFINED,)
         if id < len(tokens) and tokens[id] == token.content and (types[id] in kinds or types[id] != CONTROL):
             continue  # what is listed without being flagged is what it was
-        if token.content in tokens[: len(vocabulary.tokens)]:
+        if token.content in names:
             continue  # transformers lets the first have the name
         for hole in range(len(tokens), id + 1):
             tokens.append(f'[PAD{hole}]')

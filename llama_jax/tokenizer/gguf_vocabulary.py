@@ -156,7 +156,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
         merges = _list(metadata, path, 'merges', str)
         pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges if (cut := merge.find(' ', 1)) > 0]
         return dataclasses.replace(vocabulary, pairs=pairs)
-    scores = [float(score) for score in _list(metadata, path, 'scores', (int, float))]
+    scores = _list(metadata, path, 'scores', float)
     if len(scores) < size or not all(abs(score) <= _MAX_SCORE for score in scores):
         raise InputError(
             f'{path}: tokenizer.ggml.scores holds {len(scores)} values for {size} tokens, or one that is '

@@ -7,13 +7,14 @@ usually called.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 from etils import epath
 
 from llama_jax.json_file import parse_object, read_bytes, show_json
 from llama_jax.tokenizer.tiktoken_tokenizer import meta_stop_ids
-from llama_jax.tokenizer.vocabulary import Ends
+from llama_jax.tokenizer.vocabulary import MAX_TOKENS, Ends
 from llama_jax.types import InputError
 
 _MAP, _CONFIG = 'special_tokens_map.json', 'tokenizer_config.json'
@@ -171,7 +172,12 @@ def _added(read: Mapping[str, dict], folder: str) -> dict[int, AddedToken]:
     found = {}
     for id, token in decoder.items():
         content = token.get('content') if isinstance(token, dict) else token
-        if not isinstance(content, str) or not content or not id.isascii() or not id.isdigit() or len(id) > 9:
+        if (
+            not isinstance(content, str)
+            or not content
+            or not re.fullmatch('[0-9]{1,9}', id)
+            or int(id) >= MAX_TOKENS
+        ):
             raise InputError(
                 f'{folder}/{_CONFIG}: added_tokens_decoder holds {show_json({id: token})}; an id and a token belong '
                 'there'
@@ -179,7 +185,7 @@ def _added(read: Mapping[str, dict], folder: str) -> dict[int, AddedToken]:
         found[int(id)] = AddedToken(content, bool(token.get('special')) if isinstance(token, dict) else False)
     special = {name for file in (_CONFIG, _MAP) for name in _special_names(read[file])}
     for content, id in read[_ADDED].items():
-        if type(id) is not int or not 0 <= id < 10**9 or not content:
+        if type(id) is not int or not 0 <= id < MAX_TOKENS or not content:
             raise InputError(
                 f'{folder}/{_ADDED} gives {show_json(content)} the id {show_json(id)}; that is none'
             )

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +13,11 @@ import numpy as np
 from etils import epath
 
 from llama_jax.json_file import parse_object
+from llama_jax.tokenizer.foreign_tokenizer import PROBES, check_opening
 from llama_jax.tokenizer.huggingface_statements import Statements, read_statements, stating_files
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.text_pieces import checked_ids, without_surrogates
+from llama_jax.tokenizer.vocabulary import MAX_TOKENS
 from llama_jax.types import InputError
 
 
@@ -53,21 +54,22 @@ class HuggingFaceTokenizer:
         if not isinstance(definition.get('model'), dict):
             raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: it has no model')
         data = _with_added(definition, said, path) or data
-        if (growth := _growth(definition.get('normalizer'))) > _MAX_GROWTH:
-            raise InputError(
-                f'{path} makes texts {growth} times as long; at most {_MAX_GROWTH} times is allowed'
-            )
+        check_opening(definition, data, path)
         with refused(f'{path} is not a tokenizer.json that tokenizers can read'):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            for text in _PROBES:  # a pattern may fail at some text only
+            for text in PROBES:
                 self._tokenizer.encode(text)
             around = self._around(definition)
         self.path = path
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if self.vocab_size > MAX_TOKENS:
+            raise InputError(
+                f'{path} gives a token the id {self.vocab_size - 1}; at most {MAX_TOKENS - 1} is read'
+            )
         self.ends = said.ends(
             self._tokenizer.token_to_id, path, self._special(), size=self.vocab_size, around=around
         )
@@ -159,20 +161,6 @@ class HuggingFaceTokenizer:
 
 
 logger = logging.getLogger(__name__)
-
-_PROBES = ('Hello world! 12', *(letter * 40 + '!x' for letter in 'a1 -\né'))
-_MAX_GROWTH = 100  # times; a Llama's own puts one letter for another
-
-
-def _growth(normalizer: Any) -> int:
-    """By how much the parts of a normalizer, one after another, can lengthen a text."""
-    if not isinstance(normalizer, dict):
-        return 1
-    parts = normalizer.get('normalizers')
-    growth = math.prod(map(_growth, parts)) if isinstance(parts, list) else 1
-    texts = [value for key in ('content', 'prepend') if isinstance(value := normalizer.get(key), str)]
-    return growth * max(1, *map(len, texts), 1)
-
 
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 codecs.register_error('llama_jax.each_byte', lambda e: ('\ufffd', e.start + 1))  # pyright: ignore

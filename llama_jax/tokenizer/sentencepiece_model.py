@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llama_jax.tokenizer.charsmap import check_charsmap
 from llama_jax.types import InputError, error_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF's tokens
@@ -41,12 +42,16 @@ class SentencePieceModel:
 
 
 def checked_pieces(data: bytes, path: str) -> list[tuple[str, float, int]]:
-    """The pieces; refuses what sentencepiece opens and then fails at: pieces that are no text, none for the unknown.
+    """The pieces; refuses what sentencepiece fails at only later, or believes to its end.
 
     Raises:
-      InputError: as said, or the file is damaged otherwise.
+      InputError: the file is damaged, or none.
     """
-    pieces = _parse(data, path).model.pieces
+    model = _parse(data, path).model
+    check_charsmap(model.charsmap, path)
+    pieces = model.pieces
+    if not pieces:
+        raise _none(data, path)
     types = [kind for _, _, kind in pieces]
     if types.count(UNKNOWN) != 1:
         raise InputError(f'{path} has {types.count(UNKNOWN)} pieces for what is unknown; it needs one')
@@ -92,9 +97,9 @@ def _parse(data: bytes, path: str) -> _Parsed:
                     raise ValueError(f'a piece of {len(piece[1])} bytes; at most {MAX_TOKEN} are read')
                 pieces.append((piece[1].decode(), score, int(piece.get(3, NORMAL))))
             elif number == 2:
-                trainer = dict(_fields(message))
+                trainer |= dict(_fields(message))
             elif number == 3:
-                normalizer = dict(_fields(message))
+                normalizer |= dict(_fields(message))
         model = SentencePieceModel(
             pieces,
             trainer.get(46, b'<s>').decode(),
@@ -111,9 +116,18 @@ def _parse(data: bytes, path: str) -> _Parsed:
             escapes_spaces=bool(normalizer.get(5, 1)),
         )
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        if not pieces:
+            raise _none(data, path) from error
         raise InputError(
             f'{path} is a damaged sentencepiece model, after {len(pieces)} pieces: {error_line(error)}; copy it again'
         ) from error
+
+
+def _none(data: bytes, path: str) -> InputError:
+    return InputError(
+        f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a tokenizer.json '
+        f'({len(data)} bytes); give the tokenizer.model that came with the weights'
+    )
 
 
 def write_model(model: SentencePieceModel) -> bytes:

@@ -11,7 +11,7 @@ from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_pieces
 from llama_jax.tokenizer.text_pieces import checked_ids, split_at, without_surrogates
 from llama_jax.tokenizer.vocabulary import Ends
-from llama_jax.types import InputError
+from llama_jax.types import InputError, error_line
 
 _SPECIAL = (UNKNOWN, CONTROL)
 
@@ -38,14 +38,13 @@ class SentencePieceTokenizer:
         """
         import sentencepiece
 
+        pieces = checked_pieces(data, path)  # before the library, which believes what a file says
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, UnicodeDecodeError) as error:  # the second of what it would say
             raise InputError(
-                f'{path} is not a tokenizer: neither a sentencepiece model nor a tiktoken rank file nor a '
-                f'tokenizer.json ({len(data)} bytes); give the tokenizer.model that came with the weights'
+                f'{path} is a sentencepiece model that cannot be used: {error_line(error)}'
             ) from error
-        pieces = checked_pieces(data, path)
         self.path = path
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()

@@ -11,7 +11,6 @@ from llama_jax.convert.mapping import layers_of, weights_of
 from llama_jax.convert.torch_writer import TorchWriter
 from llama_jax.models.config import LlamaConfig
 from llama_jax.types import InputError
-from tests.convert.fuzz import mutations, refused_or_read
 
 # The FFN's size is no multiple of the 8 values of a group, so groups span rows of w2.
 SIZES = dict(dim=16, hidden_dim=44, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=30, seq_len=64)
@@ -149,36 +148,3 @@ def test_pt_without_its_keys_is_refused(tmp_path):
         writer.finish()
     with pytest.raises(InputError, match='has keys model and model_args'):
         llama2c.open_source(path)
-
-
-def fuzz(path: epath.Path, data: bytes, count: int, seed: int) -> int:
-    """Reads `count` damaged copies whole; how many were refused."""
-
-    def read():
-        for tensors in llama2c.open_source(path).tensors.values():
-            for tensor in tensors:
-                tensor.read().sum()
-
-    refused = 0
-    for damaged in mutations(data, np.random.default_rng(seed), count):
-        path.write_bytes(damaged)
-        with np.errstate(all='ignore'):
-            refused += bool(refused_or_read(read, len(data)))
-    return refused
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No check of the types of every call, which would take most of the time."""
-    monkeypatch.setattr('jaxtyping.config.jaxtyping_disable', True)
-
-
-@pytest.mark.usefixtures('unchecked')
-@pytest.mark.parametrize('count', [150, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_files_are_refused_in_one_line_or_read(tmp_path, shared_data, count):
-    for version in (0, 1, 2):
-        data = bin_file(version, random_tensors(), tied=False)
-        assert fuzz(epath.Path(tmp_path / 'model.bin'), data, count, seed=version) > count // 4
-    # What is damaged is the start of a file, which is its pickle, and its end, which is its directory.
-    data = (shared_data / 'weights' / 'stories260K' / 'stories260K.pt').read_bytes()
-    assert fuzz(epath.Path(tmp_path / 'model.pt'), data, count // 3, seed=3) > count // 12

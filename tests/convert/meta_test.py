@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 import tracemalloc
 
 import numpy as np
@@ -15,7 +14,6 @@ from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import BFLOAT16
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.types import InputError
-from tests.convert.fuzz import mutations, refused_or_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,54 +358,3 @@ def test_folder_that_does_not_fit_together_is_refused_in_one_line(folder, damage
     with pytest.raises(InputError, match=message) as error:
         meta.open_source(folder)
     assert '\n' not in str(error.value)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the checks of types, which cost more than the reading and would only ever refuse more."""
-    monkeypatch.setattr('jaxtyping.config.jaxtyping_disable', True)
-
-
-def read_all(source: Source) -> None:
-    for tensors in source.tensors.values():
-        for tensor in tensors:
-            tensor.read().sum()
-
-
-def fuzz(folder: epath.Path, file: str, count: int, seed: int, tail: int = 0) -> int:
-    """Reads the folder with `count` damaged copies of one file, or of its last `tail` bytes; how many were refused."""
-    rng = np.random.default_rng(seed)
-    data = (folder / file).read_bytes()
-    head, data = (data[:-tail], data[-tail:]) if tail else (b'', data)
-    size = sum(path.stat().length for path in folder.iterdir())
-    refused = 0
-    for damaged in mutations(data, rng, count):
-        (folder / file).write_bytes(head + damaged)
-        with np.errstate(all='ignore'):
-            refused += bool(refused_or_read(lambda: read_all(meta.open_source(folder)), size))
-    (folder / file).write_bytes(head + data)
-    return refused
-
-
-def fuzz_folder(tmp_path) -> epath.Path:
-    config = dataclasses.replace(CONFIG, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=4, mlp_dim=32)
-    return write(made_source(config), tmp_path / 'fuzz', dtype=BFLOAT16)
-
-
-@pytest.mark.usefixtures('unchecked')
-def test_damaged_files_are_refused_in_one_line_or_read(tmp_path):
-    folder = fuzz_folder(tmp_path)
-    assert fuzz(folder, 'consolidated.00.pth', 400, seed=0) > 200
-    assert fuzz(folder, 'consolidated.00.pth', 200, seed=1, tail=1500) > 100
-    assert fuzz(folder, 'params.json', 300, seed=2) > 150
-    shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures('unchecked')
-def test_many_damaged_files_are_refused_in_one_line_or_read(tmp_path):
-    folder = fuzz_folder(tmp_path)
-    for seed in range(10, 13):
-        fuzz(folder, 'consolidated.00.pth', 2000, seed)
-        fuzz(folder, 'consolidated.00.pth', 1000, seed, tail=1500)
-        fuzz(folder, 'params.json', 1000, seed)

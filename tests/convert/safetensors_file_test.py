@@ -9,7 +9,6 @@ from etils import epath
 from llama_jax.convert import tensors as tensors_module
 from llama_jax.convert.safetensors_file import DTYPES, Entry, open_safetensors, write_safetensors
 from llama_jax.types import InputError
-from tests.convert.fuzz import mutations, refused_or_read
 
 
 def arrays(rng) -> dict[str, np.ndarray]:
@@ -141,16 +140,3 @@ def test_the_format_s_own_freedoms(tmp_path):
     assert open_safetensors(path)['none'].read().shape == (0, 3)
     path.write_bytes(raw({}, b''))
     assert open_safetensors(path) == {}
-
-
-@pytest.mark.parametrize('count', [800, pytest.param(2_000, marks=pytest.mark.slow)])
-def test_mutations_are_read_or_refused(count, tmp_path):
-    path = epath.Path(tmp_path) / 'x.safetensors'
-    write(path, arrays(np.random.default_rng(0)))
-    messages = []
-    for data in mutations(path.read_bytes(), np.random.default_rng(0), count):
-        path.unlink()  # cheaper than to overwrite: ext4 then waits for the disk
-        path.write_bytes(data)
-        read = lambda: [t.read() for t in open_safetensors(path).values()]  # noqa: E731
-        messages.append(refused_or_read(read, len(data)))
-    assert 0.2 < np.mean([bool(message) for message in messages]) < 0.95  # both happen
