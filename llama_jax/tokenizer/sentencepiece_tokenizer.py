@@ -43,7 +43,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, UnicodeDecodeError) as error:  # the second of what it would say
             raise InputError(
-                f'{path} is a sentencepiece model that cannot be used: {error_line(error)}'
+                f'{path} is not a tokenizer that sentencepiece can use: {error_line(error)}'
             ) from error
         self.path = path
         self.file_bytes = data
