@@ -178,8 +178,7 @@ def _are_ranks(vocabulary: Vocabulary, count: int) -> bool:
     """Whether the ids of the first tokens are the order of their merges, as in Llama 3, and all others special."""
     names = vocabulary.tokens[count:]
     if not (
-        SPLITTERS[vocabulary.splitter].whole_words
-        and vocabulary.splitter == 'llama-bpe'
+        SPLITTERS[vocabulary.splitter] == SPLITTERS['llama-bpe']
         and set(vocabulary.types[count:]) == {CONTROL}
         and {'<|begin_of_text|>', '<|end_of_text|>'} <= set(names)
     ):

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.json_file import show_json
 from llama_jax.tokenizer.conversion import tokenizer_of, vocabulary_of
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
-from llama_jax.tokenizer.splitters import SPLITTERS, splitter_named
+from llama_jax.tokenizer.splitters import SPLITTERS, USUAL_NAMES
 from llama_jax.tokenizer.text_pieces import without_surrogates
 from llama_jax.tokenizer.vocabulary import Ends, Family, Vocabulary, check_tokens, is_hole
 from llama_jax.types import InputError
@@ -143,11 +144,11 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
         types[id] = CONTROL if types[id] not in (CONTROL, UNKNOWN) else types[id]
     splitter = ''
     if model == 'gpt2':
-        given = metadata.get('tokenizer.ggml.pre', 'llama-bpe')  # the first files of Llama 3 say nothing
-        if not (splitter := splitter_named(given) if isinstance(given, str) else ''):
+        splitter = metadata.get('tokenizer.ggml.pre', 'llama-bpe')  # the first files of Llama 3 say nothing
+        if not isinstance(splitter, str) or splitter not in SPLITTERS:
             raise InputError(
-                f'{path}: tokenizer.ggml.pre is {given!r}; of those only {", ".join(SPLITTERS)} are known, so give the '
-                'tokenizer.json that the weights were trained with as their tokenizer'
+                f'{path}: tokenizer.ggml.pre is {show_json(splitter)}; known are {", ".join(USUAL_NAMES)} and other '
+                'names of these, so give the tokenizer.json that the weights were trained with as their tokenizer'
             )
     vocabulary = Vocabulary(
         _MODELS[model], tokens, types, _ends(metadata, path, model, splitter, named, size), splitter=splitter

@@ -17,11 +17,11 @@ from llama_jax.tokenizer.foreign_tokenizer import PROBES, check_opening
 from llama_jax.tokenizer.huggingface_statements import Statements, read_statements, stating_files
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.text_pieces import checked_ids, without_surrogates
-from llama_jax.tokenizer.vocabulary import MAX_TOKENS
+from llama_jax.tokenizer.vocabulary import MAX_TOKENS, Ended
 from llama_jax.types import InputError
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Ended):
     """A `tokenizer.json`, through the library `tokenizers`; files beside it say more of its tokens.
 
     Attributes:
@@ -73,8 +73,6 @@ class HuggingFaceTokenizer:
         self.ends = said.ends(
             self._tokenizer.token_to_id, path, self._special(), size=self.vocab_size, around=around
         )
-        self.bos_id = self.ends.eos_id if self.ends.bos_id is None else self.ends.bos_id
-        self.eos_id, self.stop_ids, self.add_bos = self.ends.eos_id, self.ends.stop_ids, self.ends.add_bos
         # Not all files say that these two are special; a text that spells one would become it.
         names = [self._tokenizer.id_to_token(id) for id in (self.bos_id, self.eos_id)]
         self._tokenizer.add_special_tokens(
@@ -90,7 +88,7 @@ class HuggingFaceTokenizer:
         self._strips = 'Strip' in decoder or 'Metaspace' in decoder
 
     def __reduce__(self):  # pickled, the library's own object forgets encode_special_tokens
-        return HuggingFaceTokenizer, (self.path, self.file_bytes, self.beside)
+        return HuggingFaceTokenizer, (self.path, self.file_bytes, self.beside), {'ends': self.ends}
 
     def token(self, id: int) -> str | None:
         """What the vocabulary calls an id; None where it has no such token."""

@@ -22,11 +22,17 @@ class Tokenizer(Protocol):
     """
 
     vocab_size: int
-    bos_id: int
-    eos_id: int
-    stop_ids: tuple[int, ...]
     path: str
     sha256: str
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""

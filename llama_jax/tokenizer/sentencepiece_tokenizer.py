@@ -1,6 +1,5 @@
 """The LLaMA 1 and Llama 2 tokenizer: a sentencepiece model, BPE or Unigram."""
 
-import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -10,13 +9,13 @@ import numpy as np
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_pieces
 from llama_jax.tokenizer.text_pieces import checked_ids, split_at, without_surrogates
-from llama_jax.tokenizer.vocabulary import Ends
+from llama_jax.tokenizer.vocabulary import Ended, Ends
 from llama_jax.types import InputError, error_line
 
 _SPECIAL = (UNKNOWN, CONTROL)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Ended):
     """Sentencepiece with byte fallback.
 
     Attributes:
@@ -55,23 +54,12 @@ class SentencePieceTokenizer:
             if eos_id < 0:
                 raise InputError(f'{path} defines no EOS (id {eos_id}); Llama needs one')
             ends = Ends(None if bos_id < 0 else bos_id, eos_id, (eos_id,), bos_id >= 0)
-        self._take(ends)
+        self.ends = ends
 
     def id_of(self, name: str) -> int | None:
         """Of a piece; None where there is none of this name."""
         id = self._processor.PieceToId(without_surrogates(name))
         return id if self._processor.IdToPiece(id) == name else None
-
-    def _take(self, ends: Ends) -> None:
-        self.ends = ends
-        self.bos_id = ends.eos_id if ends.bos_id is None else ends.bos_id
-        self.eos_id, self.stop_ids, self.add_bos = ends.eos_id, ends.stop_ids, ends.add_bos
-
-    def with_ends(self, ends: Ends) -> 'SentencePieceTokenizer':
-        """The same vocabulary, of which another file says how texts begin and end."""
-        other = copy.copy(self)
-        other._take(ends)
-        return other
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""

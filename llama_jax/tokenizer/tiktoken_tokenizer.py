@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import copy
 import hashlib
 import itertools
 import os
@@ -16,14 +15,14 @@ from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.sentencepiece_model import MAX_TOKEN
 from llama_jax.tokenizer.splitters import LLAMA3_PATTERN
 from llama_jax.tokenizer.text_pieces import checked_ids, chunks, split_at, without_surrogates
-from llama_jax.tokenizer.vocabulary import Ends
+from llama_jax.tokenizer.vocabulary import Ended, Ends
 from llama_jax.types import InputError
 
 _NUM_SPECIAL = 256
 RANK_LINE = re.compile(rb'[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|$)')
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Ended):
     """Byte-level BPE ranks, then special tokens.
 
     Attributes:
@@ -56,7 +55,7 @@ class TiktokenTokenizer:
         if ends is None:
             bos_id, eos_id = self.special_tokens['<|begin_of_text|>'], self.special_tokens['<|end_of_text|>']
             ends = Ends(bos_id, eos_id, meta_stop_ids(eos_id, self.special_tokens))
-        self._take(ends)
+        self.ends = ends
         with refused(f'{path} is not a rank file that tiktoken can use'):
             self._encoding = tiktoken.Encoding(
                 'llama3', pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
@@ -65,17 +64,6 @@ class TiktokenTokenizer:
     def id_of(self, name: str) -> int | None:
         """Of a special token; None where there is none of this name."""
         return self.special_tokens.get(name)
-
-    def _take(self, ends: Ends) -> None:
-        self.ends = ends
-        self.bos_id = ends.eos_id if ends.bos_id is None else ends.bos_id
-        self.eos_id, self.stop_ids, self.add_bos = ends.eos_id, ends.stop_ids, ends.add_bos
-
-    def with_ends(self, ends: Ends) -> 'TiktokenTokenizer':
-        """The same vocabulary, of which another file says how texts begin and end."""
-        other = copy.copy(self)
-        other._take(ends)
-        return other
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""

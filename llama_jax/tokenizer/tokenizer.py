@@ -27,6 +27,7 @@ from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.tiktoken_tokenizer import RANK_LINE, TiktokenTokenizer
+from llama_jax.tokenizer.vocabulary import with_ends
 from llama_jax.types import InputError, error_line
 
 logger = logging.getLogger(__name__)
@@ -109,9 +110,8 @@ def parse_tokenizer(path: str, data: bytes, beside: Mapping[str, bytes] | None =
         return native
     said = read_statements(beside, str(folder))
     if (vocabulary := with_added(vocabulary_of(native), said.added) if said.added else None) is None:
-        return native.with_ends(
-            said.ends(native.id_of, path, native.special_tokens, size=native.vocab_size, own=native.ends)
-        )
+        ends = said.ends(native.id_of, path, native.special_tokens, size=native.vocab_size, own=native.ends)
+        return with_ends(native, ends)
     ids = {name: id for id, name in enumerate(vocabulary.tokens)}
     ends = said.ends(ids.get, path, vocabulary.special_ids(), size=len(ids), own=native.ends)
     return tokenizer_of(dataclasses.replace(vocabulary, ends=ends), path)

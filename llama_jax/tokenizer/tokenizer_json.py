@@ -6,7 +6,7 @@ from typing import Any
 from llama_jax.json_file import parse_object
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from llama_jax.tokenizer.splitters import SPLITTERS, pre_tokenizer_of, splitter_of
+from llama_jax.tokenizer.splitters import SPLITTERS, pre_tokenizer_of, splitters_of
 from llama_jax.tokenizer.vocabulary import Vocabulary, check_tokens, is_hole
 from llama_jax.types import InputError
 
@@ -32,8 +32,10 @@ def definition_of(vocabulary: Vocabulary) -> dict[str, Any]:
         normalizer, decoder, splitter = None, level, pre_tokenizer_of(vocabulary.splitter)
         processor = {'type': 'Sequence', 'processors': [level, template]} if template else level
         model = _bpe() | {'ignore_merges': SPLITTERS[vocabulary.splitter].whole_words}
-        model['vocab'] = {token: i for i, token in kept if vocabulary.types[i] in (NORMAL, UNUSED)}
         model['merges'] = vocabulary.merges()
+        made = {left + right for left, right in model['merges']}  # a text may spell a control token
+        usual = (NORMAL, UNUSED)
+        model['vocab'] = {token: i for i, token in kept if vocabulary.types[i] in usual or token in made}
     else:
         processor = template
         normalizer, splitter, decoder = _sentencepiece_steps(vocabulary)
@@ -144,16 +146,12 @@ def candidates_of(tokenizer: HuggingFaceTokenizer) -> list[Vocabulary]:
     merges = [(pair[0], pair[-1]) for pair in listed]
     ends = tokenizer.ends
     if kind == 'BPE' and not has_bytes and _is_byte_level(definition):
-        if not (splitter := splitter_of(definition.get('pre_tokenizer'), bool(model.get('ignore_merges')))):
+        if not (names := splitters_of(definition.get('pre_tokenizer'), bool(model.get('ignore_merges')))):
             raise InputError(
                 f"{path} splits texts differently from Llama's tokenizers, so no other format can hold it; keep the "
                 'tokenizer.json'
             )
-        names = [splitter, *(n for n, s in SPLITTERS.items() if s.pattern == SPLITTERS[splitter].pattern)]
-        return [
-            Vocabulary('byte-level', tokens, types, ends, pairs=merges, splitter=name)
-            for name in dict.fromkeys(names)
-        ]
+        return [Vocabulary('byte-level', tokens, types, ends, pairs=merges, splitter=name) for name in names]
     if kind == 'BPE':
         rank: dict[str, int] = {}
         for index, (left, right) in enumerate(merges):

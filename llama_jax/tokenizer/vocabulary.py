@@ -5,8 +5,9 @@ Three families: sentencepiece BPE (LLaMA 1 and 2), whose pieces carry scores; se
 of pairs says the same as scores do.
 """
 
+import copy
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
@@ -42,6 +43,46 @@ class Ends:
     add_bos: bool = True
     add_eos: bool = False
     pad_id: int | None = None
+
+
+class Ended:
+    """What tokenizers of every kind answer about how texts begin and end.
+
+    Attributes:
+      ends: all that is known of it.
+    """
+
+    ends: Ends
+
+    @property
+    def bos_id(self) -> int:
+        """Begins every document; EOS where there is no BOS."""
+        return self.ends.eos_id if self.ends.bos_id is None else self.ends.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        return self.ends.eos_id
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Any of these ends what a model generates."""
+        return self.ends.stop_ids
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether BOS stands before what a model is given to read."""
+        return self.ends.add_bos
+
+
+_Kind = TypeVar('_Kind', bound=Ended)
+
+
+def with_ends(tokenizer: _Kind, ends: Ends) -> _Kind:
+    """The same vocabulary, of which another file says how texts begin and end."""
+    other = copy.copy(tokenizer)
+    other.ends = ends
+    return other
 
 
 @dataclasses.dataclass(frozen=True)

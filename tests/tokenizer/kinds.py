@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import json
+import random
 
 TEXT = [
     *(f'{i} green bottles, hanging on the wall; ünder {i * 7} дом 日本\n' for i in range(60)),
@@ -198,3 +199,55 @@ def kinds():
 def without(found, name):
     """A folder's files but one."""
     return {key: value for key, value in copy.copy(found).items() if key != name}
+
+
+def random_texts(count):
+    """Letters of many scripts, runs of spaces, control characters, tags, anything in Unicode; seeded."""
+    draw = random.Random(0)
+    anything = [*range(0xD800), *range(0xE000, 0x110000)]
+    words = [
+        *('the', ' Hello', 'ing', "'s", "'LL", '2024', '▁', '<0x41>', '<s>', '</s>', '<unk>', '[INST]'),
+        *('\n', '\n\n', '\t', '\r\n', '<|eot_id|>', '<|begin_of_text|>', 'ſ', '\u2028', '\u00a0'),
+    ]
+    alphabets = [
+        range(32, 127),
+        range(0x300),
+        range(0x400, 0x500),
+        range(0x4E00, 0x5000),
+        range(0x3040, 0x3100),
+    ]
+    alphabets += [range(0x600, 0x700), range(0x900, 0x980), range(0x1F300, 0x1F600), anything]
+    kinds = [lambda a=a: chr(draw.choice(a)) for a in alphabets]
+    kinds += [lambda: draw.choice(words), lambda: ' ' * draw.randrange(1, 40)]
+    return [
+        ''.join(draw.choice(chosen)() for _ in range(draw.randrange(40)))
+        for chosen in (draw.sample(kinds, draw.randrange(1, 4)) for _ in range(count))
+    ]
+
+
+def write_vocabulary(path, keys):
+    """A GGUF without tensors, by the library gguf: what llama.cpp opens for its tokenizer alone."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), 'llama')
+    for add in ('block_count', 'context_length', 'embedding_length', 'feed_forward_length', 'head_count'):
+        getattr(writer, f'add_{add}')(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add_keys(writer, keys)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_keys(writer, keys):
+    """Keys of a vocabulary, each with the type of its value."""
+    for key, value in keys.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)

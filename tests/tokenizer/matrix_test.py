@@ -172,7 +172,6 @@ def test_ids_are_those_of_transformers(folder):
 
 @pytest.mark.slow
 def test_ids_are_those_of_llama_cpp(folder, tmp_path):
-    gguf = pytest.importorskip('gguf', reason="needs gguf: pip install 'llama_jax[gguf]'")
     llama_cpp = pytest.importorskip(
         'llama_cpp', reason="needs llama-cpp-python: pip install 'llama_jax[parity]'"
     )
@@ -181,23 +180,7 @@ def test_ids_are_those_of_llama_cpp(folder, tmp_path):
         return  # llama.cpp knows no Unigram with bytes
     keys = gguf_vocabulary(tokenizer, vocab_size=tokenizer.vocab_size + 3)
     ours = tokenizer_from_gguf(keys, 'a.gguf')
-    writer = gguf.GGUFWriter(str(tmp_path / 'a.gguf'), 'llama')
-    for add in ('block_count', 'context_length', 'embedding_length', 'feed_forward_length', 'head_count'):
-        getattr(writer, f'add_{add}')(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for key, value in keys.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_string(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kinds.write_vocabulary(tmp_path / 'a.gguf', keys)
     theirs = llama_cpp.Llama(str(tmp_path / 'a.gguf'), vocab_only=True, verbose=False)
     for text in texts_of(ours):
         for special in (False, True):

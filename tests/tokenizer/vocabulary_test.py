@@ -1,5 +1,4 @@
 import json
-import random
 
 import pytest
 
@@ -13,30 +12,7 @@ from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.tokenizer.vocabulary import SPELLING
 from llama_jax.types import InputError
-
-
-def random_texts(count):
-    """Letters of many scripts, runs of spaces, control characters, tags, anything in Unicode; seeded."""
-    draw = random.Random(0)
-    anything = [*range(0xD800), *range(0xE000, 0x110000)]
-    words = [
-        *('the', ' Hello', 'ing', "'s", "'LL", '2024', '▁', '<0x41>', '<s>', '</s>', '<unk>', '[INST]'),
-        *('\n', '\n\n', '\t', '\r\n', '<|eot_id|>', '<|begin_of_text|>', 'ſ', '\u2028', '\u00a0'),
-    ]
-    alphabets = [
-        range(32, 127),
-        range(0x300),
-        range(0x400, 0x500),
-        range(0x4E00, 0x5000),
-        range(0x3040, 0x3100),
-    ]
-    alphabets += [range(0x600, 0x700), range(0x900, 0x980), range(0x1F300, 0x1F600), anything]
-    kinds = [lambda a=a: chr(draw.choice(a)) for a in alphabets]
-    kinds += [lambda: draw.choice(words), lambda: ' ' * draw.randrange(1, 40)]
-    return [
-        ''.join(draw.choice(chosen)() for _ in range(draw.randrange(40)))
-        for chosen in (draw.sample(kinds, draw.randrange(1, 4)) for _ in range(count))
-    ]
+from tests.tokenizer.kinds import random_texts
 
 
 @pytest.fixture(scope='module', params=['llama2', 'llama3', 'trained'])
