@@ -1,6 +1,7 @@
 """What a run starts from: the sizes of its model, its tokenizer, its first weights. Nothing is written here."""
 
 import base64
+import dataclasses
 import functools
 import json
 import logging
@@ -28,15 +29,18 @@ logger = logging.getLogger('llama_jax.start')
 
 
 def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
-    """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same."""
+    """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same.
+
+    A context that no preset has, stretched by another way than Llama 3.1's, is the checkpoint's.
+    """
     preset = find_preset(config.model.preset)
     if not base:
         return preset
     found = base.config
+    # What changes no weight may change: this is how a context is lengthened.
+    of_rope = ('max_seq_len', 'rope_theta', 'rope_scaling')
     for name, value in vars(found).items():
-        # What changes no weight may change: this is how a context is lengthened.
-        may_differ = ('vocab_size', 'max_seq_len', 'rope_theta', 'rope_scaling')
-        if name not in may_differ and value != getattr(preset, name):
+        if name not in ('vocab_size', *of_rope) and value != getattr(preset, name):
             raise InputError(
                 f'the checkpoint {base.path} has {name} {value}, {config.model.preset} has '
                 f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
@@ -51,6 +55,15 @@ def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None
             f'the checkpoint {base.path} has no tokenizer; give the one it was trained with by '
             '--config.data.tokenizer'
         )
+    kept = {name: getattr(found, name) for name in of_rope}
+    if kept != {name: getattr(preset, name) for name in of_rope}:
+        of_checkpoint = found.rope_scaling is not None and found.rope_scaling.kind != 'llama3'
+        logger.info(
+            "RoPE and context are %s's: %s and %s have others", base.path if of_checkpoint else config.model.preset,
+            base.path, config.model.preset,
+        )  # fmt: skip
+        if of_checkpoint:
+            preset = dataclasses.replace(preset, **kept)
     return with_vocab_size(preset, found.vocab_size)
 
 

@@ -10,8 +10,11 @@ import pytest
 from etils import epath
 
 from llama_jax.convert import gguf, huggingface
+from llama_jax.convert.gguf_file import read_metadata
+from llama_jax.convert.huggingface_config import config_json
 from llama_jax.convert.mapping import Leaf, weights_of
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.ops.rope import inverse_frequencies, rope_tables
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import random_source
@@ -23,6 +26,9 @@ BASE = dataclasses.replace(
     max_seq_len=2048,
 )  # fmt: skip
 YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 512}
+LLAMA3 = {
+    'rope_type': 'llama3', 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 512,
+}  # fmt: skip
 # Keys of config.json, and the context that they mean.
 VARIANTS = {
     'linear, as Vicuna-16k': ({'rope_scaling': {'type': 'linear', 'factor': 4.0}}, 8192),
@@ -39,22 +45,42 @@ VARIANTS = {
     'yarn, by its contexts': (
         {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': None,
                              'original_max_position_embeddings': 256}}, 2048),
+    'llama3, as 3.1': ({'rope_scaling': LLAMA3 | {'factor': 8.0}}, 2048),
+    'llama3, as 3.2': (
+        {'rope_parameters': LLAMA3 | {'factor': 32.0, 'original_max_position_embeddings': 8192, 'rope_theta': 5e5}},
+        2048),
 }  # fmt: skip
 
-MUTATED = ('linear, as Vicuna-16k', 'dynamic', 'yarn, its settings')  # of whose settings each must count
-AT_ONCE = ('yarn, its settings',)
-SOME = [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow) for name in VARIANTS]
+# What a GGUF has of them beside `llama.rope.freq_base` and `llama.context_length`.
+KEYS = {
+    'linear, as Vicuna-16k': {'type': 'linear', 'factor': 4.0, 'original_context_length': 2048},
+    'yarn, as Yarn-Llama-2': {'type': 'yarn', 'factor': 4.0, 'original_context_length': 512},
+    'llama3, as 3.1': {},  # a tensor
+}
+MUTATED = (
+    'linear, as Vicuna-16k',
+    'dynamic',
+    'yarn, its settings',
+    'llama3, as 3.1',
+)  # each setting must count
+
+
+def config_of(tmp_path, changes):
+    """A folder of a config.json alone."""
+    folder = epath.Path(tmp_path / 'm')
+    folder.mkdir(exist_ok=True)
+    values = config_json(BASE, np.dtype('float32'), 1, [2]) | changes
+    if 'rope_parameters' in changes:
+        del values['rope_scaling'], values['rope_theta']
+    (folder / 'config.json').write_text(json.dumps(values))
+    return folder
 
 
 def folder_of(tmp_path, changes):
     folder = epath.Path(tmp_path / 'm')
     folder.mkdir()
     huggingface.write(random_source(BASE), folder)
-    values = json.loads((folder / 'config.json').read_text()) | changes
-    if 'rope_parameters' in changes:
-        del values['rope_scaling'], values['rope_theta']
-    (folder / 'config.json').write_text(json.dumps(values))
-    return folder
+    return config_of(tmp_path, changes)
 
 
 def logits_of(source, config, tokens, positions):
@@ -81,7 +107,52 @@ def relative(a, b):
     return np.abs(a - b).max() / b.std()
 
 
-@pytest.mark.parametrize('name', SOME)
+def mutations_of(scaling):
+    """The scaling with another value of each setting that counts."""
+    mutated = {'factor': scaling.factor * 1.5} if scaling.kind != 'dynamic' else {'kind': 'linear'}
+    if scaling.kind == 'yarn':
+        settings = {'beta_fast': scaling.beta_fast / 4, 'beta_slow': scaling.beta_slow * 4}
+        mutated |= settings | {'attention_factor': scaling.attention_factor * 1.1}
+    if scaling.kind == 'llama3':
+        mutated |= {'low_freq_factor': 2.0, 'high_freq_factor': 2.0}
+    if scaling.kind in ('yarn', 'llama3'):
+        mutated['original_max_seq_len'] = scaling.original_max_seq_len * 4
+    return {key: dataclasses.replace(scaling, **{key: value}) for key, value in mutated.items()}
+
+
+def tables_of(config):
+    """Cosines and sines of a head's pairs at positions over the whole context."""
+    scaling = dataclasses.asdict(config.rope_scaling)
+    scale = scaling.pop('attention_factor')
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, **scaling)
+    positions = jnp.asarray(spread(config)[1])
+    return np.stack(rope_tables(positions, frequencies, scale if scaling['kind'] == 'yarn' else 1.0))
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_angles_are_those_of_transformers_and_each_factor_counts(name, tmp_path):
+    torch = pytest.importorskip('torch', reason="needs torch: pip install 'llama_jax[parity]'")
+    transformers = pytest.importorskip(
+        'transformers', reason="needs transformers: pip install 'llama_jax[parity]'"
+    )
+    folder = config_of(tmp_path, VARIANTS[name][0])
+    config = huggingface.read_config(folder)
+    their_config = transformers.LlamaConfig.from_pretrained(str(folder))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(their_config)
+    _, positions = spread(config)
+    with torch.no_grad():
+        theirs = [
+            t.numpy()[..., : config.head_dim // 2] for t in rotary(torch.zeros(1), torch.tensor(positions))
+        ]
+    theirs = np.stack(theirs)
+    assert np.abs(tables_of(config) - theirs).max() < 1e-5
+    for key, scaling in mutations_of(config.rope_scaling).items():
+        wrong = tables_of(dataclasses.replace(config, rope_scaling=scaling))
+        assert np.abs(wrong - theirs).max() > 1e-2, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', VARIANTS)
 def test_logits_are_those_of_transformers_and_each_factor_counts(name, tmp_path):
     torch = pytest.importorskip('torch', reason="needs torch: pip install 'llama_jax[parity]'")
     transformers = pytest.importorskip(
@@ -101,14 +172,8 @@ def test_logits_are_those_of_transformers_and_each_factor_counts(name, tmp_path)
         ).logits.numpy()
     ours = logits_of(source, config, tokens, positions)
     assert relative(ours, theirs) < TOLERANCE
-    scaling = config.rope_scaling
-    mutated = {'factor': scaling.factor * 1.5} if scaling.kind != 'dynamic' else {'kind': 'linear'}
-    if scaling.kind == 'yarn':
-        settings = {'beta_fast': scaling.beta_fast / 4, 'beta_slow': scaling.beta_slow * 4}
-        mutated |= settings | {'attention_factor': scaling.attention_factor * 1.1}
-        mutated['original_max_seq_len'] = scaling.original_max_seq_len * 4
-    for key, value in mutated.items() if name in MUTATED else ():
-        wrong = dataclasses.replace(config, rope_scaling=dataclasses.replace(scaling, **{key: value}))
+    for key, scaling in mutations_of(config.rope_scaling).items() if name in MUTATED else ():
+        wrong = dataclasses.replace(config, rope_scaling=scaling)
         assert relative(logits_of(source, wrong, tokens, positions), theirs) > 10 * TOLERANCE, key
 
 
@@ -132,6 +197,12 @@ def test_the_formats_keep_the_scaling_or_refuse_it(name, tmp_path):
         return
     gguf.write(source, place, dtype='float32', vocabulary={})
     assert gguf.open_source(place).config == config
+    if name in KEYS:
+        found = read_metadata(place)
+        at = 'llama.rope.scaling.'
+        assert {k.removeprefix(at): v for k, v in found.items() if k.startswith(at)} == KEYS[name]
+        assert found['llama.context_length'] == config.max_seq_len
+        assert (config.rope_scaling.kind == 'llama3') == (b'rope_freqs.weight' in place.read_bytes())
 
 
 def test_longrope_is_refused_by_name(tmp_path):
@@ -148,8 +219,6 @@ def test_logits_are_those_of_llama_cpp(name, tmp_path, shared_data):
     llama_cpp = pytest.importorskip(
         'llama_cpp', reason="needs llama-cpp-python: pip install 'llama_jax[parity]'"
     )
-    from llama_jax.convert.gguf_file import read_metadata
-
     stories = epath.Path(shared_data / 'weights/stories260K/stories260K.gguf')
     keys = {k: v for k, v in read_metadata(stories).items() if k.startswith('tokenizer.')}
     base = dataclasses.replace(BASE, vocab_size=512)

@@ -159,6 +159,7 @@ def kinds():
     ends2, ends3 = {'bos': '<s>', 'eos': '</s>'}, {'bos': '<|begin_of_text|>', 'eos': '<|end_of_text|>'}
     chat2, chat3 = {'bos': '<s>', 'eos': '<|im_end|>'}, {'bos': '<|begin_of_text|>', 'eos': '<|im_end|>'}
     added_model = {'tokenizer.model': model, 'added_tokens.json': {t: spm + i for i, t in enumerate(chat)}}
+    decoder = {str(spm + i): {k: v for k, v in added(0, t).items() if k != 'id'} for i, t in enumerate(chat)}
     unlisted = spm_json()
     unlisted['added_tokens'] = []
     first = sentencepiece_file(special_first=('<bot>', '<eot>'), unk_id=4, bos_id=0, eos_id=1)
@@ -173,7 +174,8 @@ def kinds():
         'llama3': (files(byte_json(llama3_names()), **ends3, generation={'eos_token_id': [byte + 1, byte + 9]}),
                    {byte + 1, byte + 9}, True),
         'chatml on llama2, transformers 4': (
-            files(spm_json(chat), **chat2, config=chatml, generation={'eos_token_id': [2, spm + 1]}, **added_model),
+            files(spm_json(chat), **chat2, config=chatml | {'added_tokens_decoder': decoder},
+                  generation={'eos_token_id': [2, spm + 1]}, **added_model),
             {2, spm + 1}, True),
         'chatml on llama2, transformers 5': (
             files(spm_json(chat, metaspace=True), **chat2, config=chatml), {spm + 1}, True),

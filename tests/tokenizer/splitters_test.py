@@ -172,3 +172,16 @@ def test_a_splitter_cuts_as_llama_cpp(pre, tmp_path):
         llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(theirs._model.model))
         == ours.add_bos
     )
+
+
+def test_an_end_that_merges_spell_is_read():
+    """llama.cpp takes it for a control token by its name, and there are merges that make it."""
+    keys = keys_of('qwen2')
+    for made in ('<E', '<EO', '<EOT', '<EOT>'):
+        keys['tokenizer.ggml.tokens'].append(made)
+        keys['tokenizer.ggml.token_type'].append(1)
+        keys['tokenizer.ggml.merges'].append(f'{made[:-1]} {made[-1]}')
+    ours = tokenizer_from_gguf(keys, 'a.gguf')
+    last = len(keys['tokenizer.ggml.tokens']) - 1
+    assert last in ours.stop_ids and last in ours.special_tokens.values()
+    assert tokenizer_from_gguf(gguf_vocabulary(ours), 'b.gguf').encode('x<EOT>') == ours.encode('x<EOT>')
