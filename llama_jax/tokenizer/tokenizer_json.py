@@ -33,9 +33,11 @@ def definition_of(vocabulary: Vocabulary) -> dict[str, Any]:
         processor = {'type': 'Sequence', 'processors': [level, template]} if template else level
         model = _bpe() | {'ignore_merges': SPLITTERS[vocabulary.splitter].whole_words}
         model['merges'] = vocabulary.merges()
-        made = {left + right for left, right in model['merges']}  # a text may spell a control token
-        usual = (NORMAL, UNUSED)
-        model['vocab'] = {token: i for i, token in kept if vocabulary.types[i] in usual or token in made}
+        # The library numbers what is not in its vocabulary behind that, whatever ids are stated.
+        usual = [i for i, _ in kept if vocabulary.types[i] in (NORMAL, UNUSED)]
+        made = {left + right for left, right in model['merges']}  # which may spell an end
+        behind = usual == list(range(len(usual))) and kept[-1][0] == len(kept) - 1
+        model['vocab'] = {t: i for i, t in kept if not behind or i < len(usual) or t in made}
     else:
         processor = template
         normalizer, splitter, decoder = _sentencepiece_steps(vocabulary)

@@ -124,6 +124,18 @@ def byte_json(names, plain=(), bos='<|begin_of_text|>', whole_words=False):
     return definition
 
 
+def byte_json_with_names_first(names):
+    """Byte-level, trained with its special tokens, which then have the first ids and stand in the vocabulary too."""
+    definition = json.loads(_trained_merges())
+    vocab = {name: i for i, name in enumerate(names)}
+    definition['model']['vocab'] = vocab | {
+        t: i + len(names) for t, i in definition['model']['vocab'].items()
+    }
+    definition['added_tokens'] = [added(i, name) for name, i in vocab.items()]
+    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    return definition | {'post_processor': level, 'decoder': level}
+
+
 def llama3_names(**changes):
     """The 256 of Llama 3.1, some by other names."""
     known = {0: 'begin_of_text', 1: 'end_of_text', 4: 'finetune_right_pad_id', 6: 'start_header_id',
@@ -189,6 +201,9 @@ def kinds():
         'unigram': (files(eos='</s>', bos='<s>', **{'tokenizer.model': sentencepiece_file('unigram')}), {2}, True),
         'special tokens first': (
             files(eos='</s>', bos='<s>', **{'tokenizer.model': first}), {first_names['</s>']}, True),
+        'bytes, special tokens first': (
+            files(byte_json_with_names_first(['<|endoftext|>', '<|im_start|>', '<|im_end|>']), bos='<|im_start|>',
+                  eos='<|im_end|>'), {2}, False),
         'no BOS': (files(bare, eos='<|endoftext|>'), {byte}, False),
         'hand-made': (files(unlisted, **ends2), {2}, True),
         'llama2 with a plain token': (files(spm_json(['<think>'], special=False), **ends2), {2}, True),

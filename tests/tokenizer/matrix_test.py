@@ -17,7 +17,8 @@ from tests.tokenizer import kinds
 pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")
 NAMES = [
     'llama2', 'llama3', 'chatml on llama2, transformers 4', 'chatml on llama2, transformers 5', 'hermes', 'dolphin',
-    'added plain tokens', 'one token more', 'one fewer', 'unigram', 'special tokens first', 'no BOS', 'hand-made',
+    'added plain tokens', 'one token more', 'one fewer', 'unigram', 'special tokens first',
+    'bytes, special tokens first', 'no BOS', 'hand-made',
     'llama2 with a plain token', 'tokenizer.model and added tokens',
 ]  # fmt: skip
 # Texts whose ids differ where transformers 5 puts the space before a text itself, as no other format does.
