@@ -255,6 +255,8 @@ def _lost_in_model_file(native: Tokenizer) -> str:
         return f'begins and ends with the ids {native.bos_id} and {native.eos_id}'
     if plain.add_bos != native.add_bos:
         return 'puts no BOS before a text'
+    if native.ends.add_eos:
+        return 'puts EOS behind a text'
     if not set(native.stop_ids) <= set(plain.stop_ids):
         return f'stops at the ids {", ".join(map(str, native.stop_ids))}'
     return ''
@@ -281,7 +283,7 @@ def own_files(tokenizer: Tokenizer, chat_template: str = '') -> dict[str, bytes]
     if isinstance(native, SentencePieceTokenizer | TiktokenTokenizer) and not _lost_in_model_file(native):
         plain = type(native)(native.path, native.file_bytes)
         files['tokenizer.model'] = native.file_bytes
-        if set(plain.stop_ids) != set(native.stop_ids):
+        if set(plain.stop_ids) != set(native.stop_ids) or plain.ends.pad_id != native.ends.pad_id:
             files['generation_config.json'] = _json(generation_config(native.ends))
     elif isinstance(native, SentencePieceTokenizer):
         said = stating_files_of(vocabulary_of(native))
