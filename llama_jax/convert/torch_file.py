@@ -19,7 +19,7 @@ from etils import epath
 
 from llama_jax.convert import torch_pickle
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, StridedTensor
-from llama_jax.convert.torch_pickle import Storage, StorageType, Unreadable, are_sizes, show
+from llama_jax.convert.torch_pickle import MAX_NAME, Storage, StorageType, Unreadable, are_sizes, show
 from llama_jax.storage import open_sparsely
 from llama_jax.types import InputError
 
@@ -144,7 +144,7 @@ class _Archive:
                 f'{path} is a zip file with {len(pickles)} entries */data.pkl; torch.save writes one'
             )
         self._prefix = pickles[0].removesuffix('data.pkl')
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[int, int] | InputError] = {}
 
     def small(self, name: str, default: bytes | None = None) -> bytes:
         """The content of a small entry."""
@@ -168,8 +168,13 @@ class _Archive:
           InputError: it is not there, compressed, or not where it is said to be.
         """
         if name not in self._places:
-            self._places[name] = self._find(name)
-        return self._places[name]
+            try:
+                self._places[name] = self._find(name)
+            except InputError as error:
+                self._places[name] = error  # a pickle may ask for it a million times
+        if isinstance(place := self._places[name], InputError):
+            raise place
+        return place
 
     def _find(self, name: str) -> tuple[int, int]:
         entry = self._entries.get(self._prefix + name)
@@ -187,9 +192,10 @@ class _Archive:
         offset = entry.header_offset + 30 + name_length + extra_length
         has_summary = bool(flags & 8)
         behind = max(self._next.get(entry.header_offset, 0) - offset - size, 0)
-        summaries = [  # with and without its signature, of short and long sizes
-            signature + struct.pack(layout, entry.CRC, size, size)
-            for signature in (b'PK\7\x08', b'')
+        # Of short and long sizes. One without its signature, which the format allows and nobody writes for PyTorch,
+        # would be taken for one whose values begin four bytes later.
+        summaries = [
+            b'PK\7\x08' + struct.pack(layout, entry.CRC, size, size)
             for layout in ('<IQQ', '<III')
             if size < 2**32 or layout == '<IQQ'
         ]
@@ -222,8 +228,10 @@ class _Archive:
         """What a pickle's persistent id stands for; one that cannot be used says so where it is."""
         kind, dtype, key, _, count = saved_id
         unusable = functools.partial(Storage, self._path, 0, 0, None)
-        if kind != 'storage' or not isinstance(dtype, StorageType) or not isinstance(key, str):
+        if kind != 'storage' or not isinstance(dtype, StorageType):
             raise ValueError('not a storage')
+        if not isinstance(key, str) or len(key) > MAX_NAME:
+            raise ValueError(f'a storage without a name of at most {MAX_NAME} characters')
         try:
             offset, size = self.place(f'data/{key}')
         except InputError as error:

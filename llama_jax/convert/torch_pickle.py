@@ -32,7 +32,7 @@ STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
 }
 _MAX_EXPANSION = 1 << 20  # times; of an expanded view, whose values are in the file once
 _MAX_ARGUMENTS = 16  # of a call; a tensor's has 6 or 7
-_MAX_NAME = 1000  # characters of a key or a class
+MAX_NAME = 1000  # characters of a key, a storage or a class
 _DTYPE_NAME = re.compile(r'(b?float|complex|u?int|q?u?int|long|half|double|bool)\w*')
 
 
@@ -261,9 +261,7 @@ def load(data: bytes, open_storage: Callable[[Any], Storage]) -> Any:
                 stack.append(_global(*argument))
             case 'STACK_GLOBAL':
                 name, module = stack.pop(), stack.pop()
-                if not (
-                    isinstance(module, str) and isinstance(name, str) and len(module + name) <= _MAX_NAME
-                ):
+                if not (isinstance(module, str) and isinstance(name, str) and len(module + name) <= MAX_NAME):
                     raise ValueError('a global without a name')
                 stack.append(_global(module, name))
             case 'REDUCE':
@@ -296,8 +294,8 @@ def _update(target: Any, values: list[Any]) -> None:
     keys = values[::2]
     if not isinstance(target, dict) or len(values) % 2:
         raise ValueError('items for what is no dict')
-    if any(isinstance(key, str) and len(key) > _MAX_NAME for key in keys):
-        raise ValueError(f'a key of more than {_MAX_NAME} characters')
+    if any(isinstance(key, str) and len(key) > MAX_NAME for key in keys):
+        raise ValueError(f'a key of more than {MAX_NAME} characters')
     if not all(isinstance(key, str) or (type(key) is int and abs(key) < 2**32) for key in keys):
         raise ValueError('a key that is neither text nor a small number')
     target.update(zip(keys, values[1::2], strict=True))

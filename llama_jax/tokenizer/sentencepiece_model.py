@@ -53,6 +53,8 @@ def checked_pieces(data: bytes, path: str) -> list[tuple[str, float, int]]:
     if not pieces:
         raise _none(data, path)
     types = [kind for _, _, kind in pieces]
+    if wrong := set(types) - set(range(NORMAL, BYTE + 1)):
+        raise InputError(f'{path} has a piece of type {min(wrong)}; the types are {NORMAL} to {BYTE}')
     if types.count(UNKNOWN) != 1:
         raise InputError(f'{path} has {types.count(UNKNOWN)} pieces for what is unknown; it needs one')
     return pieces

@@ -34,7 +34,8 @@ from etils import epath
 
 from llama_jax.types import InputError
 from tests.convert.damage import damaged_bytes
-from tests.convert.samples import Found, Sample, samples
+from tests.convert.samples import Sample, samples
+from tests.convert.sound_files import Found
 
 OUTCOMES = ('refused', 'same values', 'other values', 'wrong', 'traceback', 'hang', 'memory', 'abort')
 SOUND = OUTCOMES[:3]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import struct
@@ -267,6 +268,25 @@ def test_no_bit_of_an_entrys_own_header_gives_other_values(tmp_path):
     assert refused > 250  # the others are a date, a version, the padding
 
 
+def test_no_length_of_an_entrys_own_header_gives_other_values(tmp_path):
+    """Of an entry whose values would begin four bytes later, what follows is a checksum without its signature."""
+    path = epath.Path(tmp_path / 'x.pth')
+    values = {f'w{i}': np.arange(1, i + 2, dtype=np.float32) for i in range(20)}
+    with TorchWriter(path, {name: (v.shape, v.dtype) for name, v in values.items()}) as writer:
+        for value in values.values():
+            writer.append(value)
+        writer.finish()
+    sound = path.read_bytes()
+    headers = [entry.header_offset for entry in zipfile.ZipFile(path).infolist()]
+    for header, bit in itertools.product(headers, range(16)):
+        damaged = bytearray(sound)
+        damaged[header + 28 + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            for name, tensor in weights(open_torch_file(path), str(path)).items():
+                np.testing.assert_array_equal(tensor.read(), values[name], err_msg=f'{header}, {bit}')
+
+
 def test_a_damaged_pickle_is_refused_by_its_checksum(tmp_path):
     path = epath.Path(tmp_path / 'x.pth')
     values = np.arange(6, dtype=np.float32)
@@ -284,6 +304,8 @@ AMPLIFIERS = {
     'arguments': b']q\0(' + b'N' * 50_000 + b'eccollections\nOrderedDict\nq\1' + b'h\1h\0R0' * 20_000,
     'tuple of arguments': b'(' + b'N' * 50_000 + b'tq\0ctorch._utils\n_rebuild_parameter\nq\1' + b'h\1h\0R0' * 20_000,
     'equal keys': b'}q\0' + 2 * text('k' * 100_000) + b'q\1s' + b'h\0h\1h\1s0' * 20_000,
+    'a long storage': text('storage') + b'q\0ctorch\nFloatStorage\nq\1' + text('k' * 2_000_000)
+    + b'q\2' + text('cpu') + b'q\3' + b'(h\0h\1h\2h\3K\1tQ0' * 20_000,
     'a long class': text('torch') + b'q\0' + text('float' + 'a' * 100_000) + b'q\1' + b'h\0h\1\x930' * 20_000,
 }  # fmt: skip
 
