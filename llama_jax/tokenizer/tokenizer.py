@@ -122,6 +122,7 @@ def _richer(place: str, model: bytes, definition: bytes, said: Statements) -> st
     try:
         parsed = parse_object(definition, f'{place}/{_JSON}')
         by_id, added = _names_in(parsed)
+        puts = _puts(parsed.get('post_processor'))
     except (InputError, TypeError, ValueError, AttributeError, LookupError) as error:
         logger.warning('%s/%s is passed over for %s: %s', place, _JSON, _MODEL, error_line(error))
         return _MODEL
@@ -129,12 +130,19 @@ def _richer(place: str, model: bytes, definition: bytes, said: Statements) -> st
     names, types = vocabulary.tokens, vocabulary.types
     if said.rows and max(by_id, default=0) >= said.rows >= len(names):
         return _MODEL
-    puts_bos = 'SpecialToken' in str(parsed.get('post_processor'))
-    if puts_bos != (said.add_bos is not False):
+    if puts != (said.add_bos is not False, said.add_eos is True):
         return _JSON
     same = all(id < len(names) and names[id] == name for id, name in by_id.items())
     kinds = {True: (CONTROL, UNKNOWN), False: (USER_DEFINED,)}
     return _MODEL if same and all(types[id] in kinds[special] for id, special in added.items()) else _JSON
+
+
+def _puts(processor: Any) -> tuple[bool, bool]:
+    """Whether the last step of a tokenizer.json puts tokens before a text, and behind it."""
+    steps = [processor, *((processor or {}).get('processors') or [])]
+    templates = [list(map(dict, step['single'])) for step in steps if step and 'single' in step]
+    before = any('SpecialToken' in template[0] for template in templates)
+    return before, any('SpecialToken' in template[-1] for template in templates)
 
 
 def _names_in(definition: dict[str, Any]) -> tuple[dict[int, str], dict[int, bool]]:
