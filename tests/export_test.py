@@ -18,6 +18,10 @@ import pytest
 from llama_jax import export, pretrained
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.tokenizer.conversion import model_file, own_files
+from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
+from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 from tests.tokenizer import kinds
 from tests.tokenizer.matrix_test import NAMES, SPACED
@@ -292,3 +296,77 @@ def test_what_llama_cpp_converts_is_read_as_it_reads_it(name, converted, tmp_pat
         again = tmp_path / f'again{".gguf" if to == "gguf" else f"_{to}"}'
         if written(theirs, again, to, name):
             assert said(again) == expected, to
+
+
+def without_one_key(value):
+    """The value, with one key or element left out, at every depth; of many alike a few."""
+    if not isinstance(value, dict | list):
+        return
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    for key in keys if len(keys) <= 20 else [*keys[:2], keys[len(keys) // 2], keys[-1]]:
+        rest = {k: v for k, v in value.items() if k != key} if isinstance(value, dict) else [*value]
+        if isinstance(rest, list):
+            del rest[key]
+        yield rest
+        for inner in without_one_key(value[key]):
+            yield (
+                {**value, key: inner} if isinstance(value, dict) else [*value[:key], inner, *value[key + 1 :]]
+            )
+
+
+def tried(folder, outputs, whole):
+    """Everything public that reads a checkpoint; whether all of it was possible. What is refused, is so in one line."""
+    try:
+        opened = pretrained.open(folder)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode('Hello 1 <|im_end|>', bos=True, eos=True, special=True))
+        assert opened.config and opened.source and opened.template is not None and opened.files is not None
+    except InputError as error:
+        return str(error)
+    lines = []
+    for to in FORMATS:
+        try:
+            if whole:
+                place = outputs / f'{to}{len(list(outputs.iterdir()))}{".gguf" * (to == "gguf")}'
+                export.save(place, opened.source, tokenizer, to=to, chat_template=opened.template)
+            else:
+                WRITTEN[to](tokenizer, opened)
+        except InputError as error:
+            lines.append(str(error))
+    return '\n' * any('\n' in line for line in lines)
+
+
+WRITTEN = {
+    'huggingface': lambda tokenizer, opened: huggingface_files(
+        tokenizer, chat_template=opened.template, max_seq_len=opened.config.max_seq_len
+    ),
+    'gguf': lambda tokenizer, opened: gguf_vocabulary(tokenizer, opened.template, opened.config.vocab_size),
+    'orbax': lambda tokenizer, opened: own_files(tokenizer, opened.template),
+    'meta': lambda tokenizer, opened: model_file(tokenizer),
+}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'chatml on llama2, transformers 4',
+        'dolphin',
+        'special tokens first',
+        'bytes, special tokens first',
+        'unigram',
+    ],
+)
+def test_without_a_file_or_a_key_it_is_read_or_refused_in_one_line(name, tmp_path):
+    folder = make_folder(tmp_path / 'source', name)
+    (outputs := tmp_path / 'outputs').mkdir()
+    assert not tried(folder, outputs, whole=True)
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        file.unlink()
+        assert '\n' not in tried(folder, outputs, whole=True), file.name
+        if file.suffix == '.json':
+            for content in without_one_key(json.loads(data)):
+                file.write_text(json.dumps(content))
+                whole = file.name in ('config.json', 'generation_config.json')
+                assert '\n' not in tried(folder, outputs, whole), (file.name, content)
+        file.write_bytes(data)

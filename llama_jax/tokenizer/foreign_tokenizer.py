@@ -72,7 +72,19 @@ def _is_harmless(step: Any) -> bool:
         return False
     if 'pattern' in step and not (isinstance(pattern := step['pattern'], dict) and _is_known(pattern)):
         return False
-    return all(map(_is_harmless, _parts(step)))
+    return _is_whole(step) and all(map(_is_harmless, _parts(step)))
+
+
+def _is_whole(step: dict[str, Any]) -> bool:
+    """Whether a template knows all the tokens that it puts; of another the library panics."""
+    pieces = [piece for key in ('single', 'pair') if isinstance(step.get(key), list) for piece in step[key]]
+    if not all(isinstance(piece, dict) for piece in pieces):
+        return False
+    put = [piece['SpecialToken'] for piece in pieces if 'SpecialToken' in piece]
+    known = step.get('special_tokens', {})
+    if not isinstance(known, dict):
+        return False
+    return all(isinstance(token, dict) and str(token.get('id')) in known for token in put)
 
 
 def _is_known(pattern: dict[str, Any]) -> bool:

@@ -31,6 +31,8 @@ def refusal(call, *args, **kwargs):
 def test_a_pattern_that_the_library_panics_at_is_refused_in_one_line(capfd):
     split = {'type': 'Split', 'pattern': {'Regex': '(a+)+$'}, 'behavior': 'Isolated', 'invert': False}
     assert 'retry-limit' in refusal(opened, kinds.spm_json() | {'pre_tokenizer': split})
+    template = kinds.template('<s>', 1) | {'special_tokens': {}}
+    assert 'no entry found' in refusal(opened, kinds.spm_json() | {'post_processor': template})
     assert capfd.readouterr() == ('', '')
 
 

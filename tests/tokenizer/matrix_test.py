@@ -1,13 +1,9 @@
 """Every kind of tokenizer in every format, and what transformers and llama.cpp themselves answer."""
 
-import contextlib
-import json
-import random
-
 import pytest
 
 from llama_jax.tokenizer.conversion import model_file, own_files
-from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf, vocabulary_from_gguf
+from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import prompt_ids
 from llama_jax.tokenizer.tokenizer import load_tokenizer, tokenizer_of_files
@@ -83,67 +79,6 @@ def test_what_a_tokenizer_model_cannot_say_is_refused(all_kinds):
         with pytest.raises(InputError, match=reason) as error:
             model_file(tokenizer_of_files('a', all_kinds[name][0]))
         assert '\n' not in str(error.value)
-
-
-@pytest.mark.slow
-def test_one_file_less_or_one_key_less_is_read_or_refused_in_one_line(all_kinds):
-    """Whatever is missing, nothing ends in a traceback."""
-    for name in ('chatml on llama2, transformers 4', 'dolphin', 'special tokens first'):
-        files = all_kinds[name][0]
-        damaged = [kinds.without(files, left_out) for left_out in files if len(files) > 1]
-        for file in files:
-            if file.endswith('.json'):
-                content = json.loads(files[file])
-                damaged += [
-                    files | {file: json.dumps({k: v for k, v in content.items() if k != key}).encode()}
-                    for key in content
-                ]
-                damaged += [files | {file: json.dumps(content | {key: [7, 'x']}).encode()} for key in content]
-        for found in damaged:
-            with contextlib.suppress(InputError):
-                tokenizer = tokenizer_of_files('damaged', found)
-                tokenizer.decode(tokenizer.encode('Hello 1', bos=True))
-                own_files(tokenizer)
-                gguf_vocabulary(tokenizer)
-
-
-def random_folder(draw: random.Random):
-    """A vocabulary with random additions of random kinds, flags and ends."""
-    names = [f'<{draw.choice("abxyz|")}{i}>' for i in range(draw.randrange(1, 12))]
-    plain = tuple(name for name in names if draw.random() < 0.3)
-    ends = draw.sample(names, min(len(names), draw.randrange(1, 4)))
-    if draw.random() < 0.5:
-        bos = draw.choice(names) if draw.random() < 0.7 else None
-        definition = kinds.byte_json(names, plain, bos=bos, whole_words=draw.random() < 0.5)
-        first = len(definition['model']['vocab'])
-    else:
-        bos = '<s>'
-        definition = kinds.spm_json(names, special=draw.random() < 0.7)
-        first = len(definition['model']['vocab'])
-    ids = [first + names.index(name) for name in ends]
-    return kinds.files(definition, bos=bos, eos=ends[0], generation={'eos_token_id': ids}), set(ids)
-
-
-@pytest.mark.slow
-def test_random_vocabularies_come_back_the_same():
-    draw = random.Random(0)
-    for _ in range(12):
-        files, stop_ids = random_folder(draw)
-        tokenizer = tokenizer_of_files('random', files)
-        assert set(tokenizer.stop_ids) == stop_ids
-        own = tokenizer_of_files('own', own_files(tokenizer))
-        keys = gguf_vocabulary(tokenizer)
-        read = vocabulary_from_gguf(keys, 'a.gguf')
-        again = vocabulary_from_gguf(gguf_vocabulary(tokenizer_from_gguf(keys, 'a.gguf')), 'a.gguf')
-        assert (read.tokens, read.types, read.ends, read.merges()) == (
-            again.tokens, again.types, again.ends, again.merges(),
-        )  # fmt: skip
-        assert own.ends == tokenizer.ends and set(read.ends.stop_ids) >= stop_ids
-        for text in texts_of(tokenizer):
-            assert own.encode(text) == tokenizer.encode(text), text
-            assert tokenizer_of_files('own', own_files(tokenizer)).decode(
-                own.encode(text)
-            ) == tokenizer.decode(own.encode(text))
 
 
 @pytest.mark.slow
