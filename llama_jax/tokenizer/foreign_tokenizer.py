@@ -2,7 +2,7 @@
 
 The library runs what patterns a file holds, some of which take for ever or have it panic, which prints fifty lines. A
 file made of the parts that Llamas are made of is known to be harmless. Any other is opened once in a process of its
-own, which costs a fifth of a second.
+own before, which takes as long as opening it does, and 0.04 s.
 """
 
 import base64
@@ -30,7 +30,7 @@ _STEPS = ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')
 _PATTERNS = {s.pattern for s in SPLITTERS.values()} | {r'\A +|[ ▁]+\z', ' {2,}'}
 _HARMLESS = {
     'Sequence', 'ByteLevel', 'ByteFallback', 'Fuse', 'Metaspace', 'Precompiled', 'Prepend', 'Replace', 'Split', 'Strip',
-    'TemplateProcessing',
+    'TemplateProcessing', 'NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'Digits',
 }  # fmt: skip
 
 
