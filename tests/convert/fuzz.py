@@ -41,9 +41,7 @@ OUTCOMES = ('refused', 'same values', 'other values', 'wrong', 'traceback', 'han
 SOUND = OUTCOMES[:3]
 SECONDS = 5.0  # of processor time, for one file
 MEMORY = 1 << 30  # bytes beyond what the worker has before
-_WALL_SECONDS = (
-    120.0  # until a worker that waits for nothing is ended; on a busy machine it may wait for its turn
-)
+_IDLE_SECONDS = 30.0  # until a worker that waits for nothing is ended
 _WORKERS = 2
 _MOST_LINE = 1000  # characters of a refusal
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -226,7 +224,10 @@ class Worker:
         assert process and process.stdin and process.stdout
         process.stdin.write(f'{number}\n')
         process.stdin.flush()
-        if select.select([process.stdout], [], [], _WALL_SECONDS)[0] and (line := process.stdout.readline()):
+        while not (is_done := bool(select.select([process.stdout], [], [], _IDLE_SECONDS)[0])):
+            if not _has_turn_to_come(process.pid):
+                break
+        if is_done and (line := process.stdout.readline()):
             return tuple(json.loads(line))
         process.kill()
         status = process.wait()
@@ -255,6 +256,12 @@ class Worker:
             self._process.stdout.close()
             self._process = None
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _has_turn_to_come(process: int) -> bool:
+    """Whether a thread of it runs, waits for a processor or a disk, or is stopped; its own time has a limit."""
+    threads = pathlib.Path(f'/proc/{process}/task').glob('*/stat')
+    return any(file.read_text().rpartition(')')[2].split()[0] in 'RDT' for file in threads)
 
 
 def run(mutations: int, seed: int, only: str = '') -> tuple[dict[str, collections.Counter[str]], list[str]]:
