@@ -5,6 +5,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+logger = logging.getLogger(__name__)
+
 
 class _PatientLoop(asyncio.SelectorEventLoop):
     """An event loop that waits for all of its tasks before it closes."""
@@ -20,8 +22,12 @@ class _PatientLoops(asyncio.DefaultEventLoopPolicy):
         return _PatientLoop()
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
+def _is_passed_on(record: logging.LogRecord) -> bool:
+    """No traceback is; an error that Orbax goes on from is a line of this log."""
+    if record.exc_info or record.levelno < logging.ERROR:
+        return not record.exc_info
+    logger.warning('%s', ' '.join(record.getMessage().split()))
+    return False
 
 
 @contextlib.contextmanager
@@ -33,9 +39,9 @@ def told_once() -> Iterator[None]:
     """
     policy, orbax = asyncio.get_event_loop_policy(), logging.getLogger('absl')
     asyncio.set_event_loop_policy(_PatientLoops())
-    orbax.addFilter(_is_no_traceback)
+    orbax.addFilter(_is_passed_on)
     try:
         yield
     finally:
         asyncio.set_event_loop_policy(policy)
-        orbax.removeFilter(_is_no_traceback)
+        orbax.removeFilter(_is_passed_on)

@@ -1,3 +1,4 @@
+import errno
 import gc
 import json
 import logging
@@ -297,6 +298,21 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, capfd
     checkpointer.close()
     assert step == 3 and sorted(path.name for path in tmp_path.iterdir()) == ['3', '7']
     assert_same(restored, state)
+
+
+def test_an_error_that_orbax_goes_on_from_is_a_line_of_our_log(tmp_path, capfd, caplog, monkeypatch):
+    read_text = type(epath.Path()).read_text
+
+    def failing(path, *arguments, **options):
+        if path.name == '_CHECKPOINT_METADATA':
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(type(epath.Path()), 'read_text', failing)
+    save_steps(tmp_path, [3])
+    said = [record for record in caplog.records if 'Failed to read Metadata file' in record.getMessage()]
+    assert said and {record.name for record in said} == {'llama_jax.checkpoint.failures'}
+    assert capfd.readouterr().err == ''
 
 
 @pytest.mark.parametrize('keep', [0, 1, 2])

@@ -51,7 +51,7 @@ VARIANTS = {
         2048),
 }  # fmt: skip
 
-# What a GGUF has of them beside `llama.rope.freq_base` and `llama.context_length`.
+# What a GGUF has of them beside the base and the length of the context.
 KEYS = {
     'linear, as Vicuna-16k': {'type': 'linear', 'factor': 4.0, 'original_context_length': 2048},
     'yarn, as Yarn-Llama-2': {'type': 'yarn', 'factor': 4.0, 'original_context_length': 512},
