@@ -50,9 +50,11 @@ class Chat:
         if self._template is None:
             found = chat_format_for(self._tokenizer)
             ours = '<|start_header_id|>' in getattr(self._tokenizer, 'special_tokens', {})
-            if not ours and (others := [tag for tag in _OTHER_TAGS if tag in names.values()]):
+            others = [tag for tag in _OTHER_TAGS if tag in names.values()]
+            if others := [tag for tag in others if not (ours and tag == '<|start_header_id|>')]:
+                family = 'Llama 3 Instruct' if ours else 'Llama 2-Chat'
                 raise InputError(
-                    f'{self._tokenizer.path} has the token {others[0]}, which is none of Llama 2-Chat, and the '
+                    f'{self._tokenizer.path} has the token {others[0]}, which is none of {family}, and the '
                     "checkpoint has no chat template; put the template that it was trained with into its folder's "
                     'chat_template.jinja'
                 )
@@ -75,6 +77,10 @@ class Chat:
         if self._format is None:
             return self._by_template(plain)
         if plain[-1]['role'] == 'assistant':
+            if len(plain) == 1:
+                raise InputError(
+                    "the only message is the assistant's, to be gone on from; one by the user must come before it"
+                )
             return self._format.encode_prompt(plain[:-1], prefix=plain[-1]['content'])
         return self._format.encode_prompt(plain)
 

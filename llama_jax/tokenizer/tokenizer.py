@@ -82,8 +82,11 @@ def tokenizer_of_files(folder: str | os.PathLike, files: Mapping[str, bytes]) ->
         raise InputError(f'no tokenizer in {place}: looked for {_MODEL} or {_JSON}')
     chosen = named[0]
     if len(named) > 1:
-        chosen = _richer(place, files[_MODEL], files[_JSON], read_statements(beside, place))
-        logger.info('%s: the tokenizer is %s, which says more of its tokens than the other', place, chosen)
+        chosen, agree = _richer(place, files[_MODEL], files[_JSON], read_statements(beside, place))
+        if not agree:
+            logger.info(
+                '%s: the tokenizer is %s, which says more of its tokens than the other', place, chosen
+            )
     return parse_tokenizer(os.path.join(place, chosen), files[chosen], beside)
 
 
@@ -117,24 +120,25 @@ def parse_tokenizer(path: str, data: bytes, beside: Mapping[str, bytes] | None =
     return tokenizer_of(dataclasses.replace(vocabulary, ends=ends), path)
 
 
-def _richer(place: str, model: bytes, definition: bytes, said: Statements) -> str:
-    """Which of two descriptions says more and agrees with the embedding's rows."""
+def _richer(place: str, model: bytes, definition: bytes, said: Statements) -> tuple[str, bool]:
+    """Which of two descriptions says more and agrees with the embedding's rows; whether both say the same."""
     try:
         parsed = parse_object(definition, f'{place}/{_JSON}')
         by_id, added = _names_in(parsed)
         puts = _puts(parsed.get('post_processor'))
     except (InputError, TypeError, ValueError, AttributeError, LookupError) as error:
         logger.warning('%s/%s is passed over for %s: %s', place, _JSON, _MODEL, error_line(error))
-        return _MODEL
+        return _MODEL, False
     vocabulary = vocabulary_of(parse_tokenizer(f'{place}/{_MODEL}', model, {}))
     names, types = vocabulary.tokens, vocabulary.types
     if said.rows and max(by_id, default=0) >= said.rows >= len(names):
-        return _MODEL
+        return _MODEL, False
     if puts != (said.add_bos is not False, said.add_eos is True):
-        return _JSON
+        return _JSON, False
     same = all(id < len(names) and names[id] == name for id, name in by_id.items())
     kinds = {True: (CONTROL, UNKNOWN), False: (USER_DEFINED,)}
-    return _MODEL if same and all(types[id] in kinds[special] for id, special in added.items()) else _JSON
+    agree = same and all(types[id] in kinds[special] for id, special in added.items())
+    return (_MODEL if agree else _JSON), agree
 
 
 def _puts(processor: Any) -> tuple[bool, bool]:

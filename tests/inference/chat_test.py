@@ -45,6 +45,15 @@ def test_the_familys_format_is_taken_where_it_says_the_same(tokenizers, shared_d
 def test_no_other_familys_format_is_taken_in_silence(tokenizers):
     with pytest.raises(InputError, match=r'has the token <\|im_start\|>.*no chat template; put the template'):
         Chat(tokenizers['chatml on llama2, transformers 4'], '')
+    # Made of Llama 3, and taught another way to talk in the places of reserved tokens.
+    with pytest.raises(InputError, match=r'has the token <\|im_start\|>, which is none of Llama 3 Instruct'):
+        Chat(tokenizers['hermes'], '')
+
+
+def test_an_answer_to_go_on_from_answers_somebody(tokenizers):
+    with pytest.raises(InputError, match="the only message is the assistant's, to be gone on from") as error:
+        Chat(tokenizers['llama3'], '').encode_prompt([{'role': 'assistant', 'content': 'Hi'}])
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llama_jax.inference.generate import completed_text
 from llama_jax.tokenizer.conversion import model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
@@ -68,6 +69,26 @@ def test_a_kind_is_read_and_written_without_loss(folder):
     again = tokenizer_of_files('again', files)
     assert [again.encode(text) for text in texts] == [back.encode(text) for text in texts]
     assert (again.bos_id, again.eos_id, again.add_bos) == (back.bos_id, back.eos_id, back.add_bos)
+
+
+def test_a_row_without_a_token_prints_nothing(folder):
+    """As in transformers and llama.cpp: an embedding padded with rows may well have one of them drawn."""
+    tokenizer = folder[2]
+    size = tokenizer.vocab_size
+    ids = tokenizer.encode('green bottles')
+    assert completed_text(tokenizer, ids, [size, size + 40]) == ''
+    assert completed_text(tokenizer, [*ids, size], [*ids, size]) == completed_text(tokenizer, ids, ids)
+    assert all(isinstance(tokenizer.decode([id]), str) for id in range(size))
+
+
+def test_the_line_says_which_description_is_taken_only_where_they_differ(all_kinds, caplog):
+    caplog.set_level('INFO')
+    tokenizer_of_files('same', all_kinds['llama2'][0])
+    assert not caplog.messages
+    tokenizer_of_files('differ', all_kinds['chatml on llama2, transformers 4'][0])
+    assert caplog.messages == [
+        'differ: the tokenizer is tokenizer.json, which says more of its tokens than the other'
+    ]
 
 
 def test_what_a_tokenizer_model_cannot_say_is_refused(all_kinds):
