@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llama_jax import pretrained
 from llama_jax.convert import gguf, huggingface
 from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.huggingface_config import config_json
 from llama_jax.convert.mapping import Leaf, weights_of
+from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS
 from llama_jax.ops.rope import inverse_frequencies, rope_tables
 from llama_jax.types import InputError
 from tests import toy
+from tests.command_line import add_nano, tiny_run
 from tests.convert.in_memory import random_source
 
 # Of the logits' standard deviation: fp32 sums in another order move them by 1e-5, a wrong factor by more than 1e-2.
@@ -240,3 +244,70 @@ def test_logits_are_those_of_llama_cpp(name, tmp_path, shared_data):
     assert relative(ours[0], theirs) < 2e-3
     plain = dataclasses.replace(config, rope_scaling=None)
     assert relative(logits_of(source, plain, tokens, np.arange(400)[None])[0], theirs) > 2e-2
+
+
+SCALINGS = {
+    'linear': RopeScaling(4.0, kind='linear', original_max_seq_len=64),
+    'dynamic': RopeScaling(2.0, kind='dynamic', original_max_seq_len=256),
+    'yarn': RopeScaling(4.0, kind='yarn', original_max_seq_len=64, attention_factor=1.1386294361119891),
+    'llama3': RopeScaling(8.0, original_max_seq_len=64),
+}
+
+
+def nano():
+    add_nano()
+    return PRESETS.pop('nano')
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [pytest.param(kind, marks=pytest.mark.slow if kind == 'yarn' else pytest.mark.long) for kind in SCALINGS],
+)
+def test_commands_train_evaluate_and_plan_what_is_stretched(kind, commands, corpus, tmp_path, shared_data):
+    """From a folder of Hugging Face: trained on, asked, converted; and planned for a TPU."""
+    scaling = SCALINGS[kind]
+    config = dataclasses.replace(nano(), vocab_size=512, max_seq_len=256, rope_scaling=scaling)
+    base = epath.Path(tmp_path / 'base')
+    base.mkdir()
+    tokenizer = (shared_data / 'weights/stories260K/tok512.model').read_bytes()
+    huggingface.write(
+        random_source(config), base, bos_id=1, eos_ids=[2], files={'tokenizer.model': tokenizer}
+    )
+    # A preset says how Llama 3.1 stretches; other ways are the checkpoint's.
+    preset = f'RopeScaling(**{dataclasses.asdict(scaling)!r})' if kind == 'llama3' else 'None'
+    before = f"""
+import dataclasses
+from llama_jax.models.config import RopeScaling
+from llama_jax.models.presets import PRESETS
+PRESETS['nano'] = dataclasses.replace(PRESETS['nano'], max_seq_len=256, rope_scaling={preset})
+"""
+    arguments = tiny_run(tmp_path / 'run', corpus, model__vocab_size=0, train__num_steps=2)
+    done = commands.run('pretrain', *arguments, f'--checkpoint={base}', before=before).succeeded()
+    assert (kind != 'llama3') == ('RoPE and context are ' in done.stderr)
+    trained = json.loads((tmp_path / 'run/model.json').read_text())
+    assert LlamaConfig.from_dict(trained['config']) == config
+    asked = [
+        f'--checkpoint={tmp_path}/run',
+        '--data_dir',
+        str(shared_data / 'eval'),
+        '--tasks=piqa',
+        '--limit=4',
+    ]
+    commands.run('evaluate', *asked, f'--output={tmp_path}/evaluated').succeeded()
+    for to in ('huggingface', *(['gguf'] if kind != 'dynamic' else [])):
+        output = tmp_path / f'out_{to}'
+        commands.run(
+            'convert', f'--input={tmp_path}/run', f'--output={output}', f'--to={to}', '--verify'
+        ).succeeded()
+        assert pretrained.open(output).config == config
+    pytest.importorskip('libtpu', reason="needs libtpu: pip install 'llama_jax[tpu]'")
+    before = before.replace(
+        f'rope_scaling={preset}', f'rope_scaling=RopeScaling(**{dataclasses.asdict(scaling)!r})'
+    )
+    plan = [
+        '--config=configs/pretrain.py:tiny',
+        '--config.model.preset=nano',
+        '--topology=v5e:2x2',
+        '--max_tries=0',
+    ]
+    assert 'fits' in commands.run('preflight', *plan, before=before).succeeded().stdout
