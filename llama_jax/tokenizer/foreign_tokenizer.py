@@ -24,6 +24,7 @@ _PROGRAM = pathlib.Path(__file__).with_name('opening_process.py')
 _SECONDS = 5  # of processor time
 _WALL_SECONDS = 120.0
 _MEMORY = 1 << 30  # bytes beyond the process's own
+_MAX_LETTERS = 100  # of patterns, runs of which are tried
 _MAX_GROWTH = 100  # times; a Llama's own puts one letter for another
 _STEPS = ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')
 # Those of Llamas, and what this package writes for sentencepiece's squeezing of spaces.
@@ -50,7 +51,9 @@ def check_opening(definition: dict[str, Any], data: bytes, path: str) -> None:
         raise InputError(f'{path} makes texts {growth} times as long; at most {_MAX_GROWTH} times is allowed')
     if _is_plain(definition['model']) and all(map(_is_harmless, map(definition.get, _STEPS))):
         return
-    if reason := _tried(data):
+    letters = sorted({letter for step in _STEPS for letter in _pattern(definition.get(step))})
+    probes = (*PROBES, *(letter * 40 + '!' for letter in letters[:_MAX_LETTERS]))
+    if reason := _tried(data, probes):
         raise InputError(f'{path} is not a tokenizer.json that tokenizers can read: {reason}')
 
 
@@ -114,11 +117,20 @@ def _check_charsmaps(step: Any, path: str) -> None:
         _check_charsmaps(part, path)
 
 
+def _pattern(step: Any) -> str:
+    """The patterns of a step and its parts; runs of their letters are what some of them take for ever at."""
+    if not isinstance(step, dict):
+        return ''
+    pattern = step.get('pattern')
+    own = pattern.get('Regex') if isinstance(pattern, dict) else ''
+    return (own if isinstance(own, str) else '') + ''.join(map(_pattern, _parts(step)))
+
+
 @functools.lru_cache(8)
-def _tried(data: bytes) -> str:
+def _tried(data: bytes, probes: tuple[str, ...]) -> str:
     """What went wrong in a process of its own; '' for nothing."""
     process = subprocess.Popen(
-        [sys.executable, '-P', '-S', str(_PROGRAM), str(_SECONDS), str(_MEMORY), json.dumps(PROBES)],
+        [sys.executable, '-P', '-S', str(_PROGRAM), str(_SECONDS), str(_MEMORY), json.dumps(probes)],
         env={name: os.environ[name] for name in ('PATH', 'LD_LIBRARY_PATH') if name in os.environ}
         | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.PIPE,

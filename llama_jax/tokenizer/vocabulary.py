@@ -20,7 +20,7 @@ from llama_jax.tokenizer.sentencepiece_model import (
 )
 from llama_jax.types import InputError
 
-MAX_TOKENS = 1 << 22  # ids that a vocabulary may have; of real ones the largest have a quarter of a million
+MAX_TOKENS = 1 << 20  # ids that a vocabulary may have; of real ones the largest have a quarter of a million
 Family = Literal['sentencepiece', 'unigram', 'byte-level']
 
 
