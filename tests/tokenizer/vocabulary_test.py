@@ -42,7 +42,9 @@ def assert_same(tokenizer, native):
         assert getattr(tokenizer, name) == getattr(expected, name), name
 
 
-@pytest.mark.parametrize('native', [pytest.param('llama2', marks=pytest.mark.slow), 'llama3'], indirect=True)
+@pytest.mark.parametrize(
+    'native', ['trained', pytest.param('llama2', marks=pytest.mark.slow), 'llama3'], indirect=True
+)
 def test_gguf_and_back_gives_the_same_ids(native):
     keys = native[3]
     assert {type(value) for value in keys.values()} <= {str, int, bool, list}
@@ -54,7 +56,9 @@ def test_gguf_and_back_gives_the_same_ids(native):
         assert gguf_vocabulary(back) == keys
 
 
-@pytest.mark.parametrize('native', ['llama2', pytest.param('llama3', marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    'native', ['trained', 'llama2', pytest.param('llama3', marks=pytest.mark.slow)], indirect=True
+)
 def test_a_tokenizer_json_and_back_gives_the_same_ids(native):
     files = huggingface_files(native[0], max_seq_len=64)
     tokenizer = HuggingFaceTokenizer('none/tokenizer.json', files['tokenizer.json'])
