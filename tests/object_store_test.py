@@ -21,7 +21,7 @@ from llama_jax.lock import Locked
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
-from tests.command_line import tiny_run
+from tests.command_line import CommandLine, tiny_run
 from tests.reference.fake_gcs import FakeGCS
 
 RUN = 'gs://bucket/run'
@@ -29,13 +29,19 @@ SMALL = {'train__num_steps': 6, 'checkpoint__every': 2, 'checkpoint__keep': 2, '
 RATES = {'tokens_per_second', 'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
 
 
-@pytest.fixture(scope='module', autouse=True)  # before `commands`, which are handed its environment
+@pytest.fixture(scope='module', autouse=True)
 def gcs():
     with FakeGCS() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         enable_bucket('gs://bucket')
         yield server
+
+
+@pytest.fixture(scope='module')
+def commands(folder, gcs):
+    """What forks them may have been started before the server."""
+    return CommandLine(folder, **gcs.environment())
 
 
 @pytest.fixture(scope='module')
