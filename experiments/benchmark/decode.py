@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.benchmark.profile import show_kernels
 from experiments.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
@@ -26,6 +27,7 @@ _BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, sever
 _PROMPT = flags.DEFINE_integer('decode_prompt', 64, 'tokens of a prompt', lower_bound=1)
 _TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
+_PROFILE = flags.DEFINE_boolean('decode_profile', False, 'show the kernels that take most of a completion')
 
 
 def main() -> dict[str, Any]:
@@ -69,6 +71,9 @@ def main() -> dict[str, Any]:
         figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
         ms, share, rate, read, _ = found.values()
         print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}', flush=True)
+        if _PROFILE.value:
+            kernels = show_kernels(lambda: complete(tokens))
+            figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
     return figures
 
 

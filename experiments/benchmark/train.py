@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
+from experiments.benchmark.profile import show_kernels
 from experiments.checkpoint import DTYPES, dtype_name
 from experiments.settings import compiler_options, find_preset
 from llama_jax.data.packing import lm_batch
@@ -46,6 +47,7 @@ _LOSS_CHUNKS = flags.DEFINE_integer(
     'loss_chunks', 4, 'parts of the sequence whose logits are held at a time', lower_bound=1
 )
 _XLA_OPTIONS = launch.define_xla_options()
+_PROFILE = flags.DEFINE_boolean('profile', False, 'show the kernels that take most of one update')
 _PEER = flags.DEFINE_boolean('peer', True, 'measure Hugging Face beside, where it is installed')
 
 # What every contender trains with; the learning rate is constant.
@@ -134,6 +136,8 @@ def main() -> dict[str, Any]:
     print(
         f'MFU {figures["mfu_causal"]:.1%} causal, {figures["mfu_full"]:.1%} full, of {peak / 1e12:.2f} TFLOP/s'
     )
+    if _PROFILE.value:
+        figures |= show_kernels(steps['llama_jax'])
     if peers := [name for name in steps if name != 'llama_jax']:
         best = max(figures[f'{name}_tokens_per_second'] for name in peers)
         # Turn by turn, so that drift cancels.
