@@ -20,6 +20,7 @@ from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.ops.activations import swiglu
 from llama_jax.ops.attention import IMPLEMENTATIONS, attention
+from llama_jax.ops.attention_cudnn import FORWARD_PRIMITIVE as CUDNN_FORWARD
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import Weight, einsum, take
 from llama_jax.ops.normalization import rms_norm
@@ -27,15 +28,33 @@ from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
 from llama_jax.types import InputError, Params, PyTree
 
-_save = jax.checkpoint_policies.save_only_these_names
+# How a policy is asked about a value that has a name.
+_NAME = jax.make_jaxpr(lambda x: checkpoint_name(x, ''))(0.0).eqns[0].primitive
+
+
+def _with_cudnn(policy: Callable) -> Callable:
+    """The policy, for which what cuDNN's kernel gives, output and unnamed residual, is an 'attention_output'."""
+
+    def decide(primitive, *args, **params):
+        if primitive.name == CUDNN_FORWARD:
+            return policy(_NAME, name='attention_output')
+        return policy(primitive, *args, **params)
+
+    return decide
+
+
+def _save(*names: str) -> Callable:
+    return _with_cudnn(jax.checkpoint_policies.save_only_these_names(*names))
 
 
 def _offload(*names: str) -> Callable:
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=['block_input', *names],
-        offload_src='device',
-        offload_dst='pinned_host',
+    return _with_cudnn(
+        jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=['block_input', *names],
+            offload_src='device',
+            offload_dst='pinned_host',
+        )
     )
 
 

@@ -159,7 +159,8 @@ def _attend(
 ) -> Array:
     """One kernel on what one device holds; the keys are those of whole rows."""
     starts = None if shard is None else shard.chunk_starts(k.shape[1])
-    # These two name their residuals themselves, so that with the output saved nothing of them is computed twice.
+    # These two name their residuals themselves, so that with the output saved nothing of them is computed twice; those
+    # of cuDNN, which have no name, remat policies know by their primitive.
     if kernel == 'splash':
         return splash_attention(
             q, k, v, q_segment_ids, kv_segment_ids, shard, interpret=platform != 'tpu'
@@ -174,10 +175,8 @@ def _attend(
             mask = (q_slots[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
         if q_segment_ids is not None and kv_segment_ids is not None:
             mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
-        out = reference_attention(q, k, v, mask)
-    else:
-        out = attention_cudnn.cudnn_attention(q, k, v, q_segment_ids)
-    return checkpoint_name(out, 'attention_output')
+        return checkpoint_name(reference_attention(q, k, v, mask), 'attention_output')
+    return attention_cudnn.cudnn_attention(q, k, v, q_segment_ids)
 
 
 def _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner) -> Array:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.ops import attention_cudnn
 from llama_jax.ops.attention import attention, choose
-from llama_jax.ops.attention_cudnn import cudnn_attention
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import InputError
 
@@ -61,10 +61,16 @@ LONG, LONG_IDS = 198, np.stack([np.repeat([1, 2, 3, 0], [70, 1, 99, 28]), np.rep
 def run(implementation):
     """A function of q, k, v and segment ids (or None)."""
     if implementation == 'cudnn formula':  # what is handed to cuDNN, computed by XLA
-        return lambda q, k, v, ids: cudnn_attention(q, k, v, ids, implementation='xla')
+        return _cudnn_formula
     return lambda q, k, v, ids: attention(
         q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation=implementation
     )
+
+
+def _cudnn_formula(q, k, v, ids):
+    if ids is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='xla')
+    return attention_cudnn.masked_attention(q, k, v, ids, implementation='xla')
 
 
 KERNELS = ['reference', 'chunked', 'splash', 'cudnn formula']
@@ -142,12 +148,20 @@ def choices(caplog, monkeypatch):
     """What `choose` takes on a platform, and the lines logged for it, with no choice logged before."""
     attention_module._log_once.cache_clear()
 
-    def take(platform, shape=(2, 256, 8, 64), dtype=jnp.bfloat16, packed=True, client='cuda 13', **options):
+    def take(
+        platform,
+        shape=(2, 256, 8, 64),
+        dtype=jnp.bfloat16,
+        packed=True,
+        client='cuda 13',
+        chip='8.0',
+        **options,
+    ):
         caplog.clear()
         q = jax.ShapeDtypeStruct(shape, dtype)
         with monkeypatch.context() as patch, caplog.at_level(logging.INFO, 'llama_jax'):
             patch.setattr(attention_module, 'platform_of', lambda partitioner: platform)
-            device = SimpleNamespace(client=SimpleNamespace(platform_version=client))
+            device = SimpleNamespace(client=SimpleNamespace(platform_version=client), compute_capability=chip)
             patch.setattr(jax, 'devices', lambda *platforms: [device])
             for _ in range(2):
                 kernel = choose(q, q, packed, **options)
@@ -217,9 +231,48 @@ def test_auto_falls_back_to_chunked_and_says_why(choices, options, reason):
         choices(**options, implementation=reason.split(':')[0])
 
 
-def test_without_segments_cudnn_takes_long_and_odd_rows(choices):
-    assert choices('gpu', (2, 65_536, 8, 64), packed=False)[0] == 'cudnn'
-    assert choices('gpu', (2, 255, 8, 64), packed=False)[0] == 'cudnn'
+@pytest.mark.parametrize('packed', [False, True])
+def test_without_segments_or_from_hopper_on_cudnn_takes_long_and_odd_rows(choices, packed):
+    for length in (65_536, 255):
+        assert choices('gpu', (2, length, 8, 64), packed=packed, chip='9.0')[0] == 'cudnn'
+    assert choices('gpu', (2, 255, 8, 64), packed=False, chip='8.0')[0] == 'cudnn'
+
+
+def test_documents_are_found():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = rng.integers(1, 9, size=2)
+        rows = [np.sort(rng.choice(np.arange(1, 40), size=n - 1, replace=False)) for n in counts]
+        ids = np.stack([np.searchsorted(row, np.arange(40), side='right') + 1 for row in rows])
+        if rng.random() < 0.5:  # the last is padding
+            ids[0, ids[0] == ids[0, -1]] = 0
+        lengths, starts, fits = attention_cudnn.documents(jnp.asarray(ids, jnp.int32), 6)
+        assert fits == (counts.max() <= 6)
+        for row, found_lengths, found_starts in zip(rows, lengths, starts, strict=True):
+            expected = np.array([0, *row])[:6]
+            np.testing.assert_array_equal(
+                found_starts[:6], np.pad(expected, (0, 6 - len(expected)), constant_values=-1)
+            )
+            if len(row) < 6:
+                sizes = np.diff([0, *row, 40])
+                np.testing.assert_array_equal(
+                    found_lengths, np.pad(sizes, (0, 6 - len(sizes)), constant_values=-1)
+                )
+    for pieces in ([1, 2, 1], [0, 1, 0], [0, 1, 1], [2, 1, 0]):
+        ids = jnp.repeat(jnp.asarray([pieces], jnp.int32), 4, axis=1)
+        assert not attention_cudnn.documents(ids, 6)[2]
+
+
+@pytest.mark.accelerator
+def test_rows_of_many_documents_are_attended_to():
+    """More than cuDNN takes apart, or in pieces: the same as with a mask."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 512, 4, 64)), 'bfloat16') for _ in range(3))
+    many = np.arange(512) // 8
+    for ids in (many + 1, many % 3, np.where(many < 40, many // 4, 0)):
+        ids = jnp.asarray(np.stack([ids, np.ones(512)]), jnp.int32)
+        found, expected = (run(name)(q, k, v, ids).astype(jnp.float32) for name in ('auto', 'reference'))
+        np.testing.assert_allclose(found, expected, atol=3e-2, rtol=0)
 
 
 def test_a_kernel_that_cannot_serve_is_refused_in_one_line():
