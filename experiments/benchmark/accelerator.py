@@ -43,7 +43,7 @@ STATE_BYTES = {'adamw': 16, 'adafactor': 10}
 STATE_SHARE = 0.7
 # What is kept of the JSON of each suite.
 FIGURES = {
-    'train': r'layers|batch_size|seq_len|.*_second.*|mfu_.*|peak_memory_bytes|ratio_to_best_peer|kernel_.*',
+    'train': r'layers|batch_size|seq_len|.*_second.*|mfu_.*|peak_memory_bytes|ratio_to_best_peer|kernels?(_.*)?',
     'attention': r'.*_(auto|ms|bytes)',
     'decode': r'copy_bandwidth|batch_.*',
 }
@@ -122,13 +122,16 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         sizes = f'--model={model} --layers={layers} --batch_size={rows} --dtype=bfloat16 --rounds=3 --nopeer --profile'
         return suite(name, seconds, 'train', f'{sizes} {options.replace("LAYERS", str(layers))}')
 
-    decode = '--decode_model=llama2_7b --decode_prompt=512 --decode_tokens=128 --decode_profile'
+    decode = '--decode_model=llama2_7b --decode_prompt=1024 --decode_tokens=128 --decode_profile'
     shapes = '--noattention_check --attention_shapes'  # the tests say whether it is right
     checks = [
         Check('tests', tests, 150, environment=ENVIRONMENT | {'JAX_PLATFORMS': platform}),
         train('train_7b', 120, f'--remat=projections --batch_size={2 * rows}'),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
         suite('decode_7b', 90, 'decode', decode),
+        suite(
+            'prompt_7b', 60, 'decode', f'{decode} --decode_batches=1 --decode_prompt=2048 --decode_tokens=8'
+        ),
         train('train_8b', 120, '--remat=projections', model='llama3_8b'),
         train('train_7b_attention', 90, f'--batch_size={4 * rows}'),
         # Few layers, as three contenders share the memory; on one device, as Hugging Face's use no more.

@@ -20,6 +20,7 @@ from experiments.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.types import InputError
 
 _MODEL = flags.DEFINE_string('decode_model', 'stories_15m', 'a preset')
@@ -48,10 +49,16 @@ def main() -> dict[str, Any]:
     )
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
     filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
+    # Of a prompt, whose last token alone meets the head; a third of what training takes is the forward pass.
+    head = 2 * config.vocab_size * config.embed_dim * (prompt - 1)
+    prompt_flops = prompt * training_flops_per_token(config, prompt)[0] / 3 - head
+    peak = peak_flops_per_device() * jax.device_count()
     bandwidth = copy_bandwidth(_ROUNDS.value)
     figures: dict[str, Any] = {'model': _MODEL.value, 'dtype': dtype.name, 'copy_bandwidth': bandwidth}
     print(f'{_MODEL.value}, {dtype.name}, {prompt} + {tokens} tokens, copies at {bandwidth / 1e9:,.0f} GB/s')
-    print(f'{"prompts":>8}{"step ms":>10}{"of bandwidth":>14}{"tokens/s":>12}{"prompt tokens/s":>17}')
+    print(
+        f'{"prompts":>8}{"step ms":>10}{"of bandwidth":>14}{"tokens/s":>12}{"prompt tokens/s":>17}{"MFU":>7}'
+    )
     for batch in map(int, _BATCHES.value):
         ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
 
@@ -66,13 +73,14 @@ def main() -> dict[str, Any]:
         num_bytes = dtype.itemsize * (config.num_params - table + batch * filled)
         found = {
             'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
-            'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9), 'first_seconds': first,
+            'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9),
+            'prompt_mfu': prompt_flops * batch / max(one - step, 1e-9) / peak, 'first_seconds': first,
         }  # fmt: skip
         figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
-        ms, share, rate, read, _ = found.values()
-        print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}', flush=True)
+        ms, share, rate, read, mfu, _ = found.values()
+        print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}{mfu:7.1%}', flush=True)
         if _PROFILE.value:
-            kernels = show_kernels(lambda: complete(tokens))
+            kernels = show_kernels(lambda: complete(tokens), many)
             figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
     return figures
 

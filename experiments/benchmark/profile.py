@@ -15,12 +15,16 @@ _COPY = re.compile(r'[._]\d+$')
 _THREADS = re.compile(r'::|^end: |^\$|^(while|call|conditional)\b')
 
 
-def largest_kernels(call: Callable[[], Any], number: int = 12) -> dict[str, float]:
-    """Share of each of the kernels with the longest times, in that of all; those that differ by number are one.
+def show_kernels(call: Callable[[], Any], seconds: float, number: int = 12) -> dict[str, str]:
+    """Prints the kernels that take longest; those that differ by a number are one.
 
     Args:
       call: ends when the device has ended.
+      seconds: that it takes by itself, as a profile takes time of its own.
       number: of kernels that are named.
+
+    Returns:
+      Figures: 'SHARE NAME' by rank, in the time of all kernels, and the share of the call in which one runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -33,7 +37,13 @@ def largest_kernels(call: Callable[[], Any], number: int = 12) -> dict[str, floa
         of_devices = [plane for plane in planes if plane.name.startswith('/device:')]
         times = _times(of_devices) or _times(planes)
     total = sum(times.values())
-    return {name: time / total for name, time in times.most_common(number)}
+    busy = f'{1e-9 * total / jax.local_device_count() / seconds:.1%}'
+    print(f'{busy:>7}  of the time a kernel runs; of that')
+    figures = {'kernels': busy}
+    for rank, (name, time) in enumerate(times.most_common(number), 1):
+        print(f'{time / total:7.1%}  {name[:100]}')
+        figures[f'kernel_{rank}'] = f'{time / total:.1%} {name}'
+    return figures
 
 
 def _times(planes: Iterable[Any]) -> collections.Counter[str]:
@@ -45,11 +55,3 @@ def _times(planes: Iterable[Any]) -> collections.Counter[str]:
                 if not _THREADS.search(event.name):
                     times[_COPY.sub('', event.name)] += event.duration_ns
     return times
-
-
-def show_kernels(call: Callable[[], Any]) -> dict[str, str]:
-    """Prints the largest kernels; as figures, which are 'SHARE NAME' by rank."""
-    shares = largest_kernels(call)
-    for name, share in shares.items():
-        print(f'{share:7.1%}  {name[:100]}')
-    return {f'kernel_{rank}': f'{share:.1%} {name}' for rank, (name, share) in enumerate(shares.items(), 1)}

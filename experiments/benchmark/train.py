@@ -137,7 +137,7 @@ def main() -> dict[str, Any]:
         f'MFU {figures["mfu_causal"]:.1%} causal, {figures["mfu_full"]:.1%} full, of {peak / 1e12:.2f} TFLOP/s'
     )
     if _PROFILE.value:
-        figures |= show_kernels(steps['llama_jax'])
+        figures |= show_kernels(steps['llama_jax'], statistics.median(seconds['llama_jax']))
     if peers := [name for name in steps if name != 'llama_jax']:
         best = max(figures[f'{name}_tokens_per_second'] for name in peers)
         # Turn by turn, so that drift cancels.
