@@ -27,11 +27,11 @@ from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, Sampling, evaluate, finished_items, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
 from llama_jax.eval.report import plot_comparison, to_report
-from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Completion, Graders, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
+from llama_jax.item_log import ItemLog
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
@@ -221,12 +221,12 @@ def parse_mesh(items: list[str]) -> dict[str, int]:
 
 def open_log(
     output: epath.Path, prepared: PreparedTask, header: dict[str, Any], at_exit: contextlib.ExitStack
-) -> SampleLog | None:
+) -> ItemLog | None:
     """The task's samples, on process 0; refused where they are of another evaluation."""
     if not runtime.is_main_process():
         return None
     file = output / 'samples' / f'{prepared.task.name.replace("/", "_")}.jsonl'
-    log = at_exit.enter_context(contextlib.closing(SampleLog(file, {'task': prepared.task.name, **header})))
+    log = at_exit.enter_context(contextlib.closing(ItemLog(file, {'task': prepared.task.name, **header})))
     finished_items(prepared, log)
     return log
 

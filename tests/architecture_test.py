@@ -23,10 +23,19 @@ MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (
-        {'partitioning', 'runtime', 'signals', 'storage', 'json_file', 'lock', 'chips', 'xla_options'},
+        {
+            'partitioning',
+            'runtime',
+            'signals',
+            'storage',
+            'json_file',
+            'lock',
+            'chips',
+            'xla_options',
+        },
         {'etils', 'fsspec'},
     ),
-    ({'ops', 'placement'}, set()),
+    ({'ops', 'placement', 'item_log'}, set()),
     ({'models', 'tokenizer', 'grading'}, {'flax.linen', 'sentencepiece', 'tiktoken', 'tokenizers', 'jinja2'}),
     (
         {'lora', 'quantize', 'checkpoint', 'convert', 'data', 'losses'},

@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on(commands, given, evaluated, tmp_path):
     before = json.loads((evaluated[0] / 'results.json').read_text())
     assert json.loads((output / 'results.json').read_text()) == {'piqa': before['piqa']}
     line = commands.run('evaluate', *given, *arguments, '--seed=1').error()
-    assert 'of another evaluation: seed was 0 and is 1' in line and (output / 'results.json').exists()
+    assert 'of another run: seed was 0 and is 1' in line and (output / 'results.json').exists()
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path
     line = commands.run(
         'evaluate', *given, '--tasks=piqa,winogrande', '--limit=6', f'--output={output}'
     ).error()
-    assert f"{samples} is of another evaluation: model was 'another'" in line and '(set by --output)' in line
+    assert f"{samples} is of another run: model was 'another'" in line and '(set by --output)' in line
     assert not (output / 'results.json').exists()
 
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import tqdm
 
-from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Completion, Document, Graders, Request, Result, Scores, Task
+from llama_jax.item_log import ItemLog
 from llama_jax.runtime import from_main_process, is_main_process
 from llama_jax.types import InputError
 
@@ -105,7 +105,7 @@ def evaluate(
     engine: Answers,
     *,
     graders: Graders | None = None,
-    log: SampleLog | None = None,
+    log: ItemLog | None = None,
     progress: bool = True,
     pause: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -221,7 +221,7 @@ def _hash(requests: Sequence[Request]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished_items(prepared: PreparedTask, log: SampleLog) -> dict[int, dict[str, Any]]:
+def finished_items(prepared: PreparedTask, log: ItemLog) -> dict[int, dict[str, Any]]:
     """The items of the log that are asked now.
 
     Raises:

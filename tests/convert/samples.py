@@ -21,8 +21,8 @@ from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.convert import huggingface, torch_pickle
 from llama_jax.convert.mapping import Leaf, weights_of
 from llama_jax.data.sources import read_documents
-from llama_jax.eval.sample_log import SampleLog
 from llama_jax.export import save
+from llama_jax.item_log import ItemLog
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.tokenizer.conversion import model_file, own_files, vocabulary_of
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
@@ -139,7 +139,7 @@ def read_texts(path: epath.Path) -> Found:
 
 
 def read_log(path: epath.Path) -> Found:
-    log = SampleLog(path / 'log.jsonl', {'a': 1})
+    log = ItemLog(path / 'log.jsonl', {'a': 1})
     log.close()
     return {'items': sorted(log.items)}
 
@@ -156,7 +156,7 @@ def samples(folder: pathlib.Path) -> Iterator[Sample]:
     lines = b'{"text": "h\\u00e9", "n": [1, 2.5, null]}\n' * 9
     yield Sample('documents, JSON lines', {'a.jsonl': lines}, 'a.jsonl', read_texts, says=says_lines)
     log = b'{"header": {"a": 1}}\n' + b''.join(b'{"index": %d, "x": [1.5]}\n' % i for i in range(9))
-    yield Sample('log of samples', {'log.jsonl': log}, 'log.jsonl', read_log, says=any_values)
+    yield Sample('log of items', {'log.jsonl': log}, 'log.jsonl', read_log, says=any_values)
 
 
 def _files(folder: epath.Path) -> dict[str, bytes]:

@@ -7,9 +7,9 @@ import pytest
 
 from llama_jax.eval import harness
 from llama_jax.eval.harness import Sampling, evaluate, prepare
-from llama_jax.eval.sample_log import SampleLog
 from llama_jax.eval.task import Continuation, Likelihood, Task
 from llama_jax.eval.tasks import find_task
+from llama_jax.item_log import ItemLog
 from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError
 from tests.reference.fake_gcs import FakeGCS
@@ -52,13 +52,13 @@ def test_equal_requests_are_asked_once_and_what_was_cut_is_counted():
 def test_a_killed_evaluation_goes_on(tmp_path):
     path = tmp_path / 'samples' / 'toy.jsonl'
     header = {'task': 'toy', 'model': 'm'}
-    with closing(SampleLog(path, header)) as log, pytest.raises(KeyboardInterrupt):
+    with closing(ItemLog(path, header)) as log, pytest.raises(KeyboardInterrupt):
         evaluate(prepare(toy_task(), ''), Counting(dies_after=4), log=log, progress=False)
     finished = path.read_text()
     assert [json.loads(line).get('index') for line in finished.splitlines()] == [None, 0, 1, 2]
     path.write_text(finished + '{"index": 3, "sco')  # a line that a kill cut off
     engine = Counting()
-    with closing(SampleLog(path, header)) as log:
+    with closing(ItemLog(path, header)) as log:
         found = evaluate(prepare(toy_task(), ''), engine, log=log, progress=False)
     assert found == {'acc': 1.0, 'n': 6, 'num_fewshot': 0, 'truncated': 1}
     assert {request.context for request in engine.asked} == {'same', 'a3', 'a4', 'a5'}
@@ -66,28 +66,28 @@ def test_a_killed_evaluation_goes_on(tmp_path):
     assert sorted(line['index'] for line in lines[1:]) == list(range(6))
     assert lines[1]['requests'][0]['context'] == 'a0' and lines[1]['scores'] == {'acc': 1.0}
     # More items of the same go on too; other ones are refused.
-    with closing(SampleLog(path, header)) as log:
+    with closing(ItemLog(path, header)) as log:
         assert evaluate(prepare(toy_task(8), ''), Counting(), log=log, progress=False)['n'] == 8
         with pytest.raises(InputError, match='item 0 of toy is asked otherwise'):
             evaluate(prepare(toy_task(question='b'), ''), Counting(), log=log, progress=False)
-    with pytest.raises(InputError, match="of another evaluation: model was 'm' and is 'n'"):
-        SampleLog(path, header | {'model': 'n'})
+    with pytest.raises(InputError, match="of another run: model was 'm' and is 'n'"):
+        ItemLog(path, header | {'model': 'n'})
     path.write_text('no JSON\n')
-    with pytest.raises(InputError, match='is no log of samples'):
-        SampleLog(path, header)
+    with pytest.raises(InputError, match='is no log of items'):
+        ItemLog(path, header)
 
 
 def test_a_damaged_line_of_a_log_is_dropped_and_said(tmp_path, caplog):
     path, header = tmp_path / 'toy.jsonl', {'task': 'toy'}
-    with closing(SampleLog(path, header)) as log:
+    with closing(ItemLog(path, header)) as log:
         for index in range(4):
             log.add({'index': index})
     lines = path.read_bytes().splitlines()
     lines[1:4] = bytes(20), b'{"index": [1]}', b'[' * 100_000
     path.write_bytes(b''.join(line + b'\n' for line in lines))
-    with closing(SampleLog(path, header)) as log:
+    with closing(ItemLog(path, header)) as log:
         assert list(log.items) == [3]
-    assert 'toy.jsonl: 3 damaged lines dropped; their items are evaluated again' in caplog.text
+    assert 'toy.jsonl: 3 damaged lines dropped; their items are done again' in caplog.text
 
 
 def test_a_log_in_a_bucket_is_written_whole(monkeypatch):
@@ -96,9 +96,9 @@ def test_a_log_in_a_bucket_is_written_whole(monkeypatch):
             monkeypatch.setenv(name, value)
         enable_bucket('gs://bucket')
         path, header = 'gs://bucket/run/samples/toy.jsonl', {'task': 'toy'}
-        with closing(SampleLog(path, header)) as log:
+        with closing(ItemLog(path, header)) as log:
             evaluate(prepare(toy_task(4), ''), Counting(), log=log, progress=False)
-        with closing(SampleLog(path, header)) as log:
+        with closing(ItemLog(path, header)) as log:
             assert sorted(log.items) == [0, 1, 2, 3]
             engine = Counting()
             assert evaluate(prepare(toy_task(5), ''), engine, log=log, progress=False)['n'] == 5

@@ -1,6 +1,6 @@
-"""samples/TASK.jsonl: every finished item in a line, from which a killed evaluation goes on.
+"""A file of finished items, a line each, from which a killed command goes on.
 
-The first line says what was evaluated; then come items in the order in which they were finished, each with its `index`.
+The first line says what they depend on; then come items as they were finished, each with its `index`.
 """
 
 import io
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_WRITES = 60.0
 
 
-class SampleLog:
+class ItemLog:
     """The items of one task that are finished.
 
     Attributes:
@@ -36,7 +36,7 @@ class SampleLog:
           header: what the items depend on; a log with another header is refused.
 
         Raises:
-          InputError: the log is of another evaluation, or is none.
+          InputError: the log is of another run, or is none.
         """
         self._path = epath.Path(path)
         self.items: dict[int, dict[str, Any]] = {}
@@ -66,21 +66,19 @@ class SampleLog:
                     elif not self._take(line):
                         damaged += 1
         except InputError as error:
-            raise InputError(f'{error}; it is no log of samples: move it away') from None
+            raise InputError(f'{error}; it is no log of items: move it away') from None
         except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-            raise InputError(f'{self._path} is no log of samples; move it away') from error
+            raise InputError(f'{self._path} is no log of items; move it away') from error
         except OSError as error:
             raise InputError(f'{self._path} cannot be read: {error.strerror or error_line(error)}') from error
         for key in sorted({*before, *header}):
             if before.get(key) != header.get(key):
                 raise InputError(
-                    f'{self._path} is of another evaluation: {key} was {show_json(before.get(key))} '
+                    f'{self._path} is of another run: {key} was {show_json(before.get(key))} '
                     f'and is {show_json(header.get(key))}; write to another place, or remove the file'
                 )
         if damaged:
-            logger.warning(
-                '%s: %d damaged lines dropped; their items are evaluated again', self._path, damaged
-            )
+            logger.warning('%s: %d damaged lines dropped; their items are done again', self._path, damaged)
         self._lines += [json.dumps(item) for item in self.items.values()]
 
     def _take(self, line: bytes) -> bool:
