@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
@@ -57,6 +58,22 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'draw from this many of the most likely tokens; 0: from all')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'draw from the fewest tokens whose probabilities reach this')
+_MIN_P = flags.DEFINE_float('min_p', 0.0, 'draw from tokens at least this times as likely as the likeliest')
+_REPETITION_PENALTY = flags.DEFINE_float(
+    'repetition_penalty', 1.0, 'divides the logits of tokens of prompt and completion; 1: none'
+)
+_PRESENCE_PENALTY = flags.DEFINE_float(
+    'presence_penalty', 0.0, 'subtracted from the logits of tokens of the completion'
+)
+_FREQUENCY_PENALTY = flags.DEFINE_float(
+    'frequency_penalty', 0.0, 'subtracted from the logits of tokens of the completion, each time they came'
+)
+_LOGIT_BIAS = flags.DEFINE_list(
+    'logit_bias', [], 'added to logits: ID:BIAS, several by commas, as in 13:-100'
+)
+_MIN_NEW_TOKENS = flags.DEFINE_integer(
+    'min_new_tokens', 0, 'none of the tokens that end a text comes before so many'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
@@ -66,18 +83,31 @@ logger = logging.getLogger('llama_jax.generate')
 
 def main() -> None:
     """Loads, generates, prints."""
-    with launch.flags_named('--max_new_tokens', '--temperature', '--top_k', '--top_p'):
+    settings: dict[str, Any] = {
+        flag.name: flag.value for flag in (
+            _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION_PENALTY, _PRESENCE_PENALTY, _FREQUENCY_PENALTY,
+            _MIN_NEW_TOKENS, _SEED,
+        )
+    }  # fmt: skip
+    with launch.flags_named('--max_new_tokens', '--logit_bias', *(f'--{name}' for name in settings)):
         if _MAX_NEW_TOKENS.value < 1:
             raise InputError(f'max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1')
-        Sampler(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+        if _MIN_NEW_TOKENS.value > _MAX_NEW_TOKENS.value:
+            raise InputError(
+                f'min_new_tokens is {_MIN_NEW_TOKENS.value}; it must be at most max_new_tokens, {_MAX_NEW_TOKENS.value}'
+            )
+        settings['logit_bias'] = _read_logit_bias(_LOGIT_BIAS.value)
+        Sampler(**settings)
     asked = _Asked(
         _PROMPT.value or [], _MESSAGES.value, _SYSTEM.value, _CHAT.value or bool(_MESSAGES.value),
         _SPECIAL_TOKENS.value, _STOP.value,
     )  # fmt: skip
     asked.check()
-    if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _SEED) if f.present]):
+    if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _MIN_P, _SEED) if f.present]):
         names = ', '.join(f'--{flag.name}' for flag in idle)
         logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
+    if _MIN_NEW_TOKENS.value and _IGNORE_EOS.value:
+        logger.warning('--min_new_tokens: without effect with --ignore_eos, as no token ends a text')
     runtime.enable_compilation_cache()
     dtype = DTYPES[dtype_name(_DTYPE.value)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
@@ -88,9 +118,8 @@ def main() -> None:
     prompts, stop_ids = asked.prompts_for(required(tokenizer), checkpoint.template)
     completions = generate(
         LlamaForCausalLM(config, dtype=dtype), params, tokenizer, prompts,
-        max_new_tokens=_MAX_NEW_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
-        top_p=_TOP_P.value, seed=_SEED.value,
-        stop=_STOP.value, stop_ids=stop_ids, ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value, **settings, stop=_STOP.value, stop_ids=stop_ids,
+        ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
     )  # fmt: skip
     for prompt, completion in zip(asked.texts or [asked.messages], completions, strict=True):
         text = (
@@ -99,6 +128,20 @@ def main() -> None:
             else completion
         )
         print(text)
+
+
+def _read_logit_bias(items: Sequence[str]) -> dict[int, float]:
+    """{token id: bias} of items such as '13:-100'."""
+    found = {}
+    for item in items:
+        token, _, bias = item.partition(':')
+        try:
+            found[int(token)] = float(bias)
+        except ValueError:
+            raise InputError(f'logit_bias is {item!r}; it must be ID:BIAS, as in 13:-100') from None
+    if len(found) < len(items):
+        raise InputError(f'logit_bias is {",".join(items)!r}; give each token once')
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,10 +66,24 @@ def test_generate_prints_the_completion_alone(commands, run, tmp_path):
     assert lines == [dict(prompt=p, completion=c) for p, c in zip(prompts, greedy, strict=True)]
     cut = commands.run('generate', *arguments, f'--stop={greedy[0][2:4]}').succeeded().stdout
     assert cut == f'{greedy[0][: greedy[0].find(greedy[0][2:4])]}\n'
+    settings = {
+        'temperature': 0.9, 'top_k': 40, 'top_p': 0.95, 'min_p': 0.01, 'repetition_penalty': 1.2,
+        'presence_penalty': 0.1, 'frequency_penalty': 0.3, 'min_new_tokens': 3, 'seed': 4,
+    }  # fmt: skip
+    drawn = llama_jax.generate(
+        LlamaForCausalLM(config), params, tokenizer, prompts[:1], max_new_tokens=12, logit_bias={9: -100.0, 8: 1.5},
+        **settings,
+    )  # fmt: skip
+    given = [*(f'--{name}={value}' for name, value in settings.items()), '--logit_bias=9:-100,8:1.5']
+    assert commands.run('generate', *arguments, *given).succeeded().stdout == f'{drawn[0]}\n'
     for wrong, words in (
         (['--system=Hi'], '--system says something before a --prompt with --chat'),
         (['--messages=x.json'], '--prompt and --messages are both given'),
         (['--stop='], "--stop is ''"),
+        (['--min_p=2'], '--min_p is 2.0; it must be from 0'),
+        (['--min_new_tokens=13'], '--min_new_tokens is 13; it must be at most max_new_tokens, 12'),
+        (['--logit_bias=9'], "--logit_bias is '9'; it must be ID:BIAS"),
+        (['--logit_bias=9:1,9:2'], "--logit_bias is '9:1,9:2'; give each token once"),
         (['--chat', '--special_tokens'], '--special_tokens reads the tags of a --prompt'),
     ):
         assert words in commands.run('generate', *arguments, *wrong).error()

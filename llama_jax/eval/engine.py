@@ -189,8 +189,8 @@ class Engine:
 
         rows = generate_tokens(
             self.model, self.params, prompts, max_new_tokens=request.max_new_tokens,
-            sampler=Sampler(request.temperature, top_p=request.top_p), stop_ids=self.tokenizer.stop_ids, seed=seeds,
-            is_complete=is_complete if request.stop else None,
+            sampler=[Sampler(request.temperature, top_p=request.top_p, seed=seed) for seed in seeds],
+            stop_ids=self.tokenizer.stop_ids, is_complete=is_complete if request.stop else None,
         )  # fmt: skip
         return [before_stop(text_of(index, row), request.stop) for index, row in enumerate(rows)]
 

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import tqdm
 
 from llama_jax.eval.task import Completion, Document, Graders, Request, Result, Scores, Task
+from llama_jax.inference.sampling import Sampler
 from llama_jax.item_log import ItemLog
 from llama_jax.runtime import from_main_process, is_main_process
 from llama_jax.types import InputError
@@ -83,10 +83,9 @@ def prepare(
     sampling = sampling or Sampling()
     if sampling.num_samples is not None and sampling.num_samples < 1:
         raise InputError(f'num_samples is {sampling.num_samples}; it must be at least 1')
-    if sampling.temperature is not None and not 0 <= sampling.temperature < math.inf:
-        raise InputError(f'temperature is {sampling.temperature}; it must be 0 (greedy) or more')
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise InputError(f'top_p is {sampling.top_p}; it must be above 0 and at most 1 (all tokens)')
+    Sampler(
+        sampling.temperature or 0.0, top_p=1.0 if sampling.top_p is None else sampling.top_p
+    )  # checks them
     documents = task.documents(data_dir)
     documents = documents[: limit or len(documents)]
     changes = {name: value for name, value in vars(sampling).items() if value is not None}

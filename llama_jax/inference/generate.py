@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.sampling import Sampler, SamplerRows, count_drawn, draw, seen_in_prompts
 from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
@@ -35,7 +35,14 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float | int] | None = None,
+    min_new_tokens: int = 0,
     seed: int = 0,
+    samplers: Sequence[Sampler] | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
@@ -50,9 +57,16 @@ def generate(
       prompts: any number of texts, or of token ids; '' starts a document.
       max_new_tokens: at most this many each; a row ends earlier at a stop id of the tokenizer, or at the context.
       temperature: 0 is greedy.
-      top_k: see `Sampler`.
-      top_p: see `Sampler`.
-      seed: of the draws.
+      top_k: see `Sampler`, also for those up to `logit_bias`.
+      top_p: keeps the most likely tokens.
+      min_p: keeps likely tokens.
+      repetition_penalty: of tokens of prompt and completion.
+      presence_penalty: of tokens of the completion.
+      frequency_penalty: of tokens of the completion, each time.
+      logit_bias: {token id: what is added to its logit}.
+      min_new_tokens: no token that ends a completion comes before so many; a text of `stop` may.
+      seed: of the draws; rows are drawn apart by their number.
+      samplers: all of these settings for each prompt, instead; each row is then drawn by its own seed alone.
       stop: texts that end a completion where they begin; they are left out.
       stop_ids: of tokens that end a completion, besides those of the tokenizer.
       ignore_eos: go on behind what ends a text.
@@ -64,6 +78,12 @@ def generate(
     tokenizer = required(tokenizer)
     if '' in stop:
         raise InputError("a stop text is '', which every text begins with; give at least one character")
+    sampler = Sampler(
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias or {},
+        min_new_tokens, seed,
+    )  # fmt: skip
+    if samplers is not None and sampler != Sampler():
+        raise InputError('samplers hold the settings of each prompt; give none beside them')
     ids = [
         prompt_ids(tokenizer, prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
@@ -75,8 +95,8 @@ def generate(
 
     ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
     completions = generate_tokens(
-        model, params, ids, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p),
-        stop_ids=ends, seed=seed, is_complete=is_complete if stop else None,
+        model, params, ids, max_new_tokens=max_new_tokens,
+        sampler=sampler if samplers is None else samplers, stop_ids=ends, is_complete=is_complete if stop else None,
     )  # fmt: skip
     texts = [
         completed_text(tokenizer, prompt, completion)
@@ -103,9 +123,8 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampler: Sampler,
-    stop_ids: tuple[int, ...],
-    seed: int | Sequence[int] = 0,
+    sampler: Sampler | Sequence[Sampler],
+    stop_ids: Sequence[int],
     is_complete: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """As `generate`, on token ids; a stop token ends its row and is left out.
@@ -117,20 +136,27 @@ def generate_tokens(
       params: its weights.
       prompts: token ids, each at least one.
       max_new_tokens: at most this many each.
-      sampler: chooses the tokens.
+      sampler: chooses the tokens. Rows of one are drawn by its seed and their number, rows of their own by their seeds
+        alone, whatever they are generated with.
       stop_ids: tokens that end a row.
-      seed: of the draws; one a prompt makes a row's draws independent of which rows it is generated with.
       is_complete: (index of the prompt, its new tokens so far) -> whether they are enough, asked every few steps; the
         row is then returned as it is.
 
     Raises:
-      InputError: a prompt is empty or leaves no room in the model's context.
+      InputError: a prompt is empty or leaves no room in the model's context, or a setting does not fit.
     """
+    samplers = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
+    if len(samplers) != len(prompts):
+        raise InputError(
+            f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
+        )
     context = model.config.max_seq_len
     if max_new_tokens < 1:
         raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
     if not prompts:
         return []
+    if (least := max(sampler.min_new_tokens for sampler in samplers)) > max_new_tokens:
+        raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {max_new_tokens}')
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if lengths.min() < 1:
         raise InputError('a prompt has no token; begin it with the BOS token')
@@ -155,10 +181,10 @@ def generate_tokens(
     tokens = np.zeros((num_rows, width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
-    # Rows of one seed draw by their number, rows of their own seeds by it alone.
-    one_seed = isinstance(seed, int)
-    seeds = np.array([seed] * len(prompts) if one_seed else seed, np.int64).astype(np.int32)
-    streams = np.arange(len(prompts), dtype=np.int32) * one_seed
+    # Rows of one sampler draw by their number, rows of their own by the seed alone.
+    streams = range(num_rows) if isinstance(sampler, Sampler) else [0] * num_rows
+    samplers += [Sampler()] * (num_rows - len(prompts))
+    settings = SamplerRows.create(samplers, streams, [stop_ids] * num_rows, model.config.vocab_size)
     allowed = np.minimum(max_new_tokens, context - lengths)
 
     def place(rows):
@@ -168,14 +194,15 @@ def generate_tokens(
         axes = ('batch', None)[: rows.ndim]
         return place_whole(rows, model.partitioner.sharding(axes, rows.shape, 'prompts'))
 
-    read = place(np.maximum(lengths, 1)), place(seeds), place(streams)
-    state = _prefill(model, params, place(tokens), *read, num_steps=num_steps, sampler=sampler)
+    settings = jax.tree.map(place, settings)
+    state = _prefill(
+        model, params, place(tokens), place(np.maximum(lengths, 1)), settings, num_steps=num_steps
+    )
     allowed, is_done = place(allowed), np.zeros(num_rows, bool)
     for end in range(_ROUND, num_steps + _ROUND, _ROUND) if is_complete else (num_steps,):
         state = _decode(
-            model, params, state, allowed, *read[1:], place(is_done), np.int32(min(end, num_steps)),
-            sampler=sampler, stop_ids=stop_ids,
-        )  # fmt: skip
+            model, params, state, settings, allowed, place(is_done), np.int32(min(end, num_steps))
+        )
         new, count, running = jax.device_get((state.new, state.count, state.running))
         for index in range(len(prompts)):
             if is_complete and running[index] and is_complete(index, new[index, : count[index]].tolist()):
@@ -205,6 +232,7 @@ class _Decoding:
       new: tokens so far.
       count: how many of them count.
       running: rows that may get more.
+      seen: see `seen_in_prompts`; None where no row has penalties or the like.
       step: columns of `new` that are written.
     """
 
@@ -213,30 +241,19 @@ class _Decoding:
     new: Int[Array, 'B S']
     count: Int[Array, 'B']
     running: Bool[Array, 'B']
+    seen: Int[Array, 'B V'] | None
     step: Int[Array, '']
 
 
-def _draw(sampler: Sampler, logits: Array, seeds: Array, streams: Array, step: Array | int) -> Array:
-    """A token a row, each row by a key of its own."""
-
-    def row(logits, seed, stream):
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
-        return sampler(logits[None], rng)[0]
-
-    return jax.vmap(row)(logits, seeds, streams).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'num_steps', 'sampler'))
+@functools.partial(jax.jit, static_argnames=('model', 'num_steps'))
 def _prefill(
     model: LlamaForCausalLM,
     params: Params,
     tokens: Int[Array, 'B T'],
     lengths: Int[Array, 'B'],
-    seeds: Int[Array, 'B'],
-    streams: Int[Array, 'B'],
+    settings: SamplerRows,
     *,
     num_steps: int,
-    sampler: Sampler,
 ) -> _Decoding:
     """Right-padded prompts read, and the first token of each drawn."""
     batch = tokens.shape[0]
@@ -251,11 +268,19 @@ def _prefill(
     cache = read.advance(lengths)
     last = hidden[jnp.arange(batch), lengths - 1]
     logits = einsum('bd,vd->bv', last, head_weight(params), jnp.float32)
-    first = _draw(sampler, logits, seeds, streams, 0)
-    new = jnp.zeros((batch, num_steps), jnp.int32)
-    return _readable(
-        model, _Decoding(cache, first, new, jnp.zeros_like(first), jnp.ones(batch, bool), jnp.int32(0))
-    )
+    seen = seen_in_prompts(tokens, lengths, logits.shape[-1]) if settings.adjustments else None
+    first, seen = _draw(settings, logits, seen, 0)
+    new, running = jnp.zeros((batch, num_steps), jnp.int32), jnp.ones(batch, bool)
+    state = _Decoding(cache, first, new, jnp.zeros_like(first), running, seen, jnp.int32(0))
+    return _readable(model, state)
+
+
+def _draw(
+    settings: SamplerRows, logits: Array, seen: Array | None, step: Array | int
+) -> tuple[Array, Array | None]:
+    """A token a row, and what is then seen."""
+    token = draw(settings, logits, step, seen).token
+    return token, None if seen is None else count_drawn(seen, token)
 
 
 def decode_step(
@@ -267,29 +292,24 @@ def decode_step(
     return logits[:, 0], read
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampler', 'stop_ids'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
 def _decode(
     model: LlamaForCausalLM,
     params: Params,
     state: _Decoding,
+    settings: SamplerRows,
     allowed: Int[Array, 'B'],
-    seeds: Int[Array, 'B'],
-    streams: Int[Array, 'B'],
     is_done: Bool[Array, 'B'],
     end: Int[Array, ''],
-    *,
-    sampler: Sampler,
-    stop_ids: tuple[int, ...],
 ) -> _Decoding:
     """Goes on to step `end`, or until every row has its `allowed` tokens, a stop token, or is done as the host says."""
 
     def body(state):
-        is_stop = jnp.isin(state.token, jnp.array(stop_ids))
-        running = state.running & ~is_stop & (state.step < allowed)
+        running = state.running & ~settings.is_stop(state.token) & (state.step < allowed)
         logits, cache = decode_step(model, params, state.cache, state.token)
-        token = _draw(sampler, logits, seeds, streams, state.step + 1)
+        token, seen = _draw(settings, logits, state.seen, state.step + 1)
         new = state.new.at[:, state.step].set(state.token)
-        return _Decoding(cache, token, new, state.count + running, running, state.step + 1)
+        return _Decoding(cache, token, new, state.count + running, running, seen, state.step + 1)
 
     def unfinished(state):
         return (state.step < end) & jnp.any(state.running)

@@ -1,56 +1,361 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p."""
+"""Choosing the next token: each row by settings of its own, which are arrays, so that one program serves any mix.
+
+Order, as in transformers and vLLM: bias, penalties, tokens that may not come yet; temperature; top-k, top-p, min-p.
+"""
 
 import dataclasses
+import functools
 import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from llama_jax.types import InputError
+
+# Tokens that one request may bias: what OpenAI's service takes.
+MAX_BIASED = 300
+# Stop ids are padded to a multiple of this, so that few shapes serve all.
+_STOP_IDS = 8
+# Not in any vocabulary: a scatter drops it.
+_NO_TOKEN = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the next token is drawn; hashable, so that a compiled loop is made for it once.
+    """How one request's tokens are chosen.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
-      top_k: keep this many of the most likely tokens; 0 keeps all.
-      top_p: keep the fewest most likely tokens whose probabilities reach this; 1 keeps all.
+      top_k: keep this many of the most likely tokens, and those as likely as the last of them; 0 keeps all.
+      top_p: keep the fewest most likely tokens whose probabilities reach this; 1 keeps all. Of equally likely
+        tokens the smaller ids come first.
+      min_p: keep tokens at least this times as likely as the most likely one.
+      repetition_penalty: logits of tokens of the prompt or the completion are divided by it where positive, else
+        multiplied (CTRL, https://arxiv.org/abs/1909.05858).
+      presence_penalty: subtracted from the logits of tokens of the completion.
+      frequency_penalty: subtracted as often as the completion has the token.
+      logit_bias: {token id: what is added to its logit}.
+      min_new_tokens: no stop token is drawn before so many.
+      seed: of the draws, 32 bits.
     """
 
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     top_k: int = 0
-    top_p: float = 1.0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
+    logit_bias: Mapping[int, float | int] = dataclasses.field(default_factory=dict, hash=False)
+    min_new_tokens: int = 0
+    seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f'temperature is {self.temperature}; it must be 0 (greedy) or more')
-        if self.top_k < 0:
-            raise InputError(f'top_k is {self.top_k}; it must be 0 (all tokens) or more')
-        if not 0 < self.top_p <= 1:
-            raise InputError(f'top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)')
+        def check(name: str, low: Any, high: Any, allowed: str, kind: type = numbers.Real):
+            value = getattr(self, name)
+            # NaN is in no range; a bool is a number to Python alone.
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                raise InputError(f'{name} is {value!r}; it must be {allowed}')
 
-    def __call__(self, logits: Float[Array, 'B V'], rng: Array) -> Int[Array, 'B']:
-        """Draws one token a row. The filters see the distribution after temperature, as in Meta's generation code."""
-        if self.temperature == 0.0:
-            return jnp.argmax(logits, axis=-1)
-        logits = logits.astype(jnp.float32) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
-        if self.top_p < 1.0:
-            logits = jnp.where(_outside_top_p(logits, self.top_p), -jnp.inf, logits)
-        return jax.random.categorical(rng, logits, axis=-1)
+        if self.temperature != 0:
+            # Below, fp32 logits would overflow.
+            check('temperature', 1e-6, 1e6, '0 (greedy) or from 1e-06 to 1e+06')
+        check('top_k', 0, math.inf, '0 (all tokens) or a larger whole number', numbers.Integral)
+        check('top_p', math.ulp(0), 1, 'above 0 and at most 1 (all tokens)')
+        check('min_p', 0, 1, 'from 0 (all tokens) to 1')
+        check('repetition_penalty', 0.01, 100, 'from 0.01 to 100; 1 changes nothing')
+        check('presence_penalty', -2, 2, 'from -2 to 2; 0 changes nothing')
+        check('frequency_penalty', -2, 2, 'from -2 to 2; 0 changes nothing')
+        check('min_new_tokens', 0, math.inf, '0 or a larger whole number', numbers.Integral)
+        check('seed', -(2**31), 2**32 - 1, 'a whole number of 32 bits', numbers.Integral)
+        if len(self.logit_bias) > MAX_BIASED:
+            raise InputError(f'logit_bias is for {len(self.logit_bias)} tokens; it may be for {MAX_BIASED}')
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, numbers.Integral) or token < 0:
+                raise InputError(f'logit_bias is for token {token!r}; an id is a whole number, 0 or more')
+            if not isinstance(bias, numbers.Real) or not -100 <= bias <= 100:
+                raise InputError(f'logit_bias of token {token} is {bias!r}; it must be from -100 to 100')
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before the temperature divides them."""
+        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
+        return bool(self.logit_bias or self.min_new_tokens) or not neutral
 
 
-def _outside_top_p(logits: Float[Array, 'B V'], top_p: float) -> Bool[Array, 'B V']:
-    """True for tokens to drop: those before which the more likely ones already exceed `top_p`.
+@flax.struct.dataclass
+class Adjustments:
+    """What changes logits before the temperature does, by row; see `Sampler`.
 
-    The token that crosses the threshold stays, so at least one always does.
+    Attributes:
+      biased: ids of `bias`, padded by what is no token.
     """
-    order = jnp.argsort(-logits, axis=-1)
-    probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return jnp.take_along_axis(before > top_p, jnp.argsort(order, axis=-1), axis=-1)
+
+    repetition_penalty: Float[Any, 'B']
+    presence_penalty: Float[Any, 'B']
+    frequency_penalty: Float[Any, 'B']
+    biased: Int[Any, 'B biased']
+    bias: Float[Any, 'B biased']
+    min_new_tokens: Int[Any, 'B']
+
+
+@flax.struct.dataclass
+class SamplerRows:
+    """Settings of a batch, arrays by row, in NumPy on the host and JAX arrays on the devices; see `Sampler`.
+
+    Attributes:
+      seed: with `stream` and the number of the token it decides a row's draws, whatever the batch.
+      stream: tells rows of one seed apart.
+      stop_ids: tokens that end the row, padded by what is no token.
+      adjustments: None where no row asks for any, which is another, smaller program.
+    """
+
+    temperature: Float[Any, 'B']
+    top_k: Int[Any, 'B']
+    top_p: Float[Any, 'B']
+    min_p: Float[Any, 'B']
+    seed: Int[Any, 'B']
+    stream: Int[Any, 'B']
+    stop_ids: Int[Any, 'B stops']
+    adjustments: Adjustments | None
+
+    @classmethod
+    def create(
+        cls,
+        samplers: Sequence[Sampler],
+        streams: Sequence[int],
+        stop_ids: Sequence[Sequence[int]],
+        vocab_size: int,
+    ) -> 'SamplerRows':
+        """NumPy arrays of the settings of each row.
+
+        Args:
+          samplers: of each row.
+          streams: which of the rows of a seed each is.
+          stop_ids: of each row; one that the model has no row for is never drawn.
+          vocab_size: the model's rows.
+
+        Raises:
+          InputError: a bias is for a token that the model has no row for.
+        """
+        for sampler in samplers:
+            if (largest := max(sampler.logit_bias, default=0)) >= vocab_size:
+                raise InputError(
+                    f'logit_bias is for token {largest}, for which the model has no row: it has {vocab_size}'
+                )
+
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(sampler, name) for sampler in samplers], dtype)
+
+        def padded(rows: Sequence[Sequence[Any]], width: int, filler: int, dtype: type) -> np.ndarray:
+            return np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype)
+
+        adjustments = None
+        if any(sampler.adjusts for sampler in samplers):
+            adjustments = Adjustments(
+                column('repetition_penalty', np.float32),
+                column('presence_penalty', np.float32),
+                column('frequency_penalty', np.float32),
+                padded([list(s.logit_bias) for s in samplers], MAX_BIASED, _NO_TOKEN, np.int32),
+                padded([list(s.logit_bias.values()) for s in samplers], MAX_BIASED, 0, np.float32),
+                np.minimum(column('min_new_tokens', np.int64), _NO_TOKEN).astype(np.int32),
+            )
+        stops = [[token for token in row if 0 <= token < vocab_size] for row in stop_ids]
+        width = -(-max([1, *map(len, stops)]) // _STOP_IDS) * _STOP_IDS
+        return cls(
+            column('temperature', np.float32),
+            np.minimum(column('top_k', np.int64), vocab_size).astype(np.int32),
+            # So near to 0 that fp32 has no number for it, it still keeps the most likely token.
+            column('top_p', np.float32), column('min_p', np.float32),
+            column('seed', np.int64).astype(np.int32), np.array(streams, np.int32),
+            padded(stops, width, _NO_TOKEN, np.int32), adjustments,
+        )  # fmt: skip
+
+    def is_stop(self, tokens: Int[Array, 'B']) -> Bool[Array, 'B']:
+        """Whether each row's token ends it."""
+        return jnp.any(tokens[:, None] == self.stop_ids, axis=-1)
+
+    def adjust(
+        self, logits: Float[Array, 'B V'], seen: Int[Array, 'B V'] | None, step: Int[Array, 'B']
+    ) -> Float[Array, 'B V']:
+        """Logits after bias and penalties; a row that asks for none keeps its bits.
+
+        Args:
+          logits: of the model.
+          seen: see `seen_in_prompts`; None where nothing is adjusted.
+          step: number of the token to be drawn, from 0.
+        """
+        asked, rows = self.adjustments, jnp.arange(len(logits))[:, None]
+        if asked is None:
+            return logits
+        assert seen is not None
+        logits = logits.at[rows, asked.biased].add(asked.bias, mode='drop')
+        repetition = asked.repetition_penalty[:, None]
+        repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
+        logits = jnp.where(seen > 0, repeated, logits)
+        drawn = seen >> 1
+        logits -= asked.frequency_penalty[:, None] * drawn
+        logits -= asked.presence_penalty[:, None] * (drawn > 0)
+        banned = jnp.where((step < asked.min_new_tokens)[:, None], self.stop_ids, _NO_TOKEN)
+        return logits.at[rows, banned].set(-jnp.inf, mode='drop')
+
+    def filter(self, logits: Float[Array, 'B V']) -> Float[Array, 'B V']:
+        """Logits of the distribution that is drawn from: after temperature and filters, -inf for what they drop.
+
+        The filters see the distribution after temperature, as in Meta's generation code. A greedy row keeps its most
+        likely token alone.
+        """
+        is_greedy, size = self.temperature == 0, logits.shape[-1]
+        best = jnp.arange(size)[None] == jnp.argmax(logits, axis=-1)[:, None]
+        logits = logits / jnp.where(is_greedy, 1, self.temperature)[:, None]
+        top_k = jnp.where(is_greedy | (self.top_k == 0), size, self.top_k)
+        top_p = jnp.where(is_greedy, 1, self.top_p)
+        logits = jax.lax.cond(jnp.any(top_k < size), _keep_top_k, _keep_all, logits, top_k)
+        logits = jax.lax.cond(jnp.any(top_p < 1), _keep_top_p, _keep_all, logits, top_p)
+        likely = logits - jnp.max(logits, axis=-1, keepdims=True) >= jnp.log(self.min_p)[:, None]
+        return jnp.where(jnp.where(is_greedy[:, None], best, likely), logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Drawn:
+    """A token a row, with the natural logarithms of its probability.
+
+    Attributes:
+      token: that is chosen.
+      log_probability: by the model, before any setting (as in Meta's generation code).
+      filtered_log_probability: by the distribution that it was drawn from; 0 in a greedy row.
+    """
+
+    token: Int[Array, 'B']
+    log_probability: Float[Array, 'B']
+    filtered_log_probability: Float[Array, 'B']
+
+
+def draw(
+    settings: SamplerRows,
+    logits: Float[Array, 'B V'],
+    step: Int[Array, 'B'] | Int[Array, ''] | int,
+    seen: Int[Array, 'B V'] | None = None,
+) -> Drawn:
+    """One token a row.
+
+    Args:
+      settings: of the rows.
+      logits: of the model.
+      step: number of the token to be drawn, from 0.
+      seen: see `seen_in_prompts`; needed where the settings have adjustments.
+    """
+    logits = logits.astype(jnp.float32)
+    step = jnp.broadcast_to(step, settings.seed.shape)
+    adjusted = settings.adjust(logits, seen, step)
+
+    def choose(logits: Array) -> tuple[Array, Array]:
+        filtered = settings.filter(logits)
+        tokens = jax.vmap(_draw_row)(filtered, settings.seed, settings.stream, step)
+        return tokens, _log_probability(filtered, tokens)
+
+    def take_best(logits: Array) -> tuple[Array, Array]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(len(logits))
+
+    tokens, log_probability = jax.lax.cond(jnp.any(settings.temperature > 0), choose, take_best, adjusted)
+    return Drawn(tokens, _log_probability(logits, tokens), log_probability)
+
+
+def _draw_row(logits: Float[Array, 'V'], seed: Array, stream: Array, step: Array) -> Int[Array, '']:
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+    return jax.random.categorical(rng, logits).astype(jnp.int32)
+
+
+def _log_probability(logits: Float[Array, 'B V'], tokens: Int[Array, 'B']) -> Float[Array, 'B']:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames='n')
+def candidates(logits: Float[Array, 'B V'], n: int) -> tuple[Int[Array, 'B n'], Float[Array, 'B n']]:
+    """The `n` most likely tokens of each row and their log-probabilities, most likely first, smaller ids before."""
+    values, tokens = jax.lax.top_k(logits.astype(jnp.float32), n)
+    return tokens, values - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def seen_in_prompts(
+    tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], vocab_size: int
+) -> Int[Array, 'B V']:
+    """For penalties: twice how often the completion has each token, and 1 more where the prompt has it.
+
+    It is as large as the logits: 0.5 MB a row for Llama 3, little beside the row's cache.
+
+    Args:
+      tokens: prompts, padded on the right.
+      lengths: of the prompts.
+      vocab_size: the model's rows.
+    """
+    tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, _NO_TOKEN)
+    rows = jnp.arange(len(tokens))[:, None]
+    return jnp.zeros((len(tokens), vocab_size), jnp.int32).at[rows, tokens].set(1, mode='drop')
+
+
+def count_drawn(seen: Int[Array, 'B V'], tokens: Int[Array, 'B']) -> Int[Array, 'B V']:
+    """`seen` after a token more of each row."""
+    return seen.at[jnp.arange(len(tokens)), tokens].add(2)
+
+
+def _keep_all(logits: Array, _: Array) -> Array:
+    return logits
+
+
+def _keep_top_k(logits: Float[Array, 'B V'], top_k: Int[Array, 'B']) -> Float[Array, 'B V']:
+    """Tokens at least as likely as the `top_k`-th."""
+    smallest = _largest(logits, lambda is_kept: jnp.sum(is_kept, axis=-1) >= top_k)
+    return jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
+
+
+def _keep_top_p(logits: Float[Array, 'B V'], top_p: Float[Array, 'B']) -> Float[Array, 'B V']:
+    """Tokens before which the more likely ones do not exceed `top_p`; the one that crosses it stays."""
+    # Whole numbers of 2^-30 have one sum, whatever the order in which they are added.
+    mass = jnp.round(jax.nn.softmax(logits, axis=-1) * 2.0**30).astype(jnp.int32)
+    allowed = (top_p * 2.0**30).astype(jnp.int32)
+
+    def total(is_counted: Array) -> Array:
+        return jnp.sum(jnp.where(is_counted, mass, 0), axis=-1)
+
+    last = _largest(logits, lambda is_kept: total(is_kept) > allowed)[:, None]
+    last = jnp.where((top_p < 1)[:, None], last, -jnp.inf)
+    is_last, is_above = logits == last, logits > last
+    # All above `last` stay, and of those as likely as it the first, as many as it takes.
+    each = jnp.max(jnp.where(is_last, mass, 1), axis=-1)
+    wanted = (allowed - total(is_above)) // jnp.maximum(each, 1) + 1
+    wanted = jnp.where(top_p < 1, wanted, logits.shape[-1])
+    is_split = jnp.any(jnp.sum(is_last, axis=-1) > wanted)
+    is_last = jax.lax.cond(
+        is_split, lambda: is_last & (jnp.cumsum(is_last, axis=-1) <= wanted[:, None]), lambda: is_last
+    )
+    return jnp.where(is_above | is_last, logits, -jnp.inf)
+
+
+def _largest(
+    logits: Float[Array, 'B V'], is_enough: Callable[[Bool[Array, 'B V']], Bool[Array, 'B']]
+) -> Float[Array, 'B']:
+    """The largest number of each row at which `is_enough` of what is not below it; -inf where there is none.
+
+    It is found exactly, one bit of its place among all fp32 numbers at a time.
+    """
+
+    def choose_bit(index: Array, place: UInt[Array, 'B']) -> UInt[Array, 'B']:
+        higher = place | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        return jnp.where(is_enough(logits >= _number(higher)[:, None]), higher, place)
+
+    place = jax.lax.fori_loop(0, 32, choose_bit, jnp.zeros(len(logits), jnp.uint32))
+    return _number(jnp.maximum(place, jnp.uint32(0x007FFFFF)))  # the place of -inf; before it are no numbers
+
+
+def _number(place: UInt[Array, 'B']) -> Float[Array, 'B']:
+    """fp32 numbers by their place: those with a sign, the most negative first, then those without."""
+    sign = jnp.uint32(2**31)
+    return jax.lax.bitcast_convert_type(jnp.where(place >= sign, place ^ sign, ~place), jnp.float32)

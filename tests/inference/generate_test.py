@@ -1,12 +1,13 @@
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.inference import generate as generation
 from llama_jax.inference.generate import generate, generate_tokens
-from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.types import InputError
 from tests import toy
 
@@ -39,24 +40,32 @@ def params(model):
     return toy.make_params(model)
 
 
-def complete(model, params, prompts, max_new_tokens=8, sampler=None, stop_ids=(), seed=0):
+def complete(model, params, prompts, max_new_tokens=8, sampler=None, stop_ids=()):
     return generate_tokens(
-        model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler or Sampler(), stop_ids=stop_ids,
-        seed=seed,
-    )  # fmt: skip
+        model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler or Sampler(), stop_ids=stop_ids
+    )
 
 
 @pytest.fixture(scope='module')
-def greedy(model, params):
+def next_logits(model, params):
+    """What may follow some tokens, by reading all of them."""
+    read = jax.jit(lambda row: model.apply({'params': params}, row)[0])
+
+    def logits(tokens):
+        # Padding comes after all that is read, so one shape serves.
+        return np.asarray(read(jnp.array([tokens + [0] * (24 - len(tokens))], jnp.int32))[0, len(tokens) - 1])
+
+    return logits
+
+
+@pytest.fixture(scope='module')
+def greedy(next_logits):
     """The most likely continuations, by reading everything anew for each token."""
     continuations = []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(8):
-            # Padding comes after all that is read, so one shape serves.
-            row = jnp.array([tokens + [0] * (16 - len(tokens))], jnp.int32)
-            logits, _ = model.apply({'params': params}, row)
-            tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+            tokens.append(int(np.argmax(next_logits(tokens))))
         continuations.append(tokens[len(prompt) :])
     return continuations
 
@@ -83,12 +92,71 @@ def test_a_row_ends_at_the_context(model, params):
 
 
 def test_draws_depend_on_the_seed_alone(model, params):
-    sampler = Sampler(temperature=1.0, top_p=0.95)
-    first = complete(model, params, PROMPTS, sampler=sampler, seed=3)
-    assert complete(model, params, PROMPTS, sampler=sampler, seed=3) == first
-    assert complete(model, params, PROMPTS, sampler=sampler, seed=4) != first
+    sampler = Sampler(temperature=1.0, top_p=0.95, seed=3)
+    first = complete(model, params, PROMPTS, sampler=sampler)
+    assert complete(model, params, PROMPTS, sampler=sampler) == first
+    assert complete(model, params, PROMPTS, sampler=replace(sampler, seed=4)) != first
     twins = complete(model, params, PROMPTS[:1] * 2, sampler=sampler)
     assert twins[0] != twins[1]  # rows of one batch are drawn apart
+
+
+def test_a_row_of_its_own_settings_is_what_it_is_alone(model, params, greedy):
+    samplers = [
+        Sampler(temperature=1.0, seed=5),
+        Sampler(),
+        Sampler(temperature=0.7, top_k=9, min_p=0.01, seed=5),
+    ]
+    rows = complete(model, params, PROMPTS, sampler=samplers)
+    assert rows[1] == greedy[1] and rows[0] != greedy[0]
+    for prompt, sampler, row in zip(PROMPTS, samplers, rows, strict=True):
+        assert complete(model, params, [prompt], sampler=[sampler])[0] == row
+    company = [Sampler(repetition_penalty=1.3), *samplers[::-1]]
+    assert complete(model, params, [[4, 4, 4], *PROMPTS[::-1]], sampler=company)[:0:-1] == rows
+
+
+def test_penalties_see_the_prompt_and_what_was_drawn(model, params, next_logits):
+    """As reading everything anew for each token, and CTRL's and OpenAI's formulas."""
+    sampler = Sampler(
+        repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={7: 1.0, 30: -2.0}
+    )
+    found = complete(model, params, PROMPTS, max_new_tokens=12, sampler=sampler)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            adjusted = next_logits(tokens).astype(np.float64) + [
+                {7: 1.0, 30: -2.0}.get(i, 0.0) for i in range(64)
+            ]
+            for token in set(tokens):
+                adjusted[token] *= 1.5 if adjusted[token] < 0 else 1 / 1.5
+            for token in tokens[len(prompt) :]:
+                adjusted[token] -= 0.2
+            adjusted[list(set(tokens[len(prompt) :]))] -= 0.3
+            tokens.append(int(np.argmax(adjusted)))
+        assert tokens[len(prompt) :] == row
+    assert found != complete(model, params, PROMPTS, max_new_tokens=12)
+
+
+def test_no_stop_token_comes_before_the_least_number(model, params, greedy):
+    stops = (greedy[0][2], greedy[1][0])
+    assert min(map(len, complete(model, params, PROMPTS, stop_ids=stops))) < 6
+    samplers = [Sampler(min_new_tokens=6), Sampler(min_new_tokens=6), Sampler()]
+    rows = complete(model, params, PROMPTS, sampler=samplers, stop_ids=stops)
+    assert min(map(len, rows[:2])) >= 6 and not {*rows[0][:6], *rows[1][:6]} & {*stops}
+    assert rows[0][:2] == greedy[0][:2]  # until then it is not in the way
+
+
+def test_settings_are_arguments_of_two_programs(model, params):
+    programs = generation._decode._cache_size()
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        plain = {
+            'temperature': rng.uniform(0.1, 2),
+            'top_k': int(rng.integers(9)),
+            'top_p': rng.uniform(0.1, 1),
+        }
+        for sampler in (Sampler(**plain), Sampler(**plain, repetition_penalty=rng.uniform(1, 2), seed=1)):
+            complete(model, params, PROMPTS, 5, sampler, stop_ids=tuple(range(2, int(rng.integers(2, 9)))))
+    assert generation._decode._cache_size() - programs <= 2
 
 
 def test_texts_are_continued_without_their_prompt(model, params):
@@ -118,6 +186,22 @@ def test_texts_end_at_a_stop_text_and_go_on_behind_the_end_where_asked(model, pa
     assert generate(model, params, Ending(), [prompt], max_new_tokens=8, ignore_eos=True) == [plain]
     with pytest.raises(InputError, match="a stop text is ''"):
         generate(model, params, Letters(), [prompt], stop=[''])
+
+
+def test_settings_of_each_prompt_stand_alone(model, params):
+    samplers = [Sampler(temperature=1.0, seed=seed) for seed in (1, 2)]
+    twins = generate(model, params, Letters(), ['ab', 'ab'], max_new_tokens=9, samplers=samplers)
+    assert twins[0] != twins[1]
+    swapped = generate(model, params, Letters(), ['ab', 'ab'], max_new_tokens=9, samplers=samplers[::-1])
+    assert twins[::-1] == swapped
+    for wrong, words in (
+        ({'samplers': samplers[:1]}, 'samplers are 1 for 2 prompts'),
+        ({'samplers': samplers, 'top_k': 3}, 'give none beside them'),
+        ({'min_new_tokens': 10}, 'min_new_tokens is 10; it must be at most max_new_tokens, 9'),
+        ({'logit_bias': {64: 1.0}}, 'logit_bias is for token 64, for which the model has no row: it has 64'),
+    ):
+        with pytest.raises(InputError, match=words):
+            generate(model, params, Letters(), ['ab', 'ab'], max_new_tokens=9, **wrong)
 
 
 def test_rows_without_a_token_print_nothing(model, params, greedy):
@@ -160,10 +244,9 @@ def test_a_prompt_is_read_by_the_kernels_of_training(params):
     assert found['auto'] == found['reference']
     memory = {}
     for name, model in models.items():
-        tokens, row = np.zeros((2, length), np.int32), np.ones(2, np.int32)
-        program = generation._prefill.lower(
-            model, params, tokens, row, row, row, num_steps=new, sampler=Sampler()
-        )
+        settings = SamplerRows.create([Sampler()] * 2, [0, 1], [()] * 2, toy.CONFIG.vocab_size)
+        tokens, lengths = np.zeros((2, length), np.int32), np.ones(2, np.int32)
+        program = generation._prefill.lower(model, params, tokens, lengths, settings, num_steps=new)
         memory[name] = program.compile().memory_analysis().temp_size_in_bytes
     scores = 2 * toy.CONFIG.num_heads * length * length * 4
     assert memory['auto'] < scores / 2 < scores < memory['reference']
