@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -211,10 +212,22 @@ def _without_gloo(text: str) -> str:
 
 
 def _devices(count: int) -> dict[str, str]:
-    return {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0 '
-        '--xla_cpu_collective_call_terminate_timeout_seconds=300'
-    }
+    return {'XLA_FLAGS': ' '.join(xla_flags(count))}
+
+
+def xla_flags(num_devices: int) -> list[str]:
+    """What tests and the commands that they start compile with, on so many emulated devices."""
+    jaxlib = tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2]))
+    return [
+        f'--xla_force_host_platform_device_count={num_devices}',
+        # Eight devices on two busy cores: a device that waits 40 s for the others is slow, not stuck.
+        '--xla_cpu_collective_call_terminate_timeout_seconds=300',
+        # The programs of tests compile for longer than they run.
+        '--xla_backend_optimization_level=0',
+        '--xla_cpu_parallel_codegen_split_count=1',
+        # Compiling with XLA's older emitters of loops takes a fourth of the time; newer releases have none.
+        *(['--xla_cpu_use_fusion_emitters=false'] if jaxlib < (0, 11) else []),
+    ]
 
 
 def add_nano() -> None:

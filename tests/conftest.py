@@ -1,17 +1,19 @@
 """What every test runs under: 8 emulated CPU devices, checked shapes, no silent broadcasting, a compilation cache.
 
 JAX reads its environment when it is first imported, so that is set at the top, for the commands that tests start as
-subprocesses too. What is set already is left alone: `JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
+subprocesses too; these have the flags of XLA from `command_line.py`. What is set already is left alone:
+`JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
 """
 
 import gc
 import hashlib
-import importlib.metadata
 import os
 import pathlib
 import platform
 
 import pytest
+
+from tests.command_line import CommandLine, write_corpus, xla_flags
 
 
 def _cache_dir() -> pathlib.Path:
@@ -23,18 +25,8 @@ def _cache_dir() -> pathlib.Path:
     return root / 'llama_jax' / f'tests-{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}'
 
 
-_jaxlib = tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2]))
 _flags = os.environ.get('XLA_FLAGS', '').split()
-for _flag in (
-    '--xla_force_host_platform_device_count=8',
-    # Eight devices on two busy cores: a device that waits 40 s for the others is slow, not stuck.
-    '--xla_cpu_collective_call_terminate_timeout_seconds=300',
-    # The programs of tests compile for longer than they run.
-    '--xla_backend_optimization_level=0',
-    '--xla_cpu_parallel_codegen_split_count=1',
-    # Compiling with XLA's older emitters of loops takes a fourth of the time; newer releases have none.
-    *(['--xla_cpu_use_fusion_emitters=false'] if _jaxlib < (0, 11) else []),
-):
+for _flag in xla_flags(num_devices=8):
     if not any(flag.startswith(_flag.split('=')[0]) for flag in _flags):
         _flags.append(_flag)
 os.environ['XLA_FLAGS'] = ' '.join(_flags)
@@ -52,8 +44,6 @@ for _name, _value in {
 import flax.struct  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
-
-from tests.command_line import CommandLine, write_corpus  # noqa: E402
 
 _struct_dataclass = flax.struct.dataclass
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.command_line import REPOSITORY, tiny_run
+from tests.command_line import REPOSITORY, tiny_run, xla_flags
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +96,7 @@ def test_two_processes_go_on_as_one(given, evaluated, tmp_path):
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
-    flags = re.sub(r'(device_count)=\d+', r'\1=2', os.environ['XLA_FLAGS'])
+    environment = os.environ | {'XLA_FLAGS': ' '.join(xla_flags(num_devices=2))}
     processes = [
         subprocess.Popen(
             [
@@ -105,7 +104,7 @@ def test_two_processes_go_on_as_one(given, evaluated, tmp_path):
                 f'--output={output}', '--mesh=fsdp=2,tensor=2', f'--coordinator=127.0.0.1:{port}',
                 '--num_processes=2', f'--process_id={process}',
             ],
-            cwd=REPOSITORY, env=os.environ | {'XLA_FLAGS': flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )
         for process in range(2)
