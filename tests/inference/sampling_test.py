@@ -142,13 +142,15 @@ def settings_of(samplers, vocab_size, streams=None):
     return SamplerRows.create(samplers, streams, [()] * len(samplers), vocab_size)
 
 
-@pytest.mark.parametrize('kind', ['ties', 'no ties', 'equal'])
+@pytest.mark.parametrize('kind', ['ties', 'no ties', 'equal', 'neighbours'])
 def test_sets_are_those_of_sorting(kind):
     rng = np.random.default_rng(3)
     count, size = (8000, 40) if kind == 'ties' else (1000, 700) if kind == 'no ties' else (1000, 40)
     logits = rng.normal(scale=3, size=(count, size)).astype(np.float32)
     if kind == 'ties':
         logits = np.round(logits) * np.float32(0.75)
+    elif kind == 'neighbours':  # they differ in the last bits alone
+        logits = (2**23 + rng.integers(-50, 50, size=(count, size))).astype(np.float32) * np.float32(2.0**-22)
     elif kind == 'equal':  # masked and signed zeros too
         logits = rng.choice(np.array([0.0, -0.0, -np.inf], np.float32), p=[0.6, 0.3, 0.1], size=(count, size))
     settings = {
@@ -162,6 +164,8 @@ def test_sets_are_those_of_sorting(kind):
     settings = {
         name: value.astype(np.int32 if name == 'top_k' else np.float32) for name, value in settings.items()
     }
+    if kind == 'neighbours':
+        settings['temperature'] = np.ones(count, np.float32)  # in fp32 others make some of them equal
     found = keep(settings_of([Sampler()], size).replace(**settings), logits)
     wanted, far = kept(logits.astype(np.float64), **settings)
     sure = far > 2e-6  # else fp32 may round a sum or a quotient to the other side
@@ -187,7 +191,7 @@ def check_law(rounds, draws=500):
     prompts = [rng.integers(10, size=n).tolist() for n in rng.integers(1, 4, size=len(samplers))]
     completions = rng.integers(10, size=(len(samplers), 3)).tolist()
     rows = np.random.default_rng(1).permutation(len(samplers) * draws) % len(samplers)  # mixed in the batch
-    # As few rows at a time would ask, without most of the padding.
+    # The first stops and biases: all that there are, without most of the padding.
     settings = jax.tree.map(
         lambda leaf: leaf[rows, :8] if leaf.ndim == 2 else leaf[rows], settings_of(samplers, 10)
     )
@@ -306,6 +310,11 @@ def test_numbers_of_any_size_are_arrays_of_32_bits():
     assert draw_rows(settings, jnp.log(PROBABILITIES)[None], 0, jnp.zeros((1, 4), jnp.int32)).token == 1
     other = settings_of([Sampler(1.0, seed=-1)], 4)
     assert settings.seed == other.seed  # the same 32 bits
+
+
+def test_the_prompt_is_seen_without_its_padding():
+    seen = seen_of([[3, 1, 1], [2]], [[3, 3], [0, 3]], 5)
+    np.testing.assert_array_equal(seen, [[0, 1, 0, 5, 0], [2, 0, 1, 2, 0]])
 
 
 def test_candidates_are_the_most_likely_first():
