@@ -25,6 +25,7 @@ from llama_jax.inference.generate import generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.unstacked import unstack
 from llama_jax.tokenizer.protocol import Tokenizer, required
 from llama_jax.types import InputError
 
@@ -117,7 +118,7 @@ def main() -> None:
         )
     prompts, stop_ids = asked.prompts_for(required(tokenizer), checkpoint.template)
     completions = generate(
-        LlamaForCausalLM(config, dtype=dtype), params, tokenizer, prompts,
+        LlamaForCausalLM(config, dtype=dtype), unstack(params, dtype, delete=True), tokenizer, prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value, **settings, stop=_STOP.value, stop_ids=stop_ids,
         ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
     )  # fmt: skip

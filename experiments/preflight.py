@@ -165,7 +165,7 @@ def compile_decode(
     options = settings.compiler_options(xla_options, model.partitioner)
     compiled = ahead.compile_ahead(decode_step(model), params, cache, tokens, compiler_options=options)
     # A forward pass is a third of training's FLOPs; on average half of the cache is full.
-    rows, length = tokens.shape[0], cache.keys.shape[2]
+    rows, length = tokens.shape[0], cache.max_len
     causal, full = (flops / 3 * rows for flops in training_flops_per_token(model.config, length))
     return compiled, Work(
         rows, (causal, full), device_bytes(params), kv_cache=device_bytes((cache.keys, cache.values))

@@ -14,6 +14,7 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from llama_jax.models.llama import init_params as init_params
     from llama_jax.models.presets import PRESETS as PRESETS
+    from llama_jax.models.unstacked import unstack as unstack
     from llama_jax.partitioning import Partitioner as Partitioner
     from llama_jax.partitioning import make_mesh as make_mesh
     from llama_jax.pretrained import load as load

@@ -1,28 +1,21 @@
-"""Completing prompts: one prefill, then one token a step for all rows at once, in a compiled loop."""
+"""Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Int
 
-from llama_jax.inference.sampling import Sampler, SamplerRows, count_drawn, draw, seen_in_prompts
-from llama_jax.models.kv_cache import CACHE_AXES, KVCache
-from llama_jax.models.llama import LlamaForCausalLM, head_weight
-from llama_jax.ops.linear import einsum
-from llama_jax.partitioning import Partitioner, place_whole
+from llama_jax.inference import decoding
+from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import printable, prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
 _ROUND = 32
-# Prompts from this width on are read by the kernels of training; narrower ones fit into one of their tiles.
-_LONG_PROMPT = 128
 
 
 def generate(
@@ -52,7 +45,8 @@ def generate(
 
     Args:
       model: the architecture and its compute dtype; its partitioner, where it has one, places the rows.
-      params: its weights.
+      params: its weights, as `load` gives them: for as long as they live, a copy that decodes at the memory's speed is
+        kept beside them. To have one copy alone, give `unstack(params, model.dtype, delete=True)`.
       tokenizer: that the weights were trained with.
       prompts: any number of texts, or of token ids; '' starts a document.
       max_new_tokens: at most this many each; a row ends earlier at a stop id of the tokenizer, or at the context.
@@ -170,161 +164,53 @@ def generate_tokens(
             f'a prompt holds token {largest}, for which the model has no row: it has {model.config.vocab_size}; give '
             'the tokenizer that the weights were trained with'
         )
-    if model.partitioner is not None:
-        model = model.clone(partitioner=_decode_rules(model.partitioner))
-    # Shapes are rounded up to powers of two, so that few programs serve all prompts.
-    width = min(_power_of_two(int(lengths.max())), context)
-    steps = min(max_new_tokens, context - int(lengths.min()))
-    num_steps = min(_power_of_two(steps), context)
-    of_batch = model.partitioner.axis_size('batch') if model.partitioner else 1
-    num_rows = -(-_power_of_two(len(prompts)) // of_batch) * of_batch
-    tokens = np.zeros((num_rows, width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[: len(prompt)] = prompt
+    model = decoding.with_whole_rows(model)
+    weights = decode_weights(params, model.dtype)
+    num_rows = decoding.rows_of(len(prompts), model.partitioner)
     # Rows of one sampler draw by their number, rows of their own by the seed alone.
     streams = range(num_rows) if isinstance(sampler, Sampler) else [0] * num_rows
     samplers += [Sampler()] * (num_rows - len(prompts))
     settings = SamplerRows.create(samplers, streams, [stop_ids] * num_rows, model.config.vocab_size)
-    allowed = np.minimum(max_new_tokens, context - lengths)
+    settings = jax.tree.map(lambda rows: decoding.place(rows, model.partitioner), settings)
+    # Rows that only fill up the batch read one token and get none.
+    allowed = np.pad(np.minimum(max_new_tokens, context - lengths), (0, num_rows - len(prompts)))
+    lengths = np.pad(lengths, (0, num_rows - len(prompts)), constant_values=1)
+    tokens = np.zeros((num_rows, lengths.max()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    state = decoding.start(model, weights, tokens, lengths, settings, int((lengths + allowed).max()))
+    return _complete(model, weights, state, settings, lengths, allowed, is_complete)[: len(prompts)]
 
-    def place(rows):
-        rows = np.pad(rows, ((0, num_rows - len(rows)),) + ((0, 0),) * (rows.ndim - 1))
-        if model.partitioner is None:
-            return rows
-        axes = ('batch', None)[: rows.ndim]
-        return place_whole(rows, model.partitioner.sharding(axes, rows.shape, 'prompts'))
 
-    settings = jax.tree.map(place, settings)
-    state = _prefill(
-        model, params, place(tokens), place(np.maximum(lengths, 1)), settings, num_steps=num_steps
-    )
-    allowed, is_done = place(allowed), np.zeros(num_rows, bool)
-    for end in range(_ROUND, num_steps + _ROUND, _ROUND) if is_complete else (num_steps,):
-        state = _decode(
-            model, params, state, settings, allowed, place(is_done), np.int32(min(end, num_steps))
-        )
+def _complete(
+    model: LlamaForCausalLM,
+    weights: Params,
+    state: decoding.Decoding,
+    settings: SamplerRows,
+    lengths: Int[np.ndarray, 'B'],
+    allowed: Int[np.ndarray, 'B'],
+    is_complete: Callable[[int, list[int]], bool] | None,
+) -> list[list[int]]:
+    """The new tokens of rows that were started, each at most as many as allowed."""
+    num_steps, at_once = int(allowed.max()), _ROUND if is_complete else decoding.COLUMNS
+    columns, running, is_done, step = [], allowed > 0, np.zeros(len(allowed), bool), 0
+    placed = decoding.place(allowed.astype(np.int32), model.partitioner)
+    while True:
+        end = min(step + at_once, num_steps)
+        # Rows that would outgrow the cache; those that need not go on overwrite their own end.
+        if (growing := running & (lengths + allowed > (room := state.cache.max_len))).any():
+            if (last := room - int(lengths[growing].max())) <= step:
+                state = decoding.with_room(state, 2 * room)
+                continue
+            end = min(end, last)
+        done = decoding.place(is_done, model.partitioner)
+        state = decoding.decode(model, weights, state, settings, placed, done, np.int32(end))
         new, count, running = jax.device_get((state.new, state.count, state.running))
-        for index in range(len(prompts)):
-            if is_complete and running[index] and is_complete(index, new[index, : count[index]].tolist()):
-                is_done[index] = True
-        if not (running & ~is_done).any():
-            break
-    return [row[:n].tolist() for row, n in zip(new, count, strict=True)][: len(prompts)]
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _decode_rules(partitioner: Partitioner) -> Partitioner:
-    """Rows are whole on their devices: one new token does not divide."""
-    rules = tuple((axis, () if axis == 'length' else mesh_axes) for axis, mesh_axes in partitioner.rules)
-    return dataclasses.replace(partitioner, rules=rules)
-
-
-@flax.struct.dataclass
-class _Decoding:
-    """Rows that are being completed.
-
-    Attributes:
-      cache: of all tokens read.
-      token: the next one, drawn but not yet looked at.
-      new: tokens so far.
-      count: how many of them count.
-      running: rows that may get more.
-      seen: see `seen_in_prompts`; None where no row has penalties or the like.
-      step: columns of `new` that are written.
-    """
-
-    cache: KVCache
-    token: Int[Array, 'B']
-    new: Int[Array, 'B S']
-    count: Int[Array, 'B']
-    running: Bool[Array, 'B']
-    seen: Int[Array, 'B V'] | None
-    step: Int[Array, '']
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'num_steps'))
-def _prefill(
-    model: LlamaForCausalLM,
-    params: Params,
-    tokens: Int[Array, 'B T'],
-    lengths: Int[Array, 'B'],
-    settings: SamplerRows,
-    *,
-    num_steps: int,
-) -> _Decoding:
-    """Right-padded prompts read, and the first token of each drawn."""
-    batch = tokens.shape[0]
-    cache = KVCache.create(model.config, batch, tokens.shape[1] + num_steps, model.dtype)
-    cache = dataclasses.replace(cache, is_empty=tokens.shape[1] >= _LONG_PROMPT)
-    if model.partitioner is not None:
-        shard = functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache')
-        cache = dataclasses.replace(cache, keys=shard(cache.keys), values=shard(cache.values))
-    hidden, read = model.apply({'params': params}, tokens, cache=cache, method='hidden')
-    assert isinstance(read, KVCache)
-    # The padding behind a short prompt was read too: count only the prompt, and the rest is overwritten.
-    cache = read.advance(lengths)
-    last = hidden[jnp.arange(batch), lengths - 1]
-    logits = einsum('bd,vd->bv', last, head_weight(params), jnp.float32)
-    seen = seen_in_prompts(tokens, lengths, logits.shape[-1]) if settings.adjustments else None
-    first, seen = _draw(settings, logits, seen, 0)
-    new, running = jnp.zeros((batch, num_steps), jnp.int32), jnp.ones(batch, bool)
-    state = _Decoding(cache, first, new, jnp.zeros_like(first), running, seen, jnp.int32(0))
-    return _readable(model, state)
-
-
-def _draw(
-    settings: SamplerRows, logits: Array, seen: Array | None, step: Array | int
-) -> tuple[Array, Array | None]:
-    """A token a row, and what is then seen."""
-    token = draw(settings, logits, step, seen).token
-    return token, None if seen is None else count_drawn(seen, token)
-
-
-def decode_step(
-    model: LlamaForCausalLM, params: Params, cache: KVCache, token: Int[Array, 'B']
-) -> tuple[Float[Array, 'B V'], KVCache]:
-    """One token more of every row is read: what may follow it, and the cache that holds it."""
-    logits, read = model.apply({'params': params}, token[:, None], cache=cache)
-    assert isinstance(read, KVCache)
-    return logits[:, 0], read
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
-def _decode(
-    model: LlamaForCausalLM,
-    params: Params,
-    state: _Decoding,
-    settings: SamplerRows,
-    allowed: Int[Array, 'B'],
-    is_done: Bool[Array, 'B'],
-    end: Int[Array, ''],
-) -> _Decoding:
-    """Goes on to step `end`, or until every row has its `allowed` tokens, a stop token, or is done as the host says."""
-
-    def body(state):
-        running = state.running & ~settings.is_stop(state.token) & (state.step < allowed)
-        logits, cache = decode_step(model, params, state.cache, state.token)
-        token, seen = _draw(settings, logits, state.seen, state.step + 1)
-        new = state.new.at[:, state.step].set(state.token)
-        return _Decoding(cache, token, new, state.count + running, running, seen, state.step + 1)
-
-    def unfinished(state):
-        return (state.step < end) & jnp.any(state.running)
-
-    state = dataclasses.replace(state, running=state.running & ~is_done)
-    return _readable(model, jax.lax.while_loop(unfinished, body, state))
-
-
-def _readable(model: LlamaForCausalLM, state: _Decoding) -> _Decoding:
-    """The rows' tokens on every process, the cache where it is."""
-    if model.partitioner is None:
-        return state
-    everywhere = model.partitioner.sharding()
-    read = {
-        name: jax.lax.with_sharding_constraint(getattr(state, name), everywhere)
-        for name in ('new', 'count', 'running')
-    }
-    return dataclasses.replace(state, **read)
+        columns.append(new[:, : end - step])
+        step, rows = end, np.concatenate(columns, axis=1)
+        if is_complete:
+            for index in np.flatnonzero(running):
+                is_done[index] = is_complete(int(index), rows[index, : count[index]].tolist())
+        running = running & ~is_done & (step < allowed)
+        if not running.any():
+            return [row[:n].tolist() for row, n in zip(rows, count, strict=True)]

@@ -1,4 +1,8 @@
-"""The keys and values of the tokens already read: an explicit argument and return value, never hidden state."""
+"""The keys and values of the tokens already read: an explicit argument and return value, never hidden state.
+
+Every layer has arrays of its own, heads first: what a step adds is written where it goes, and the products of attention
+read the arrays as they lie. One array of all layers would be sliced, so copied, in every step.
+"""
 
 import dataclasses
 
@@ -9,8 +13,48 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
 
-# Logical axes of `keys` and `values`.
-CACHE_AXES = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+# Logical axes of each layer's keys and values.
+CACHE_AXES = ('batch', 'kv_heads', None, 'head_dim')
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Rotated keys and values of one layer.
+
+    Attributes:
+      keys: slot s of row b holds that row's token s.
+      values: as `keys`.
+      length: tokens each row has read; what lies beyond is unused and never seen.
+      is_empty: see `KVCache`.
+    """
+
+    keys: Float[Array, 'B K S H']
+    values: Float[Array, 'B K S H']
+    length: Int[Array, 'B']
+    is_empty: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def write(self, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']) -> 'LayerCache':
+        """Puts T new tokens after those each row has; `length` moves only by `KVCache.advance`.
+
+        That a row has room for them is for the caller to see to: its length is known on the device only.
+        """
+        if k.shape[1] > self.keys.shape[2]:
+            raise ValueError(f'{k.shape[1]} tokens do not fit into a cache of {self.keys.shape[2]} slots')
+
+        return dataclasses.replace(self, keys=self._put(self.keys, k), values=self._put(self.values, v))
+
+    def _put(self, cache: Float[Array, 'B K S H'], new: Float[Array, 'B T K H']) -> Float[Array, 'B K S H']:
+        # A scatter with rows and heads as its batch, which splits over devices as they do. A place of one row alone
+        # would become an update of a slice, which XLA for CPUs copies the cache for when a product reads it next.
+        axes = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3), inserted_window_dims=(), scatter_dims_to_operand_dims=(2,),
+            operand_batching_dims=(0, 1), scatter_indices_batching_dims=(0, 1),
+        )  # fmt: skip
+        places = jnp.broadcast_to(self.length[:, None, None], (*cache.shape[:2], 1))
+        return jax.lax.scatter(
+            cache, places, new.astype(cache.dtype).transpose(0, 2, 1, 3), axes,
+            indices_are_sorted=True, unique_indices=True, mode='clip',
+        )  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -18,52 +62,42 @@ class KVCache:
     """Rotated keys and values of every layer.
 
     Attributes:
-      keys: slot s of row b holds that row's token s.
+      keys: of each layer; see `LayerCache`.
       values: as `keys`.
-      length: tokens each row has read; what lies beyond is unused and never seen.
+      length: tokens each row has read.
       is_empty: it is said, before anything runs, that `length` is 0: new tokens then see each other alone, through the
         kernels of training. `advance` takes it back.
     """
 
-    keys: Float[Array, 'L B S K H']
-    values: Float[Array, 'L B S K H']
+    keys: tuple[Float[Array, 'B K S H'], ...]
+    values: tuple[Float[Array, 'B K S H'], ...]
     length: Int[Array, 'B']
     is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, config: LlamaConfig, batch_size: int, max_len: int, dtype=jnp.bfloat16) -> 'KVCache':
         """An empty cache for `max_len` tokens a row."""
-        shape = (config.num_layers, batch_size, max_len, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
+        shape = (batch_size, config.num_kv_heads, max_len, config.head_dim)
+        # An array each: one that stood in several places could not be given away to be written.
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
+        return cls(keys, values, jnp.zeros((batch_size,), jnp.int32))
 
-    def write(
-        self, layer: Int[Array, ''], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']
-    ) -> 'KVCache':
-        """Puts T new tokens of one layer after those each row has; `length` moves only by `advance`.
+    @property
+    def max_len(self) -> int:
+        """Tokens of a row that there is room for."""
+        return self.keys[0].shape[2]
 
-        That a row has room for them is for the caller to see to: its length is known on the device only.
-        """
-        if k.shape[1] > self.keys.shape[2]:
-            raise ValueError(f'{k.shape[1]} tokens do not fit into a cache of {self.keys.shape[2]} slots')
+    def layer(self, layer: int) -> LayerCache:
+        """One layer's part."""
+        return LayerCache(self.keys[layer], self.values[layer], self.length, self.is_empty)
 
-        # A scatter with the rows as its batch: `vmap` over rows that are not the first axis would copy the whole cache.
-        places = jnp.stack([jnp.broadcast_to(layer, self.length.shape), self.length], axis=-1)
-        axes = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2),
-            operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
-        )  # fmt: skip
-
-        def put(cache, new):
-            return jax.lax.scatter(
-                cache, places, new.astype(cache.dtype), axes,
-                indices_are_sorted=True, unique_indices=True, mode='clip',
-            )  # fmt: skip
-
-        return dataclasses.replace(self, keys=put(self.keys, k), values=put(self.values, v))
-
-    def layer(self, layer: Int[Array, '']) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-        """One layer's keys and values."""
-        return self.keys[layer], self.values[layer]
+    def with_layers(self, layers: list[LayerCache]) -> 'KVCache':
+        """What all layers have written."""
+        return dataclasses.replace(
+            self,
+            keys=tuple(layer.keys for layer in layers),
+            values=tuple(layer.values for layer in layers),
+        )
 
     def advance(self, num_tokens: Int[Array, 'B'] | int) -> 'KVCache':
         """Counts tokens as read. A row whose last tokens were padding counts only its own: the rest is overwritten."""

@@ -2,7 +2,8 @@
 
 Linen modules over plain-dict parameters: `apply({'params': params}, tokens) -> (logits, cache)`. All mathematics is in
 `ops`; here stand only the weights (shape, logical axes and initialiser on one line each) and the order of the layers.
-The layers are one scanned block, their weights stacked on a leading `layers` axis whatever the unrolling or remat.
+The layers are one scanned block, their weights stacked on a leading `layers` axis whatever the unrolling or remat; with
+a cache, or with weights that are `unstacked`, they are applied one by one.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.kv_cache import KVCache
+from llama_jax.models.kv_cache import KVCache, LayerCache
+from llama_jax.models.unstacked import layers_of
 from llama_jax.ops.activations import swiglu
-from llama_jax.ops.attention import IMPLEMENTATIONS, attention
+from llama_jax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
 from llama_jax.ops.attention_cudnn import FORWARD_PRIMITIVE as CUDNN_FORWARD
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import Weight, einsum, take
@@ -117,9 +119,8 @@ class Attention(_Layer):
         x: Float[Array, 'B T D'],
         rope: RopeTables,
         segment_ids: Int[Array, 'B T'] | None,
-        cache: KVCache | None,
-        layer: Int[Array, ''],
-    ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, 'B T D'], LayerCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         w_q = weight(self, 'q', (D, N, H), ('embed', 'heads', 'head_dim'), _normal)
@@ -133,16 +134,18 @@ class Attention(_Layer):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
 
         if cache is not None:
-            cache = cache.write(layer, k, v)
+            cache = cache.write(k, v)
         if cache is None or cache.is_empty:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
                 implementation=self.attention_implementation, partitioner=self.partitioner,
             )  # fmt: skip
         else:
-            k, v = cache.layer(layer)
-            attended = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_start=cache.length)
-        out = einsum('btnh,nhd->btd', attended, w_o)
+            attended = cached_attention(q, cache.keys, cache.values, cache.length, self.partitioner)
+        # `jnp.einsum` contracts by the order of the alphabet: heads before their dimensions, the weight is read as it
+        # lies; the other way, by which training's results are known to the bit, a CPU transposes it first.
+        contraction = 'btnh,nhd->btd' if cache is None else 'btgh,ghd->btd'
+        out = einsum(contraction, attended, w_o)
         return self.shard(out, 'batch', 'length', 'act_embed'), cache
 
 
@@ -164,17 +167,22 @@ class Block(_Layer):
     """One layer: x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)). The signature is that of a scan's body."""
 
     @nn.compact
-    def __call__(self, carry, layer: Int[Array, ''], rope: RopeTables, segment_ids: Int[Array, 'B T'] | None):
-        x, cache = carry
+    def __call__(
+        self,
+        x: Float[Array, 'B T D'],
+        rope: RopeTables,
+        segment_ids: Int[Array, 'B T'] | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, 'B T D'], LayerCache | None]:
         x = checkpoint_name(x, 'block_input')
         knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner)
         attention_norm = weight(self, 'attention_norm', (self.config.embed_dim,), ('norm',), _ones)
         mlp_norm = weight(self, 'mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
         normed = rms_norm(x, attention_norm, self.config.norm_eps)
-        attended, cache = Attention(*knobs, name='attention')(normed, rope, segment_ids, cache, layer)
+        attended, cache = Attention(*knobs, name='attention')(normed, rope, segment_ids, cache)
         x = x + attended
         x = x + MLP(*knobs, name='mlp')(rms_norm(x, mlp_norm, self.config.norm_eps))
-        return (x, cache), None
+        return x, cache
 
 
 def compute_dtype() -> jax.typing.DTypeLike:
@@ -206,9 +214,11 @@ class Transformer(nn.Module):
         V, D = self.config.vocab_size, self.config.embed_dim
         self.embed = weight(self, 'embed', (V, D), ('vocab', 'embed'), _normal)
         self.final_norm = weight(self, 'final_norm', (D,), ('norm',), _ones)
-        self.blocks = self._scanned_block()(
-            self.config, self.dtype, self.attention_implementation, self.partitioner
-        )
+        self.blocks = self._scanned_block()(*self._block_knobs)
+
+    @property
+    def _block_knobs(self) -> tuple[Any, ...]:
+        return self.config, self.dtype, self.attention_implementation, self.partitioner
 
     def _scanned_block(self):
         _check_knobs(self)
@@ -216,7 +226,7 @@ class Transformer(nn.Module):
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             # Inside a scan nothing can be merged across the two passes, so XLA needs no barrier against it.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        in_axes: Any = (0, nn.broadcast, nn.broadcast)  # layer numbers one by one, the rest to all
+        in_axes: Any = (nn.broadcast, nn.broadcast)
         return nn.scan(
             block,
             variable_axes={'params': 0},
@@ -256,8 +266,11 @@ class Transformer(nn.Module):
         scale = scaling.pop('attention_factor', 1.0)
         rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling), scale)
         x = self.embed_tokens(tokens)
-        layers = jnp.arange(c.num_layers)
-        (x, cache), _ = self.blocks((x, cache), layers, rope, segment_ids)
+        blocks = None if self.is_initializing() else self.get_variable('params', 'blocks')
+        if cache is None and not isinstance(blocks, tuple):
+            x, _ = self.blocks(x, rope, segment_ids)
+        else:
+            x, cache = self._by_layer(blocks, x, rope, segment_ids, cache)
         final_norm = self.final_norm
         if x.dtype != final_norm.dtype:
             # Backwards: the gradient of this weight is not to wait for the layers', with all that it is made of.
@@ -266,6 +279,22 @@ class Transformer(nn.Module):
         if split_over is not None:
             x = from_balanced(x, ('batch', 'length', 'act_embed'), split_over)
         return x, cache
+
+    def _by_layer(
+        self,
+        blocks: Any,
+        x: Float[Array, 'B T D'],
+        rope: RopeTables,
+        segment_ids: Int[Array, 'B T'] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+        """One layer after the other, each with arrays of its own: no scan, which would copy them."""
+        block, caches = Block(*self._block_knobs, name='block', parent=None), []
+        for layer, weights in enumerate(layers_of(blocks, self.config.num_layers)):
+            layer_cache = None if cache is None else cache.layer(layer)
+            x, layer_cache = block.apply({'params': weights}, x, rope, segment_ids, layer_cache)
+            caches.append(layer_cache)
+        return x, None if cache is None else cache.with_layers(caches)
 
     def embed_tokens(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
         x = take(self.embed, tokens, self.dtype, self.partitioner)

@@ -1,6 +1,6 @@
 """Grouped-query attention: one front, kernels behind it.
 
-    reference   the formula, O(T^2) memory      any platform, and with tokens in a cache
+    reference   the formula, O(T^2) memory      any platform
     chunked     plain JAX, O(T) memory          any platform
     splash      JAX's flash kernel for TPUs     TPU; elsewhere interpreted, which is for tests
     cudnn       cuDNN's flash kernel            NVIDIA GPU, bf16 or fp16
@@ -13,6 +13,7 @@ refused here, never left to be silently wrong.
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama_jax.ops import attention_cudnn
+from llama_jax.ops.attention_cached import attend_at_once, attend_by_tiles
 from llama_jax.ops.attention_chunked import chunked_attention
 from llama_jax.ops.attention_reference import causal_mask, reference_attention
 from llama_jax.ops.attention_shared_prefix import shared_prefix_attention
@@ -33,6 +35,8 @@ IMPLEMENTATIONS = ('auto', 'reference', 'chunked', 'splash', 'cudnn', 'shared_pr
 
 # Queries and keys of a tile of `chunked`: a CPU's caches hold this, other devices want larger products.
 _CPU_BLOCK, _BLOCK = 128, 512
+# Up to so many queries behind a cache see all keys at once: a draft that is verified, a token.
+_FEW_QUERIES = 16
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,6 @@ def attention(
     *,
     q_segment_ids: Int[Array, 'B T'] | None = None,
     kv_segment_ids: Int[Array, 'B S'] | None = None,
-    q_start: Int[Array, 'B'] | None = None,
     implementation: str = 'auto',
     partitioner: Partitioner | None = None,
 ) -> Float[Array, 'B T N H']:
@@ -56,10 +59,8 @@ def attention(
       v: values.
       q_segment_ids: document of each query; a query sees keys of its own document only. None: one document.
       kv_segment_ids: document of each key; given with `q_segment_ids`.
-      q_start: slot of row b's first query among the S keys (its tokens already in the cache). None: 0.
-      implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes. It is for
-        self-attention: behind tokens in a cache a query sees most keys, little can be skipped, and `reference`
-        serves, as it does for a single token.
+      implementation: one of `IMPLEMENTATIONS`; 'auto' takes the best for the platform and shapes. `reference` serves
+        for a single token.
       partitioner: how the arguments are split over devices. Where rows are split (mesh axis `context`) all of them
         are in balanced order (`ops.context_parallel`).
 
@@ -76,8 +77,8 @@ def attention(
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError('q_segment_ids and kv_segment_ids are given together or not at all')
-    if q_start is not None or q.shape[1] != k.shape[1] or q.shape[1] == 1:
-        mask = causal_mask(q.shape[1], k.shape[1], q_start)
+    if q.shape[1] != k.shape[1] or q.shape[1] == 1:
+        mask = causal_mask(q.shape[1], k.shape[1])
         if q_segment_ids is not None and kv_segment_ids is not None:
             mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
         return checkpoint_name(reference_attention(q, k, v, mask), 'attention_output')
@@ -92,6 +93,53 @@ def attention(
     ):
         return _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner)
     return _attend(q, k, v, q_segment_ids, kv_segment_ids, kernel, None, platform_of(partitioner))
+
+
+def cached_attention(
+    q: Float[Array, 'B T N H'],
+    keys: Float[Array, 'B K S H'],
+    values: Float[Array, 'B K S H'],
+    start: Int[Array, 'B'],
+    partitioner: Partitioner | None = None,
+) -> Float[Array, 'B T N H']:
+    """As `attention`, of queries behind others whose keys and values are in a cache, as those of the queries are too.
+
+    Args:
+      q: rotated queries; row b's stand at slots start[b], start[b] + 1, ...
+      keys: rotated keys, heads first, slot after slot; what lies behind a query is not seen.
+      values: as the keys.
+      start: tokens that each row had read before.
+      partitioner: how the arguments are split over devices.
+    """
+    platform = platform_of(partitioner)
+    block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
+    # A CPU multiplies in fp32 alone: of other types it would make an fp32 copy, tile by tile in its caches.
+    if q.shape[1] <= _FEW_QUERIES and (platform != 'cpu' or keys.dtype == q.dtype == jnp.float32):
+        return attend_at_once(q, keys, values, start)
+    if partitioner is None or partitioner.mesh.size == 1:
+        return attend_by_tiles(q, keys, values, start, block)
+    q_spec = partitioner.spec(('batch', None, 'heads', 'head_dim'), q.shape, 'queries')
+    kv_spec = partitioner.spec(('batch', 'kv_heads', None, 'head_dim'), keys.shape, 'cached keys')
+    head_axes, head_parts = _axes_and_parts(q_spec[2], partitioner)
+    repeated = kv_spec[1] != q_spec[2]
+
+    def attend(q, keys, values, start):
+        if repeated:
+            keys, values = (
+                _own_kv_heads(x, q.shape[2] * head_parts, head_axes, head_parts, axis=1)
+                for x in (keys, values)
+            )
+        return attend_by_tiles(q, keys, values, start, block)
+
+    if repeated:
+        kv_spec = PartitionSpec(kv_spec[0], None, *kv_spec[2:])
+    return jax.shard_map(
+        attend,
+        mesh=partitioner.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, partitioner.spec(('batch',), start.shape, 'lengths')),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q, keys, values, start)
 
 
 def choose(
@@ -185,8 +233,7 @@ def _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner
     q_spec = partitioner.spec(('batch', 'length', 'heads', 'head_dim'), q.shape, 'queries')
     kv_spec = partitioner.spec(('batch', 'length', 'kv_heads', 'head_dim'), k.shape, 'keys')
     ids_spec = partitioner.spec(('batch', 'length'), q.shape[:2], 'segment ids')
-    head_axes = () if q_spec[2] is None else (q_spec[2] if isinstance(q_spec[2], tuple) else (q_spec[2],))
-    head_parts = math.prod(partitioner.mesh.shape[axis] for axis in head_axes)
+    head_axes, head_parts = _axes_and_parts(q_spec[2], partitioner)
     repeated = kv_spec[2] != q_spec[2]
     if repeated:
         kv_spec = PartitionSpec(*kv_spec[:2], None, kv_spec[3])
@@ -208,10 +255,16 @@ def _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner
     )(q, k, v, q_segment_ids, kv_segment_ids)
 
 
-def _own_kv_heads(x: Array, num_heads: int, axes: tuple[str, ...], parts: int) -> Array:
+def _axes_and_parts(entry: Any, partitioner: Partitioner) -> tuple[tuple[str, ...], int]:
+    """The mesh axes of a dimension, and the parts that they make of it."""
+    axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return axes, math.prod(partitioner.mesh.shape[axis] for axis in axes)
+
+
+def _own_kv_heads(x: Array, num_heads: int, axes: tuple[str, ...], parts: int, axis: int = 2) -> Array:
     """Of key/value heads that every device has, those that its own query heads read."""
-    group, local = num_heads // x.shape[2], num_heads // parts
+    group, local = num_heads // x.shape[axis], num_heads // parts
     first = jax.lax.axis_index(axes) * local
     if local % group == 0 or group % local == 0:
-        return jax.lax.dynamic_slice_in_dim(x, first // group, max(1, local // group), axis=2)
-    return jnp.take(x, (first + jnp.arange(local)) // group, axis=2)  # one for each query head
+        return jax.lax.dynamic_slice_in_dim(x, first // group, max(1, local // group), axis)
+    return jnp.take(x, (first + jnp.arange(local)) // group, axis)  # one for each query head

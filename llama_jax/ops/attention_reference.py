@@ -2,16 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 
-def causal_mask(
-    num_queries: int, num_keys: int, q_start: Int[Array, 'B'] | None = None
-) -> Bool[Array, '_ T S']:
-    """True where a key's slot is not after the query's; the leading axis is B, or 1 where all rows start at 0."""
-    start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
-    q_slot = start[:, None] + jnp.arange(num_queries)[None, :]
-    return q_slot[:, :, None] >= jnp.arange(num_keys)[None, None, :]
+def causal_mask(num_queries: int, num_keys: int) -> Bool[Array, '1 T S']:
+    """True where a key's slot is not after the query's."""
+    return (jnp.arange(num_queries)[:, None] >= jnp.arange(num_keys)[None, :])[None]
 
 
 def reference_attention(

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.inference import generate
+from llama_jax.inference import decoding
 from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
+from llama_jax.models.unstacked import unstack
 from llama_jax.types import Array, Params
 
 
@@ -15,14 +16,14 @@ def decode_step(model: LlamaForCausalLM) -> Any:
     """Jitted (params, cache, tokens [B]) -> (next tokens [B], cache): greedy `generate`'s step, the cache donated."""
 
     def step(params: Params, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
-        logits, read = generate.decode_step(model, params, cache, tokens)
+        logits, read = decoding.decode_step(model, params, cache, tokens)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), read
 
     return jax.jit(step, donate_argnums=1)
 
 
 def decode_arguments(model: LlamaForCausalLM, batch_size: int, length: int) -> tuple[Params, KVCache, Any]:
-    """Abstract arguments of `decode_step` with their shardings.
+    """Abstract arguments of `decode_step` with their shardings, the weights of layers apart.
 
     Args:
       model: with a partitioner.
@@ -33,10 +34,12 @@ def decode_arguments(model: LlamaForCausalLM, batch_size: int, length: int) -> t
     assert partitioner is not None
     params = abstract_params(model)
     shardings = partitioner.tree_shardings(params, param_axes(model))
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=sharding),
-        params,
-        shardings,
+    params = unstack(
+        jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=sharding),
+            params,
+            shardings,
+        )
     )
     cache = jax.eval_shape(lambda: KVCache.create(model.config, batch_size, length, model.dtype))
 
@@ -46,8 +49,8 @@ def decode_arguments(model: LlamaForCausalLM, batch_size: int, length: int) -> t
         )
 
     cache = KVCache(
-        placed(cache.keys, CACHE_AXES, 'cached keys'),
-        placed(cache.values, CACHE_AXES, 'cached values'),
+        tuple(placed(keys, CACHE_AXES, 'cached keys') for keys in cache.keys),
+        tuple(placed(values, CACHE_AXES, 'cached values') for values in cache.values),
         placed(cache.length, ('batch',), 'lengths of the cache'),
     )
     tokens = placed(jax.ShapeDtypeStruct((batch_size,), jnp.int32), ('batch',), 'tokens')

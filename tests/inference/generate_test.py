@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.inference import generate as generation
+from llama_jax.inference import decoding
 from llama_jax.inference.generate import generate, generate_tokens
-from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.inference.sampling import Sampler
+from llama_jax.models.kv_cache import KVCache
+from llama_jax.models.unstacked import unstack
 from llama_jax.types import InputError
 from tests import toy
 
@@ -146,7 +148,7 @@ def test_no_stop_token_comes_before_the_least_number(model, params, greedy):
 
 
 def test_settings_are_arguments_of_two_programs(model, params):
-    programs = generation._decode._cache_size()
+    programs = decoding.decode._cache_size()
     rng = np.random.default_rng(0)
     for _ in range(10):
         plain = {
@@ -156,7 +158,7 @@ def test_settings_are_arguments_of_two_programs(model, params):
         }
         for sampler in (Sampler(**plain), Sampler(**plain, repetition_penalty=rng.uniform(1, 2), seed=1)):
             complete(model, params, PROMPTS, 5, sampler, stop_ids=tuple(range(2, int(rng.integers(2, 9)))))
-    assert generation._decode._cache_size() - programs <= 2
+    assert decoding.decode._cache_size() - programs <= 2
 
 
 def test_texts_are_continued_without_their_prompt(model, params):
@@ -244,9 +246,14 @@ def test_a_prompt_is_read_by_the_kernels_of_training(params):
     assert found['auto'] == found['reference']
     memory = {}
     for name, model in models.items():
-        settings = SamplerRows.create([Sampler()] * 2, [0, 1], [()] * 2, toy.CONFIG.vocab_size)
-        tokens, lengths = np.zeros((2, length), np.int32), np.ones(2, np.int32)
-        program = generation._prefill.lower(model, params, tokens, lengths, settings, num_steps=new)
-        memory[name] = program.compile().memory_analysis().temp_size_in_bytes
-    scores = 2 * toy.CONFIG.num_heads * length * length * 4
-    assert memory['auto'] < scores / 2 < scores < memory['reference']
+        for is_empty in (True, False):
+            cache = KVCache.create(model.config, 2, 2 * length, jnp.float32).replace(is_empty=is_empty)
+            last, tokens, counts = (
+                np.zeros((2, 32), np.float32),
+                np.zeros((2, 512), np.int32),
+                np.ones(2, np.int32),
+            )
+            program = decoding.read.lower(model, unstack(params), cache, last, tokens, counts)
+            memory[name, is_empty] = program.compile().memory_analysis().temp_size_in_bytes
+    scores = 2 * toy.CONFIG.num_heads * 512 * 512 * 4
+    assert max(memory['auto', True], memory['auto', False]) < scores / 2 < scores < memory['reference', True]

@@ -1,5 +1,6 @@
 """Attention against a loop over heads in float64: values, gradients, order of time, packed documents."""
 
+import functools
 import importlib
 import itertools
 import logging
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from llama_jax.ops import attention_cudnn
-from llama_jax.ops.attention import attention, choose
-from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.ops.attention import attention, cached_attention, choose
+from llama_jax.ops.attention_cached import attend_by_tiles
+from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
 
 attention_module = importlib.import_module('llama_jax.ops.attention')
@@ -299,19 +301,41 @@ def test_memory_is_linear_in_the_length():
     assert temporary_bytes(32_768) < 2.2 * temporary_bytes(16_384)
 
 
-@pytest.mark.parametrize('num_queries', [1, 4])
-def test_queries_that_continue_a_cache(num_queries):
-    """Row b's queries stand at slots q_start[b], ...; the slots after them hold rubbish."""
-    q, k, v = random_qkv(8, 2, num_queries)
-    q_start = np.array([0, 17], np.int32)
-    slots = q_start[:, None] + np.arange(num_queries)
+@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), (4, 4)])
+@pytest.mark.parametrize('num_queries', [1, 4, LENGTH])
+def test_queries_that_continue_a_cache(num_queries, num_heads, num_kv_heads):
+    """Row b's queries stand at slots start[b], ...; the slots after them hold rubbish. At once and by tiles."""
+    q, k, v = random_qkv(num_heads, num_kv_heads, num_queries)
+    start = np.array([0, 17], np.int32)
+    slots = start[:, None] + np.arange(num_queries)
     mask = slots[:, :, None] >= np.arange(LENGTH)
     for b in range(BATCH):
         k[b, slots[b, -1] + 1 :] = v[b, slots[b, -1] + 1 :] = 1e30
+    want = reference(q, k, v, mask, np.zeros_like(q))[0]
+    arguments = jnp.asarray(q), *(jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)), jnp.asarray(start)
+    for out in (cached_attention(*arguments), attend_by_tiles(*arguments, max_block=16)):
+        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
-    out = attention(*(jnp.asarray(a) for a in (q, k, v)), q_start=jnp.asarray(q_start))
 
-    np.testing.assert_allclose(out, reference(q, k, v, mask, np.zeros_like(q))[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize('rules', ['', 'kv_heads='], ids=['heads split', 'kv heads whole'])
+@pytest.mark.parametrize('num_queries', [2, 24])
+def test_a_cache_that_is_split_over_devices_is_attended_to_as_a_whole_one(num_queries, rules):
+    partitioner = Partitioner(make_mesh({'data': 2, 'tensor': 4}), parse_rules(rules))
+    q, k, v = random_qkv(8, 4, num_queries)
+    arguments = jnp.asarray(q), *(jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)), jnp.array([3, 17])
+    found = jax.jit(functools.partial(cached_attention, partitioner=partitioner))(*arguments)
+    np.testing.assert_allclose(found, cached_attention(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_piece_behind_a_cache_takes_memory_of_its_length():
+    def temporary_bytes(length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
+        cache = jax.ShapeDtypeStruct((1, 2, 2 * length, 16), jnp.float32)
+        start = jax.ShapeDtypeStruct((1,), jnp.int32)
+        compiled = jax.jit(cached_attention).lower(q, cache, cache, start).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)
 
 
 @pytest.mark.parametrize('packed', [False, True], ids=['one document', 'packed'])

@@ -1,0 +1,151 @@
+"""The programs of generation: weights layer by layer, prompts in pieces, caches that grow."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llama_jax.inference import decoding
+from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.models.kv_cache import KVCache
+from llama_jax.models.llama import param_axes
+from llama_jax.models.unstacked import unstack
+from llama_jax.ops.linear import einsum
+from llama_jax.partitioning import Partitioner, make_mesh
+from tests import toy
+
+# Logits are of order 1. The same sums in another order differ by some roundings of fp32 (6e-8 each).
+SAME = 1e-5
+
+
+@pytest.fixture(scope='module')
+def model():
+    return toy.make_model()
+
+
+@pytest.fixture(scope='module')
+def params(model):
+    return toy.make_params(model)
+
+
+@pytest.fixture(scope='module')
+def rows():
+    """Tokens of rows of any length, padded on the right, and how many each has."""
+    lengths = np.array([21, 3, 16, 1], np.int32)
+    tokens = np.random.default_rng(0).integers(3, 64, size=(4, 21)).astype(np.int32)
+    return np.where(np.arange(21)[None, :] < lengths[:, None], tokens, 0), lengths
+
+
+@pytest.fixture(scope='module')
+def uncached(model, params, rows):
+    """Logits of each row's last token, from one pass without a cache."""
+    tokens, lengths = rows
+    logits, _ = jax.jit(lambda params, tokens: model.apply({'params': params}, tokens))(params, tokens)
+    return np.asarray(logits)[np.arange(4), lengths - 1]
+
+
+def settings(num_rows=4):
+    return SamplerRows.create([Sampler()] * num_rows, range(num_rows), [()] * num_rows, toy.CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize('width', [4, 16, 32])
+def test_prompts_are_read_in_pieces_as_at_once(monkeypatch, model, params, rows, uncached, width):
+    monkeypatch.setattr(decoding, '_PIECE', {'cpu': width})
+    seen = []
+    first = decoding._first
+    monkeypatch.setattr(decoding, '_first', lambda *args: seen.append(args[3].copy()) or first(*args))
+    weights = unstack(params)
+    state = decoding.start(model, weights, *rows, settings(), longest=30)
+    logits = einsum('bd,vd->bv', seen[0], weights['head'])
+    np.testing.assert_allclose(logits, uncached, atol=SAME)
+    assert state.cache.length.tolist() == rows[1].tolist()
+    assert state.token.tolist() == uncached.argmax(-1).tolist()
+
+
+def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
+    prompts = [np.random.default_rng(n).integers(3, 64, size=n).tolist() for n in (5, 11)]
+
+    def complete():
+        return generate_tokens(model, params, prompts, max_new_tokens=20, sampler=Sampler(), stop_ids=())
+
+    at_once = complete()
+    assert [len(row) for row in at_once] == [20, 20]
+    rooms = []
+    decode, columns = decoding.decode, 8
+
+    def record(model, params, state, *args):
+        rooms.append(state.cache.max_len)
+        return decode(model, params, state, *args)
+
+    monkeypatch.setattr(decoding, '_LEAST_ROOM', 4)
+    monkeypatch.setattr(decoding, 'COLUMNS', columns)
+    monkeypatch.setattr(decoding, 'decode', record)
+    assert complete() == at_once
+    assert sorted(set(rooms)) == [16, 32] and len(rooms) >= 20 / columns
+
+
+@pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_unstacked_weights_are_the_same_model(model, params, rows, mesh):
+    """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
+    tokens, want = rows[0], None
+    if mesh is not None:
+        partitioner = Partitioner(make_mesh(mesh))
+        model = model.clone(partitioner=partitioner)
+        shardings = partitioner.tree_shardings(params, param_axes(model))
+        params = jax.device_put(params, shardings)
+    apply = jax.jit(lambda params, tokens, cache: model.apply({'params': params}, tokens, cache=cache))
+    weights = unstack(params)
+    for layer in weights['blocks']:
+        if mesh is not None:
+            q = params['blocks']['attention']['q']
+            assert layer['attention']['q'].sharding.spec == PartitionSpec(*q.sharding.spec[1:])
+    want, _ = apply(params, tokens, None)
+    assert np.std(want) > 0.5  # so that `SAME` means something
+    np.testing.assert_allclose(apply(weights, tokens, None)[0], want, atol=SAME)
+    for given in (weights, params):
+        cache = KVCache.create(toy.CONFIG, 4, 32, jnp.float32)
+        first, cache = apply(given, tokens[:, :18], cache)
+        second, cache = apply(given, tokens[:, 18:], cache)
+        np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), want, atol=SAME)
+
+
+@pytest.mark.parametrize('mesh', [{'fsdp': 2, 'tensor': 4}, {'data': 4, 'tensor': 2}])
+def test_a_mesh_completes_as_one_device_does(model, params, mesh):
+    prompts = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1], [1, 2] * 10]
+    partitioner = Partitioner(make_mesh(mesh))
+    split = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
+    options = {'max_new_tokens': 9, 'sampler': Sampler(), 'stop_ids': (7,)}
+    found = generate_tokens(model.clone(partitioner=partitioner), split, prompts, **options)
+    assert found == generate_tokens(model, params, prompts, **options)
+
+
+def test_weights_are_unstacked_once_for_as_long_as_they_live(params):
+    params = jax.tree.map(jnp.copy, params)
+    weights = decode_weights(params, jnp.float32)
+    assert decode_weights(dict(params), jnp.float32) is weights
+    assert decode_weights(weights, jnp.float32) is weights
+    assert weights['embed'] is params['embed']  # what is no layer's is not copied
+    half = decode_weights(params, jnp.bfloat16)
+    assert half['blocks'][0]['attention']['q'].dtype == half['embed'].dtype == jnp.bfloat16
+    assert half['blocks'][0]['mlp_norm'].dtype == half['final_norm'].dtype == jnp.float32
+    large = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(weights['blocks'])]
+    del params, weights, half
+    gc.collect()
+    alive = {array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.size}
+    assert not alive & set(large)
+
+
+def test_unstacking_leaves_no_second_copy_where_it_may_delete(params):
+    given = jax.tree.map(jnp.copy, params)
+    weights = unstack(given, jnp.bfloat16, delete=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given['blocks'])) and given['embed'].is_deleted()
+    np.testing.assert_array_equal(weights['final_norm'], params['final_norm'])
+    for layer, tree in enumerate(weights['blocks']):
+        want = params['blocks']['mlp']['down'][layer].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(tree['mlp']['down'], want)
+    assert unstack(weights) is weights
