@@ -58,11 +58,18 @@ def test_generation_is_the_same_on_a_mesh(checkpoint):
     prompts = ['Once upon', 'a time', 'bears']
     config, params, tokenizer = llama_jax.load(checkpoint)
     model = llama_jax.LlamaForCausalLM(config, dtype=jnp.float32)
-    want = llama_jax.generate(model, params, tokenizer, prompts, max_new_tokens=4)
+    samplers = [
+        llama_jax.Sampler(),
+        llama_jax.Sampler(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=3),
+        llama_jax.Sampler(
+            temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={9: 2.0}
+        ),
+    ]
+    want = llama_jax.generate(model, params, tokenizer, prompts, max_new_tokens=4, samplers=samplers)
     _, spread, _ = llama_jax.load(
         checkpoint, mesh=llama_jax.make_mesh({'fsdp': 4, 'tensor': 2}), dtype=jnp.float32
     )
-    assert llama_jax.generate(model, spread, tokenizer, prompts, max_new_tokens=4) == want
+    assert llama_jax.generate(model, spread, tokenizer, prompts, max_new_tokens=4, samplers=samplers) == want
 
 
 def test_the_tokenizer(checkpoint):

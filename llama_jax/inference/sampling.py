@@ -150,8 +150,8 @@ class SamplerRows:
                     f'logit_bias is for token {largest}, for which the model has no row: it has {vocab_size}'
                 )
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(sampler, name) for sampler in samplers], dtype)
+        def column(name: str, dtype: type, most: float | int = math.inf) -> np.ndarray:
+            return np.array([min(getattr(sampler, name), most) for sampler in samplers], dtype)
 
         def padded(rows: Sequence[Sequence[Any]], width: int, filler: int, dtype: type) -> np.ndarray:
             return np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype)
@@ -164,18 +164,20 @@ class SamplerRows:
                 column('frequency_penalty', np.float32),
                 padded([list(s.logit_bias) for s in samplers], MAX_BIASED, _NO_TOKEN, np.int32),
                 padded([list(s.logit_bias.values()) for s in samplers], MAX_BIASED, 0, np.float32),
-                np.minimum(column('min_new_tokens', np.int64), _NO_TOKEN).astype(np.int32),
+                column('min_new_tokens', np.int32, _NO_TOKEN),
             )
         stops = [[token for token in row if 0 <= token < vocab_size] for row in stop_ids]
         width = -(-max([1, *map(len, stops)]) // _STOP_IDS) * _STOP_IDS
         return cls(
             column('temperature', np.float32),
-            np.minimum(column('top_k', np.int64), vocab_size).astype(np.int32),
-            # So near to 0 that fp32 has no number for it, it still keeps the most likely token.
-            column('top_p', np.float32), column('min_p', np.float32),
-            column('seed', np.int64).astype(np.int32), np.array(streams, np.int32),
-            padded(stops, width, _NO_TOKEN, np.int32), adjustments,
-        )  # fmt: skip
+            column('top_k', np.int32, vocab_size),
+            column('top_p', np.float32),
+            column('min_p', np.float32),
+            column('seed', np.int64).astype(np.int32),
+            np.array(streams, np.int32),
+            padded(stops, width, _NO_TOKEN, np.int32),
+            adjustments,
+        )
 
     def is_stop(self, tokens: Int[Array, 'B']) -> Bool[Array, 'B']:
         """Whether each row's token ends it."""

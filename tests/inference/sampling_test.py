@@ -142,13 +142,15 @@ def settings_of(samplers, vocab_size, streams=None):
     return SamplerRows.create(samplers, streams, [()] * len(samplers), vocab_size)
 
 
-@pytest.mark.parametrize('kind', ['ties', 'no ties', 'equal'])
+@pytest.mark.parametrize('kind', ['ties', 'no ties', 'equal', 'neighbours'])
 def test_sets_are_those_of_sorting(kind):
     rng = np.random.default_rng(3)
     count, size = (8000, 40) if kind == 'ties' else (1000, 700) if kind == 'no ties' else (1000, 40)
     logits = rng.normal(scale=3, size=(count, size)).astype(np.float32)
     if kind == 'ties':
         logits = np.round(logits) * np.float32(0.75)
+    elif kind == 'neighbours':  # they differ in the last bits alone
+        logits = (2**23 + rng.integers(-50, 50, size=(count, size))).astype(np.float32) * np.float32(2.0**-22)
     elif kind == 'equal':  # masked and signed zeros too
         logits = rng.choice(np.array([0.0, -0.0, -np.inf], np.float32), p=[0.6, 0.3, 0.1], size=(count, size))
     settings = {
@@ -162,6 +164,8 @@ def test_sets_are_those_of_sorting(kind):
     settings = {
         name: value.astype(np.int32 if name == 'top_k' else np.float32) for name, value in settings.items()
     }
+    if kind == 'neighbours':
+        settings['temperature'] = np.ones(count, np.float32)  # in fp32 others make some of them equal
     found = keep(settings_of([Sampler()], size).replace(**settings), logits)
     wanted, far = kept(logits.astype(np.float64), **settings)
     sure = far > 2e-6  # else fp32 may round a sum or a quotient to the other side
@@ -180,46 +184,46 @@ def mixed_settings():
     return [Sampler(*f, **b) for f in filters for b in before] + [Sampler(**b) for b in before]
 
 
-def check_law(draws):
+def check_law(rounds, draws=500):
     rng = np.random.default_rng(8)
     samplers = mixed_settings()
     logits = rng.normal(scale=1.5, size=(len(samplers), 10)).astype(np.float32)
     prompts = [rng.integers(10, size=n).tolist() for n in rng.integers(1, 4, size=len(samplers))]
     completions = rng.integers(10, size=(len(samplers), 3)).tolist()
     rows = np.random.default_rng(1).permutation(len(samplers) * draws) % len(samplers)  # mixed in the batch
-    settings = settings_of(samplers, 10)
-    settings = jax.tree.map(lambda leaf: leaf[rows], settings).replace(
-        stream=np.arange(len(rows), dtype=np.int32)
+    # The first stops and biases: all that there are, without most of the padding.
+    settings = jax.tree.map(
+        lambda leaf: leaf[rows, :8] if leaf.ndim == 2 else leaf[rows], settings_of(samplers, 10)
     )
-    seen = seen_of(prompts, completions, 10)[rows]
-    drawn = draw_rows(settings, logits[rows], np.int32(3), seen)
-    tokens = np.asarray(drawn.token)
+    seen, streams = seen_of(prompts, completions, 10)[rows], np.arange(len(rows), dtype=np.int32)
+    several = [
+        draw_rows(settings.replace(stream=streams + n * len(rows)), logits[rows], np.int32(3), seen)
+        for n in range(rounds)
+    ]
+    rows, draws = np.tile(rows, rounds), draws * rounds
+    drawn = jax.tree.map(lambda *parts: np.concatenate(parts), *several)
     for index, sampler in enumerate(samplers):
         wanted = reference(sampler, logits[index], prompts[index], completions[index])
         ours = rows == index
-        found = np.bincount(tokens[ours], minlength=10)
+        tokens = drawn.token[ours]
+        found = np.bincount(tokens, minlength=10)
         assert not found[wanted == 0].any()
         bins = wanted > 0
         statistic = np.sum((found - draws * wanted)[bins] ** 2 / (draws * wanted[bins]))
         # Of 102 laws, at chances of one in 100,000 each; the draws are the same in every run.
         assert statistic <= scipy.stats.chi2.isf(1e-5, max(bins.sum() - 1, 1)), sampler
-        filtered, raw = (
-            np.asarray(drawn.filtered_log_probability)[ours],
-            np.asarray(drawn.log_probability)[ours],
-        )
-        np.testing.assert_allclose(filtered, np.log(wanted[tokens[ours]]), atol=1e-5)
-        np.testing.assert_allclose(
-            raw, np.log(reference(Sampler(1.0), logits[index])[tokens[ours]]), atol=1e-5
-        )
+        np.testing.assert_allclose(drawn.filtered_log_probability[ours], np.log(wanted[tokens]), atol=1e-5)
+        raw = reference(Sampler(1.0), logits[index])
+        np.testing.assert_allclose(drawn.log_probability[ours], np.log(raw[tokens]), atol=1e-5)
 
 
 def test_draws_follow_the_law_of_their_rows_settings():
-    check_law(1000)
+    check_law(rounds=2)
 
 
 @pytest.mark.slow
 def test_many_draws_follow_the_law_of_their_rows_settings():
-    check_law(50_000)
+    check_law(rounds=40)
 
 
 def test_a_row_is_drawn_alike_in_any_company():
@@ -297,6 +301,20 @@ def test_penalties_are_those_of_transformers():
         ):
             scores = process(ids, scores)
         np.testing.assert_allclose(found[row], scores[0], rtol=1e-5)
+
+
+def test_numbers_of_any_size_are_arrays_of_32_bits():
+    sampler = Sampler(1.0, top_k=10**30, top_p=1e-300, min_new_tokens=10**30, seed=2**32 - 1)
+    settings = settings_of([sampler], 4)
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(settings)} == {4}
+    assert draw_rows(settings, jnp.log(PROBABILITIES)[None], 0, jnp.zeros((1, 4), jnp.int32)).token == 1
+    other = settings_of([Sampler(1.0, seed=-1)], 4)
+    assert settings.seed == other.seed  # the same 32 bits
+
+
+def test_the_prompt_is_seen_without_its_padding():
+    seen = seen_of([[3, 1, 1], [2]], [[3, 3], [0, 3]], 5)
+    np.testing.assert_array_equal(seen, [[0, 1, 0, 5, 0], [2, 0, 1, 2, 0]])
 
 
 def test_candidates_are_the_most_likely_first():
