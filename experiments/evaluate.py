@@ -21,6 +21,7 @@ from etils import epath
 from experiments import launch
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.config_file import split_list
+from experiments.settings import partitioner_of_flags
 from experiments.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
@@ -33,7 +34,7 @@ from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.item_log import ItemLog
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
-from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
+from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
 _CHECKPOINT = launch.define_path(
@@ -91,7 +92,7 @@ def main() -> None:
             if _COMPARE.value:
                 with launch.flags_named('--compare'):
                     published_scores(_COMPARE.value)
-            partitioner = make_partitioner(_MESH.value, _AXIS_RULES.value)
+            partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
             tasks = find_tasks(_TASKS.value, _DATA_DIR.value)
             graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
             sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
@@ -179,14 +180,6 @@ def check_sampling(prepared_tasks: Sequence[PreparedTask], sampling: dict[str, A
         raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
 
 
-def make_partitioner(mesh: list[str], axis_rules: str) -> Partitioner:
-    """The mesh of all devices."""
-    with launch.flags_named('--mesh'):
-        made = make_mesh(parse_mesh(mesh))
-    with launch.flags_named('--axis_rules'):
-        return Partitioner(made, parse_rules(axis_rules))
-
-
 def load_engine(
     checkpoint: str,
     tokenizer_file: str,
@@ -209,14 +202,6 @@ def load_engine(
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
     model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner)
     return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)
-
-
-def parse_mesh(items: list[str]) -> dict[str, int]:
-    """['fsdp=-1', 'tensor=2'] as numbers."""
-    try:
-        return {name.strip(): int(size) for name, size in (item.split('=') for item in items)}
-    except ValueError as error:
-        raise InputError(f"--mesh={','.join(items)}: write sizes as in 'fsdp=4,tensor=2'") from error
 
 
 def open_log(

@@ -4,30 +4,46 @@
 
 Standard output is the completion alone, or with --format=jsonl one object {"prompt", "completion"} a prompt. With
 --chat a prompt is what a user says; --messages gives a whole conversation, whose last message may be the beginning of
-the assistant's own.
+the assistant's own. --prompts reads many from a file (see `prompt_file`); with --output the command goes on where it
+was killed.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
 from experiments import launch
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.prompt_file import (
+    Item,
+    answer_lines,
+    check_output,
+    complete_items,
+    open_output,
+    parse_shard,
+    read_items,
+    write_answers,
+)
+from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
+from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.json_file import parse_json, read_bytes
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
-from llama_jax.tokenizer.protocol import Tokenizer, required
-from llama_jax.types import InputError
+from llama_jax.partitioning import Partitioner
+from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
+from llama_jax.types import InputError, Params
 
 _CHECKPOINT = launch.define_path(
     'checkpoint',
@@ -37,6 +53,16 @@ _CHECKPOINT = launch.define_path(
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'text to complete; give it several times for several')
+_PROMPTS = launch.define_path(
+    'prompts', '', 'JSON Lines of {"prompt": TEXT} or {"messages": [...]}, instead of --prompt'
+)
+_OUTPUT = launch.define_path('output', '', 'with --prompts: file for the answers, local or gs://...')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'with --prompts: so many at a time', lower_bound=1)
+_SHARD = flags.DEFINE_string('shard', '0/1', 'with --prompts: which part of the file, as in 0/4')
+_MESH = flags.DEFINE_list(
+    'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
+)
+_AXIS_RULES = flags.DEFINE_string('axis_rules', '', "with --mesh: overrides such as 'kv_heads=' (replicate)")
 _CHAT = flags.DEFINE_bool(
     'chat', False, "each prompt is what a user says: by the checkpoint's own chat format"
 )
@@ -78,6 +104,7 @@ _MIN_NEW_TOKENS = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
+launch.define_processes()
 
 logger = logging.getLogger('llama_jax.generate')
 
@@ -98,37 +125,91 @@ def main() -> None:
                 f'min_new_tokens is {_MIN_NEW_TOKENS.value}; it must be at most max_new_tokens, {_MAX_NEW_TOKENS.value}'
             )
         settings['logit_bias'] = _read_logit_bias(_LOGIT_BIAS.value)
-        Sampler(**settings)
+        sampler = Sampler(**settings)
     asked = _Asked(
-        _PROMPT.value or [], _MESSAGES.value, _SYSTEM.value, _CHAT.value or bool(_MESSAGES.value),
+        _PROMPT.value or [], _MESSAGES.value, _PROMPTS.value, _SYSTEM.value, _CHAT.value or bool(_MESSAGES.value),
         _SPECIAL_TOKENS.value, _STOP.value,
     )  # fmt: skip
     asked.check()
+    if not _PROMPTS.value and (idle := [f for f in (_OUTPUT, _BATCH_SIZE, _SHARD) if f.present]):
+        raise InputError(f'--{idle[0].name} is of --prompts, which is not given')
+    if _OUTPUT.value and _FORMAT.present:
+        raise InputError('--format is of standard output; what --output holds is JSON Lines')
+    with runtime.refused_by_all(), launch.flags_named('--prompts', '--shard', '--output'):
+        if _OUTPUT.value and runtime.is_main_process():
+            check_output(_OUTPUT.value)
+        items, sha256 = asked.read_file(sampler, parse_shard(_SHARD.value)) if _PROMPTS.value else ([], '')
     if _TEMPERATURE.value == 0 and (idle := [f for f in (_TOP_K, _TOP_P, _MIN_P, _SEED) if f.present]):
         names = ', '.join(f'--{flag.name}' for flag in idle)
         logger.warning('%s: without effect at --temperature=0, which takes the most likely token', names)
     if _MIN_NEW_TOKENS.value and _IGNORE_EOS.value:
         logger.warning('--min_new_tokens: without effect with --ignore_eos, as no token ends a text')
+    with runtime.refused_by_all():
+        partitioner = None
+        if _MESH.value:
+            partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
+        elif jax.process_count() > 1:
+            raise InputError(
+                '--mesh is required where several processes complete together, as in --mesh=tensor=-1'
+            )
+        elif _AXIS_RULES.value:
+            raise InputError('--axis_rules is given without --mesh, whose axes it speaks of')
+    model, params, tokenizer, template = load(_CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner)
+    tokenizer = required(tokenizer)
+    fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
+    params = unstack(params, model.dtype, delete=True)
+    prompts, stop_ids = asked.prompts_for(tokenizer, template, items)
+    limits: dict[str, Any] = {
+        'max_new_tokens': _MAX_NEW_TOKENS.value, 'stop': _STOP.value, 'stop_ids': stop_ids,
+        'ignore_eos': _IGNORE_EOS.value, 'special_tokens': _SPECIAL_TOKENS.value,
+    }  # fmt: skip
+    if items:
+        ids = [prompt_ids(tokenizer, p, _SPECIAL_TOKENS.value) if isinstance(p, str) else p for p in prompts]
+
+        def complete(ids, samplers):
+            return generate(model, params, tokenizer, ids, samplers=samplers, **limits)
+
+        header = {
+            'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
+            'system': _SYSTEM.value, **settings, 'logit_bias': sorted(map(list, settings['logit_bias'].items())),
+            **limits, 'stop_ids': list(stop_ids), 'model': fingerprint,
+        }  # fmt: skip
+        with contextlib.ExitStack() as at_exit:
+            with launch.flags_named('--output'):
+                log = at_exit.enter_context(open_output(_OUTPUT.value, header)) if _OUTPUT.value else None
+            completions = complete_items(items, ids, _BATCH_SIZE.value, log, complete)
+            if runtime.is_main_process():
+                lines = answer_lines(items, completions)
+                if log:
+                    write_answers(_OUTPUT.value, lines)
+                else:
+                    as_text = _FORMAT.value == 'text'
+                    print('\n'.join([completions[item.index] for item in items] if as_text else lines))
+        return
+    completions = generate(model, params, tokenizer, prompts, **settings, **limits)
+    if runtime.is_main_process():
+        for prompt, completion in zip(asked.texts or [asked.messages], completions, strict=True):
+            answer = json.dumps({'prompt': prompt, 'completion': completion})
+            print(answer if _FORMAT.value == 'jsonl' else completion)
+
+
+def load(
+    checkpoint_path: str, tokenizer_file: str, given_dtype: str, partitioner: Partitioner | None
+) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str]:
+    """The model on its devices, its weights, tokenizer and chat template."""
     runtime.enable_compilation_cache()
-    dtype = DTYPES[dtype_name(_DTYPE.value)]
+    dtype = DTYPES[dtype_name(given_dtype)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
-        checkpoint = open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
-        config, params, tokenizer = pretrained.load(
-            checkpoint, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
+        checkpoint = open_with_tokenizer(checkpoint_path, tokenizer_file)
+    model = LlamaForCausalLM(checkpoint.config, dtype=dtype, partitioner=partitioner)
+    if partitioner is not None:
+        with launch.flags_named('--mesh', '--axis_rules'):
+            partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
+    with launch.flags_named('--checkpoint', '--tokenizer'):
+        _, params, tokenizer = pretrained.load(
+            checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file
         )
-    prompts, stop_ids = asked.prompts_for(required(tokenizer), checkpoint.template)
-    completions = generate(
-        LlamaForCausalLM(config, dtype=dtype), unstack(params, dtype, delete=True), tokenizer, prompts,
-        max_new_tokens=_MAX_NEW_TOKENS.value, **settings, stop=_STOP.value, stop_ids=stop_ids,
-        ignore_eos=_IGNORE_EOS.value, special_tokens=_SPECIAL_TOKENS.value,
-    )  # fmt: skip
-    for prompt, completion in zip(asked.texts or [asked.messages], completions, strict=True):
-        text = (
-            json.dumps({'prompt': prompt, 'completion': completion})
-            if _FORMAT.value == 'jsonl'
-            else completion
-        )
-        print(text)
+    return model, params, tokenizer, checkpoint.template
 
 
 def _read_logit_bias(items: Sequence[str]) -> dict[int, float]:
@@ -151,6 +232,7 @@ class _Asked:
 
     texts: list[str]
     messages: str
+    prompts: str
     system: str
     chat: bool
     special_tokens: bool
@@ -158,11 +240,12 @@ class _Asked:
 
     def check(self) -> None:
         """There is one thing to answer, and nothing beside it that would be without effect."""
-        if not (self.texts or self.messages):
+        given = {'--prompt': self.texts, '--messages': self.messages, '--prompts': self.prompts}
+        if not any(given.values()):
             raise InputError('--prompt is required: what is to be completed; or --messages, a conversation')
-        if self.texts and self.messages:
-            raise InputError('--prompt and --messages are both given; one thing is answered')
-        if self.system and not (self.chat and self.texts):
+        if len(named := [name for name, value in given.items() if value]) > 1:
+            raise InputError(f'{" and ".join(named[:2])} are both given; one thing is answered')
+        if self.system and not (self.chat and (self.texts or self.prompts)):
             raise InputError(
                 '--system says something before a --prompt with --chat; --messages has it in its file'
             )
@@ -171,22 +254,48 @@ class _Asked:
         if '' in self.stop:
             raise InputError("--stop is '', which every text begins with; give at least one character")
 
+    def read_file(self, sampler: Sampler, shard: tuple[int, int]) -> tuple[list[Item], str]:
+        """The items of --prompts, all of one kind, and the file's hash."""
+        items, sha256 = read_items(self.prompts, sampler, shard)
+        if talk := next((item for item in items if 'messages' in item.line), None):
+            if self.chat:
+                raise InputError(f'{self.prompts} line {talk.index + 1} has messages; --chat is for prompts')
+            if text := next((item for item in items if 'prompt' in item.line), None):
+                raise InputError(
+                    f'{self.prompts} line {talk.index + 1} has messages, line {text.index + 1} a prompt; give a '
+                    'file of each'
+                )
+        return items, sha256
+
     def prompts_for(
-        self, tokenizer: Tokenizer, template: str
+        self, tokenizer: Tokenizer, template: str, items: Sequence[Item]
     ) -> tuple[Sequence[str | list[int]], tuple[int, ...]]:
         """Texts or ids to complete, and the ids that end an answer besides the tokenizer's own."""
-        if not self.chat:
-            return self.texts, ()
+        if not self.chat and not any('messages' in item.line for item in items):
+            return self.texts or [cast(str, item.prompt) for item in items], ()
         chat = Chat(tokenizer, template)
+        if items:
+            return [self._turns(chat, item) for item in items], chat.stop_ids
         if self.messages:
             with launch.flags_named('--messages'):
                 given = parse_json(read_bytes(epath.Path(self.messages)), self.messages)
                 given = given.get('messages') if isinstance(given, dict) else given
                 return [chat.encode_prompt(check_messages(given))], chat.stop_ids
-        before = [{'role': 'system', 'content': self.system}] if self.system else []
         with launch.flags_named('--prompt', '--system'):
-            turns = [[*before, {'role': 'user', 'content': text}] for text in self.texts]
-            return [chat.encode_prompt(messages) for messages in turns], chat.stop_ids
+            return [chat.encode_prompt(self._said(text)) for text in self.texts], chat.stop_ids
+
+    def _said(self, text: str) -> list[dict[str, Any]]:
+        before = [{'role': 'system', 'content': self.system}] if self.system else []
+        return [*before, {'role': 'user', 'content': text}]
+
+    def _turns(self, chat: Chat, item: Item) -> list[int]:
+        with launch.flags_named('--prompts', '--system'):
+            try:
+                return chat.encode_prompt(
+                    self._said(item.prompt) if isinstance(item.prompt, str) else item.prompt
+                )
+            except InputError as error:
+                raise InputError(f'{self.prompts} line {item.index + 1}: {error}') from None
 
 
 if __name__ == '__main__':

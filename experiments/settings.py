@@ -186,3 +186,19 @@ def parse_weights(config: ConfigDict) -> list[float] | None:
     if weights and not all(0 < weight < math.inf for weight in weights):
         raise InputError(f'{given}: each must be a positive number (leave out an unused source)')
     return weights
+
+
+def partitioner_of_flags(mesh: list[str], axis_rules: str) -> Partitioner:
+    """Of --mesh and --axis_rules, on all devices."""
+    with flags_named('--mesh'):
+        made = make_mesh(_mesh_sizes(mesh))
+    with flags_named('--axis_rules'):
+        return Partitioner(made, parse_rules(axis_rules))
+
+
+def _mesh_sizes(items: list[str]) -> dict[str, int]:
+    """['fsdp=-1', 'tensor=2'] as numbers."""
+    try:
+        return {name.strip(): int(size) for name, size in (item.split('=') for item in items)}
+    except ValueError as error:
+        raise InputError(f"--mesh={','.join(items)}: write sizes as in 'fsdp=4,tensor=2'") from error

@@ -10,6 +10,7 @@ import pytest
 
 import llama_jax
 from llama_jax import pretrained
+from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
 from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run
 
@@ -92,6 +93,53 @@ def test_generate_prints_the_completion_alone(commands, run, tmp_path):
     assert 'message 0 is' in commands.run('generate', *arguments).error()
     (tmp_path / 'dialog.json').write_text('{"messages": [{"role": "user", "content": "ba"}]}')
     assert commands.run('generate', *arguments).succeeded().stdout
+
+
+def test_generate_completes_a_file(commands, run, tmp_path):
+    config, params, tokenizer = llama_jax.load(run)
+    lines = [{'prompt': text, 'id': n} for n, text in enumerate(('ba', 'dio kurst', 'b', 'kurst'))]
+    lines[2] |= {'temperature': 0.9, 'seed': 5}
+    prompts, output = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+    prompts.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    samplers = [Sampler(line.get('temperature', 0.0), seed=line.get('seed', 0)) for line in lines]
+    wanted = [
+        llama_jax.generate(
+            LlamaForCausalLM(config),
+            params,
+            tokenizer,
+            [line['prompt']],
+            samplers=[sampler],
+            max_new_tokens=9,
+        )
+        for line, sampler in zip(lines, samplers, strict=True)
+    ]
+    arguments = [f'--checkpoint={run}', f'--prompts={prompts}', '--max_new_tokens=9', '--batch_size=3']
+    assert '%' in commands.run('generate', *arguments, f'--output={output}').succeeded().stderr
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(answer['id'], answer['completion']) for answer in answers] == [
+        (n, text) for n, [text] in enumerate(wanted)
+    ]
+    halves = [
+        commands.run('generate', *arguments, f'--shard={part}/2', '--format=jsonl').succeeded()
+        for part in (0, 1)
+    ]
+    found = {
+        answer['index']: answer for half in halves for answer in map(json.loads, half.stdout.splitlines())
+    }
+    assert [found[index] for index in range(4)] == answers
+    for wrong, words in (
+        ([f'--output={output}'], 'is there already'),
+        (['--output=x.jsonl', '--format=text'], '--format is of standard output'),
+        (['--shard=2/2'], "--shard is '2/2'"),
+        (['--prompt=a'], '--prompt and --prompts are both given'),
+        (['--axis_rules=heads='], '--axis_rules is given without --mesh'),
+        (['--mesh=tensor=3'], '--mesh'),
+    ):
+        assert words in commands.run('generate', *arguments, *wrong).error()
+    assert (
+        '--shard is of --prompts'
+        in commands.run('generate', f'--checkpoint={run}', '--prompt=a', '--shard=0/2').error()
+    )
 
 
 def test_the_same_command_again_changes_nothing(commands, run, corpus):

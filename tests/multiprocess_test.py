@@ -23,7 +23,6 @@ jax.config.update('jax_enable_compilation_cache', False)
 RECORD = (
     WITHOUT_CACHE
     + """
-import json
 import llama_jax.train.validation  # has its own batches, which are not written down
 from llama_jax.data import loader
 
@@ -305,6 +304,50 @@ def test_what_one_process_cannot_read_ends_all_in_one_line(commands, corpus, sha
     first, second = continue_from(commands, corpus, checkpoint, tmp_path / 'run', 2, damaged=1)
     assert 'process 1: page 5 is torn' in first.error()
     assert 'page 5 is torn' in second.error()
+
+
+# Kills the process after so many finished prompts.
+KILLED = """
+import os, llama_jax.item_log as log
+add, count = log.ItemLog.add, iter(range(100))
+def adds(self, item):
+    add(self, item)
+    if next(count) == PROMPTS:
+        os.kill(os.getpid(), 9)
+log.ItemLog.add = adds
+"""
+
+
+@pytest.mark.slow
+def test_processes_complete_a_file_together_and_go_on_where_they_were_killed(commands, shared_data, tmp_path):
+    checkpoint = shared_data / 'weights/stories260K/stories260K.gguf'
+    prompts, texts = tmp_path / 'prompts.jsonl', ['', 'Once', 'Lily saw', 'The big dog', 'One day', 'Tom']
+    lines = [{'prompt': text, 'temperature': 0.7 * (n % 2)} for n, text in enumerate(texts)]
+    prompts.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+    def complete(output, num_processes, mesh, before=''):
+        return commands.run_processes(
+            'generate', f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--output={output}', f'--mesh={mesh}',
+            '--max_new_tokens=24', '--batch_size=2', num_processes=num_processes, num_devices=8 // num_processes,
+            before=before,
+        )  # fmt: skip
+
+    for process in complete(tmp_path / 'one.jsonl', 1, 'data=2,tensor=4'):
+        process.succeeded()
+    whole = (tmp_path / 'one.jsonl').read_bytes()
+    assert json.loads(whole.splitlines()[0])['completion'].startswith(
+        'Once upon a time, there was a little girl'
+    )
+    output = tmp_path / 'two.jsonl'
+    for number in (0, 1, 1):
+        assert any(
+            process.status
+            for process in complete(output, 2, 'data=2,tensor=4', KILLED.replace('PROMPTS', str(number)))
+        )
+        assert not output.exists()
+    for process in complete(output, 2, 'data=2,tensor=4'):
+        process.succeeded()
+    assert output.read_bytes() == whole
 
 
 # Stands for a second process, which says what this one does, but for a fingerprint.
