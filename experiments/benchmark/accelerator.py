@@ -122,7 +122,7 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         sizes = f'--model={model} --layers={layers} --batch_size={rows} --dtype=bfloat16 --rounds=3 --nopeer --profile'
         return suite(name, seconds, 'train', f'{sizes} {options.replace("LAYERS", str(layers))}')
 
-    decode = '--decode_model=llama2_7b --decode_prompt=1024 --decode_tokens=128 --decode_profile'
+    decode = '--decode_model=llama2_7b --decode_prompt=896 --decode_tokens=128 --decode_profile'
     shapes = '--noattention_check --attention_shapes'  # the tests say whether it is right
     checks = [
         Check('tests', tests, 150, environment=ENVIRONMENT | {'JAX_PLATFORMS': platform}),

@@ -1,7 +1,7 @@
 """Weights layer by layer, each an array of its own: what decoding reads at the memory's speed.
 
 A checkpoint and training have one array for a weight of all layers, which a scan slices: in every step a copy of every
-weight, as much as reading it twice more. Unstacked, `params['blocks']` is a tuple of the layers' trees; `model.apply`
+weight, as much as reading it twice more. Unstacked, `params['blocks']` is a tuple of the layers' trees; the model
 takes either. It is a representation for as long as a program runs, never written to disk.
 """
 
