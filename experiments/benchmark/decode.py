@@ -5,6 +5,7 @@ the memory. Its bandwidth is that of a copy, measured here. Time is of `generate
 one; the median of some turns.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,14 +21,18 @@ from experiments.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.ops.quantized import CODE_MAX, quantize_array
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.types import InputError
+from llama_jax.types import InputError, Params
 
 _MODEL = flags.DEFINE_string('decode_model', 'stories_15m', 'a preset')
 _BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, several by commas')
 _PROMPT = flags.DEFINE_integer('decode_prompt', 64, 'tokens of a prompt', lower_bound=1)
 _TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
+_WEIGHTS = flags.DEFINE_enum(
+    'decode_weights', 'auto', ['auto', *CODE_MAX], 'their type; auto: of the computation'
+)
 _PROFILE = flags.DEFINE_boolean('decode_profile', False, 'show the kernels that take most of a completion')
 
 
@@ -47,8 +52,11 @@ def main() -> dict[str, Any]:
     params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))(
         jax.random.key(0)
     )
+    if _WEIGHTS.value in CODE_MAX:
+        params = quantized(params, _WEIGHTS.value)
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
     filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - table * dtype.itemsize
     # Of a prompt, whose last token alone meets the head; a third of what training takes is the forward pass.
     head = 2 * config.vocab_size * config.embed_dim * (prompt - 1)
     prompt_flops = prompt * training_flops_per_token(config, prompt)[0] / 3 - head
@@ -70,7 +78,7 @@ def main() -> dict[str, Any]:
         first, _ = complete(tokens), complete(1)
         one, many = (median(lambda n=n: complete(n), _ROUNDS.value) for n in (1, tokens))
         step = (many - one) / (tokens - 1)
-        num_bytes = dtype.itemsize * (config.num_params - table + batch * filled)
+        num_bytes = weight_bytes + dtype.itemsize * batch * filled
         found = {
             'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
             'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9),
@@ -83,6 +91,23 @@ def main() -> dict[str, Any]:
             kernels = show_kernels(lambda: complete(tokens), many)
             figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
     return figures
+
+
+def quantized(params: Params, dtype: str) -> Params:
+    """The layers' matrices and the head in codes, a scale for each output channel."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def codes(weight, summed):
+        return quantize_array(weight, dtype, summed)
+
+    blocks = {
+        name: {key: codes(weight, (1, 2) if key == 'o' else (1,)) for key, weight in part.items()}
+        if isinstance(part, dict)
+        else part
+        for name, part in params['blocks'].items()
+    }
+    head = {'head': codes(params['head'], (1,))} if 'head' in params else {}
+    return params | head | {'blocks': blocks}
 
 
 def copy_bandwidth(rounds: int) -> float:

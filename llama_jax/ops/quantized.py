@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.ops import few_rows_gpu
 from llama_jax.partitioning import Partitioner
 
 # Largest code of each type.
@@ -65,7 +66,17 @@ class QuantizedArray:
         def tiled(x, qvalue, scale):
             return _tiled_product(x, qvalue, scale, summed, len(others)).astype(dtype)
 
-        return jax.lax.platform_dependent(x, self.qvalue, self.scale, cpu=tiled, default=fused)
+        def on_gpu(x, qvalue, scale):
+            rows = x.reshape(math.prod(x.shape[: len(others)]), -1)
+            codes = qvalue.reshape(rows.shape[1], -1) if summed[0] == 0 else None
+            is_whole = all(scale.shape[axis] == 1 for axis in summed)
+            # XLA would gather what several devices have, as it does not look into the kernel.
+            if jax.device_count() > 1 or codes is None or not is_whole or not few_rows_gpu.fits(rows, codes):
+                return fused(x, qvalue, scale)
+            y = few_rows_gpu.few_rows_product(rows, codes) * scale.astype(jnp.float32).reshape(-1)
+            return y.reshape(*x.shape[: len(others)], *scale.shape[len(summed) :]).astype(dtype)
+
+        return jax.lax.platform_dependent(x, self.qvalue, self.scale, cpu=tiled, cuda=on_gpu, default=fused)
 
     def take(
         self, rows: Int[Array, 'B T'], dtype: jax.typing.DTypeLike, partitioner: Partitioner | None
