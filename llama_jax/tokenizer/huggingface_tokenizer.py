@@ -1,12 +1,11 @@
 """A `tokenizer.json`, as the library `tokenizers` reads it."""
 
-import codecs
 import functools
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from llama_jax.json_file import parse_object
 from llama_jax.tokenizer.foreign_tokenizer import PROBES, check_opening
 from llama_jax.tokenizer.huggingface_statements import Statements, read_statements, stating_files
 from llama_jax.tokenizer.library_errors import refused
-from llama_jax.tokenizer.text_pieces import checked_ids, without_surrogates
-from llama_jax.tokenizer.vocabulary import MAX_TOKENS, Ended
+from llama_jax.tokenizer.protocol import Spelling
+from llama_jax.tokenizer.text_pieces import EACH_BYTE, checked_ids, without_surrogates
+from llama_jax.tokenizer.vocabulary import BYTES, MAX_TOKENS, Ended
 from llama_jax.types import InputError
 
 
@@ -85,6 +85,7 @@ class HuggingFaceTokenizer(Ended):
         self.unk_id = self._unknown_id(definition['model'])
         decoder = json.dumps(definition.get('decoder'))
         self._byte_level = 'ByteLevel' in decoder
+        self._only_bytes = set(re.findall(r'"type": "(\w+)"', decoder)) <= {'ByteLevel', 'Sequence', 'Fuse'}
         self._strips = 'Strip' in decoder or 'Metaspace' in decoder
 
     def __reduce__(self):  # pickled, the library's own object forgets encode_special_tokens
@@ -142,26 +143,46 @@ class HuggingFaceTokenizer(Ended):
         if self._byte_level:
             with refused(f'{self.path} cannot decode {ids[:10]}'):
                 return self._tokenizer.decode(ids, skip_special_tokens=False)
-        special = set(self.special_tokens.values()) - {self.unk_id}
-        pieces = [
-            ' \u2047 ' if i == self.unk_id else self._tokenizer.id_to_token(i) or ''
-            for i in ids
-            if i not in special
-        ]
-        if self._strips and pieces and pieces[0].startswith('▁'):
-            pieces[0] = pieces[0][1:]
         # As sentencepiece does it; the library would drop the good bytes beside a bad one.
-        data = b''.join(
-            bytes.fromhex(piece[3:5]) if _BYTE_PIECE.fullmatch(piece) else piece.replace('▁', ' ').encode()
-            for piece in pieces
-        )
-        return data.decode(errors='llama_jax.each_byte')
+        return b''.join(map(self._spell_pieces(), ids)).decode(errors=EACH_BYTE)
+
+    def spelling(self) -> Spelling | None:
+        """Of a new row; None where the library's decoder does more than to put bytes in a row."""
+        if not self._byte_level:
+            return Spelling(self._spell_pieces(), EACH_BYTE)
+        return Spelling(self._spell_bytes) if self._only_bytes else None
+
+    def _spell_bytes(self, id: int) -> bytes:
+        """A token spelled by GPT-2's letters of bytes; one that has others, as an added one may, stands for itself."""
+        token = self._tokenizer.id_to_token(id) or ''
+        try:
+            return bytes([BYTES[ord(letter)] for letter in token])
+        except KeyError:
+            return token.encode()
+
+    def _spell_pieces(self) -> Callable[[int], bytes]:
+        special = set(self.special_tokens.values()) - {self.unk_id}
+        strips = self._strips
+
+        def spell(id: int) -> bytes:
+            nonlocal strips
+            if id in special:
+                return b''
+            piece = ' \u2047 ' if id == self.unk_id else self._tokenizer.id_to_token(id) or ''
+            if strips:
+                strips, piece = False, piece.removeprefix('▁')
+            return (
+                bytes.fromhex(piece[3:5])
+                if _BYTE_PIECE.fullmatch(piece)
+                else piece.replace('▁', ' ').encode()
+            )
+
+        return spell
 
 
 logger = logging.getLogger(__name__)
 
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
-codecs.register_error('llama_jax.each_byte', lambda e: ('\ufffd', e.start + 1))  # pyright: ignore
 
 
 def _with_added(definition: dict[str, Any], said: Statements, path: str) -> bytes | None:

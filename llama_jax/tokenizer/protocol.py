@@ -1,6 +1,7 @@
 """What the code base asks of a tokenizer, and how a model's prompt begins."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -8,9 +9,26 @@ import numpy as np
 from llama_jax.types import InputError
 
 
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """How the ids of one row become bytes, one after the other: `decode` is all of these bytes, read as UTF-8.
+
+    Attributes:
+      spell: bytes that the next id adds; it remembers what was asked before. None: none, and what came before is not
+        read together with what follows.
+      errors: how bytes that are not UTF-8 are read, as `bytes.decode` names it.
+    """
+
+    spell: Callable[[int], bytes | None]
+    errors: str = 'replace'
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the code base asks of a tokenizer. One that puts no BOS before a text has a further `add_bos`, False.
+
+    One whose ids become bytes one by one has a further `spelling()`, a `Spelling` of a new row; without it, or where
+    that is None, a row has text once all of it is there.
 
     Attributes:
       vocab_size: number of ids, special ones included.
@@ -65,6 +83,11 @@ def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[i
 def printable(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """The ids that are tokens: an embedding may have more rows, which stand for no text."""
     return [int(id) for id in ids if id < tokenizer.vocab_size]
+
+
+def spelling_of(tokenizer: Tokenizer) -> Spelling | None:
+    """How ids of a new row become bytes; None where the tokenizer can only decode whole rows."""
+    return getattr(tokenizer, 'spelling', lambda: None)()
 
 
 def required(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -20,7 +20,7 @@ _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceModel:
-    """What decides the ids of a text.
+    """What decides the ids of a text, and the text of ids.
 
     Attributes:
       pieces: text, score and type of each id.
@@ -30,6 +30,7 @@ class SentencePieceModel:
       remove_extra_whitespaces: whether outer spaces go and inner ones are squeezed.
       is_unigram: whether scores are of words by themselves, else of merges.
       charsmap: the compiled normalizer of characters; empty for none.
+      rewrites: whether a text of ids is rewritten as a whole.
     """
 
     pieces: list[tuple[str, float, int]]
@@ -39,10 +40,11 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = False
     is_unigram: bool = False
     charsmap: bytes = b''
+    rewrites: bool = False
 
 
-def checked_pieces(data: bytes, path: str) -> list[tuple[str, float, int]]:
-    """The pieces; refuses what sentencepiece fails at only later, or believes to its end.
+def checked_model(data: bytes, path: str) -> SentencePieceModel:
+    """What a file says; refuses what sentencepiece fails at only later, or believes to its end.
 
     Raises:
       InputError: the file is damaged, or none.
@@ -57,7 +59,7 @@ def checked_pieces(data: bytes, path: str) -> list[tuple[str, float, int]]:
         raise InputError(f'{path} has a piece of type {min(wrong)}; the types are {NORMAL} to {BYTE}')
     if types.count(UNKNOWN) != 1:
         raise InputError(f'{path} has {types.count(UNKNOWN)} pieces for what is unknown; it needs one')
-    return pieces
+    return model
 
 
 def read_model(data: bytes, path: str) -> SentencePieceModel:
@@ -89,7 +91,7 @@ class _Parsed:
 
 
 def _parse(data: bytes, path: str) -> _Parsed:
-    pieces, trainer, normalizer = [], {}, {}
+    pieces, trainer, normalizer, denormalizer = [], {}, {}, {}
     try:
         for number, message in _fields(data):
             if number == 1:
@@ -102,6 +104,8 @@ def _parse(data: bytes, path: str) -> _Parsed:
                 trainer |= dict(_fields(message))
             elif number == 3:
                 normalizer |= dict(_fields(message))
+            elif number == 5:
+                denormalizer |= dict(_fields(message))
         model = SentencePieceModel(
             pieces,
             trainer.get(46, b'<s>').decode(),
@@ -110,6 +114,7 @@ def _parse(data: bytes, path: str) -> _Parsed:
             bool(normalizer.get(4, 1)),
             trainer.get(3, 1) == _UNIGRAM,
             bytes(normalizer.get(2, b'')),
+            rewrites=bool(denormalizer.get(2)),
         )
         return _Parsed(
             model,

@@ -1,5 +1,6 @@
 """The LLaMA 1 and Llama 2 tokenizer: a sentencepiece model, BPE or Unigram."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -7,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_jax.tokenizer.library_errors import refused
-from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_pieces
-from llama_jax.tokenizer.text_pieces import checked_ids, split_at, without_surrogates
+from llama_jax.tokenizer.protocol import Spelling
+from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_model
+from llama_jax.tokenizer.text_pieces import EACH_BYTE, checked_ids, split_at, without_surrogates
 from llama_jax.tokenizer.vocabulary import Ended, Ends
 from llama_jax.types import InputError, error_line
 
@@ -37,7 +39,7 @@ class SentencePieceTokenizer(Ended):
         """
         import sentencepiece
 
-        pieces = checked_pieces(data, path)  # before the library, which believes what a file says
+        model = checked_model(data, path)  # before the library, which believes what a file says
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, UnicodeDecodeError) as error:  # the second of what it would say
@@ -48,7 +50,12 @@ class SentencePieceTokenizer(Ended):
         self.file_bytes = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = self._processor.GetPieceSize()
-        self.special_tokens = {text: id for id, (text, _, kind) in enumerate(pieces) if kind in _SPECIAL}
+        self.special_tokens = {
+            text: id for id, (text, _, kind) in enumerate(model.pieces) if kind in _SPECIAL
+        }
+        self._rewrites = model.rewrites
+        self._drops_every_space = model.remove_extra_whitespaces  # that stands first
+        self._drops_a_space = model.add_dummy_prefix or model.remove_extra_whitespaces
         bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
         if ends is None:
             if eos_id < 0:
@@ -78,3 +85,37 @@ class SentencePieceTokenizer(Ended):
         ids = checked_ids(ids, self.vocab_size)
         with refused(f'{self.path} cannot decode {ids[:10]}'):
             return self._processor.Decode(ids)
+
+    def spelling(self) -> Spelling | None:
+        """Of a new row; None where the model rewrites the text of ids as a whole.
+
+        Source: sentencepiece/src/sentencepiece_processor.cc, `Decode`.
+        """
+        if self._rewrites:
+            return None
+        surfaces, unknown = self._surfaces, self._processor.unk_id()
+        drops = self._drops_a_space
+
+        def spell(id: int) -> bytes | None:
+            nonlocal drops
+            surface = surfaces[id]
+            if drops and surface:
+                begins = id != unknown and self._processor.IdToPiece(id).startswith('▁')
+                drops = begins and self._drops_every_space and surface == b' '
+                return surface[1:] if begins else surface
+            return surface
+
+        return Spelling(spell, EACH_BYTE)
+
+    @functools.cached_property
+    def _surfaces(self) -> list[bytes | None]:
+        """What each id is within a text; None for a control token, at which a run of bytes ends."""
+        library, ids = self._processor, list(range(self.vocab_size))
+        surfaces: list[bytes | None] = [
+            bytes.fromhex(piece[3:5]) if is_byte else piece.replace('▁', ' ').encode()
+            for piece, is_byte in zip(library.IdToPiece(ids), library.IsByte(ids), strict=True)
+        ]
+        surfaces[library.unk_id()] = library.Decode([library.unk_id()]).encode()
+        for id in filter(library.IsControl, self.special_tokens.values()):
+            surfaces[id] = None
+        return surfaces

@@ -1,5 +1,6 @@
 """Texts as the libraries of tokenizers can take them: of Unicode, and cut where they are too long."""
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,6 +9,11 @@ from llama_jax.types import InputError
 _MAX_CHUNK = 400_000  # characters given to tiktoken at once: it panics on much more
 _MAX_RUN = 25_000  # longest run of all-space or no-space characters: its regex engine overflows on much more
 _SPACE, _NON_SPACE, _RUN = re.compile(r'\s'), re.compile(r'\S'), re.compile(r'\s+|\S+')
+
+EACH_BYTE = (
+    'llama_jax.each_byte'  # errors: every byte that is not UTF-8 becomes a U+FFFD, as in sentencepiece
+)
+codecs.register_error(EACH_BYTE, lambda e: ('\ufffd', e.start + 1))  # pyright: ignore
 
 
 def chunks(text: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from llama_jax.tokenizer.library_errors import refused
+from llama_jax.tokenizer.protocol import Spelling
 from llama_jax.tokenizer.sentencepiece_model import MAX_TOKEN
 from llama_jax.tokenizer.splitters import LLAMA3_PATTERN
 from llama_jax.tokenizer.text_pieces import checked_ids, chunks, split_at, without_surrogates
@@ -80,6 +81,10 @@ class TiktokenTokenizer(Ended):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens appear by name, as in Meta's wrapper."""
         return self._encoding.decode(checked_ids(ids, self.vocab_size))
+
+    def spelling(self) -> Spelling:
+        """Of a new row."""
+        return Spelling(self._encoding.decode_single_token_bytes)
 
     def _encode(self, text: str) -> np.ndarray:
         pieces = list(chunks(without_surrogates(text)))
