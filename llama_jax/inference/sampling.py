@@ -214,14 +214,17 @@ class SamplerRows:
         likely token alone.
         """
         is_greedy, size = self.temperature == 0, logits.shape[-1]
-        best = jnp.arange(size)[None] == jnp.argmax(logits, axis=-1)[:, None]
         logits = logits / jnp.where(is_greedy, 1, self.temperature)[:, None]
         top_k = jnp.where(is_greedy | (self.top_k == 0), size, self.top_k)
         top_p = jnp.where(is_greedy, 1, self.top_p)
-        logits = jax.lax.cond(jnp.any(top_k < size), _keep_top_k, _keep_all, logits, top_k)
-        logits = jax.lax.cond(jnp.any(top_p < 1), _keep_top_p, _keep_all, logits, top_p)
-        likely = logits - jnp.max(logits, axis=-1, keepdims=True) >= jnp.log(self.min_p)[:, None]
-        return jnp.where(jnp.where(is_greedy[:, None], best, likely), logits, -jnp.inf)
+        for is_asked, keep, setting in (
+            (top_k < size, _keep_top_k, top_k),
+            (top_p < 1, _keep_top_p, top_p),
+            (self.min_p > 0, _keep_min_p, self.min_p),
+            (is_greedy, _keep_best, is_greedy),
+        ):
+            logits = jax.lax.cond(jnp.any(is_asked), keep, lambda logits, _: logits, logits, setting)
+        return logits
 
 
 @flax.struct.dataclass
@@ -308,10 +311,6 @@ def count_drawn(seen: Int[Array, 'B V'], tokens: Int[Array, 'B']) -> Int[Array, 
     return seen.at[jnp.arange(len(tokens)), tokens].add(2)
 
 
-def _keep_all(logits: Array, _: Array) -> Array:
-    return logits
-
-
 def _keep_top_k(logits: Float[Array, 'B V'], top_k: Int[Array, 'B']) -> Float[Array, 'B V']:
     """Tokens at least as likely as the `top_k`-th."""
     smallest = _largest(logits, lambda is_kept: jnp.sum(is_kept, axis=-1) >= top_k)
@@ -339,6 +338,18 @@ def _keep_top_p(logits: Float[Array, 'B V'], top_p: Float[Array, 'B']) -> Float[
         is_split, lambda: is_last & (jnp.cumsum(is_last, axis=-1) <= wanted[:, None]), lambda: is_last
     )
     return jnp.where(is_above | is_last, logits, -jnp.inf)
+
+
+def _keep_min_p(logits: Float[Array, 'B V'], min_p: Float[Array, 'B']) -> Float[Array, 'B V']:
+    """Tokens at least `min_p` times as likely as the most likely one."""
+    ratio = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(ratio >= jnp.log(min_p)[:, None], logits, -jnp.inf)
+
+
+def _keep_best(logits: Float[Array, 'B V'], is_greedy: Bool[Array, 'B']) -> Float[Array, 'B V']:
+    """The most likely token alone, the smallest id of several, in greedy rows."""
+    best = jnp.arange(logits.shape[-1])[None] == jnp.argmax(logits, axis=-1)[:, None]
+    return jnp.where(best | ~is_greedy[:, None], logits, -jnp.inf)
 
 
 def _largest(
