@@ -131,9 +131,9 @@ def _pieces(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty_cache(model: LlamaForCausalLM, batch_size: int, room: int, is_empty: bool) -> KVCache:
-    cache = dataclasses.replace(
-        KVCache.create(model.config, batch_size, room, model.dtype), is_empty=is_empty
-    )
+    # A CPU multiplies in float32, and would convert all of another type for every product with it.
+    dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
+    cache = dataclasses.replace(KVCache.create(model.config, batch_size, room, dtype), is_empty=is_empty)
     if model.partitioner is None:
         return cache
     shard = functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache')

@@ -111,10 +111,13 @@ def cached_attention(
       start: tokens that each row had read before.
       partitioner: how the arguments are split over devices.
     """
+    if keys.dtype.itemsize > q.dtype.itemsize:  # a cache on a CPU
+        wide = cached_attention(q.astype(keys.dtype), keys, values, start, partitioner)
+        return wide.astype(q.dtype)
     platform = platform_of(partitioner)
     block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
-    # A CPU multiplies in fp32 alone: of other types it would make an fp32 copy, tile by tile in its caches.
-    if q.shape[1] <= _FEW_QUERIES and (platform != 'cpu' or keys.dtype == q.dtype == jnp.float32):
+    # A CPU multiplies in fp32 alone: of other types it would make an fp32 copy, so does it tile by tile in its caches.
+    if q.shape[1] <= _FEW_QUERIES and (platform != 'cpu' or keys.dtype == jnp.float32):
         return attend_at_once(q, keys, values, start)
     if partitioner is None or partitioner.mesh.size == 1:
         return attend_by_tiles(q, keys, values, start, block)

@@ -5,6 +5,7 @@ the functions here, and the representation's own methods that they call, looks i
 """
 
 import functools
+import math
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -38,6 +39,12 @@ class Representation(Protocol):
 
 Weight: TypeAlias = Array | Representation
 
+# Activations of up to so many tokens meet a weight of 16 bits tile by tile on a CPU: with more of them, the time of
+# converting it is little.
+_FEW_ROWS = 16
+# Of the float32 that a CPU makes of a tile: it stays in the cache, and is gone when the next is made.
+_TILE_BYTES = 256 << 10
+
 
 def einsum(
     equation: str,
@@ -58,8 +65,12 @@ def einsum(
     """
     if isinstance(weight, Representation):
         return weight.einsum(equation, x, output_dtype)
+    product = functools.partial(_einsum, equation, output_dtype=output_dtype)
+    if _is_narrow(weight) and math.prod(x.shape) <= _FEW_ROWS * math.prod(_summed_sizes(equation, weight)):
+        by_tiles = functools.partial(_einsum_by_tiles, equation, output_dtype=output_dtype)
+        return jax.lax.platform_dependent(x, weight, cpu=by_tiles, default=product)
     # The name is what remat policies know the result by: they do not look inside a custom gradient.
-    return checkpoint_name(_einsum(equation, x, weight, output_dtype), 'projection')
+    return checkpoint_name(product(x, weight), 'projection')
 
 
 def take(
@@ -71,6 +82,10 @@ def take(
     """Rows of a weight [V, D] in another dtype: what the tokens are embedded as."""
     if isinstance(table, Representation):
         return table.take(rows, dtype, partitioner)
+    if partitioner is None and _is_narrow(table) and rows.size <= _FEW_ROWS:
+        # XLA's CPU converts what it gathers from. It does so for the rows alone, unless it can for all steps at once.
+        table, rows = jax.lax.optimization_barrier((table, rows))
+        return jnp.take(table, rows, axis=0).astype(dtype)
     table = table.astype(dtype)
     if partitioner is not None:
         # Looking up in a table split along `embed` makes XLA replicate the result first ("involuntary full
@@ -82,6 +97,56 @@ def take(
 def materialize(weight: Weight) -> Float[Array, '...']:
     """The weight as one array, in its own dtype, with gradients into all that it is made of."""
     return weight.materialize() if isinstance(weight, Representation) else weight
+
+
+def _is_narrow(weight: Array) -> bool:
+    """Whether it is of a floating-point type that a CPU does not multiply in; a master weight never is."""
+    return jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize == 2
+
+
+def _summed_sizes(equation: str, weight: Array) -> list[int]:
+    operands, out = equation.split('->')
+    return [
+        size for letter, size in zip(operands.split(',')[1], weight.shape, strict=True) if letter not in out
+    ]
+
+
+def _einsum_by_tiles(
+    equation: str, x: Float[Array, '...'], weight: Array, output_dtype: jax.typing.DTypeLike | None
+) -> Float[Array, '...']:
+    """The product on a CPU, which multiplies in float32 alone: otherwise it writes the whole weight in that first.
+
+    The weight's first axes, or its last, are those summed over, and the activations' last.
+    """
+    operands, out = equation.split('->')
+    of_x, of_weight = operands.split(',')
+    num_kept = sum(letter in out for letter in of_x)
+    kept = [size for letter, size in zip(of_weight, weight.shape, strict=True) if letter in out]
+    size = math.prod(x.shape[num_kept:])
+    rows = x.reshape(-1, size).astype(jnp.float32)
+
+    def piece(start: Array | int, length: int) -> Array:
+        # Together with what changes from tile to tile: the whole weight would be converted once, before the loop.
+        weight, start = jax.lax.optimization_barrier((matrix, start))
+        return jax.lax.dynamic_slice_in_dim(weight, start, length).astype(jnp.float32)
+
+    if of_weight[0] in out:
+        matrix = weight.reshape(-1, size)
+
+        def step(y, start, length):
+            return jax.lax.dynamic_update_slice_in_dim(y, rows @ piece(start, length).T, start, axis=1)
+    else:
+        matrix = weight.reshape(size, -1)
+
+        def step(y, start, length):
+            return y + jax.lax.dynamic_slice_in_dim(rows, start, length, axis=1) @ piece(start, length)
+
+    length = min(max(_TILE_BYTES // (4 * matrix.shape[1]), 1), len(matrix))
+    number, rest = divmod(len(matrix), length)
+    y = jnp.zeros((len(rows), math.prod(kept)), jnp.float32)
+    y = jax.lax.fori_loop(0, number, lambda index, y: step(y, index * length, length), y)
+    y = step(y, number * length, rest) if rest else y
+    return y.reshape(*x.shape[:num_kept], *kept).astype(output_dtype or x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
