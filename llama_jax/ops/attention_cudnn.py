@@ -2,7 +2,8 @@
 
 Documents of packed rows become rows of their own inside the kernel, which then computes no score across them: as fast
 as without segment ids, or faster. That binding is not part of JAX's public face; where a release lacks it, on GPUs
-before Hopper, and for rows of more documents than there is room for, segment ids become a mask, at half the speed.
+before Hopper, and for rows of more documents than there is room for, segment ids become a mask, at half the speed, and
+where that is too large `chunked` serves.
 """
 
 import inspect
@@ -16,8 +17,10 @@ from llama_jax.ops.attention_chunked import chunked_attention
 
 # A mask is handed to the kernel as 2 T^2 bytes a row: rows of a few thousand tokens can afford that, and this is most.
 _MAX_MASK_BYTES = 1 << 30
-# Documents of a row that are attended to apart: the softmax's residual has as many rows [N, T] as this.
-MAX_DOCUMENTS = 32
+# Of the fp32 sums that the backward pass takes for each document as if it were as long as a row. Time grows with the
+# number of documents too, however short they are: 1.0 ms with 16, 1.4 with 32, 2.1 with 64 (2 x 4,096, 32 heads, H200).
+_MAX_WORKSPACE_BYTES = 4 << 30
+_MAX_DOCUMENTS = 16
 # Of the primitive whose results are the output and the softmax's residual.
 FORWARD_PRIMITIVE = 'dot_product_attention_fwd_wrapper'
 
@@ -77,7 +80,6 @@ def cudnn_attention(
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
     if not attends_by_document():
         return masked_attention(q, k, v, segment_ids)
-    lengths, starts, fits = documents(segment_ids)
 
     def by_document(q, k, v):
         attend, mask_type = _by_document()
@@ -89,7 +91,18 @@ def cudnn_attention(
             return masked_attention(q, k, v, segment_ids)
         return chunked_attention(q, k, v, segment_ids, segment_ids)
 
+    if (limit := max_documents(q, k)) < 2:
+        return any_documents(q, k, v)
+    lengths, starts, fits = documents(segment_ids, limit)
     return jax.lax.cond(fits, by_document, any_documents, q, k, v)
+
+
+def max_documents(q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> int:
+    """So many of each row [B, T, heads, H] are attended to apart: what there is memory for, at most some."""
+    bytes_per_value = (
+        4 if q.shape[2] == k.shape[2] else 8
+    )  # of shared heads also what each query head teaches them
+    return min(_MAX_WORKSPACE_BYTES // (bytes_per_value * q.size), _MAX_DOCUMENTS)
 
 
 def masked_attention(
@@ -106,11 +119,11 @@ def masked_attention(
 
 
 def documents(
-    segment_ids: Int[Array, 'B T'], max_documents: int = MAX_DOCUMENTS
+    segment_ids: Int[Array, 'B T'], limit: int
 ) -> tuple[Int[Array, 'B M'], Int[Array, 'B M_plus_1'], Bool[Array, '']]:
     """Lengths and starts of a row's documents, -1 behind the last, and whether they tell all there is.
 
-    They do not where a row has more than `max_documents`, or where a document stands in several pieces: ids must not
+    They do not where a row has more than `limit`, or where a document stands in several pieces: ids must not
     fall, but to the padding's 0.
     """
     batch, length = segment_ids.shape
@@ -118,8 +131,8 @@ def documents(
     is_start = jnp.concatenate([jnp.ones((batch, 1), bool), changes], axis=1)
     places = jnp.where(is_start, jnp.arange(length, dtype=jnp.int32), length)
     # One more than there is room for: the end of the last.
-    starts = jnp.sort(places, axis=1)[:, : max_documents + 1]
-    starts = jnp.pad(starts, ((0, 0), (0, max_documents + 1 - starts.shape[1])), constant_values=length)
+    starts = jnp.sort(places, axis=1)[:, : limit + 1]
+    starts = jnp.pad(starts, ((0, 0), (0, limit + 1 - starts.shape[1])), constant_values=length)
     lengths = jnp.where(starts[:, :-1] < length, starts[:, 1:] - starts[:, :-1], -1)
     order = jnp.where(segment_ids == 0, jnp.iinfo(jnp.int32).max, segment_ids)
     fits = jnp.all(starts[:, -1] == length) & jnp.all(order[:, 1:] >= order[:, :-1])

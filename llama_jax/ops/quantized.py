@@ -67,14 +67,9 @@ class QuantizedArray:
             return _tiled_product(x, qvalue, scale, summed, len(others)).astype(dtype)
 
         def on_gpu(x, qvalue, scale):
-            rows = x.reshape(math.prod(x.shape[: len(others)]), -1)
-            codes = qvalue.reshape(rows.shape[1], -1) if summed[0] == 0 else None
-            is_whole = all(scale.shape[axis] == 1 for axis in summed)
             # XLA would gather what several devices have, as it does not look into the kernel.
-            if jax.device_count() > 1 or codes is None or not is_whole or not few_rows_gpu.fits(rows, codes):
-                return fused(x, qvalue, scale)
-            y = few_rows_gpu.few_rows_product(rows, codes) * scale.astype(jnp.float32).reshape(-1)
-            return y.reshape(*x.shape[: len(others)], *scale.shape[len(summed) :]).astype(dtype)
+            y = None if jax.device_count() > 1 else few_rows(x, qvalue, scale, summed, len(others))
+            return fused(x, qvalue, scale) if y is None else y.astype(dtype)
 
         return jax.lax.platform_dependent(x, self.qvalue, self.scale, cpu=tiled, cuda=on_gpu, default=fused)
 
@@ -148,6 +143,20 @@ def _fused_product(
     y = jnp.einsum(equation, x, qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     channels = scale.astype(jnp.float32).squeeze(summed)
     return y * channels.reshape([1] * (y.ndim - channels.ndim) + list(channels.shape))
+
+
+def few_rows(
+    x: Array, qvalue: Array, scale: Array, summed: tuple[int, ...], num_others: int, interpret: bool = False
+) -> Float[Array, '...'] | None:
+    """The product by the kernel for few activations on a GPU; None where that is for other shapes."""
+    rows = x.reshape(math.prod(x.shape[:num_others]), -1)
+    if summed[0] or any(scale.shape[axis] > 1 for axis in summed):
+        return None
+    codes = qvalue.reshape(rows.shape[1], -1)
+    if not few_rows_gpu.fits(rows, codes):
+        return None
+    y = few_rows_gpu.few_rows_product(rows, codes, interpret) * scale.astype(jnp.float32).reshape(1, -1)
+    return y.reshape(*x.shape[:num_others], *qvalue.shape[len(summed) :])
 
 
 def _tiled_product(

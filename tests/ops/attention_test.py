@@ -265,6 +265,22 @@ def test_documents_are_found():
         assert not attention_cudnn.documents(ids, 6)[2]
 
 
+@pytest.mark.parametrize(
+    ('shape', 'kv_heads', 'limit'),
+    [
+        ((2, 4096, 32, 128), 32, 16),
+        ((1, 8192, 32, 128), 8, 16),
+        ((1, 32_768, 32, 128), 8, 4),
+        ((2, 131_072, 32, 128), 8, 0),
+    ],
+)
+def test_as_many_documents_as_there_is_memory_for(shape, kv_heads, limit):
+    q, k = (
+        jax.ShapeDtypeStruct((*shape[:2], heads, shape[3]), jnp.bfloat16) for heads in (shape[2], kv_heads)
+    )
+    assert attention_cudnn.max_documents(q, k) == limit
+
+
 @pytest.mark.accelerator
 def test_rows_of_many_documents_are_attended_to():
     """More than cuDNN takes apart, or in pieces: the same as with a mask."""
