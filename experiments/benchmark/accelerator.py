@@ -129,6 +129,7 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         train('train_7b', 120, f'--remat=projections --batch_size={2 * rows}'),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
         suite('decode_7b', 90, 'decode', decode),
+        suite('decode_7b_int8', 60, 'decode', f'{decode} --decode_batches=1 --decode_weights=int8'),
         suite(
             'prompt_7b', 60, 'decode', f'{decode} --decode_batches=1 --decode_prompt=2048 --decode_tokens=8'
         ),
