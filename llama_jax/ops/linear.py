@@ -84,8 +84,8 @@ def take(
         return table.take(rows, dtype, partitioner)
     if partitioner is None and _is_narrow(table) and rows.size <= _FEW_ROWS:
         # XLA's CPU converts what it gathers from. It does so for the rows alone, unless it can for all steps at once.
-        table, rows = jax.lax.optimization_barrier((table, rows))
-        return jnp.take(table, rows, axis=0).astype(dtype)
+        found = jnp.take(*jax.lax.optimization_barrier((table, rows)), axis=0)
+        return found.astype(dtype)
     table = table.astype(dtype)
     if partitioner is not None:
         # Looking up in a table split along `embed` makes XLA replicate the result first ("involuntary full
@@ -130,16 +130,13 @@ def _einsum_by_tiles(
         weight, start = jax.lax.optimization_barrier((matrix, start))
         return jax.lax.dynamic_slice_in_dim(weight, start, length).astype(jnp.float32)
 
-    if of_weight[0] in out:
-        matrix = weight.reshape(-1, size)
+    is_summed_first = of_weight[0] not in out
+    matrix = weight.reshape((size, -1) if is_summed_first else (-1, size))
 
-        def step(y, start, length):
-            return jax.lax.dynamic_update_slice_in_dim(y, rows @ piece(start, length).T, start, axis=1)
-    else:
-        matrix = weight.reshape(size, -1)
-
-        def step(y, start, length):
+    def step(y: Array, start: Array | int, length: int) -> Array:
+        if is_summed_first:
             return y + jax.lax.dynamic_slice_in_dim(rows, start, length, axis=1) @ piece(start, length)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows @ piece(start, length).T, start, axis=1)
 
     length = min(max(_TILE_BYTES // (4 * matrix.shape[1]), 1), len(matrix))
     number, rest = divmod(len(matrix), length)
