@@ -1,5 +1,6 @@
 """Requests answered by a real model as transformers answers them."""
 
+import json
 import math
 
 import jax
@@ -180,3 +181,17 @@ def test_other_weights_have_another_fingerprint(engine):
     assert other.fingerprint != engine.fingerprint
     copy = jax.tree.map(np.asarray, engine.params)
     assert Engine(engine.model, copy, engine.tokenizer).fingerprint == engine.fingerprint
+
+
+def test_published_weights_complete_as_their_release_does(shared_data):
+    stories = shared_data / 'weights/stories260K'
+    expected = json.loads((stories / 'expected.json').read_text())
+    config, params, tokenizer = llama_jax.load(stories / 'stories260K.pt')
+    engine = Engine(llama_jax.LlamaForCausalLM(config), params, tokenizer)
+    # Beside others, whose lengths are none of its concern.
+    asked = [
+        Completion(prompt, max_new_tokens=expected['max_new_tokens'])
+        for prompt in ('', 'Lily', 'One day a dog')
+    ]
+    answers = dict(engine.answer(asked))
+    assert answers[asked[0]].texts == (expected['greedy_text'],)

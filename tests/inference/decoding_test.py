@@ -53,18 +53,44 @@ def settings(num_rows=4):
     return SamplerRows.create([Sampler()] * num_rows, range(num_rows), [()] * num_rows, toy.CONFIG.vocab_size)
 
 
+def logits_of_prompts(monkeypatch, model, weights, rows, **options):
+    """Of each row's last token, and the state that `start` gives."""
+    seen, first = [], decoding._first
+    monkeypatch.setattr(decoding, '_first', lambda *args: seen.append(args[3].copy()) or first(*args))
+    state = decoding.start(model, weights, *rows, settings(), **{'longest': 30} | options)
+    monkeypatch.setattr(decoding, '_first', first)
+    return einsum('bd,vd->bv', seen[0], weights['head'], jnp.float32), state
+
+
 @pytest.mark.parametrize('width', [4, 16, 32])
 def test_prompts_are_read_in_pieces_as_at_once(monkeypatch, model, params, rows, uncached, width):
     monkeypatch.setattr(decoding, '_PIECE', {'cpu': width})
-    seen = []
-    first = decoding._first
-    monkeypatch.setattr(decoding, '_first', lambda *args: seen.append(args[3].copy()) or first(*args))
-    weights = unstack(params)
-    state = decoding.start(model, weights, *rows, settings(), longest=30)
-    logits = einsum('bd,vd->bv', seen[0], weights['head'])
+    logits, state = logits_of_prompts(monkeypatch, model, unstack(params), rows)
     np.testing.assert_allclose(logits, uncached, atol=SAME)
     assert state.cache.length.tolist() == rows[1].tolist()
     assert state.token.tolist() == uncached.argmax(-1).tolist()
+
+
+def test_bfloat16_weights_give_the_logits_of_their_float32_selves(monkeypatch, model, params, rows):
+    half = unstack(params, jnp.bfloat16)
+    whole = unstack(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params))
+    want, _ = logits_of_prompts(monkeypatch, model, whole | {'final_norm': half['final_norm']}, rows)
+    found, _ = logits_of_prompts(monkeypatch, model, half, rows)
+    np.testing.assert_allclose(found, want, atol=SAME)  # a float32 computation of the same numbers
+    found, _ = logits_of_prompts(monkeypatch, model.clone(dtype=jnp.bfloat16), half, rows)
+    # Activations of 8 bits: some twenty roundings of 2^-9 a layer on the way to logits of order 1.
+    np.testing.assert_allclose(found, want, atol=0.1)
+    assert np.sqrt(np.mean((found - want) ** 2)) < 0.02 * np.std(want)
+
+
+def test_a_step_reads_the_room_that_its_rows_need_whatever_they_may_come_to(monkeypatch, model, params):
+    tokens, lengths = np.ones((4, 33), np.int32), np.full(4, 33, np.int32)
+    monkeypatch.setattr(decoding, '_LEAST_ROOM', 16)
+    rooms = [
+        decoding.start(model, unstack(params), tokens, lengths, settings(), longest).cache.max_len
+        for longest in (40, 64, 4096)
+    ]
+    assert rooms == [64, 64, 64]
 
 
 def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.models.llama import Block, LlamaForCausalLM, abstract_params
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.unstacked import unstack
+from tests.command_line import REPOSITORY
 
 PRESET, ROOM = PRESETS['stories_110m'], 1024
 # The step's own work: products, and what is written where it lies. A tuple and the like move nothing.
@@ -44,7 +48,8 @@ def compiled_steps(batch_size, dtype, kind=LlamaForCausalLM):
 def large_moves(text: str, limit: int) -> list[str]:
     """Instructions of an optimised program that are none of the step's work, with a result of so many values.
 
-    What is within a fusion is never in memory, so a fusion counts by what it ends with.
+    What is within a fusion is never in memory, so a fusion counts by what it ends with: a product, on a TPU, or what
+    it writes where it lies.
     """
     computations = {}
     for part in re.split(r'\n(?=%|ENTRY)', text):
@@ -57,10 +62,15 @@ def large_moves(text: str, limit: int) -> list[str]:
             if not (found_one := re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(', line)):
                 continue
             result, kind = found_one.groups()
+            # What a TPU fetches into its own memory (S(1)), it reads once; of what it starts to move, the end counts.
+            if 'S(1)' in result or kind.endswith('-start'):
+                continue
             shapes = re.findall(r'\w+\[([\d,]+)\]', result)
             if max((math.prod(map(int, shape.split(','))) for shape in shapes), default=0) < limit:
                 continue
-            if kind == 'fusion' and (calls := re.search(r'calls=%([\w.-]+)', line)):
+            if kind == 'fusion' and 'kind=kOutput' in line:
+                is_work = True
+            elif kind == 'fusion' and (calls := re.search(r'calls=%([\w.-]+)', line)):
                 root = re.search(r'ROOT %?[\w.-]+ = \S+ ([\w-]+)\(', fused[calls[1]])
                 is_work = root is not None and root[1] in _IN_PLACE
             else:
@@ -91,6 +101,47 @@ def test_a_step_copies_no_weight_and_no_cache(batch_size, dtype):
     assert large_moves(compiled.as_text(), limit_of(batch_size)) == []
     weights = PRESET.num_params * jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * weights
+
+
+TPU_STEPS = """
+import dataclasses, pathlib
+import jax.numpy as jnp
+from llama_jax.preflight import compile as ahead
+from llama_jax.preflight.topology import Topology
+ahead.isolate_process()
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS
+from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.preflight.decode import decode_arguments, decode_step
+config = dataclasses.replace(PRESETS['llama2_70b'], num_layers=4)
+for number, name in enumerate(('v5e:4x4', 'v5p:2x2x4', 'v6e:4x4')):
+    mesh = make_mesh({'data': 2, 'tensor': 8}, ahead.topology_devices(Topology.parse(name)))
+    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, partitioner=Partitioner(mesh))
+    compiled = decode_step(model).lower(*decode_arguments(model, 16, 4096)).compile()
+    memory = compiled.memory_analysis()
+    text = f'{memory.temp_size_in_bytes} {memory.argument_size_in_bytes}\\n{compiled.as_text()}'
+    pathlib.Path(f'FOLDER/{number}').write_text(text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'llama_jax[tpu]'"
+)
+def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
+    """Widths of 70B on 16 chips, 8 rows of 4,096 tokens on each. Keys and values that fit into a TPU's own memory may
+    be written there and go back whole; nothing else of that size moves but to be read."""
+    program = TPU_STEPS.replace('FOLDER', str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    for number in range(3):
+        sizes, _, text = (tmp_path / str(number)).read_text().partition('\n')
+        temporary, arguments = map(int, sizes.split())
+        assert temporary < 0.05 * arguments
+        moved = large_moves(text, 8192 * 128)
+        assert [line for line in moved if not re.search(r'= bf16\[8,1,4096,128\]\S* copy-done', line)] == []
 
 
 class Scanned(LlamaForCausalLM):
