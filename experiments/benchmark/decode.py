@@ -5,10 +5,13 @@ the memory. Its bandwidth is that of a copy, measured here. Time is of `generate
 one; the median of some turns.
 """
 
+import contextlib
+import dataclasses
 import functools
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.benchmark import decode_peers
 from experiments.benchmark.profile import show_kernels
 from experiments.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
+from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.ops.quantized import CODE_MAX, quantize_array
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.types import InputError, Params
+from llama_jax.types import InputError, Params, error_line
 
 _MODEL = flags.DEFINE_string('decode_model', 'stories_15m', 'a preset')
 _BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, several by commas')
@@ -32,6 +37,9 @@ _TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
 _WEIGHTS = flags.DEFINE_enum(
     'decode_weights', 'auto', ['auto', *CODE_MAX], 'their type; auto: of the computation'
+)
+_PEER = flags.DEFINE_boolean(
+    'decode_peer', False, 'measure Hugging Face and llama.cpp beside, where they are installed'
 )
 _PROFILE = flags.DEFINE_boolean('decode_profile', False, 'show the kernels that take most of a completion')
 
@@ -52,6 +60,10 @@ def main() -> dict[str, Any]:
     params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))(
         jax.random.key(0)
     )
+    if _PEER.value and _WEIGHTS.value in CODE_MAX:
+        raise InputError(
+            f'--decode_peer has weights of its own, not --decode_weights={_WEIGHTS.value}; leave out one'
+        )
     if _WEIGHTS.value in CODE_MAX:
         params = quantized(params, _WEIGHTS.value)
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
@@ -75,9 +87,13 @@ def main() -> dict[str, Any]:
             generate_tokens(model, params, ids, max_new_tokens=number, sampler=Sampler(), stop_ids=(-1,))
             return time.perf_counter() - start
 
-        first, _ = complete(tokens), complete(1)
-        one, many = (median(lambda n=n: complete(n), _ROUNDS.value) for n in (1, tokens))
-        step = (many - one) / (tokens - 1)
+        with contextlib.ExitStack() as at_exit:
+            contenders: dict[str, Callable[[int], float]] = {'llama_jax': complete}
+            if _PEER.value:
+                contenders |= find_peers(config, params, ids, at_exit)
+            seconds = take_turns(contenders, tokens, _ROUNDS.value)
+        first = seconds['llama_jax'].first
+        step, one = seconds['llama_jax'].step, seconds['llama_jax'].one
         num_bytes = weight_bytes + dtype.itemsize * batch * filled
         found = {
             'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
@@ -87,10 +103,82 @@ def main() -> dict[str, Any]:
         figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
         ms, share, rate, read, mfu, _ = found.values()
         print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}{mfu:7.1%}', flush=True)
+        for name, times in list(seconds.items())[1:]:
+            rate, their_read = batch / times.step, batch * prompt / max(times.one - times.step, 1e-9)
+            figures |= {
+                f'batch_{batch}_{name}_tokens_per_second': rate, f'batch_{batch}_ratio_to_{name}': times.step / step,
+                f'batch_{batch}_{name}_prompt_tokens_per_second': their_read,
+                f'batch_{batch}_prompt_ratio_to_{name}': read / their_read,
+            }  # fmt: skip
+            turns = [
+                theirs / mine for theirs, mine in zip(times.steps, seconds['llama_jax'].steps, strict=True)
+            ]
+            print(
+                f'{"":8}{1e3 * times.step:10.3f}{"":14}{rate:12,.0f}{their_read:17,.0f}{"":7}  {name}: ours is ',
+                end='',
+            )
+            print(f'{times.step / step:.2f} times as fast, {min(turns):.2f} to {max(turns):.2f}', flush=True)
         if _PROFILE.value:
-            kernels = show_kernels(lambda: complete(tokens), many)
+            kernels = show_kernels(lambda: complete(tokens), one + step * (tokens - 1))
             figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
     return figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one contender.
+
+    Attributes:
+      first: of its first completion, which compiles.
+      one: of reading the prompts and one token, median.
+      steps: of a step, by turn.
+    """
+
+    first: float
+    one: float
+    steps: Sequence[float]
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.steps)
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], float]], tokens: int, rounds: int
+) -> dict[str, Times]:
+    """A turn is a completion of one token and one of `tokens`, whose difference is that of the steps between."""
+    first = {}
+    for name, complete in contenders.items():
+        try:
+            first[name] = complete(tokens)
+        except Exception as error:  # a peer that cannot run here must not hide our own figure
+            if not first:
+                raise
+            print(f'{name}: left out, {type(error).__name__}: {error_line(error)}')
+    contenders = {name: complete for name, complete in contenders.items() if name in first}
+    ones: dict[str, list[float]] = {name: [] for name in contenders}
+    steps: dict[str, list[float]] = {name: [] for name in contenders}
+    for complete in contenders.values():
+        complete(1)
+    for _ in range(rounds):
+        for name, complete in contenders.items():
+            ones[name].append(complete(1))
+            steps[name].append((complete(tokens) - ones[name][-1]) / (tokens - 1))
+    return {name: Times(first[name], statistics.median(ones[name]), steps[name]) for name in contenders}
+
+
+def find_peers(
+    config: LlamaConfig, params: Params, ids: list[list[int]], at_exit: contextlib.ExitStack
+) -> dict[str, Callable[[int], float]]:
+    """Those that are installed; llama.cpp, which is of one prompt here, on a CPU alone."""
+    found: dict[str, Callable[[int], float]] = {}
+    if importlib.util.find_spec('torch') and importlib.util.find_spec('transformers'):
+        found['huggingface'] = decode_peers.huggingface(config, ids)
+    if len(ids) == 1 and jax.default_backend() == 'cpu' and importlib.util.find_spec('llama_cpp'):
+        for dtype in ('float32', 'q8_0'):
+            peer = decode_peers.llama_cpp(config, params, ids[0], dtype)
+            found[f'llama_cpp_{dtype}'] = at_exit.enter_context(peer)
+    return found
 
 
 def quantized(params: Params, dtype: str) -> Params:
