@@ -58,10 +58,10 @@ def test_output_dtype_is_the_accumulator_not_a_late_cast():
 @pytest.mark.parametrize(
     ('equation', 'sizes'),
     [
-        ('btd,df->btf', {'d': 300, 'f': 700}),  # 300 rows are three tiles and a rest
-        ('btd,dnh->btnh', {'d': 300, 'n': 8, 'h': 90}),
-        ('btgh,ghd->btd', {'g': 8, 'h': 40, 'd': 701}),
-        ('btd,vd->btv', {'v': 501, 'd': 400}),
+        ('btd,df->btf', {'d': 900, 'f': 700}),  # two tiles and a rest
+        ('btd,dnh->btnh', {'d': 800, 'n': 8, 'h': 90}),
+        ('btgh,ghd->btd', {'g': 16, 'h': 60, 'd': 701}),
+        ('btd,vd->btv', {'v': 1501, 'd': 400}),
     ],
 )
 def test_few_rows_meet_weights_of_16_bits_tile_by_tile_on_a_cpu(equation, sizes, dtype):
