@@ -2,16 +2,17 @@
 
     python -m experiments.generate --checkpoint=DIR --prompt='Once upon a time' --max_new_tokens=100 --temperature=0
 
-Standard output is the completion alone, or with --format=jsonl one object {"prompt", "completion"} a prompt. With
---chat a prompt is what a user says; --messages gives a whole conversation, whose last message may be the beginning of
-the assistant's own. --prompts reads many from a file (see `prompt_file`); with --output the command goes on where it
-was killed.
+Standard output is the completion alone, which a terminal shows while it is made, or with --format=jsonl one object
+{"prompt", "completion"} a prompt. With --chat a prompt is what a user says; --messages gives a whole conversation,
+whose last message may be the beginning of the assistant's own. --prompts reads many from a file (see `prompt_file`);
+with --output the command goes on where it was killed.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
-from llama_jax.inference.generate import generate
+from llama_jax.inference.generate import generate, stream
 from llama_jax.inference.sampling import Sampler
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
@@ -185,6 +186,11 @@ def main() -> None:
                 else:
                     as_text = _FORMAT.value == 'text'
                     print('\n'.join([completions[item.index] for item in items] if as_text else lines))
+        return
+    if len(prompts) == 1 and _FORMAT.value == 'text' and sys.stdout.isatty() and jax.process_count() == 1:
+        for piece in stream(model, params, tokenizer, prompts[0], **settings, **limits):
+            print(piece, end='', flush=True)
+        print()
         return
     completions = generate(model, params, tokenizer, prompts, **settings, **limits)
     if runtime.is_main_process():

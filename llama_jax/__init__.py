@@ -7,6 +7,7 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from llama_jax.inference.generate import generate as generate
+    from llama_jax.inference.generate import stream as stream
     from llama_jax.inference.sampling import Sampler as Sampler
     from llama_jax.models.config import LlamaConfig as LlamaConfig
     from llama_jax.models.config import RopeScaling as RopeScaling

@@ -1,10 +1,13 @@
 """The commands, run as a user runs them: what a workdir holds, what goes in and comes out, and what is refused."""
 
+import contextlib
 import gzip
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +15,7 @@ import llama_jax
 from llama_jax import pretrained
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run
+from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run, xla_flags
 
 SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba'}
 
@@ -140,6 +143,34 @@ def test_generate_completes_a_file(commands, run, tmp_path):
         '--shard is of --prompts'
         in commands.run('generate', f'--checkpoint={run}', '--prompt=a', '--shard=0/2').error()
     )
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_the_same_completion_while_it_is_made(commands, run):
+    arguments = [
+        f'--checkpoint={run}',
+        '--max_new_tokens=40',
+        '--prompt=ba',
+        '--temperature=1',
+        '--ignore_eos',
+    ]
+    printed = commands.run('generate', *arguments).succeeded().stdout
+    controller, terminal = os.openpty()
+    environment = os.environ | {'XLA_FLAGS': ' '.join(xla_flags(num_devices=1))}
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'experiments.generate', *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=terminal,
+    )
+    os.close(terminal)
+    pieces = []
+    with contextlib.suppress(OSError):  # which is how the end of a terminal's output reads
+        while piece := os.read(controller, 4096):
+            pieces.append(piece)
+    os.close(controller)
+    assert process.wait() == 0 and len(pieces) > 2
+    assert b''.join(pieces).replace(b'\r\n', b'\n').decode() == printed
 
 
 def test_the_same_command_again_changes_nothing(commands, run, corpus):

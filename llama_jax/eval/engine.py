@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
-from llama_jax.inference.generate import before_stop, generate_tokens
+from llama_jax.inference.detokenizer import RowTexts
+from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.tokenizer.protocol import printable, prompt_ids, required
+from llama_jax.tokenizer.protocol import prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
@@ -176,23 +177,14 @@ class Engine:
                     yield requests[index], Completions(tuple(texts), len(prompts[index]) > kept)
 
     def _generate(self, prompts: list[list[int]], seeds: list[int], request: Completion) -> list[str]:
-        # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
         before = [[] if self.decode_alone else prompt for prompt in prompts]
-        offsets = [len(self.tokenizer.decode(prompt)) for prompt in before]
-
-        def text_of(index: int, tokens: list[int]) -> str:
-            return self.tokenizer.decode(before[index] + printable(self.tokenizer, tokens))[offsets[index] :]
-
-        def is_complete(index: int, tokens: list[int]) -> bool:
-            text = text_of(index, tokens)
-            return any(stop in text for stop in request.stop)
-
+        texts = RowTexts(self.tokenizer, before, request.stop)
         rows = generate_tokens(
             self.model, self.params, prompts, max_new_tokens=request.max_new_tokens,
             sampler=[Sampler(request.temperature, top_p=request.top_p, seed=seed) for seed in seeds],
-            stop_ids=self.tokenizer.stop_ids, is_complete=is_complete if request.stop else None,
+            stop_ids=self.tokenizer.stop_ids, is_complete=texts.is_complete if request.stop else None,
         )  # fmt: skip
-        return [before_stop(text_of(index, row), request.stop) for index, row in enumerate(rows)]
+        return texts.finish(rows)
 
 
 def left_truncated(

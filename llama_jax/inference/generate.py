@@ -1,6 +1,8 @@
 """Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,14 +10,17 @@ from jaxtyping import Int
 
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.detokenizer import Detokenizer, RowTexts
 from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.tokenizer.protocol import printable, prompt_ids, required
+from llama_jax.tokenizer.protocol import prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
 _ROUND = 32
+# The same where text is shown as it is made; the first rounds are shorter.
+_STREAMED_ROUND = 8
 
 
 def generate(
@@ -70,8 +75,6 @@ def generate(
       InputError: a prompt leaves no room in the model's context, or a setting is out of range.
     """
     tokenizer = required(tokenizer)
-    if '' in stop:
-        raise InputError("a stop text is '', which every text begins with; give at least one character")
     sampler = Sampler(
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias or {},
         min_new_tokens, seed,
@@ -83,32 +86,69 @@ def generate(
         for prompt in prompts
     ]
 
-    def is_complete(index: int, tokens: list[int]) -> bool:
-        text = completed_text(tokenizer, ids[index], tokens)
-        return any(text_ in text for text_ in stop)
-
+    texts = RowTexts(tokenizer, ids, stop)
     ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
     completions = generate_tokens(
-        model, params, ids, max_new_tokens=max_new_tokens,
-        sampler=sampler if samplers is None else samplers, stop_ids=ends, is_complete=is_complete if stop else None,
+        model, params, ids, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
+        stop_ids=ends, is_complete=texts.is_complete if stop else None,
     )  # fmt: skip
-    texts = [
-        completed_text(tokenizer, prompt, completion)
-        for prompt, completion in zip(ids, completions, strict=True)
-    ]
-    return [before_stop(text, stop) for text in texts]
+    return texts.finish(completions)
 
 
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+def stream(
+    model: LlamaForCausalLM,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    special_tokens: bool = False,
+    **settings: Any,
+) -> Iterator[str]:
+    """The completion of one prompt while it is made: pieces that join to what `generate` returns for it.
 
+    Args:
+      model: see `generate`, also for those up to `special_tokens`.
+      params: its weights.
+      tokenizer: that the weights were trained with.
+      prompt: a text, or token ids.
+      max_new_tokens: at most this many.
+      stop: texts that end it; no piece shows the beginning of one.
+      stop_ids: of tokens that end it.
+      ignore_eos: go on behind what ends a text.
+      special_tokens: whether names of special tokens are those tokens.
+      settings: of a `Sampler`.
 
-def completed_text(tokenizer: Tokenizer, prompt: Sequence[int], completion: Sequence[int]) -> str:
-    """What a completion adds to the text of its prompt."""
-    # A token may decode differently after others (its leading space), so the prompt is decoded along and cut off.
-    before = printable(tokenizer, prompt)
-    return tokenizer.decode(before + printable(tokenizer, completion))[len(tokenizer.decode(before)) :]
+    Raises:
+      InputError: see `generate`; before the first piece.
+    """
+    tokenizer = required(tokenizer)
+    ids = prompt_ids(tokenizer, prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
+    row, made = Detokenizer(tokenizer, ids, stop), []
+
+    def read(index: int, tokens: list[int]) -> bool:
+        made.append(row.push(tokens[row.num_ids :]))
+        return row.is_stopped
+
+    ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
+    rounds = _rounds(
+        model, params, [ids], max_new_tokens=max_new_tokens, sampler=Sampler(**settings), stop_ids=ends,
+        is_complete=read, is_streamed=True,
+    )  # fmt: skip
+
+    def pieces() -> Iterator[str]:
+        for rows, count in rounds:
+            read(0, rows[0, : count[0]].tolist())
+            if piece := ''.join(made):
+                yield piece
+            made.clear()
+        if piece := row.flush():
+            yield piece
+
+    return pieces()
 
 
 def generate_tokens(
@@ -139,6 +179,29 @@ def generate_tokens(
     Raises:
       InputError: a prompt is empty or leaves no room in the model's context, or a setting does not fit.
     """
+    rounds = _rounds(
+        model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids,
+        is_complete=is_complete,
+    )  # fmt: skip
+    last = collections.deque(rounds, maxlen=1)
+    return [row[:n].tolist() for found in last for row, n in zip(*found, strict=True)][: len(prompts)]
+
+
+def _rounds(
+    model: LlamaForCausalLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | Sequence[Sampler],
+    stop_ids: Sequence[int],
+    is_complete: Callable[[int, list[int]], bool] | None,
+    is_streamed: bool = False,
+) -> Iterator[tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, 'B']]]:
+    """As `generate_tokens`: the rows so far, and how many of their tokens count, after every round.
+
+    The prompts are read, and refused, by the call.
+    """
     samplers = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
     if len(samplers) != len(prompts):
         raise InputError(
@@ -148,7 +211,7 @@ def generate_tokens(
     if max_new_tokens < 1:
         raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
     if not prompts:
-        return []
+        return iter(())
     if (least := max(sampler.min_new_tokens for sampler in samplers)) > max_new_tokens:
         raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {max_new_tokens}')
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -179,7 +242,7 @@ def generate_tokens(
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
     state = decoding.start(model, weights, tokens, lengths, settings, int((lengths + allowed).max()))
-    return _complete(model, weights, state, settings, lengths, allowed, is_complete)[: len(prompts)]
+    return _complete(model, weights, state, settings, lengths, allowed, is_complete, is_streamed)
 
 
 def _complete(
@@ -190,9 +253,11 @@ def _complete(
     lengths: Int[np.ndarray, 'B'],
     allowed: Int[np.ndarray, 'B'],
     is_complete: Callable[[int, list[int]], bool] | None,
-) -> list[list[int]]:
-    """The new tokens of rows that were started, each at most as many as allowed."""
-    num_steps, at_once = int(allowed.max()), _ROUND if is_complete else decoding.COLUMNS
+    is_streamed: bool,
+) -> Iterator[tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, 'B']]]:
+    """The new tokens of rows that were started, each at most as many as allowed, after every round."""
+    num_steps = int(allowed.max())
+    at_once = 1 if is_streamed else _ROUND if is_complete else decoding.COLUMNS
     columns, running, is_done, step = [], allowed > 0, np.zeros(len(allowed), bool), 0
     placed = decoding.place(allowed.astype(np.int32), model.partitioner)
     while True:
@@ -211,6 +276,9 @@ def _complete(
         if is_complete:
             for index in np.flatnonzero(running):
                 is_done[index] = is_complete(int(index), rows[index, : count[index]].tolist())
+        yield rows, count
         running = running & ~is_done & (step < allowed)
         if not running.any():
-            return [row[:n].tolist() for row, n in zip(rows, count, strict=True)]
+            return
+        if is_streamed:
+            at_once = min(2 * at_once, _STREAMED_ROUND)

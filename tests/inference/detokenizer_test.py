@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from llama_jax.inference.detokenizer import Detokenizer
-from llama_jax.inference.generate import before_stop
+from llama_jax.inference.detokenizer import Detokenizer, before_stop
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import Spelling, spelling_of
 from llama_jax.tokenizer.sentencepiece_model import read_model, write_model
@@ -223,6 +222,10 @@ def test_a_token_costs_the_same_wherever_it_stands():
         row.push([97])
         assert len(row._held) < len('never')
     assert tokenizer.num_spelled == 2_050 and not tokenizer.num_decoded
+
+
+def test_a_text_ends_before_the_stop_string_that_begins_first():
+    assert before_stop('a.b she', (' she', '.', 'zz')) == 'a' and before_stop('a.', ()) == 'a.'
 
 
 def test_an_empty_stop_string_is_refused():

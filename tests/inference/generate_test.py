@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from llama_jax.inference import decoding
-from llama_jax.inference.generate import generate, generate_tokens
+from llama_jax.inference import generate as generation
+from llama_jax.inference.generate import generate, generate_tokens, stream
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.unstacked import unstack
+from llama_jax.tokenizer.protocol import Spelling
 from llama_jax.types import InputError
 from tests import toy
 
@@ -169,6 +171,58 @@ def test_texts_are_continued_without_their_prompt(model, params):
     for prompt, prompt_ids, row, text in zip(prompts, ids, rows, texts, strict=True):
         assert prompt + text == tokenizer.decode(prompt_ids + row)
     assert generate(model, params, tokenizer, []) == []
+
+
+class Spelled(Letters):
+    """The same, token by token."""
+
+    def spelling(self):
+        begun = False
+
+        def spell(id):
+            nonlocal begun
+            letter = self.decode([id])
+            space = ' ' if begun and letter.isupper() else ''
+            begun = begun or bool(letter)
+            return (space + letter).encode()
+
+        return Spelling(spell)
+
+
+def test_a_stream_is_the_same_text_in_pieces_that_come_early(model, params):
+    settings = {
+        'temperature': 2.0,
+        'seed': 5,
+        'repetition_penalty': 1.5,
+        'max_new_tokens': 20,
+        'ignore_eos': True,
+    }
+    for tokenizer in (Letters(), Spelled()):
+        (whole,) = generate(model, params, tokenizer, ['abQ'], **settings)
+        pieces = list(stream(model, params, tokenizer, 'abQ', **settings))
+        assert len(whole) > 15 and ''.join(pieces) == whole and all(pieces)
+        stops = [whole[6:9], whole[9:11] + '~']
+        (cut,) = generate(model, params, tokenizer, ['abQ'], stop=stops, **settings)
+        stopped = list(stream(model, params, tokenizer, 'abQ', stop=stops, **settings))
+        assert ''.join(stopped) == cut == whole[: whole.find(stops[0])]
+    # Of 1, 2, 4 and then 8 tokens, of which few have no text.
+    assert len(pieces) >= 4 and len(pieces[0]) <= 2
+    assert not list(stream(model, params, Spelled(), 'a', max_new_tokens=4, stop_ids=range(64)))
+    with pytest.raises(InputError, match='max_new_tokens is 0'):
+        stream(model, params, Spelled(), 'a', max_new_tokens=0)
+
+
+def test_looking_for_a_stop_text_decodes_no_row_again(model, params, monkeypatch):
+    monkeypatch.setattr(generation, '_ROUND', 2)
+    spelled = []
+
+    class Counting(Spelled):
+        def spelling(self):
+            spell = super().spelling().spell
+            return Spelling(lambda id: spelled.append(id) or spell(id))
+
+    generate(model, params, Counting(), ['abc'], max_new_tokens=16, stop=['~~~'], ignore_eos=True)
+    assert len(spelled) == len(Letters().encode('abc', bos=True)) + 16
 
 
 def test_texts_end_at_a_stop_text_and_go_on_behind_the_end_where_asked(model, params, greedy):

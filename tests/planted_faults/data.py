@@ -52,7 +52,7 @@ FAULTS: tuple[Fault, ...] = (
         ('tokenizer: a text can hold special tokens',
          'tokenizer/tokenizer_test.py::test_released_tokenizers_give_the_published_ids_and_the_text_back',
          'disallowed_special=())', "allowed_special='all')")),
-    *faults_in('llama_jax/tokenizer/huggingface_tokenizer.py',
+    *faults_in('llama_jax/tokenizer/text_pieces.py',
         ('tokenizer: half a character is one sign',
          'tokenizer/tokenizer_test.py::test_a_tokenizer_json_is_found_and_takes_its_ends_from_the_file_beside_it',
          "('\\ufffd', e.start + 1)", "('\\ufffd', e.end)")),

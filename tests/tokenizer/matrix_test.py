@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.inference.generate import completed_text
+from llama_jax.inference.detokenizer import RowTexts
 from llama_jax.tokenizer.conversion import model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
@@ -76,8 +76,9 @@ def test_a_row_without_a_token_prints_nothing(folder):
     tokenizer = folder[2]
     size = tokenizer.vocab_size
     ids = tokenizer.encode('green bottles')
-    assert completed_text(tokenizer, ids, [size, size + 40]) == ''
-    assert completed_text(tokenizer, [*ids, size], [*ids, size]) == completed_text(tokenizer, ids, ids)
+    assert RowTexts(tokenizer, [ids]).finish([[size, size + 40]]) == ['']
+    without, among = RowTexts(tokenizer, [ids, [*ids, size]]).finish([ids, [*ids, size]])
+    assert without == among
     assert all(isinstance(tokenizer.decode([id]), str) for id in range(size))
 
 
