@@ -66,6 +66,7 @@ _RATING_COMMAND = flags.DEFINE_string(
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
+_KEEP_QUANTIZED = launch.define_keep_quantized()
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 8192, 'tokens in a batch, padding included: what fits into memory'
 )
@@ -103,8 +104,9 @@ def main() -> None:
             flags_given = {flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P)}
             check_sampling(prepared_tasks, flags_given)
         engine = load_engine(
-            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value
-        )
+            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value,
+            _KEEP_QUANTIZED.value,
+        )  # fmt: skip
         # All processes compute it: the weights may be spread over them.
         header = {'model': engine.fingerprint, 'seed': engine.seed}
         hold_folder(output)
@@ -187,6 +189,7 @@ def load_engine(
     partitioner: Partitioner,
     batch_size: int,
     seed: int,
+    keep_quantized: bool,
 ) -> Engine:
     """The checkpoint on the mesh."""
     dtype = DTYPES[dtype_name(given_dtype)]
@@ -195,10 +198,11 @@ def load_engine(
         shapes_and_axes = abstract_params_and_axes(LlamaForCausalLM(opened.config))
     with launch.flags_named('--mesh', '--axis_rules'):
         partitioner.tree_shardings(*shapes_and_axes)  # before anything is loaded
-    with launch.flags_named('--checkpoint', '--tokenizer'):
+    with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
         config, params, tokenizer = pretrained.load(
-            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file
-        )
+            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
+            keep_quantized=keep_quantized,
+        )  # fmt: skip
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
     model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner)
     return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)

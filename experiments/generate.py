@@ -104,6 +104,7 @@ _MIN_NEW_TOKENS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
+_KEEP_QUANTIZED = launch.define_keep_quantized()
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
 launch.define_processes()
 
@@ -155,7 +156,9 @@ def main() -> None:
             )
         elif _AXIS_RULES.value:
             raise InputError('--axis_rules is given without --mesh, whose axes it speaks of')
-    model, params, tokenizer, template = load(_CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner)
+    model, params, tokenizer, template = load(
+        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value
+    )
     tokenizer = required(tokenizer)
     fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
     params = unstack(params, model.dtype, delete=True)
@@ -200,7 +203,11 @@ def main() -> None:
 
 
 def load(
-    checkpoint_path: str, tokenizer_file: str, given_dtype: str, partitioner: Partitioner | None
+    checkpoint_path: str,
+    tokenizer_file: str,
+    given_dtype: str,
+    partitioner: Partitioner | None,
+    keep_quantized: bool,
 ) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str]:
     """The model on its devices, its weights, tokenizer and chat template."""
     runtime.enable_compilation_cache()
@@ -211,10 +218,11 @@ def load(
     if partitioner is not None:
         with launch.flags_named('--mesh', '--axis_rules'):
             partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
-    with launch.flags_named('--checkpoint', '--tokenizer'):
+    with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
         _, params, tokenizer = pretrained.load(
-            checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file
-        )
+            checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
+            keep_quantized=keep_quantized,
+        )  # fmt: skip
     return model, params, tokenizer, checkpoint.template
 
 

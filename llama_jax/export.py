@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -14,16 +16,18 @@ from etils import epath
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.weights import save_params
 from llama_jax.convert import gguf, huggingface, meta
-from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, weights_of
+from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, leaf_shape, weights_of
 from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
 from llama_jax.placement import cast
+from llama_jax.quantize.files import Quantizing
+from llama_jax.quantize.forms import choose_forms
 from llama_jax.storage import new_folder, parents_made, system_failures
 from llama_jax.tokenizer.conversion import comparable_probes, model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
+from llama_jax.types import InputError, LazyArray
 
 FLOAT_DTYPES = ('float32', 'bfloat16', 'float16')
 GGUF_DTYPES = tuple(gguf.WRITTEN_TYPES)
@@ -95,6 +99,68 @@ def save(
         leaves = {w.path: Leaf(source, w, float_dtype) for w in weights_of(source.config)}
         save_params(target / CHECKPOINTS, leaves, progress)
         save_config(target, source.config, base_checkpoint='', converted_from=source.origin)
+
+
+def save_quantized(
+    path: epath.PathLike,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    group: int | None = None,
+    *,
+    chat_template: str = '',
+    progress: Callable[[int], Any] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes a checkpoint of ours with its matrices and tables in integers; it appears whole or not at all.
+
+    Args:
+      path: the folder to make, local or `gs://...`.
+      source: of an opened checkpoint; a few blocks of it are in memory at a time, and the scales of a few layers.
+      tokenizer: written along; None writes none.
+      dtype: 'int8' or 'int4'; see `quantize.forms.choose_forms`.
+      group: as there.
+      chat_template: Jinja, written along.
+      progress: called with the bytes of each block written.
+
+    Returns:
+      What also stands in the folder's quantization.json: bytes, and the form and relative error of every weight.
+
+    Raises:
+      InputError: something is at the path already, it cannot be written, or the weights cannot be quantised so.
+    """
+    weights = weights_of(source.config)
+    shapes = {w.path: leaf_shape(w, source.config) for w in weights}
+    forms, reasons = choose_forms(shapes, dtype, group)
+    plain = {w.path: Leaf(source, w) for w in weights}
+    made = {path: Quantizing(path, plain[path], form) for path, form in forms.items()}
+    leaves: dict[str, LazyArray] = {path: leaf for path, leaf in plain.items() if path not in made}
+    for name, leaf in made.items():
+        leaves |= {f'{name}/qvalue': leaf.codes, f'{name}/scale': leaf.scale}
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in leaves.items()}
+    with _refused_in_one_line(path), new_folder(epath.Path(path)) as target:
+        for name, data in own_files(tokenizer, chat_template).items() if tokenizer else ():
+            (target / name).write_bytes(data)
+        save_params(target / CHECKPOINTS, leaves, progress)
+        report = {
+            'dtype': dtype,
+            'bytes': sum(sizes.values()),
+            'bytes_before': sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plain.values()),
+            'weights': {
+                name: {
+                    'form': str(forms[name]),
+                    'bytes': leaf.num_bytes,
+                    'relative_error': leaf.relative_error,
+                    **({'reason': reasons[name]} if name in reasons else {}),
+                }
+                for name, leaf in made.items()
+            },
+        }
+        (target / 'quantization.json').write_text(json.dumps(report, indent=2) + '\n')
+        description = {name: dataclasses.asdict(form) for name, form in forms.items()}
+        save_config(
+            target, source.config, base_checkpoint='', converted_from=source.origin, quantization=description
+        )
+    return report
 
 
 def _with_tokenizer(

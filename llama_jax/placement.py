@@ -4,6 +4,7 @@ A callback a device, as `jax.make_array_from_callback` asks for, would read a fi
 whole rows for every slice of their columns; so would processes that each read for themselves.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -223,6 +224,44 @@ class _Exchange:
         return {i: messages[process] for i, process in senders.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class GrownTable:
+    """A table [vocab, embed] with further rows, each the mean of those that were trained."""
+
+    table: BlockArray
+    num_rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_rows, *self.table.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.table.dtype
+
+    @property
+    def rows_axis(self) -> int | None:
+        return self.table.rows_axis
+
+    @functools.cached_property
+    def mean(self) -> np.ndarray:
+        total = np.zeros(self.shape[1:])
+        for index in self.table.blocks():
+            total[index[1]] += self.table.read(index).sum(axis=0, dtype=np.float64)
+        return (total / self.table.shape[0]).astype(np.float32)
+
+    def blocks(self) -> Iterator[Index]:
+        yield from self.table.blocks()
+        yield slice(self.table.shape[0], self.num_rows), slice(None)
+
+    def read(self, index: Index) -> np.ndarray:
+        start, stop, _ = index[0].indices(self.num_rows)
+        if stop <= (trained := self.table.shape[0]):
+            return self.table.read(index)
+        assert start >= trained, 'no block has both'
+        return np.broadcast_to(self.mean[index[1]], (stop - start, len(self.mean[index[1]])))
+
+
 def _cover(parts: Iterable[_Span]) -> _Span:
     """The smallest block that holds all of them."""
     return tuple((min(s for s, _ in axis), max(e for _, e in axis)) for axis in zip(*parts, strict=True))
@@ -277,7 +316,7 @@ def copy_tiles(out: np.ndarray, values: np.ndarray) -> None:
         out[...] = values
         return
     # As wholes of bits: NumPy copies types that it does not know one value at a time.
-    if out.dtype == values.dtype and out.itemsize in (2, 4):
+    if out.dtype == values.dtype and out.itemsize in (1, 2, 4):
         out, values = (x.view(f'u{x.itemsize}') for x in (out, values))
     others = [size for a, size in enumerate(values.shape) if a not in (axis, last)]
     outs, ins = (np.moveaxis(x, (axis, last), (-2, -1)) for x in (out, values))

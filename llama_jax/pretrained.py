@@ -13,26 +13,27 @@ from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.model_file import CHECKPOINTS, MODEL_FILE, read_config
+from llama_jax.checkpoint.model_file import CHECKPOINTS, MODEL_FILE, read_config, read_quantization
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params
-from llama_jax.convert import gguf, gguf_file, huggingface, llama2c, meta
+from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta
 from llama_jax.convert.detect import Format, detect
-from llama_jax.convert.mapping import Leaf, Source, native_source, weights_of
+from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.placement import BlockArray, Index, place_all
+from llama_jax.placement import BlockArray, GrownTable, place_all
+from llama_jax.quantize.files import dequantized_leaves, open_codes
+from llama_jax.quantize.forms import Form, parse_forms, represent_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.chat_template import template_beside
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, error_line
+from llama_jax.types import InputError, Params, error_line, refusals_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load(
     partitioner: Partitioner | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     tokenizer: str = '',
+    keep_quantized: bool = False,
 ) -> tuple[LlamaConfig, Params, Tokenizer | None]:
     """Reads anything that is a Llama: the weights, the architecture and the tokenizer.
 
@@ -59,9 +61,12 @@ def load(
       partitioner: in the place of `mesh`, where other rules place them.
       dtype: that floating-point weights are cast to.
       tokenizer: file or folder to use instead of the checkpoint's own.
+      keep_quantized: what a GGUF holds as Q8_0 or Q4_0 stays integers with their scales, else it is cast as all others.
+        What our own checkpoints hold in integers stays so either way.
 
     Returns:
-      The architecture, the weights, and the tokenizer; None where the checkpoint has none and none is given.
+      The architecture, the weights, and the tokenizer; None where the checkpoint has none and none is given. Weights in
+      integers are `ops.quantized.QuantizedArray`.
 
     Raises:
       InputError: there is no Llama at the path, or it is damaged; or the tokenizer is another model's.
@@ -74,6 +79,7 @@ def load(
     shapes = abstract_params(model)
     shardings = partitioner.tree_shardings(shapes, param_axes(model))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
+    target = represent_all(target, checkpoint.kept_forms(keep_quantized))
     # The tokenizer first: it takes a moment, and where it is wrong nobody should wait for the weights.
     vocabulary = load_tokenizer(tokenizer) if tokenizer else checkpoint.tokenizer
     if vocabulary and vocabulary.vocab_size > (rows := checkpoint.config.vocab_size):
@@ -118,11 +124,38 @@ class Checkpoint:
         return read_config(self.place) if self.format == 'orbax' else self.source.config
 
     @functools.cached_property
+    def forms(self) -> dict[str, Form]:
+        """Of the weights that it holds in integers, by path: all that ours has so, and Q8_0 and Q4_0 of GGUF."""
+        if self.format == 'gguf':
+            return {path: Form(*form) for path, form in gguf_codes.stored_forms(self.source).items()}
+        if self.format != 'orbax' or not (description := read_quantization(self.place)):
+            return {}
+        with refusals_of(self.place / MODEL_FILE):
+            weights = weights_of(self.config)
+            return parse_forms(description, {w.path: leaf_shape(w, self.config) for w in weights})
+
+    def kept_forms(self, keep_quantized: bool) -> dict[str, Form]:
+        """Of the weights that `load` leaves in integers.
+
+        Raises:
+          InputError: they are to be kept, and there are none.
+        """
+        if keep_quantized and not self.forms:
+            raise InputError(
+                f'{self.path} holds no weights in integers to be kept, as Q8_0 and Q4_0 of GGUF are'
+            )
+        if keep_quantized and (others := [w.path for w in WEIGHTS if w.num_in and w.path not in self.forms]):
+            logger.info('%s: cast, as they are not Q8_0 or Q4_0: %s', self.path, ', '.join(others))
+        return self.forms if self.format == 'orbax' or keep_quantized else {}
+
+    @functools.cached_property
     def source(self) -> Source:
         """The weights as matrices, to be converted; only headers are read."""
         match self.format:
             case 'orbax':
-                return native_source(self.config, self._leaves, str(self.path))
+                return native_source(
+                    self.config, dequantized_leaves(self._leaves, self.forms), str(self.path)
+                )
             case 'meta':
                 return meta.open_source(self.place)
             case 'huggingface':
@@ -195,7 +228,12 @@ class Checkpoint:
                 logger.info(
                     '%s: %d rows added to %s, the mean of its %d', self.path, added, name, array.shape[0]
                 )
-                array = _GrownTable(array, shape[0])
+                array = GrownTable(array, shape[0])
+            if array is None and name in self.forms:
+                raise InputError(
+                    f'{self.path} holds {name} as {self.forms[name]}, from which there is no training; convert it to '
+                    'orbax first, which writes what the integers stand for'
+                )
             if array is None or tuple(array.shape) != shape:
                 found = tuple(array.shape) if array is not None else None
                 raise InputError(f'{self.path}: weight {name} has shape {found}, the model {shape}')
@@ -205,8 +243,10 @@ class Checkpoint:
     def _leaves(self) -> Mapping[str, BlockArray]:
         """The leaves of our params by path."""
         if self.format == 'orbax':
-            return open_params(self._step)
-        return {weight.path: Leaf(self.source, weight) for weight in weights_of(self.source.config)}
+            with refusals_of(self.path):
+                return open_codes(open_params(self._step), self.forms)
+        plain: dict[str, BlockArray] = {w.path: Leaf(self.source, w) for w in weights_of(self.source.config)}
+        return plain | gguf_codes.stored_codes(self.source) if self.format == 'gguf' else plain
 
     @functools.cached_property
     def _step(self) -> epath.Path:
@@ -217,44 +257,6 @@ class Checkpoint:
     @functools.cached_property
     def _gguf_header(self) -> gguf_file.Header:
         return gguf_file.read_header(self.place)
-
-
-@dataclasses.dataclass(frozen=True)
-class _GrownTable:
-    """A table [vocab, embed] with further rows, each the mean of those that were trained."""
-
-    table: BlockArray
-    num_rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.num_rows, *self.table.shape[1:])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.table.dtype
-
-    @property
-    def rows_axis(self) -> int | None:
-        return self.table.rows_axis
-
-    @functools.cached_property
-    def mean(self) -> np.ndarray:
-        total = np.zeros(self.shape[1:])
-        for index in self.table.blocks():
-            total[index[1]] += self.table.read(index).sum(axis=0, dtype=np.float64)
-        return (total / self.table.shape[0]).astype(np.float32)
-
-    def blocks(self) -> Iterator[Index]:
-        yield from self.table.blocks()
-        yield slice(self.table.shape[0], self.num_rows), slice(None)
-
-    def read(self, index: Index) -> np.ndarray:
-        start, stop, _ = index[0].indices(self.num_rows)
-        if stop <= (trained := self.table.shape[0]):
-            return self.table.read(index)
-        assert start >= trained, 'no block has both'
-        return np.broadcast_to(self.mean[index[1]], (stop - start, len(self.mean[index[1]])))
 
 
 def resolve(path: epath.PathLike) -> epath.Path:

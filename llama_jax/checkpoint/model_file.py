@@ -27,6 +27,11 @@ def read_config(folder: epath.Path) -> LlamaConfig:
         raise InputError(f'{file} does not describe a model: {error}') from None
 
 
+def read_quantization(folder: epath.Path) -> Any:
+    """What a workdir's weights are stored as, where that is not floating point; None where it is."""
+    return read_object(folder / MODEL_FILE).get('quantization')
+
+
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
     """Writes `model.json`: the architecture, and where the weights started from."""
     text = json.dumps({'config': config.to_dict(), **provenance}, indent=2)

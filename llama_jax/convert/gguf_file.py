@@ -318,25 +318,31 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, ...]:
         return self.info.shape
 
-    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        gguf = import_gguf()
+    def read_blocks(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """The bytes [rows, blocks, bytes of one] of all blocks that hold some of these columns; a vector is one row."""
         kind, length = self.info.type, self.shape[-1]
         blocks_a_row = length // kind.size
-        if len(self.shape) == 1:
-            rows, columns, num_rows = ALL, rows, 1
-        else:
-            num_rows = self.shape[0]
-        start, stop, _ = rows.indices(num_rows)
+        start, stop, _ = rows.indices(math.prod(self.shape[:-1]))
         first, last, _ = columns.indices(length)
         offset = self.info.offset + start * blocks_a_row * kind.num_bytes
         shape = (max(stop - start, 0), blocks_a_row, kind.num_bytes)
-        begin = first // kind.size
-        blocks = read_array(self.path, offset, shape, np.dtype(np.uint8))[:, begin : -(-last // kind.size)]
+        blocks = read_array(self.path, offset, shape, np.dtype(np.uint8))
+        return blocks[:, first // kind.size : -(-last // kind.size)]
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        gguf = import_gguf()
+        if len(self.shape) == 1:
+            rows, columns = ALL, rows
+        size = self.info.type.size
+        first, last, _ = columns.indices(self.shape[-1])
+        blocks = self.read_blocks(rows, columns)
         if not blocks.size or first >= last:
-            values = np.zeros((shape[0], max(last - first, 0)), self.dtype)
+            values = np.zeros((len(blocks), max(last - first, 0)), self.dtype)
         else:
+            begin = first // size * size
             with np.errstate(all='ignore'):  # a scale may be infinite or not a number, as any weight may
                 values = gguf.quants.dequantize(
-                    np.ascontiguousarray(blocks).reshape(shape[0], -1), gguf.GGMLQuantizationType(kind.number)
-                )[:, first - begin * kind.size : last - begin * kind.size]
+                    np.ascontiguousarray(blocks).reshape(len(blocks), -1),
+                    gguf.GGMLQuantizationType(self.info.type.number),
+                )[:, first - begin : last - begin]
         return values if len(self.shape) > 1 else values[0]

@@ -1,0 +1,1 @@
+"""Weights in integers: which, of params in memory, and of files block by block."""
