@@ -23,6 +23,7 @@ jax.config.update('jax_enable_compilation_cache', False)
 RECORD = (
     WITHOUT_CACHE
     + """
+import json
 import llama_jax.train.validation  # has its own batches, which are not written down
 from llama_jax.data import loader
 

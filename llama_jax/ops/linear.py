@@ -67,7 +67,11 @@ def einsum(
     if isinstance(weight, Representation):
         return weight.einsum(equation, x, output_dtype)
     product = functools.partial(_einsum, equation, output_dtype=output_dtype)
-    if _is_narrow(weight) and math.prod(x.shape) <= _FEW_ROWS * math.prod(_summed_sizes(equation, weight)):
+    if (
+        _is_narrow(weight)
+        and _sums_last_axes(equation)
+        and math.prod(x.shape) <= _FEW_ROWS * math.prod(_summed_sizes(equation, weight))
+    ):
         by_tiles = functools.partial(_einsum_by_tiles, equation, output_dtype=output_dtype)
         return jax.lax.platform_dependent(x, weight, cpu=by_tiles, default=product)
     # The name is what remat policies know the result by: they do not look inside a custom gradient.
@@ -103,6 +107,19 @@ def materialize(weight: Weight) -> Float[Array, '...']:
 def _is_narrow(weight: Array) -> bool:
     """Whether it is of a floating-point type that a CPU does not multiply in; a master weight never is."""
     return jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize == 2
+
+
+def _sums_last_axes(equation: str) -> bool:
+    """Whether it is of activations and a weight: not, say, of two activations, summed over tokens."""
+    operands, out = equation.split('->')
+    of_x, of_weight = operands.split(',')
+    summed = ''.join(letter for letter in of_weight if letter not in out)
+    kept = ''.join(letter for letter in of_weight if letter in out)
+    return (
+        of_x.endswith(summed)
+        and out == of_x.removesuffix(summed) + kept
+        and of_weight in (summed + kept, kept + summed)
+    )
 
 
 def _summed_sizes(equation: str, weight: Array) -> list[int]:
