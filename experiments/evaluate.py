@@ -66,7 +66,9 @@ _RATING_COMMAND = flags.DEFINE_string(
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_KEEP_QUANTIZED = launch.define_keep_quantized()
+_KEEP_QUANTIZED = flags.DEFINE_bool(
+    'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 8192, 'tokens in a batch, padding included: what fits into memory'
 )

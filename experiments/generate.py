@@ -104,7 +104,9 @@ _MIN_NEW_TOKENS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_KEEP_QUANTIZED = launch.define_keep_quantized()
+_KEEP_QUANTIZED = flags.DEFINE_bool(
+    'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
+)
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
 launch.define_processes()
 

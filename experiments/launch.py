@@ -83,13 +83,6 @@ def define_run() -> _Flags:
     )
 
 
-def define_keep_quantized() -> flags.FlagHolder:
-    """The flag of commands that need no weights in floating point."""
-    return flags.DEFINE_bool(
-        'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
-    )
-
-
 def define_processes() -> None:
     """The flags of a command that several processes run together; all others run in one."""
     flags.DEFINE_string('coordinator', '', 'host:port of process 0, to join several processes by hand')
