@@ -13,7 +13,7 @@ FAULTS: tuple[Fault, ...] = (
         ('float16: infinite instead of refused',
          'convert/mapping_test.py::test_a_value_beyond_float16_is_refused_not_made_infinite',
          'np.isinf(converted) & np.isfinite(values)', 'np.isinf(converted) & np.isinf(values)')),
-    *faults_in('llama_jax/pretrained.py',
+    *faults_in('llama_jax/placement.py',
         ('a larger vocabulary begins too small',
          'placement_test.py::test_a_larger_vocabulary_begins_as_the_mean_of_the_trained_rows',
          'total / self.table.shape[0]', 'total / self.num_rows')),
