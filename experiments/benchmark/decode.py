@@ -7,7 +7,6 @@ one; the median of some turns.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import statistics
 import time
@@ -26,7 +25,8 @@ from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
-from llama_jax.ops.quantized import CODE_MAX, quantize_array
+from llama_jax.ops.quantized import CODE_MAX
+from llama_jax.quantize.params import quantize
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
 from llama_jax.types import InputError, Params, error_line
 
@@ -65,10 +65,11 @@ def main() -> dict[str, Any]:
             f'--decode_peer has weights of its own, not --decode_weights={_WEIGHTS.value}; leave out one'
         )
     if _WEIGHTS.value in CODE_MAX:
-        params = quantized(params, _WEIGHTS.value)
-    table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+        params = quantize(params, _WEIGHTS.value)
     filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - table * dtype.itemsize
+    # Of the embedding a step reads a row a prompt, unless it is the head too.
+    parts_read = {name: part for name, part in params.items() if name != 'embed' or config.tie_embeddings}
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(parts_read))
     # Of a prompt, whose last token alone meets the head; a third of what training takes is the forward pass.
     head = 2 * config.vocab_size * config.embed_dim * (prompt - 1)
     prompt_flops = prompt * training_flops_per_token(config, prompt)[0] / 3 - head
@@ -179,23 +180,6 @@ def find_peers(
             peer = decode_peers.llama_cpp(config, params, ids[0], dtype)
             found[f'llama_cpp_{dtype}'] = at_exit.enter_context(peer)
     return found
-
-
-def quantized(params: Params, dtype: str) -> Params:
-    """The layers' matrices and the head in codes, a scale for each output channel."""
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def codes(weight, summed):
-        return quantize_array(weight, dtype, summed)
-
-    blocks = {
-        name: {key: codes(weight, (1, 2) if key == 'o' else (1,)) for key, weight in part.items()}
-        if isinstance(part, dict)
-        else part
-        for name, part in params['blocks'].items()
-    }
-    head = {'head': codes(params['head'], (1,))} if 'head' in params else {}
-    return params | head | {'blocks': blocks}
 
 
 def copy_bandwidth(rounds: int) -> float:
