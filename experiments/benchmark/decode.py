@@ -147,12 +147,18 @@ class Times:
 def take_turns(
     contenders: Mapping[str, Callable[[int], float]], tokens: int, rounds: int
 ) -> dict[str, Times]:
-    """A turn is a completion of one token and one of `tokens`, whose difference is that of the steps between."""
+    """A turn is a completion of one token and one of `tokens`, whose difference is that of the steps between.
+
+    A peer that cannot run here, or whose steps are lost in the noise of the machine, is left out and said so.
+
+    Raises:
+      InputError: our own are.
+    """
     first = {}
     for name, complete in contenders.items():
         try:
             first[name] = complete(tokens)
-        except Exception as error:  # a peer that cannot run here must not hide our own figure
+        except Exception as error:  # it must not hide our own figure
             if not first:
                 raise
             print(f'{name}: left out, {type(error).__name__}: {error_line(error)}')
@@ -165,7 +171,15 @@ def take_turns(
         for name, complete in contenders.items():
             ones[name].append(complete(1))
             steps[name].append((complete(tokens) - ones[name][-1]) / (tokens - 1))
-    return {name: Times(first[name], statistics.median(ones[name]), steps[name]) for name in contenders}
+    times = {name: Times(first[name], statistics.median(ones[name]), steps[name]) for name in contenders}
+    for index, name in enumerate(contenders):
+        if times[name].step <= 0:
+            told = f'{tokens} tokens took no longer than one; give more'
+            if index == 0:
+                raise InputError(f'--decode_tokens={tokens}: {told}')
+            print(f'{name}: left out, {told}')
+            del times[name]
+    return times
 
 
 def find_peers(

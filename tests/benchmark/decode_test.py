@@ -4,6 +4,22 @@ import json
 
 import pytest
 
+from experiments.benchmark import decode
+from llama_jax.types import InputError
+
+
+def test_steps_that_noise_hides_give_no_figure(capsys):
+    """A negative number of tokens a second once stood there."""
+
+    def slow_first(number: int) -> float:
+        return 1.0 if number == 1 else 0.5
+
+    times = decode.take_turns({'ours': float, 'peer': slow_first, 'other': float}, tokens=5, rounds=3)
+    assert [*times] == ['ours', 'other'] and times['ours'].step == 1
+    assert 'peer: left out, 5 tokens took no longer than one' in capsys.readouterr().out
+    with pytest.raises(InputError, match='--decode_tokens=5: 5 tokens took no longer than one; give more'):
+        decode.take_turns({'ours': slow_first}, tokens=5, rounds=3)
+
 
 @pytest.mark.slow
 def test_peers_complete_beside_ours(commands, tmp_path):
@@ -12,14 +28,16 @@ def test_peers_complete_beside_ours(commands, tmp_path):
     file = tmp_path / 'figures.json'
     finished = commands.run(
         'benchmark', '--suite=decode', '--decode_model=tiny', '--decode_peer', '--decode_batches=1,2',
-        '--decode_prompt=8', '--decode_tokens=6', '--decode_rounds=2', f'--json={file}',
+        '--decode_prompt=8', '--decode_tokens=64', '--decode_rounds=3', f'--json={file}',
     ).succeeded()  # fmt: skip
     figures = json.loads(file.read_text())
     for name in ('huggingface', 'llama_cpp_float32'):
+        if f'{name}: left out' in finished.stdout:  # a busy machine hides what this small model takes
+            continue
         assert figures[f'batch_1_{name}_tokens_per_second'] > 0
         ratio = figures['batch_1_tokens_per_second'] / figures[f'batch_1_{name}_tokens_per_second']
         assert figures[f'batch_1_ratio_to_{name}'] == pytest.approx(ratio)
         assert f'{name}: ours is ' in finished.stdout
-    assert 'batch_2_ratio_to_huggingface' in figures and 'batch_2_ratio_to_llama_cpp_float32' not in figures
+    assert 'batch_2_ratio_to_llama_cpp_float32' not in figures
     both = ('--suite=decode', '--decode_peer', '--decode_weights=int8')
     assert 'has weights of its own' in commands.run('benchmark', *both).error()
