@@ -4,8 +4,8 @@
 
 Standard output is the completion alone, which a terminal shows while it is made, or with --format=jsonl one object
 {"prompt", "completion"} a prompt. With --chat a prompt is what a user says; --messages gives a whole conversation,
-whose last message may be the beginning of the assistant's own. --prompts reads many from a file (see `prompt_file`);
-with --output the command goes on where it was killed.
+whose last message may be the beginning of the assistant's own. With --suffix the gap between prompt and suffix is
+filled. --prompts reads many from a file (see `prompt_file`); with --output the command goes on where it was killed.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
+from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
 from llama_jax.types import InputError, Params
 
@@ -54,6 +55,14 @@ _CHECKPOINT = launch.define_path(
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'text to complete; give it several times for several')
+_SUFFIX = flags.DEFINE_multi_string(
+    'suffix',
+    None,
+    'text behind the gap that follows --prompt, to be filled; one for each (Code Llama 7B, 13B)',
+)
+_SUFFIX_FIRST = flags.DEFINE_bool(
+    'suffix_first', False, 'with --suffix: the model reads it before the prompt'
+)
 _PROMPTS = launch.define_path(
     'prompts', '', 'JSON Lines of {"prompt": TEXT} or {"messages": [...]}, instead of --prompt'
 )
@@ -132,7 +141,7 @@ def main() -> None:
         sampler = Sampler(**settings)
     asked = _Asked(
         _PROMPT.value or [], _MESSAGES.value, _PROMPTS.value, _SYSTEM.value, _CHAT.value or bool(_MESSAGES.value),
-        _SPECIAL_TOKENS.value, _STOP.value,
+        _SPECIAL_TOKENS.value, _STOP.value, _SUFFIX.value or [], _SUFFIX_FIRST.value,
     )  # fmt: skip
     asked.check()
     if not _PROMPTS.value and (idle := [f for f in (_OUTPUT, _BATCH_SIZE, _SHARD) if f.present]):
@@ -199,8 +208,8 @@ def main() -> None:
         return
     completions = generate(model, params, tokenizer, prompts, **settings, **limits)
     if runtime.is_main_process():
-        for prompt, completion in zip(asked.texts or [asked.messages], completions, strict=True):
-            answer = json.dumps({'prompt': prompt, 'completion': completion})
+        for line, completion in zip(asked.lines(), completions, strict=True):
+            answer = json.dumps({**line, 'completion': completion})
             print(answer if _FORMAT.value == 'jsonl' else completion)
 
 
@@ -253,6 +262,8 @@ class _Asked:
     chat: bool
     special_tokens: bool
     stop: list[str]
+    suffixes: list[str]
+    suffix_first: bool
 
     def check(self) -> None:
         """There is one thing to answer, and nothing beside it that would be without effect."""
@@ -269,6 +280,21 @@ class _Asked:
             raise InputError('--special_tokens reads the tags of a --prompt; in a chat the format puts them')
         if '' in self.stop:
             raise InputError("--stop is '', which every text begins with; give at least one character")
+        if self.suffix_first and not self.suffixes:
+            raise InputError('--suffix_first is of --suffix, which is not given')
+        if self.suffixes and (self.chat or self.special_tokens):
+            name = '--special_tokens' if self.special_tokens else '--chat'
+            raise InputError(f'--suffix and {name} are both given; a gap is between two plain texts')
+        if self.suffixes and len(self.suffixes) != len(self.texts):
+            raise InputError(
+                f'--suffix is given {len(self.suffixes)} times, --prompt {len(self.texts)}; a gap needs one of each'
+            )
+
+    def lines(self) -> list[dict[str, str]]:
+        """What each answer of standard output is an answer to."""
+        if self.suffixes:
+            return [{'prompt': p, 'suffix': s} for p, s in zip(self.texts, self.suffixes, strict=True)]
+        return [{'prompt': prompt} for prompt in self.texts or [self.messages]]
 
     def read_file(self, sampler: Sampler, shard: tuple[int, int]) -> tuple[list[Item], str]:
         """The items of --prompts, all of one kind, and the file's hash."""
@@ -287,6 +313,11 @@ class _Asked:
         self, tokenizer: Tokenizer, template: str, items: Sequence[Item]
     ) -> tuple[Sequence[str | list[int]], tuple[int, ...]]:
         """Texts or ids to complete, and the ids that end an answer besides the tokenizer's own."""
+        if self.suffixes:
+            with launch.flags_named('--suffix'):
+                gap = InfillFormat(tokenizer)
+            texts = zip(self.texts, self.suffixes, strict=True)
+            return [gap.encode_prompt(*both, self.suffix_first) for both in texts], gap.stop_ids
         if not self.chat and not any('messages' in item.line for item in items):
             return self.texts or [cast(str, item.prompt) for item in items], ()
         chat = Chat(tokenizer, template)

@@ -8,6 +8,8 @@ from etils import epy as _epy
 with _epy.lazy_api_imports(globals()):
     from llama_jax.inference.generate import generate as generate
     from llama_jax.inference.generate import stream as stream
+    from llama_jax.inference.hidden_states import hidden_states as hidden_states
+    from llama_jax.inference.infill import infill as infill
     from llama_jax.inference.sampling import Sampler as Sampler
     from llama_jax.models.config import LlamaConfig as LlamaConfig
     from llama_jax.models.config import RopeScaling as RopeScaling

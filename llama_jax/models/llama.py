@@ -291,6 +291,7 @@ class Transformer(nn.Module):
         """One layer after the other, each with arrays of its own: no scan, which would copy them."""
         block, caches = Block(*self._block_knobs, name='block', parent=None), []
         for layer, weights in enumerate(layers_of(blocks, self.config.num_layers)):
+            self.sow('residual', 'into_layer', x)  # kept where somebody asks: `inference.hidden_states`
             layer_cache = None if cache is None else cache.layer(layer)
             x, layer_cache = block.apply({'params': weights}, x, rope, segment_ids, layer_cache)
             caches.append(layer_cache)

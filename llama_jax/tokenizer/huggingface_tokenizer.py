@@ -95,6 +95,10 @@ class HuggingFaceTokenizer(Ended):
         """What the vocabulary calls an id; None where it has no such token."""
         return self._tokenizer.id_to_token(id)
 
+    def id_of(self, name: str) -> int | None:
+        """Of a token; None where there is none of this name."""
+        return self._tokenizer.token_to_id(name)
+
     def _special(self) -> dict[str, int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: id for id, token in sorted(added.items()) if token.special}
