@@ -1,23 +1,24 @@
-"""The programs of generation: prompts read piece by piece, then a token a step for all rows at once.
+"""The programs of generation, over rows that are independent: one may begin while others go on.
 
-There is one program to read with for each (rows, width of a piece, room of the cache), and one to decode with for each
-(rows, room): what is asked of the rows is in arrays. The room is a power of two that covers the longest row alive, so a
-step reads no more than twice what is there; when a row outgrows it, the cache is copied into twice the room once, and
-the next program goes on.
+`extend` reads a piece of some prompts into the cache, `first` draws their first tokens and puts them among the rows,
+`decode` then gives every running row a token a step. There is one program of each for its shapes (rows, width of a
+piece, room of the cache): what is asked of the rows is in arrays. The room is a power of two that covers the longest
+row alive, so a step reads no more than twice what is there; when a row outgrows it, the cache is copied into twice the
+room once, and the next program goes on.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from llama_jax.inference.sampling import SamplerRows, count_drawn, draw, seen_in_prompts
+from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
 from llama_jax.models.kv_cache import CACHE_AXES, KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.attention import platform_of
@@ -25,38 +26,106 @@ from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
 from llama_jax.types import Params
 
-# Columns of new tokens that are read from the devices at once.
-COLUMNS = 256
+# Steps of one `decode` at most.
+COLUMNS = 64
 # Tokens of a prompt that are read at once: enough to keep a device busy, and little memory.
 _PIECE = {'cpu': 512}
 _ACCELERATORS_PIECE = 2048
 # The least room of a cache that grows: below it a program for every power of two would cost more than it saves.
-_LEAST_ROOM = 256
+LEAST_ROOM = 256
 # Pieces from this width on that begin a row are read by the kernels of training; narrower ones fit into one tile.
 _LONG_PIECE = 128
 
 
 @flax.struct.dataclass
-class Decoding:
-    """Rows that are being completed.
+class Rows:
+    """Rows that are being completed; B are the slots of the batch, which may be free.
 
     Attributes:
       cache: of all tokens read.
-      token: the next one, drawn but not yet looked at.
-      new: tokens of the last `decode`.
-      count: how many tokens of each row count, from the first on.
-      running: rows that may get more.
+      token: the last that each row was given, not yet read.
+      step: how many it was given.
+      allowed: how many it may get.
+      running: rows that get more.
       seen: see `sampling.seen_in_prompts`; None where no row has penalties or the like.
-      step: tokens that each row has been given.
+      settings: how each row's tokens are chosen.
     """
 
     cache: KVCache
     token: Int[Array, 'B']
-    new: Int[Array, 'B columns']
-    count: Int[Array, 'B']
+    step: Int[Array, 'B']
+    allowed: Int[Array, 'B']
     running: Bool[Array, 'B']
     seen: Int[Array, 'B V'] | None
-    step: Int[Array, '']
+    settings: SamplerRows
+
+
+@flax.struct.dataclass
+class Begun:
+    """Rows that begin, whose prompts were read; in NumPy on the host.
+
+    Attributes:
+      slots: of each; beyond the last for one that fills up the shape.
+      allowed: tokens that each may get, at least 1.
+      seen: see `sampling.seen_in_prompts`; None where the rows have no adjustments.
+      settings: of each, with adjustments where the rows have them.
+    """
+
+    slots: Int[Any, 'P']
+    allowed: Int[Any, 'P']
+    seen: UInt8[Any, 'P V'] | None
+    settings: SamplerRows
+
+
+@flax.struct.dataclass
+class Steps:
+    """What a program gave the rows.
+
+    Attributes:
+      tokens: new ones, from the first column on; a stop token that ends a row is its last.
+      count: how many of them are a row's.
+      log_probability: of each by the model, as are those of `candidates`; see `sampling.Drawn`.
+      filtered_log_probability: see `sampling.Drawn`.
+      candidates: the most likely tokens at each place and their log-probabilities, where they were asked for.
+      running: rows that may get more.
+    """
+
+    tokens: Int[Array, 'B C']
+    count: Int[Array, 'B']
+    log_probability: Float[Array, 'B C']
+    filtered_log_probability: Float[Array, 'B C']
+    candidates: tuple[Int[Array, 'B C n'], Float[Array, 'B C n']] | None
+    running: Bool[Array, 'B']
+
+    @classmethod
+    def create(cls, num_rows: int, num_columns: int, num_candidates: int) -> 'Steps':
+        """None yet."""
+        shape = num_rows, num_columns
+        tokens, zeros, count = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(num_rows, jnp.int32)
+        several = (*shape, num_candidates)
+        found = (jnp.zeros(several, jnp.int32), jnp.zeros(several)) if num_candidates else None
+        return cls(tokens, count, zeros, zeros, found, count > 0)
+
+    def put(
+        self,
+        column: Int[Array, ''] | int,
+        drawn: Drawn,
+        logits: Float[Array, 'B V'],
+        running: Bool[Array, 'B'],
+    ) -> 'Steps':
+        """With a token more of the rows that run, whose columns are alike as all began with the first."""
+        found = self.candidates
+        if found is not None:
+            new = candidates(logits, found[0].shape[2])
+            found = found[0].at[:, column].set(new[0]), found[1].at[:, column].set(new[1])
+        return Steps(
+            self.tokens.at[:, column].set(drawn.token),
+            self.count + running,
+            self.log_probability.at[:, column].set(drawn.log_probability),
+            self.filtered_log_probability.at[:, column].set(drawn.filtered_log_probability),
+            found,
+            running,
+        )
 
 
 def power_of_two(size: int) -> int:
@@ -86,116 +155,113 @@ def rows_of(num_prompts: int, partitioner: Partitioner | None) -> int:
     return -(-power_of_two(num_prompts) // of_batch) * of_batch
 
 
-def start(
+def piece_width(partitioner: Partitioner | None) -> int:
+    """Tokens of a prompt that are read at once."""
+    return _PIECE.get(platform_of(partitioner), _ACCELERATORS_PIECE)
+
+
+def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: SamplerRows) -> Rows:
+    """Free slots with room for so many tokens each; `settings` are as wide as what will begin in them."""
+
+    def placed(x: np.ndarray) -> Array:
+        return jnp.asarray(place(x, model.partitioner))
+
+    none, seen = placed(np.zeros(num_slots, np.int32)), None
+    if settings.adjustments:
+        seen = placed(np.zeros((num_slots, model.config.vocab_size), np.int32))
+    cache, settings = _empty_cache(model, num_slots, room), jax.tree.map(placed, settings)
+    return Rows(
+        cache, none, none + 0, none + 0, none > 0, seen, settings
+    )  # of none of them two may be given away
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
+    # A CPU multiplies in float32, and would convert all of another type for every product with it.
+    dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
+    return _placed(model, KVCache.create(model.config, num_slots, room, dtype))
+
+
+def _placed(model: LlamaForCausalLM, cache: KVCache) -> KVCache:
+    if model.partitioner is None:
+        return cache
+    return cache.map(functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache'))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'is_first'), donate_argnames='cache')
+def extend(
     model: LlamaForCausalLM,
     params: Params,
-    tokens: Int[np.ndarray, 'B T'],
-    lengths: Int[np.ndarray, 'B'],
-    settings: SamplerRows,
-    longest: int,
-) -> Decoding:
-    """Prompts read, and the first token of each drawn.
+    cache: KVCache,
+    slots: Int[Array, 'P'] | None,
+    start: Int[Array, 'P'],
+    tokens: Int[Array, 'P T'],
+    counts: Int[Array, 'P'],
+    is_first: bool = False,
+) -> tuple[KVCache, Float[Array, 'P D']]:
+    """A piece of some prompts, padded on the right to one width: the cache with it, and each one's last hidden state.
 
     Args:
       model: with whole rows.
       params: its weights, of layers apart.
-      tokens: prompts, padded on the right.
-      lengths: of the prompts, each at least 1.
-      settings: of the rows, placed.
-      longest: tokens that a row may come to have, so that short completions get their room at once.
+      cache: with room for the padding too.
+      slots: where each row is in the cache; beyond the last for one that fills up the shape. None: all, in order.
+      start: tokens of each row before the piece.
+      tokens: the piece.
+      counts: tokens of each row in it.
+      is_first: all rows begin with it, so it is read by the kernels of training where it is long.
     """
-    batch, num_tokens = tokens.shape
-    width = min(power_of_two(num_tokens), _PIECE.get(platform_of(model.partitioner), _ACCELERATORS_PIECE))
-    padded = -(-num_tokens // width) * width
-    room = power_of_two(max(padded, num_tokens + 1, min(longest, _LEAST_ROOM)))
-    cache = _empty_cache(model, batch, room, width >= _LONG_PIECE)
-    last = place(np.zeros((batch, model.config.embed_dim), jnp.dtype(model.dtype)), model.partitioner)
-    seen = None
-    for piece, counts in _pieces(tokens, lengths, width):
-        piece, counts = place(piece, model.partitioner), place(counts, model.partitioner)
-        cache, last = read(model, params, cache, last, piece, counts)
-        if settings.adjustments:
-            seen = _seen(seen, piece, counts, model.config.vocab_size)
-    return _first(model, params, cache, last, settings, seen)
+    own = cache if slots is None else _placed(model, cache.take_rows(slots))
+    is_first = is_first and tokens.shape[1] >= _LONG_PIECE
+    own = dataclasses.replace(own, length=start, is_empty=is_first)
+    hidden, written = model.apply({'params': params}, tokens, cache=own, method='hidden')
+    assert isinstance(written, KVCache)
+    # The padding behind a short row was read too: count only what is the row's, and the rest is overwritten.
+    written = written.advance(counts)
+    last = hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]
+    return written if slots is None else cache.put_rows(slots, written, start, tokens.shape[1]), last
 
 
-def _pieces(
-    tokens: Int[np.ndarray, 'B T'], lengths: Int[np.ndarray, 'B'], width: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of one width, and how many tokens of each row are in it."""
-    for begin in range(0, tokens.shape[1], width):
-        piece = tokens[:, begin : begin + width]
-        piece = np.pad(piece, ((0, 0), (0, width - piece.shape[1])))
-        yield piece, np.clip(lengths - begin, 0, width).astype(np.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty_cache(model: LlamaForCausalLM, batch_size: int, room: int, is_empty: bool) -> KVCache:
-    # A CPU multiplies in float32, and would convert all of another type for every product with it.
-    dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
-    cache = dataclasses.replace(KVCache.create(model.config, batch_size, room, dtype), is_empty=is_empty)
-    if model.partitioner is None:
-        return cache
-    shard = functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache')
-    return dataclasses.replace(
-        cache, keys=tuple(map(shard, cache.keys)), values=tuple(map(shard, cache.values))
-    )
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames=('cache', 'last'))
-def read(
+@functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
+def first(
     model: LlamaForCausalLM,
     params: Params,
-    cache: KVCache,
-    last: Float[Array, 'B D'],
-    tokens: Int[Array, 'B T'],
-    counts: Int[Array, 'B'],
-) -> tuple[KVCache, Float[Array, 'B D']]:
-    """A piece of every row, padded on the right to one width: the cache with it, and each row's last hidden state.
+    rows: Rows,
+    last: Float[Array, 'P D'],
+    begun: Begun,
+    num_candidates: int = 0,
+) -> tuple[Rows, Steps]:
+    """Draws the first token of rows that begin, and puts them into their slots.
 
     Args:
       model: with whole rows.
       params: its weights.
-      cache: with room for the padding too.
-      last: hidden states of rows that have nothing in this piece.
-      tokens: the piece.
-      counts: tokens of each row in it.
+      rows: all; the cache holds the prompts of those that begin.
+      last: hidden states of the last tokens of the prompts.
+      begun: what begins.
+      num_candidates: see `Steps`.
+
+    Returns:
+      The rows, and one token of each that begins, in the order of `begun`.
     """
-    hidden, written = model.apply({'params': params}, tokens, cache=cache, method='hidden')
-    assert isinstance(written, KVCache)
-    found = hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]
-    # The padding behind a short row was read too: count only what is the row's, and the rest is overwritten.
-    return written.advance(counts), jnp.where((counts > 0)[:, None], found, last)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _seen(seen: Array | None, tokens: Array, counts: Array, vocab_size: int) -> Array:
-    found = seen_in_prompts(tokens, counts, vocab_size)
-    return found if seen is None else jnp.maximum(seen, found)
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
-def _first(
-    model: LlamaForCausalLM,
-    params: Params,
-    cache: KVCache,
-    last: Float[Array, 'B D'],
-    settings: SamplerRows,
-    seen: Int[Array, 'B V'] | None,
-) -> Decoding:
-    """Prompts were read: their rows with the first token of each."""
     logits = einsum('bd,vd->bv', last, head_weight(params), jnp.float32)
-    token, seen = _draw(settings, logits, seen, 0)
-    new, running = jnp.zeros((len(last), COLUMNS), jnp.int32), jnp.ones(len(last), bool)
-    return _readable(model, Decoding(cache, token, new, jnp.zeros_like(token), running, seen, jnp.int32(0)))
+    seen = None if begun.seen is None else begun.seen.astype(jnp.int32)
+    drawn = draw(begun.settings, logits, 0, seen)
+    running = ~begun.settings.is_stop(drawn.token) & (begun.allowed > 1)
 
+    def put(of_all: Array, new: Array) -> Array:
+        return of_all.at[begun.slots].set(new.astype(of_all.dtype), mode='drop')
 
-def _draw(
-    settings: SamplerRows, logits: Array, seen: Array | None, step: Array | int
-) -> tuple[Array, Array | None]:
-    """A token a row, and what is then seen."""
-    token = draw(settings, logits, step, seen).token
-    return token, None if seen is None else count_drawn(seen, token)
+    if seen is not None:
+        assert rows.seen is not None
+        seen = put(rows.seen, count_drawn(seen, drawn.token))
+    one = jnp.ones_like(drawn.token)
+    changed = Rows(
+        rows.cache, put(rows.token, drawn.token), put(rows.step, one), put(rows.allowed, begun.allowed),
+        put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings),
+    )  # fmt: skip
+    steps = Steps.create(len(one), 1, num_candidates).put(0, drawn, logits, one > 0)
+    return changed, _readable(model, dataclasses.replace(steps, running=running))
 
 
 def decode_step(
@@ -207,65 +273,72 @@ def decode_step(
     return logits[:, 0], written
 
 
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
 def decode(
     model: LlamaForCausalLM,
     params: Params,
-    state: Decoding,
-    settings: SamplerRows,
-    allowed: Int[Array, 'B'],
+    rows: Rows,
     is_done: Bool[Array, 'B'],
-    end: Int[Array, ''],
-) -> Decoding:
-    """Goes on to step `end`, or until every row has its `allowed` tokens, a stop token, or is done as the host says.
+    num_steps: Int[Array, ''] | np.int32,
+    num_candidates: int = 0,
+) -> tuple[Rows, Steps]:
+    """Gives every running row `num_steps` tokens, or as many as it may get, or up to a stop token.
 
-    Up to there each running row must have room in the cache, and the step at most `COLUMNS` to go.
+    Args:
+      model: with whole rows.
+      params: its weights, of layers apart.
+      rows: each running one with room in the cache for the steps.
+      is_done: rows that get no more, as the host says.
+      num_steps: at most `COLUMNS`.
+      num_candidates: see `Steps`.
     """
-    first = state.step
+    rows = dataclasses.replace(rows, running=rows.running & ~is_done)
 
-    def body(state):
-        running = state.running & ~settings.is_stop(state.token) & (state.step < allowed)
-        logits, cache = decode_step(model, params, state.cache, state.token)
-        token, seen = _draw(settings, logits, state.seen, state.step + 1)
-        new = state.new.at[:, state.step - first].set(state.token)
-        return Decoding(cache, token, new, state.count + running, running, seen, state.step + 1)
+    def body(carry):
+        rows, steps, index = carry
+        logits, written = decode_step(model, params, rows.cache, rows.token)
+        # What a row that does not run writes is beyond its tokens: it is not counted, so overwritten if need be.
+        cache = dataclasses.replace(written, length=rows.cache.length + rows.running)
+        drawn = draw(rows.settings, logits, rows.step, rows.seen)
+        steps = steps.put(index, drawn, logits, rows.running)
+        seen = None if rows.seen is None else count_drawn(rows.seen, drawn.token)
+        step = rows.step + rows.running
+        running = rows.running & ~rows.settings.is_stop(drawn.token) & (step < rows.allowed)
+        token = jnp.where(rows.running, drawn.token, rows.token)
+        return Rows(cache, token, step, rows.allowed, running, seen, rows.settings), steps, index + 1
 
-    def unfinished(state):
-        return (state.step < end) & jnp.any(state.running)
+    def unfinished(carry):
+        rows, _, index = carry
+        return (index < num_steps) & jnp.any(rows.running)
 
-    state = dataclasses.replace(state, running=state.running & ~is_done)
-    return _readable(model, jax.lax.while_loop(unfinished, body, state))
+    steps = Steps.create(len(rows.token), COLUMNS, num_candidates)
+    rows, steps, _ = jax.lax.while_loop(unfinished, body, (rows, steps, jnp.int32(0)))
+    return rows, _readable(model, dataclasses.replace(steps, running=rows.running))
 
 
-def _readable(model: LlamaForCausalLM, state: Decoding) -> Decoding:
-    """The rows' tokens on every process, the cache where it is."""
+def _readable(model: LlamaForCausalLM, steps: Steps) -> Steps:
+    """On every process."""
     if model.partitioner is None:
-        return state
+        return steps
     everywhere = model.partitioner.sharding()
-    read = {
-        name: jax.lax.with_sharding_constraint(getattr(state, name), everywhere)
-        for name in ('new', 'count', 'running')
-    }
-    return dataclasses.replace(state, **read)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), steps)
 
 
-def with_room(state: Decoding, room: int) -> Decoding:
-    """The rows in a cache of more room; one layer after the other, so that the old one is soon gone."""
-    keys, values = list(state.cache.keys), list(state.cache.values)
-    cache = dataclasses.replace(state.cache, keys=(), values=())
-    state = dataclasses.replace(state, cache=cache)
-    for layers in (keys, values):
-        for layer, array in enumerate(layers):
-            sharding = array.sharding if isinstance(array.sharding, NamedSharding) else None
-            layers[layer] = _padding(room, sharding)(array)
-            array.delete()
-    cache = dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
-    return dataclasses.replace(state, cache=cache)
+def with_room(rows: Rows, room: int) -> Rows:
+    """The rows in a cache of more room; one array after the other, so that the old one is soon gone."""
+    leaves, structure = jax.tree.flatten(rows.cache)
+    rows = dataclasses.replace(rows, cache=structure.unflatten([None] * len(leaves)))
+    for index, leaf in enumerate(leaves):
+        if leaf.ndim > 1:
+            sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+            leaves[index] = _padding(room, sharding)(leaf)
+            leaf.delete()
+    return dataclasses.replace(rows, cache=structure.unflatten(leaves))
 
 
 @functools.lru_cache(maxsize=64)
 def _padding(room: int, sharding: NamedSharding | None):
     def pad(array):
-        return jnp.pad(array, ((0, 0), (0, 0), (0, room - array.shape[2]), (0, 0)))
+        return jnp.pad(array, ((0, 0), (0, 0), (0, room - array.shape[2]), *[(0, 0)] * (array.ndim - 3)))
 
     return jax.jit(pad, out_shardings=sharding)

@@ -1,17 +1,20 @@
 """Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
 import collections
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.detokenizer import Detokenizer, RowTexts
-from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.inference.sampling import Sampler, SamplerRows, seen_in_prompts
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -140,8 +143,8 @@ def stream(
     )  # fmt: skip
 
     def pieces() -> Iterator[str]:
-        for rows, count in rounds:
-            read(0, rows[0, : count[0]].tolist())
+        for (tokens,) in rounds:
+            read(0, tokens)
             if piece := ''.join(made):
                 yield piece
             made.clear()
@@ -184,7 +187,7 @@ def generate_tokens(
         is_complete=is_complete,
     )  # fmt: skip
     last = collections.deque(rounds, maxlen=1)
-    return [row[:n].tolist() for found in last for row, n in zip(*found, strict=True)][: len(prompts)]
+    return [row for rows in last for row in rows]
 
 
 def _rounds(
@@ -197,8 +200,8 @@ def _rounds(
     stop_ids: Sequence[int],
     is_complete: Callable[[int, list[int]], bool] | None,
     is_streamed: bool = False,
-) -> Iterator[tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, 'B']]]:
-    """As `generate_tokens`: the rows so far, and how many of their tokens count, after every round.
+) -> Iterator[list[list[int]]]:
+    """As `generate_tokens`: the new tokens of the rows so far, after every round.
 
     The prompts are read, and refused, by the call.
     """
@@ -214,12 +217,12 @@ def _rounds(
         return iter(())
     if (least := max(sampler.min_new_tokens for sampler in samplers)) > max_new_tokens:
         raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {max_new_tokens}')
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if lengths.min() < 1:
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) < 1:
         raise InputError('a prompt has no token; begin it with the BOS token')
-    if lengths.max() >= context:
+    if max(lengths) >= context:
         raise InputError(
-            f'prompt {lengths.argmax()} has {lengths.max()} tokens; the model reads {context}, so shorten it to '
+            f'prompt {np.argmax(lengths)} has {max(lengths)} tokens; the model reads {context}, so shorten it to '
             f'at most {context - 1}'
         )
     if (largest := max(map(max, prompts))) >= model.config.vocab_size:
@@ -232,53 +235,86 @@ def _rounds(
     num_rows = decoding.rows_of(len(prompts), model.partitioner)
     # Rows of one sampler draw by their number, rows of their own by the seed alone.
     streams = range(num_rows) if isinstance(sampler, Sampler) else [0] * num_rows
-    samplers += [Sampler()] * (num_rows - len(prompts))
-    settings = SamplerRows.create(samplers, streams, [stop_ids] * num_rows, model.config.vocab_size)
-    settings = jax.tree.map(lambda rows: decoding.place(rows, model.partitioner), settings)
-    # Rows that only fill up the batch read one token and get none.
-    allowed = np.pad(np.minimum(max_new_tokens, context - lengths), (0, num_rows - len(prompts)))
-    lengths = np.pad(lengths, (0, num_rows - len(prompts)), constant_values=1)
-    tokens = np.zeros((num_rows, lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
+    filling = num_rows - len(prompts)  # rows that only fill up the batch: they read one token and get one
+    settings = SamplerRows.create(
+        samplers + [Sampler()] * filling, streams, [stop_ids] * num_rows, model.config.vocab_size
+    )
+    prompts = [*prompts, *[[0]] * filling]
+    allowed = np.minimum(max_new_tokens, context - np.array([len(prompt) for prompt in prompts], np.int32))
+    allowed[num_rows - filling :] = 1
+    rows, steps = _begin(model, weights, prompts, settings, allowed)
+    return _complete(
+        model, weights, rows, steps, prompts, stop_ids, allowed, filling, is_complete, is_streamed
+    )
+
+
+def _begin(
+    model: LlamaForCausalLM,
+    weights: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplerRows,
+    allowed: Int[np.ndarray, 'B'],
+) -> tuple[decoding.Rows, decoding.Steps]:
+    """Prompts read, and the first token of each."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    width = min(decoding.power_of_two(longest), decoding.piece_width(model.partitioner))
+    tokens = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    state = decoding.start(model, weights, tokens, lengths, settings, int((lengths + allowed).max()))
-    return _complete(model, weights, state, settings, lengths, allowed, is_complete, is_streamed)
+    in_the_end = int((lengths + allowed).max())  # short completions get their room at once
+    room = decoding.power_of_two(max(tokens.shape[1], longest + 1, min(in_the_end, decoding.LEAST_ROOM)))
+    rows = decoding.empty_rows(model, len(prompts), room, settings)
+    place = functools.partial(decoding.place, partitioner=model.partitioner)
+    last = None
+    for start in range(0, tokens.shape[1], width):
+        counts = np.clip(lengths - start, 0, width)
+        piece = tokens[:, start : start + width], counts, np.minimum(lengths, start).astype(np.int32)
+        piece, counts, starts = map(place, piece)
+        cache, hidden = decoding.extend(model, weights, rows.cache, None, starts, piece, counts, start == 0)
+        rows = dataclasses.replace(rows, cache=cache)
+        last = hidden if last is None else jnp.where((counts > 0)[:, None], hidden, last)
+    seen = seen_in_prompts(prompts, model.config.vocab_size) if settings.adjustments else None
+    begun = decoding.Begun(np.arange(len(prompts), dtype=np.int32), allowed, seen, settings)
+    return decoding.first(model, weights, rows, last, jax.tree.map(place, begun))
 
 
 def _complete(
     model: LlamaForCausalLM,
     weights: Params,
-    state: decoding.Decoding,
-    settings: SamplerRows,
-    lengths: Int[np.ndarray, 'B'],
+    rows: decoding.Rows,
+    steps: decoding.Steps,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
     allowed: Int[np.ndarray, 'B'],
+    filling: int,
     is_complete: Callable[[int, list[int]], bool] | None,
     is_streamed: bool,
-) -> Iterator[tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, 'B']]]:
-    """The new tokens of rows that were started, each at most as many as allowed, after every round."""
-    num_steps = int(allowed.max())
-    at_once = 1 if is_streamed else _ROUND if is_complete else decoding.COLUMNS
-    columns, running, is_done, step = [], allowed > 0, np.zeros(len(allowed), bool), 0
-    placed = decoding.place(allowed.astype(np.int32), model.partitioner)
+) -> Iterator[list[list[int]]]:
+    """The new tokens of rows that have begun, after every round."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    made: list[list[int]] = [[] for _ in prompts]
+    is_done, given = np.zeros(len(made), bool), 1
+    at_once = 1 if is_streamed else min(_ROUND, decoding.COLUMNS) if is_complete else decoding.COLUMNS
     while True:
-        end = min(step + at_once, num_steps)
-        # Rows that would outgrow the cache; those that need not go on overwrite their own end.
-        if (growing := running & (lengths + allowed > (room := state.cache.max_len))).any():
-            if (last := room - int(lengths[growing].max())) <= step:
-                state = decoding.with_room(state, 2 * room)
-                continue
-            end = min(end, last)
-        done = decoding.place(is_done, model.partitioner)
-        state = decoding.decode(model, weights, state, settings, placed, done, np.int32(end))
-        new, count, running = jax.device_get((state.new, state.count, state.running))
-        columns.append(new[:, : end - step])
-        step, rows = end, np.concatenate(columns, axis=1)
-        if is_complete:
-            for index in np.flatnonzero(running):
-                is_done[index] = is_complete(int(index), rows[index, : count[index]].tolist())
-        yield rows, count
-        running = running & ~is_done & (step < allowed)
+        new, count, running = jax.device_get((steps.tokens, steps.count, steps.running))
+        for index, number in enumerate(count):
+            made[index] += new[index, :number].tolist()
+            if number and made[index][-1] in stop_ids:
+                made[index].pop()
+            if is_complete and running[index]:
+                is_done[index] = is_complete(index, made[index])
+        yield made[: len(made) - filling]
+        running = running & ~is_done
         if not running.any():
             return
+        # A step reads the last token, so that the cache then holds the prompt and all that was given before it.
+        held = int(lengths[running].max()) + given - 1
+        if held == (room := rows.cache.max_len):
+            rows = decoding.with_room(rows, room := 2 * room)
+        num_steps = min(at_once, room - held, int(allowed[running].max()) - given)
+        done = decoding.place(is_done, model.partitioner)
+        rows, steps = decoding.decode(model, weights, rows, done, np.int32(num_steps))
+        given += num_steps
         if is_streamed:
             at_once = min(2 * at_once, _STREAMED_ROUND)

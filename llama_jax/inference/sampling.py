@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 from llama_jax.types import InputError
 
@@ -132,6 +132,9 @@ class SamplerRows:
         streams: Sequence[int],
         stop_ids: Sequence[Sequence[int]],
         vocab_size: int,
+        *,
+        adjusts: bool = False,
+        num_stops: int = 1,
     ) -> 'SamplerRows':
         """NumPy arrays of the settings of each row.
 
@@ -140,6 +143,8 @@ class SamplerRows:
           streams: which of the rows of a seed each is.
           stop_ids: of each row; one that the model has no row for is never drawn.
           vocab_size: the model's rows.
+          adjusts: with adjustments, though none of these rows may ask for any.
+          num_stops: stop ids to have room for at least.
 
         Raises:
           InputError: a bias is for a token that the model has no row for.
@@ -157,7 +162,7 @@ class SamplerRows:
             return np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype)
 
         adjustments = None
-        if any(sampler.adjusts for sampler in samplers):
+        if adjusts or any(sampler.adjusts for sampler in samplers):
             adjustments = Adjustments(
                 column('repetition_penalty', np.float32),
                 column('presence_penalty', np.float32),
@@ -167,7 +172,7 @@ class SamplerRows:
                 column('min_new_tokens', np.int32, _NO_TOKEN),
             )
         stops = [[token for token in row if 0 <= token < vocab_size] for row in stop_ids]
-        width = -(-max([1, *map(len, stops)]) // _STOP_IDS) * _STOP_IDS
+        width = -(-max([num_stops, *map(len, stops)]) // _STOP_IDS) * _STOP_IDS
         return cls(
             column('temperature', np.float32),
             column('top_k', np.int32, vocab_size),
@@ -289,21 +294,20 @@ def candidates(logits: Float[Array, 'B V'], n: int) -> tuple[Int[Array, 'B n'], 
     return tokens, values - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True)
 
 
-def seen_in_prompts(
-    tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], vocab_size: int
-) -> Int[Array, 'B V']:
-    """For penalties: twice how often the completion has each token, and 1 more where the prompt has it.
+def seen_in_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> UInt8[np.ndarray, 'B V']:
+    """For penalties, on the host: 1 where a prompt has a token.
 
-    It is as large as the logits: 0.5 MB a row for Llama 3, little beside the row's cache.
+    On the device a count of 2 more follows for each time the completion has it (`count_drawn`); it is then as large as
+    the logits: 0.5 MB a row for Llama 3, little beside the row's cache.
 
     Args:
-      tokens: prompts, padded on the right.
-      lengths: of the prompts.
+      prompts: of the rows.
       vocab_size: the model's rows.
     """
-    tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, _NO_TOKEN)
-    rows = jnp.arange(len(tokens))[:, None]
-    return jnp.zeros((len(tokens), vocab_size), jnp.int32).at[rows, tokens].set(1, mode='drop')
+    seen = np.zeros((len(prompts), vocab_size), np.uint8)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = 1
+    return seen
 
 
 def count_drawn(seen: Int[Array, 'B V'], tokens: Int[Array, 'B']) -> Int[Array, 'B V']:

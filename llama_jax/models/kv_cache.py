@@ -5,6 +5,7 @@ read the arrays as they lie. One array of all layers would be sliced, so copied,
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -86,6 +87,33 @@ class KVCache:
     def max_len(self) -> int:
         """Tokens of a row that there is room for."""
         return self.keys[0].shape[2]
+
+    def map(self, change: Callable[[Array], Array]) -> 'KVCache':
+        """With all keys and values changed."""
+        keys, values = jax.tree.map(change, (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def take_rows(self, rows: Int[Array, 'P']) -> 'KVCache':
+        """A copy of some rows; any for one that is not there."""
+        taken = self.map(lambda array: jnp.take(array, rows, axis=0, mode='clip'))
+        return dataclasses.replace(taken, length=jnp.take(self.length, rows, mode='clip'))
+
+    def put_rows(
+        self, rows: Int[Array, 'P'], other: 'KVCache', start: Int[Array, 'P'], width: int
+    ) -> 'KVCache':
+        """With `width` tokens from `start` on of other rows, and their lengths, in these, where they are there."""
+        axes = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0,), (0, 2))
+        places = jnp.stack([rows, start], axis=1)
+
+        def put(array: Array, other: Array) -> Array:
+            new = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width, axis=1))(
+                other, start
+            )
+            return jax.lax.scatter(array, places, new, axes, unique_indices=True, mode='drop')
+
+        keys, values = jax.tree.map(put, (self.keys, self.values), (other.keys, other.values))
+        length = self.length.at[rows].set(other.length, mode='drop')
+        return dataclasses.replace(self, keys=keys, values=values, length=length, is_empty=False)
 
     def layer(self, layer: int) -> LayerCache:
         """One layer's part."""

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.generate import generate_tokens
-from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.inference.sampling import Sampler
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
@@ -49,47 +49,68 @@ def uncached(model, params, rows):
     return np.asarray(logits)[np.arange(4), lengths - 1]
 
 
-def settings(num_rows=4):
-    return SamplerRows.create([Sampler()] * num_rows, range(num_rows), [()] * num_rows, toy.CONFIG.vocab_size)
+def read_prompts(model, weights, rows, width, num_slots=None, order=None):
+    """Logits of each row's last token, and the cache, from pieces of some width.
 
-
-def logits_of_prompts(monkeypatch, model, weights, rows, **options):
-    """Of each row's last token, and the state that `start` gives."""
-    seen, first = [], decoding._first
-    monkeypatch.setattr(decoding, '_first', lambda *args: seen.append(args[3].copy()) or first(*args))
-    state = decoding.start(model, weights, *rows, settings(), **{'longest': 30} | options)
-    monkeypatch.setattr(decoding, '_first', first)
-    return einsum('bd,vd->bv', seen[0], weights['head'], jnp.float32), state
+    Args:
+      num_slots: of the cache; None: one for each row, in order, else the rows are in the slots that `order` gives.
+    """
+    tokens, lengths = rows
+    slots = None if num_slots is None else np.array(order, np.int32)
+    cache = decoding._empty_cache(model, num_slots or len(lengths), 64)
+    padded, hidden = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % width))), 0
+    for start in range(0, padded.shape[1], width):
+        counts = np.clip(lengths - start, 0, width)
+        begin = np.minimum(lengths, start)
+        piece = padded[:, start : start + width]
+        cache, last = decoding.extend(model, weights, cache, slots, begin, piece, counts, start == 0)
+        hidden = jnp.where((counts > 0)[:, None], last, hidden)
+    return einsum('bd,vd->bv', hidden, weights['head'], jnp.float32), cache
 
 
 @pytest.mark.parametrize('width', [4, 16, 32])
-def test_prompts_are_read_in_pieces_as_at_once(monkeypatch, model, params, rows, uncached, width):
-    monkeypatch.setattr(decoding, '_PIECE', {'cpu': width})
-    logits, state = logits_of_prompts(monkeypatch, model, unstack(params), rows)
+def test_prompts_are_read_in_pieces_as_at_once(model, params, rows, uncached, width):
+    logits, cache = read_prompts(model, unstack(params), rows, width)
     np.testing.assert_allclose(logits, uncached, atol=SAME)
-    assert state.cache.length.tolist() == rows[1].tolist()
-    assert state.token.tolist() == uncached.argmax(-1).tolist()
+    assert cache.length.tolist() == rows[1].tolist()
 
 
-def test_bfloat16_weights_give_the_logits_of_their_float32_selves(monkeypatch, model, params, rows):
+@pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_rows_are_read_into_any_slots(model, params, rows, uncached, mesh):
+    """The others keep what they have, and a row that only fills up the shape is nowhere."""
+    if mesh is not None:
+        partitioner = Partitioner(make_mesh(mesh))
+        model = decoding.with_whole_rows(model.clone(partitioner=partitioner))
+        params = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
+    logits, cache = read_prompts(model, unstack(params), rows, 8, 8, [6, 8, 0, 3])
+    np.testing.assert_allclose(np.delete(logits, 1, 0), np.delete(uncached, 1, 0), atol=SAME)
+    assert cache.length.tolist() == [16, 0, 0, 1, 0, 0, 21, 0]
+    _, alone = read_prompts(model, unstack(params), rows, 8)
+    for slot, row in ((6, 0), (0, 2), (3, 3)):
+        length = rows[1][row]
+        np.testing.assert_allclose(cache.keys[1][slot, :, :length], alone.keys[1][row, :, :length], atol=SAME)
+    assert not np.any(cache.values[0][7])
+
+
+def test_bfloat16_weights_give_the_logits_of_their_float32_selves(model, params, rows):
     half = unstack(params, jnp.bfloat16)
     whole = unstack(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params))
-    want, _ = logits_of_prompts(monkeypatch, model, whole | {'final_norm': half['final_norm']}, rows)
-    found, _ = logits_of_prompts(monkeypatch, model, half, rows)
+    want, _ = read_prompts(model, whole | {'final_norm': half['final_norm']}, rows, 32)
+    found, _ = read_prompts(model, half, rows, 32)
     np.testing.assert_allclose(found, want, atol=SAME)  # a float32 computation of the same numbers
-    found, _ = logits_of_prompts(monkeypatch, model.clone(dtype=jnp.bfloat16), half, rows)
+    found, _ = read_prompts(model.clone(dtype=jnp.bfloat16), half, rows, 32)
     # Activations of 8 bits: some twenty roundings of 2^-9 a layer on the way to logits of order 1.
     np.testing.assert_allclose(found, want, atol=0.1)
     assert np.sqrt(np.mean((found - want) ** 2)) < 0.02 * np.std(want)
 
 
 def test_a_step_reads_the_room_that_its_rows_need_whatever_they_may_come_to(monkeypatch, model, params):
-    tokens, lengths = np.ones((4, 33), np.int32), np.full(4, 33, np.int32)
-    monkeypatch.setattr(decoding, '_LEAST_ROOM', 16)
-    rooms = [
-        decoding.start(model, unstack(params), tokens, lengths, settings(), longest).cache.max_len
-        for longest in (40, 64, 4096)
-    ]
+    rooms, empty = [], decoding.empty_rows
+    monkeypatch.setattr(decoding, 'LEAST_ROOM', 16)
+    monkeypatch.setattr(decoding, 'empty_rows', lambda *args: rooms.append(args[2]) or empty(*args))
+    for number in (3, 30, 200):
+        options = {'max_new_tokens': number, 'sampler': Sampler(), 'stop_ids': range(64)}
+        generate_tokens(model, params, [[1] * 33], **options)
     assert rooms == [64, 64, 64]
 
 
@@ -104,11 +125,11 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
     rooms = []
     decode, columns = decoding.decode, 8
 
-    def record(model, params, state, *args):
-        rooms.append(state.cache.max_len)
-        return decode(model, params, state, *args)
+    def record(model, params, rows, *args):
+        rooms.append(rows.cache.max_len)
+        return decode(model, params, rows, *args)
 
-    monkeypatch.setattr(decoding, '_LEAST_ROOM', 4)
+    monkeypatch.setattr(decoding, 'LEAST_ROOM', 4)
     monkeypatch.setattr(decoding, 'COLUMNS', columns)
     monkeypatch.setattr(decoding, 'decode', record)
     assert complete() == at_once

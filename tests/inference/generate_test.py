@@ -87,6 +87,11 @@ def test_a_stop_token_ends_its_row_and_is_left_out(model, params, greedy):
     assert complete(model, params, PROMPTS, stop_ids=stops) == wanted
 
 
+def test_prompts_longer_than_a_piece_end_with_their_own_last_token(monkeypatch, model, params, greedy):
+    monkeypatch.setattr(decoding, '_PIECE', {'cpu': 2})
+    assert complete(model, params, PROMPTS) == greedy
+
+
 def test_a_row_ends_at_the_context(model, params):
     context = toy.CONFIG.max_seq_len
     prompts = [[3] * (context - 2), [3] * 4, [3] * (context - 1)]
@@ -301,13 +306,11 @@ def test_a_prompt_is_read_by_the_kernels_of_training(params):
     memory = {}
     for name, model in models.items():
         for is_empty in (True, False):
-            cache = KVCache.create(model.config, 2, 2 * length, jnp.float32).replace(is_empty=is_empty)
-            last, tokens, counts = (
-                np.zeros((2, 32), np.float32),
-                np.zeros((2, 512), np.int32),
-                np.ones(2, np.int32),
+            cache = KVCache.create(model.config, 2, 2 * length, jnp.float32)
+            tokens, counts = np.zeros((2, 512), np.int32), np.ones(2, np.int32)
+            program = decoding.extend.lower(
+                model, unstack(params), cache, None, counts, tokens, counts, is_first=is_empty
             )
-            program = decoding.read.lower(model, unstack(params), cache, last, tokens, counts)
             memory[name, is_empty] = program.compile().memory_analysis().temp_size_in_bytes
     scores = 2 * toy.CONFIG.num_heads * 512 * 512 * 4
     assert max(memory['auto', True], memory['auto', False]) < scores / 2 < scores < memory['reference', True]

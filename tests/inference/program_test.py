@@ -31,17 +31,12 @@ def compiled_steps(batch_size, dtype, kind=LlamaForCausalLM):
     config = dataclasses.replace(PRESET, num_layers=2, max_seq_len=ROOM)
     model = kind(config, dtype=dtype)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
-    cache = jax.eval_shape(functools.partial(decoding._empty_cache, model, batch_size, ROOM, False))
-    rows = np.zeros(batch_size, np.int32)
-    state = decoding.Decoding(
-        cache, rows, np.zeros((batch_size, 256), np.int32), rows, rows > 0, None, np.int32(0)
-    )
     settings = SamplerRows.create(
         [Sampler()] * batch_size, range(batch_size), [()] * batch_size, config.vocab_size
     )
-    lowered = decoding.decode.lower(
-        model, params if kind is Scanned else unstack(params), state, settings, rows, rows > 0, np.int32(4)
-    )
+    rows = jax.eval_shape(functools.partial(decoding.empty_rows, model, batch_size, ROOM, settings))
+    params = params if kind is Scanned else unstack(params)
+    lowered = decoding.decode.lower(model, params, rows, np.zeros(batch_size, bool), np.int32(4))
     return lowered.compile(compiler_options={'xla_backend_optimization_level': 3})
 
 

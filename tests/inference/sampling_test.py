@@ -129,9 +129,7 @@ def kept(x, temperature, top_k, top_p, min_p):
 
 
 def seen_of(prompts, completions, vocab_size):
-    width = max(map(len, prompts))
-    padded = jnp.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], jnp.int32)
-    seen = seen_in_prompts(padded, jnp.array([len(prompt) for prompt in prompts]), vocab_size)
+    seen = jnp.array(seen_in_prompts(prompts, vocab_size), jnp.int32)
     for column in jnp.array(completions, jnp.int32).T:
         seen = count_drawn(seen, column)
     return seen
