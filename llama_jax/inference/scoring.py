@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations of a context, many at a time on the mesh.
+"""Log-likelihoods of continuations of a context, and of each token of texts, many at a time on the mesh.
 
 Continuations of one context stand in one row: the context once, then each continuation at the positions behind it, in a
 segment of its own. Through 'shared_prefix' attention they see the context and not each other, so the choices of a
@@ -9,13 +9,15 @@ once, and only hidden states that predict a continuation's token meet the head.
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.inference.prompts import check_prompts
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.attention_shared_prefix import SHARED
 from llama_jax.ops.linear import einsum
@@ -25,6 +27,8 @@ from llama_jax.types import InputError, Params
 # Tokens of a context, and those whose probability is asked for.
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
+# Likely tokens that are told of a place: what OpenAI's service tells.
+MAX_CANDIDATES = 20
 # Rows are at least so wide, and this many of their columns at a time meet the head.
 _MIN_WIDTH, _HEAD_CHUNKS = 32, 8
 # A row takes continuations until it is this long, or 4 times its longest path where that is more (up to the second).
@@ -42,6 +46,36 @@ class Score:
 
     log_probability: float
     is_greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """What the model makes of one token in its place, in natural logarithms.
+
+    Attributes:
+      token: its id.
+      log_probability: by the model, before any setting; None for the first of a text, which nothing predicts.
+      filtered_log_probability: by the distribution that it was drawn from; None where it was given.
+      candidates: the most likely ones there and their log-probabilities by the model, most likely first; the token's
+        own, where it is among them, is the very number of `log_probability`.
+    """
+
+    token: int
+    log_probability: float | None = None
+    filtered_log_probability: float | None = None
+    candidates: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def create(
+        cls,
+        token: int,
+        log_probability: float,
+        candidates: Sequence[tuple[int, float]],
+        filtered_log_probability: float | None = None,
+    ) -> 'TokenScore':
+        """Of what programs found, whose sums may differ in their last bit."""
+        same = dict(candidates).get(token, log_probability)
+        return cls(token, same, filtered_log_probability, tuple(candidates))
 
 
 @dataclasses.dataclass
@@ -71,6 +105,13 @@ class _Row:
     def size(self) -> int:
         return max(self.num_tokens, self.num_targets)
 
+    def places(self) -> Iterator[tuple[int, slice]]:
+        """(index of a pair, where its targets are)."""
+        end = 0
+        for index, continuation in self.members:
+            start, end = end, end + len(continuation)
+            yield index, slice(start, end)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
@@ -81,6 +122,16 @@ class _Batch:
     segment_ids: Int[np.ndarray, 'B T']
     reads: Int[np.ndarray, 'B T']
     targets: Int[np.ndarray, 'B T']
+
+
+@flax.struct.dataclass
+class _Found:
+    """Of each target of a batch."""
+
+    log_probabilities: Float[Array, 'B T']
+    is_greedy: Bool[Array, 'B T']
+    candidates: Int[Array, 'B T n']
+    candidate_log_probabilities: Float[Array, 'B T n']
 
 
 def score(
@@ -119,16 +170,78 @@ def score(
         )
     # Where rows are split over devices, their kernel knows of no shared context: each pair has a row of its own.
     whole_rows = model.partitioner is None or model.partitioner.axis_size('length') == 1
-    rows = sorted(_rows(pairs, share=whole_rows), key=lambda row: -row.size)
+    for rows, found in _found(model, params, _rows(pairs, share=whole_rows), batch_tokens, 0):
+        for place, row in enumerate(rows):
+            for index, of in row.places():
+                log_probability = float(found.log_probabilities[place, of].sum(dtype=np.float64))
+                yield index, Score(log_probability, bool(found.is_greedy[place, of].all()))
+
+
+def score_tokens(
+    model: LlamaForCausalLM,
+    params: Params,
+    texts: Sequence[Sequence[int]],
+    *,
+    num_candidates: int = 0,
+    batch_tokens: int = 8192,
+) -> list[list[TokenScore]]:
+    """What the model makes of each token of each text, which is read once.
+
+    Args:
+      model: its partitioner, where it has one, places the batches.
+      params: its weights.
+      texts: token ids, each of at least one and of the model's context at most.
+      num_candidates: tokens that are most likely at each place, to be told too; at most `MAX_CANDIDATES`.
+      batch_tokens: see `score`.
+
+    Raises:
+      InputError: a text cannot be read, or a number is out of range.
+    """
+    check_candidates(num_candidates)
+    check_prompts(texts, model.config, new_tokens=0)
+    scores = [[TokenScore(int(text[0]))] for text in texts]
+    rows = []
+    for index, text in enumerate(texts):
+        if len(text) > 1:
+            rows.append(_Row(tuple(text[:1]), 1))
+            rows[-1].add(index, tuple(text[1:]))
+    width = min(MAX_CANDIDATES, model.config.vocab_size) if num_candidates else 0
+    for batch_rows, found in _found(model, params, rows, batch_tokens, width):
+        for place, row in enumerate(batch_rows):
+            for (index, of), (_, tokens) in zip(row.places(), row.members, strict=True):
+                log_probabilities = found.log_probabilities[place, of].tolist()
+                ids = found.candidates[place, of, :num_candidates].tolist()
+                values = found.candidate_log_probabilities[place, of, :num_candidates].tolist()
+                for token, value, *both in zip(tokens, log_probabilities, ids, values, strict=True):
+                    scores[index].append(TokenScore.create(int(token), value, list(zip(*both, strict=True))))
+    return scores
+
+
+def check_candidates(num_candidates: int) -> None:
+    """Refuses more candidates than programs look for.
+
+    Raises:
+      InputError: there are too many, or fewer than none.
+    """
+    if not 0 <= num_candidates <= MAX_CANDIDATES:
+        raise InputError(
+            f'candidates of a token are {num_candidates}; there may be from 0 (none) to {MAX_CANDIDATES}'
+        )
+
+
+def _found(
+    model: LlamaForCausalLM, params: Params, rows: Iterable[_Row], batch_tokens: int, num_candidates: int
+) -> Iterator[tuple[list[_Row], '_Found']]:
+    """Rows and what was found of them, long ones first; on the host."""
     # On the devices while the host prepares the next batch and reads the one before.
-    running: tuple[list[_Row], Array, Array] | None = None
-    for batch_rows, shape in _batches(rows, model, batch_tokens):
-        launched = (batch_rows, *_launch(model, params, batch_rows, shape))
+    running: tuple[list[_Row], _Found] | None = None
+    for batch_rows, shape in _batches(sorted(rows, key=lambda row: -row.size), model, batch_tokens):
+        launched = batch_rows, _launch(model, params, batch_rows, shape, num_candidates)
         if running:
-            yield from _collect(*running)
+            yield running[0], jax.device_get(running[1])
         running = launched
     if running:
-        yield from _collect(*running)
+        yield running[0], jax.device_get(running[1])
 
 
 def _rows(pairs: Sequence[Pair], share: bool) -> Iterator[_Row]:
@@ -175,8 +288,8 @@ def _rounded(size: int, multiple: int) -> int:
 
 
 def _launch(
-    model: LlamaForCausalLM, params: Params, rows: Sequence[_Row], shape: tuple[int, int]
-) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    model: LlamaForCausalLM, params: Params, rows: Sequence[_Row], shape: tuple[int, int], num_candidates: int
+) -> _Found:
     batch = _Batch(*(np.zeros(shape, np.int32) for _ in dataclasses.fields(_Batch)))
     shares = any(len(row.members) > 1 for row in rows)
     for place, row in enumerate(rows):
@@ -187,7 +300,7 @@ def _launch(
         sharding = model.partitioner.sharding(('batch', 'length'), shape, 'batch')
         arrays = [place_whole(array, sharding) for array in arrays]
     num_targets = max(row.num_targets for row in rows)
-    return _score(model, params, *arrays, np.int32(num_targets))
+    return _score(model, num_candidates, params, *arrays, np.int32(num_targets))
 
 
 def _fill(batch: _Batch, place: int, row: _Row, shares: bool) -> None:
@@ -208,9 +321,10 @@ def _fill(batch: _Batch, place: int, row: _Row, shares: bool) -> None:
         target += len(continuation)
 
 
-@functools.partial(jax.jit, static_argnames=('model',))
+@functools.partial(jax.jit, static_argnames=('model', 'num_candidates'))
 def _score(
     model: LlamaForCausalLM,
+    num_candidates: int,
     params: Params,
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'],
@@ -218,8 +332,8 @@ def _score(
     reads: Int[Array, 'B T'],
     targets: Int[Array, 'B T'],
     num_targets: Int[Array, ''],
-) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """Log-probability of each target, and whether it is the most likely token; `num_targets` a row at most."""
+) -> _Found:
+    """Log-probability of each target, whether it is the most likely token, and those; `num_targets` a row at most."""
     hidden, _ = model.apply({'params': params}, tokens, positions, segment_ids, method='hidden')
     hidden = jnp.take_along_axis(hidden, reads[:, :, None], axis=1)
     head = head_weight(params)
@@ -232,28 +346,26 @@ def _score(
         logits = einsum('btd,vd->btv', at(hidden), head, jnp.float32)
         target = at(targets)
         target_logits = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
-        values = (
-            target_logits - jax.nn.logsumexp(logits, axis=-1),
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        best, tokens = jax.lax.top_k(logits, num_candidates)
+        values = _Found(
+            target_logits - normalizer,
             jnp.argmax(logits, axis=-1).astype(target.dtype) == target,
+            tokens,
+            best - normalizer[:, :, None],
         )
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(array, value, index * size, axis=1)
-            for array, value in zip(found, values, strict=True)
-        )
+
+        def put(array, value):
+            return jax.lax.dynamic_update_slice_in_dim(array, value, index * size, axis=1)
+
+        return jax.tree.map(put, found, values)
 
     # As many chunks as have targets: a number that the program reads, so that it serves all batches of its shape.
-    start = (jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool))
+    each, several = tokens.shape, (*tokens.shape, num_candidates)
+    start = _Found(
+        *map(jnp.zeros, (each, each, several, several), (jnp.float32, bool, jnp.int32, jnp.float32))
+    )
     found = jax.lax.fori_loop(0, (num_targets + size - 1) // size, chunk, start)
     if model.partitioner is not None:  # so that every process can read all of them
-        found = tuple(jax.lax.with_sharding_constraint(x, model.partitioner.sharding()) for x in found)
+        found = jax.lax.with_sharding_constraint(found, model.partitioner.sharding())
     return found
-
-
-def _collect(rows: Sequence[_Row], log_probs: Array, greedy: Array) -> Iterator[tuple[int, Score]]:
-    host_log_probs, host_greedy = jax.device_get((log_probs, greedy))
-    for place, row in enumerate(rows):
-        end = 0
-        for index, continuation in row.members:
-            start, end = end, end + len(continuation)
-            log_probability = float(host_log_probs[place, start:end].sum(dtype=np.float64))
-            yield index, Score(log_probability, bool(host_greedy[place, start:end].all()))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama_jax.inference import scoring
-from llama_jax.inference.scoring import score
+from llama_jax.inference.scoring import TokenScore, score, score_tokens
 from llama_jax.models.llama import param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import InputError
@@ -123,3 +123,46 @@ def test_choices_share_the_context_of_their_question():
 def test_what_cannot_be_scored_is_refused_in_one_line(model, params, pairs, batch_tokens, words):
     with pytest.raises(InputError, match=words):
         list(score(model, params, pairs, batch_tokens=batch_tokens))
+
+
+def test_each_token_of_a_text_is_scored_beside_the_likeliest(model, params):
+    rng = np.random.default_rng(3)
+    texts = [tuple(rng.integers(3, 64, size=n).tolist()) for n in (1, 2, 40, 33, 7, 64)]
+    read = jax.jit(lambda params, tokens: jax.nn.log_softmax(model.apply({'params': params}, tokens)[0]))
+    padded = np.array([[*text, *[0] * (64 - len(text))] for text in texts], np.int32)
+    wanted = np.asarray(read(params, padded))
+    found = score_tokens(model, params, texts, num_candidates=5)
+    for text, scores, log_probabilities in zip(texts, found, wanted, strict=True):
+        assert [each.token for each in scores] == list(text)
+        assert scores[0] == TokenScore(text[0])  # nothing predicts it
+        for each, by_token in zip(scores[1:], log_probabilities, strict=False):
+            assert each.log_probability == pytest.approx(by_token[each.token], abs=1e-5)  # fp32, of up to 10
+            ids, values = zip(*each.candidates, strict=True)
+            assert list(ids) == np.argsort(-by_token, kind='stable')[:5].tolist()
+            np.testing.assert_allclose(values, by_token[list(ids)], atol=1e-5)
+            # What lm-evaluation-harness compares: one number in both places.
+            assert dict(each.candidates).get(each.token, each.log_probability) == each.log_probability
+    assert score_tokens(model, params, []) == []
+
+
+def test_no_candidate_differs_from_its_token_by_a_last_bit():
+    near = -1.5, float(np.nextafter(np.float32(-1.5), np.float32(0)))
+    assert TokenScore.create(7, near[0], [(3, -0.1), (7, near[1])]).log_probability == near[1]
+    assert TokenScore.create(8, near[0], [(3, -0.1), (7, near[1])], -1.0) == TokenScore(
+        8, near[0], -1.0, ((3, -0.1), (7, near[1]))
+    )
+
+
+@pytest.mark.parametrize(
+    ('texts', 'num_candidates', 'words'),
+    [
+        ([(1,)], 21, r'candidates of a token are 21; there may be from 0 \(none\) to 20'),
+        ([(1,)], -1, 'candidates of a token are -1'),
+        ([(1,), ()], 1, 'prompt 1 has no token'),
+        ([(1,) * 65], 1, 'prompt 0 has 65 tokens; the model reads 64, so shorten it to at most 64'),
+    ],
+)
+def test_texts_that_cannot_be_scored_are_refused_in_one_line(model, params, texts, num_candidates, words):
+    with pytest.raises(InputError, match=words) as error:
+        score_tokens(model, params, texts, num_candidates=num_candidates)
+    assert '\n' not in str(error.value)
