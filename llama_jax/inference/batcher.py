@@ -17,6 +17,8 @@ from typing import Literal
 from llama_jax.inference.prefix_cache import Block, PrefixCache
 from llama_jax.types import InputError
 
+Reason = Literal['stop', 'length', 'cancelled']
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -42,13 +44,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What a dispatch may give to a request.
-
-    Attributes:
-      slot: of its row.
-      request: that has the slot; whoever has it later has no part in this.
-      steps: new tokens at most; it gets them unless it ends.
-    """
+    """New tokens that a dispatch gives to the request that has a slot when it is planned, unless the row ends."""
 
     slot: int
     request: Request
@@ -57,26 +53,26 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Extend:
-    """A piece of a prompt is read into a slot, behind the first `begin` tokens; those behind them are forgotten.
+    """A piece of a prompt is read into a slot.
 
     Attributes:
       slot: to read into.
       request: of the prompt.
-      begin: tokens of it that stand before the piece, cached ones included.
-      end: where the piece ends.
-      width: tokens that the program reads; those from `end` on are padding.
-      blocks: cached beginning of the prompt, `begin` tokens, to put into the slot first; of a first piece alone.
-      room: as `Decode`.
-      num_rows: as `Decode`.
+      blocks: cached beginning of the prompt, to put into the slot first; of a first piece alone.
+      begin: tokens of the prompt before the piece, those of the blocks included; what else the slot holds is forgotten.
+      end: of the piece.
+      width: tokens that the program reads; those behind `end` are padding.
+      room: see `Decode`.
+      num_rows: see `Decode`.
       shares: the last piece of a prompt gives its first new token.
     """
 
     slot: int
     request: Request
+    blocks: tuple[Block, ...]
     begin: int
     end: int
     width: int
-    blocks: tuple[Block, ...]
     room: int
     num_rows: int
     shares: tuple[Share, ...]
@@ -85,11 +81,6 @@ class Extend:
     def tokens(self) -> Sequence[int]:
         """Of the piece, without padding."""
         return self.request.tokens[self.begin : self.end]
-
-    @property
-    def is_last(self) -> bool:
-        """Of its prompt."""
-        return self.end == len(self.request.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +91,8 @@ class Decode:
       steps: of the program; a row with a smaller share ends in it.
       room: tokens that the cache must have room for in each row: the power of two that covers all that rows with a
         request hold when this is done, and the next piece of one that is being read.
-      num_rows: rows that the cache may have then; the slots in use are among the first of them.
-      shares: of the rows that run, by slot.
+      num_rows: rows that memory holds with that room; the slots in use are among the first of them.
+      shares: of the rows that run.
     """
 
     steps: int
@@ -110,24 +101,21 @@ class Decode:
     shares: tuple[Share, ...]
 
 
-Dispatch = Extend | Decode
-
-
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A request that is over.
+    """A request that is over: it met what ends a text, has all its tokens, or was cancelled.
 
     Attributes:
       request: which.
-      reason: it met what ends a text, has all its tokens, or was cancelled.
+      reason: why.
       num_tokens: new ones that were absorbed.
       cached_tokens: of its prompt that were not read again.
     """
 
     request: Request
-    reason: Literal['stop', 'length', 'cancelled']
-    num_tokens: int
-    cached_tokens: int
+    reason: Reason
+    num_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass
@@ -138,7 +126,7 @@ class _Row:
       request: whose row it is.
       blocks: cached beginning of its prompt, kept until all is read.
       cached: tokens in them.
-      read: tokens of the prompt that are read, by what is planned.
+      read: tokens of the prompt that are read when all that is planned is done.
       given: new tokens absorbed.
       planned: new tokens at most that are planned and not absorbed.
     """
@@ -151,13 +139,13 @@ class _Row:
     planned: int = 0
 
     @property
-    def remaining(self) -> int:
-        """New tokens at most that are still to be planned."""
-        return self.request.max_new_tokens - self.given - self.planned
+    def unread(self) -> int:
+        return len(self.request.tokens) - self.read
 
     @property
-    def is_reading(self) -> bool:
-        return self.read < len(self.request.tokens)
+    def remaining(self) -> int:
+        """New tokens at most that can be planned."""
+        return 0 if self.unread else self.request.max_new_tokens - self.given - self.planned
 
 
 class Batcher:
@@ -179,10 +167,10 @@ class Batcher:
         Args:
           num_slots: rows that are decoded together, at most.
           context: tokens that a row may have.
-          budget_tokens: that memory holds, of all rows together: (rows in use) x (the longest one's room).
+          budget_tokens: that memory holds, of all rows together: each takes the room of the longest.
           grid: tokens of a piece, a power of two; also the least room.
-          widths: that the last piece of a prompt may have; it gets the least that covers it. `grid` is always one.
-          steps: of a dispatch at most, (while nothing waits, while something does).
+          widths: that the last piece of a prompt may have besides `grid`; it gets the least that covers it.
+          steps: of a dispatch at most: while nothing waits, while something does.
           prefix_cache: of blocks of `grid` tokens.
 
         Raises:
@@ -192,14 +180,13 @@ class Batcher:
         assert prefix_cache is None or prefix_cache.block_tokens == grid
         if budget_tokens < grid:
             raise InputError(
-                f'memory holds {budget_tokens} tokens; {grid} are the least that one row takes, so give it more'
+                f'memory holds {budget_tokens} tokens; a row takes {grid} at least, so give it more'
             )
         self.num_slots, self.context, self.budget_tokens = num_slots, context, budget_tokens
-        self.grid, self.widths = grid, tuple(sorted({*widths, grid}))
-        self.steps_alone, self.steps_before_others = steps
+        self.grid, self.widths, self.steps = grid, tuple(sorted({*widths, grid})), steps
         self.prefix_cache = prefix_cache
         self._waiting: dict[str, deque[Request]] = {}  # by key, in the order of their turns
-        self._rows: list[_Row | None] = [None] * num_slots
+        self._rows: dict[int, _Row] = {}  # by slot
         self._read_last = False
 
     def submit(self, request: Request) -> None:
@@ -208,31 +195,30 @@ class Batcher:
         Raises:
           InputError: memory would not hold it even alone.
         """
-        assert request.tokens and request.max_new_tokens > 0 and request.reach <= self.context
+        assert len(request.tokens) and request.max_new_tokens > 0 and request.reach <= self.context
         if (room := self._room_of(request.reach)) > self.budget_tokens:
             raise InputError(
                 f'a prompt of {len(request.tokens)} tokens with up to {request.max_new_tokens} new ones takes room '
                 f'for {room}; memory holds {self.budget_tokens}, so shorten it or ask for fewer'
             )
-        request = dataclasses.replace(request)  # an object of its own, which `absorb` knows it by
-        self._waiting.setdefault(request.key, deque()).append(request)
+        # A copy, as `absorb` knows requests by their objects: the same may be submitted again.
+        self._waiting.setdefault(request.key, deque()).append(dataclasses.replace(request))
 
     def cancel(self, id: Hashable) -> Ended | None:
-        """Ends a request, if it has not ended; its slot is free from the next dispatch on."""
-        for slot, row in enumerate(self._rows):
-            if row is not None and row.request.id == id:
-                return self._end(slot, row, 'cancelled')
+        """Ends a request, unless it has ended; its slot is free for the next dispatch."""
+        for slot, row in self._rows.items():
+            if row.request.id == id:
+                return self._end(slot, 'cancelled')
         for queue in self._waiting.values():
             for request in queue:
                 if request.id == id:
-                    queue.remove(request)
-                    self._drop_empty(request.key)
-                    return Ended(request, 'cancelled', 0, 0)
+                    self._take(request)
+                    return Ended(request, 'cancelled')
         return None
 
-    def plan(self) -> Dispatch | None:
-        """What the devices do next; None where all that is left to know is in dispatches not yet absorbed."""
-        runs = any(row.remaining > 0 for _, row in self._held() if not row.is_reading)
+    def plan(self) -> Extend | Decode | None:
+        """What the devices do next; None where that takes what is not absorbed yet, or another request."""
+        runs = any(row.remaining for row in self._rows.values())
         if not (runs and self._read_last) and (slot := self._slot_to_read()) is not None:
             self._read_last = True
             return self._extend(slot)
@@ -241,125 +227,103 @@ class Batcher:
 
     def absorb(
         self,
-        dispatch: Dispatch,
+        dispatch: Extend | Decode,
         counts: Mapping[int, int] | Sequence[int],
         stopped: Mapping[int, bool] | Sequence[bool],
     ) -> list[Ended]:
-        """Hears what came of a dispatch, in the order of planning.
+        """Hears what came of a dispatch, in the order of planning; says which requests have ended by it.
 
         Args:
           dispatch: as planned.
           counts: new tokens of each slot that has a share.
           stopped: whether each such slot met what ends a text, in the last of them.
-
-        Returns:
-          What has ended by it.
         """
         ended = []
         for share in dispatch.shares:
-            row = self._rows[share.slot]
+            slot, row = share.slot, self._rows.get(share.slot)
             if row is None or row.request is not share.request:
                 continue  # cancelled, or ended in a dispatch before
-            assert 0 <= counts[share.slot] <= share.steps
+            assert 0 <= counts[slot] <= share.steps
             row.planned -= share.steps
-            row.given += int(counts[share.slot])
+            row.given += int(counts[slot])
             if isinstance(dispatch, Extend):
                 self._give_back(row)
-            if stopped[share.slot]:
-                ended.append(self._end(share.slot, row, 'stop'))
-            elif row.given == row.request.max_new_tokens:
-                ended.append(self._end(share.slot, row, 'length'))
+            if stopped[slot] or row.given == row.request.max_new_tokens:
+                ended.append(self._end(slot, 'stop' if stopped[slot] else 'length'))
         return ended
 
     def rooms(self) -> dict[int, int]:
-        """{room: rows that the cache may have}, of all programs that there can be."""
+        """{room: rows that memory holds with it}, of all shapes that the cache can have."""
         largest = min(self._room_of(self.context), 1 << (self.budget_tokens.bit_length() - 1))
         rooms = [1 << power for power in range(self.grid.bit_length() - 1, largest.bit_length())]
         return {room: self._num_rows(room) for room in rooms}
 
     def memory_plan(self, token_bytes: int) -> str:
-        """One line on what is held where, to be logged.
-
-        Args:
-          token_bytes: of keys and values of one token, in all layers.
-        """
-        longest: dict[int, int] = {}  # room of each number of rows
-        for room, num_rows in self.rooms().items():
-            longest[num_rows] = min(room, self.context)
-        cache = max(room * num_rows for room, num_rows in self.rooms().items())
+        """One line on what is held where, for the log; a token's keys and values take so many bytes in all layers."""
+        most = max(room * num_rows for room, num_rows in self.rooms().items()) * token_bytes
+        longest = {num_rows: min(room, self.context) for room, num_rows in self.rooms().items()}
         rows = ', '.join(f'{num_rows} of up to {room:,} tokens' for num_rows, room in longest.items())
-        line = f'rows: {rows}; at most {cache:,} tokens, {cache * token_bytes / 2**30:.2f} GiB'
-        if (prefixes := self.prefix_cache) is None:
-            return line
-        return (
-            f'{line}; beginnings of prompts: {prefixes.max_device_bytes / 2**30:.2f} GiB on the devices, '
-            f'{prefixes.max_host_bytes / 2**30:.2f} GiB on the host, in blocks of {self.grid} tokens'
-        )
-
-    def _held(self) -> list[tuple[int, _Row]]:
-        return [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
+        line = f'rows: {rows}; {most / 2**30:.2f} GiB at most'
+        return f'{line}; {self.prefix_cache.memory_plan()}' if self.prefix_cache else line
 
     def _slot_to_read(self) -> int | None:
         """Of the prompt that is being read, else of the next one, if there is room for it."""
-        reading = next((slot for slot, row in self._held() if row.is_reading), None)
-        return self._admit() if reading is None else reading
+        reading = [slot for slot, row in self._rows.items() if row.unread]
+        return reading[0] if reading else self._admit()
 
     def _admit(self) -> int | None:
         """Gives the next request a slot. Where it must wait for memory nobody overtakes it, lest it wait for ever."""
-        if not self._waiting or None not in self._rows:
+        slot = next((slot for slot in range(self.num_slots) if slot not in self._rows), None)
+        if slot is None or not self._waiting:
             return None
-        key, queue = next(iter(self._waiting.items()))
-        request, slot = queue[0], self._rows.index(None)
-        slots, reaches = [slot], [request.reach]
-        for taken, row in self._held():
-            slots.append(taken)
-            reaches.append(row.request.reach)
-        if max(slots) >= self._num_rows(self._room_of(max(reaches))):
+        request = next(iter(self._waiting.values()))[0]
+        longest = max(request.reach, *(row.request.reach for row in self._rows.values()), 0)
+        if max(slot, *self._rows, 0) >= self._num_rows(self._room_of(longest)):
             return None
-        queue.popleft()
-        self._waiting[key] = self._waiting.pop(key)  # behind the others
-        self._drop_empty(key)
-        blocks = [] if self.prefix_cache is None else self.prefix_cache.match(request.tokens)
+        self._take(request)
+        if request.key in self._waiting:
+            self._waiting[request.key] = self._waiting.pop(request.key)  # behind the others
+        blocks = self.prefix_cache.match(request.tokens) if self.prefix_cache else []
         cached = len(blocks) * self.grid
         self._rows[slot] = _Row(request, blocks, cached, cached)
         return slot
 
-    def _drop_empty(self, key: str) -> None:
-        if not self._waiting[key]:
-            del self._waiting[key]
+    def _take(self, request: Request) -> None:
+        """Out of those that wait."""
+        queue = self._waiting[request.key]
+        queue.remove(request)
+        if not queue:
+            del self._waiting[request.key]
 
     def _extend(self, slot: int) -> Extend:
         row = self._rows[slot]
-        assert row is not None
-        begin, width = self._next_piece(row)
-        row.read = end = min(begin + width, len(row.request.tokens))
-        row.planned = int(not row.is_reading)
-        shares = (Share(slot, row.request, 1),) if row.planned else ()
+        begin, width = row.read, self._next_width(row)
+        row.read += min(width, row.unread)
+        row.planned = int(not row.unread)
+        shares = (Share(slot, row.request, 1),) * row.planned
         blocks = tuple(row.blocks) if begin == row.cached else ()
-        return Extend(slot, row.request, begin, end, width, blocks, *self._shape(), shares)
+        return Extend(slot, row.request, blocks, begin, row.read, width, *self._shape(), shares)
 
-    def _next_piece(self, row: _Row) -> tuple[int, int]:
-        """Where it begins, and its width."""
-        left = len(row.request.tokens) - row.read
-        return row.read, next((width for width in self.widths if width >= left), self.grid)
+    def _next_width(self, row: _Row) -> int:
+        return next((width for width in self.widths if width >= row.unread), self.grid)
 
     def _decode(self) -> Decode:
-        is_alone = not self._waiting and not any(row.is_reading for _, row in self._held())
-        most = self.steps_alone if is_alone else self.steps_before_others
-        running = [(slot, row) for slot, row in self._held() if not row.is_reading and row.remaining > 0]
-        shares = tuple(Share(slot, row.request, min(most, row.remaining)) for slot, row in running)
-        for share, (_, row) in zip(shares, running, strict=True):
-            row.planned += share.steps
-        return Decode(max(share.steps for share in shares), *self._shape(), shares)
+        others_wait = bool(self._waiting) or any(row.unread for row in self._rows.values())
+        shares = []
+        for slot, row in self._rows.items():
+            if steps := min(row.remaining, self.steps[others_wait]):
+                shares.append(Share(slot, row.request, steps))
+                row.planned += steps
+        return Decode(max(share.steps for share in shares), *self._shape(), tuple(shares))
 
     def _shape(self) -> tuple[int, int]:
         """The cache's room and rows for all that is planned."""
-        room = self._room_of(max(map(self._extent, self._held())))
+        held = [
+            row.read + (self._next_width(row) if row.unread else row.given + row.planned)
+            for row in self._rows.values()
+        ]
+        room = self._room_of(max(held))
         return room, self._num_rows(room)
-
-    def _extent(self, held: tuple[int, _Row]) -> int:
-        _, row = held
-        return sum(self._next_piece(row)) if row.is_reading else row.read + row.given + row.planned
 
     def _room_of(self, tokens: int) -> int:
         return max(self.grid, 1 << (tokens - 1).bit_length())
@@ -367,12 +331,12 @@ class Batcher:
     def _num_rows(self, room: int) -> int:
         return min(self.num_slots, self.budget_tokens // room)
 
-    def _end(self, slot: int, row: _Row, reason: Literal['stop', 'length', 'cancelled']) -> Ended:
+    def _end(self, slot: int, reason: Reason) -> Ended:
+        row = self._rows.pop(slot)
         self._give_back(row)
-        self._rows[slot] = None
         return Ended(row.request, reason, row.given, row.cached)
 
     def _give_back(self, row: _Row) -> None:
-        if self.prefix_cache is not None:
+        if self.prefix_cache:
             self.prefix_cache.release(row.blocks)
         row.blocks = []

@@ -58,24 +58,17 @@ class PrefixCache:
           to_host: moves a payload down.
           to_device: moves it up.
         """
-        self.block_tokens = block_tokens
-        self.block_bytes = block_bytes
-        self.max_device_bytes, self.max_host_bytes = device_bytes, host_bytes
+        self.block_tokens, self.block_bytes = block_tokens, block_bytes
         self._device_room, self._host_room = device_bytes // block_bytes, host_bytes // block_bytes
         self._to_host, self._to_device = to_host, to_device
         self._first = Block((), None)
         self._on_device: OrderedDict[Block, None] = OrderedDict()
         self._on_host: OrderedDict[Block, None] = OrderedDict()
 
-    @property
-    def device_bytes(self) -> int:
-        """That are taken on the devices."""
-        return len(self._on_device) * self.block_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """That are taken on the host."""
-        return len(self._on_host) * self.block_bytes
+    def memory_plan(self) -> str:
+        """What the blocks may take, for the log."""
+        device, host = (room * self.block_bytes / 2**30 for room in (self._device_room, self._host_room))
+        return f'beginnings of prompts: {device:.2f} GiB on the devices, {host:.2f} GiB on the host'
 
     def match(self, tokens: Sequence[int]) -> list[Block]:
         """The longest known beginning of a prompt that leaves a token to read; all of it is on the devices then.

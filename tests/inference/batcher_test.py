@@ -159,9 +159,9 @@ class Trace:
         assert piece.width == min(width for width in {*self.batcher.widths} if width >= min(left, GRID))
         assert begin + piece.width <= piece.room
         row.tokens += piece.tokens
-        row.runs = piece.is_last
-        assert piece.is_last == (row.tokens == request.tokens) == bool(piece.shares)
-        if piece.is_last and self.prefixes:
+        row.runs = bool(piece.shares)
+        assert row.runs == (row.tokens == request.tokens)
+        if row.runs and self.prefixes:
             whole = zip(*[iter(request.tokens)] * GRID, strict=False)
             self.prefixes.insert(request.tokens, list(whole))
 
@@ -218,7 +218,7 @@ def admissions(batcher, number):
     found = []
     while len(found) < number:
         dispatch = batcher.plan()
-        assert isinstance(dispatch, Extend) and dispatch.is_last
+        assert isinstance(dispatch, Extend) and len(dispatch.shares) == 1
         found.append(dispatch.request)
         assert [
             ended.reason for ended in batcher.absorb(dispatch, {dispatch.slot: 1}, {dispatch.slot: True})
@@ -263,7 +263,7 @@ def test_a_row_that_memory_never_holds_is_refused():
         InputError, match='a prompt of 30 tokens with up to 3 new ones takes room for 64; memory holds 63'
     ):
         make_batcher(budget_tokens=63).submit(Request(0, [1] * 30, 3))
-    with pytest.raises(InputError, match='memory holds 7 tokens; 8 are the least'):
+    with pytest.raises(InputError, match='memory holds 7 tokens; a row takes 8 at least'):
         make_batcher(budget_tokens=7)
 
 
@@ -271,8 +271,8 @@ def test_the_memory_plan_is_one_line():
     prefixes = PrefixCache(8, 1 << 20, 1 << 30, 1 << 31, to_host=id, to_device=id)
     line = make_batcher(budget_tokens=150, prefix_cache=prefixes).memory_plan(token_bytes=1 << 20)
     assert line == (
-        'rows: 4 of up to 32 tokens, 2 of up to 64 tokens; at most 128 tokens, 0.12 GiB; '
-        'beginnings of prompts: 1.00 GiB on the devices, 2.00 GiB on the host, in blocks of 8 tokens'
+        'rows: 4 of up to 32 tokens, 2 of up to 64 tokens; 0.12 GiB at most; '
+        'beginnings of prompts: 1.00 GiB on the devices, 2.00 GiB on the host'
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from llama_jax.inference.prefix_cache import PrefixCache
 
 BLOCK = 2  # tokens
-BYTES = 10  # of a block
+BYTES = 10  # of a block; budgets have some more than they can use
 
 
 @dataclasses.dataclass
@@ -123,13 +123,9 @@ def test_blocks_are_those_of_a_dictionary_of_all_beginnings(device_room, host_ro
                 cache.release(blocks)
                 reference.release(want)
         held = blocks_of(cache)
-        for is_on_device, name, room, size in (
-            (True, 'device', device_room, cache.device_bytes),
-            (False, 'host', host_room, cache.host_bytes),
-        ):
+        for is_on_device, name, room in ((True, 'device', device_room), (False, 'host', host_room)):
             there = {prefix for prefix, block in held.items() if block.payload == (name, prefix)}
-            assert there == reference.places(is_on_device)
-            assert size == len(there) * BYTES <= room * BYTES
+            assert there == reference.places(is_on_device) and len(there) <= room
         assert len(held) == len(reference.entries)
         assert {p: b.users for p, b in held.items()} == {p: e.users for p, e in reference.entries.items()}
     assert matched > 30 or not device_room  # else nothing was shown
