@@ -161,8 +161,6 @@ FAULTS: tuple[Fault, ...] = (
          '(top_k < size, _keep_top_k, top_k)', '(top_p < 1, _keep_top_p, top_p), (top_k < size, _keep_top_k, top_k)'),
         ('presence counts the prompt', 'inference/generate_test.py::test_penalties_see_the_prompt_and_what_was_drawn',
          '(drawn > 0)', '(seen > 0)'),
-        ('padding counts as the prompt', 'inference/sampling_test.py::test_the_prompt_is_seen_without_its_padding',
-         'jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, _NO_TOKEN)', 'tokens'),
         ('stop tokens wait one token too long', 'inference/sampling_test.py::test_stop_tokens_are_of_each_row_and_wait',
          'step < asked.min_new_tokens', 'step <= asked.min_new_tokens')),
     *faults_in('llama_jax/inference/detokenizer.py',
