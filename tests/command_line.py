@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -28,13 +28,16 @@ import gc, json, os, runpy, sys
 import experiments.training, llama_jax.eval.tasks, llama_jax.export, llama_jax.preflight.compile
 import llama_jax.train.validation, matplotlib.pyplot, tensorboardX
 from array_record.python import array_record_module
-from tests.command_line import add_nano
+from tests.command_line import add_nano, end, keep_small_programs
 add_nano()
+keep_small_programs()
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)
+ended = set()
 for line in sys.stdin:
     pids = []
-    for request in json.loads(line):
+    requests = json.loads(line)
+    for request in requests:
         pids.append(os.fork())
         if not pids[-1]:
             for descriptor, file in enumerate((os.devnull, request['stdout'], request['stderr'])):
@@ -42,11 +45,45 @@ for line in sys.stdin:
             os.environ.update(request['environment'])
             sys.argv = request['argv']
             exec(request['before'], {})
-            runpy.run_module(f'experiments.{sys.argv[0]}', run_name='__main__', alter_sys=True)
-            sys.exit()
+            try:
+                runpy.run_module(f'experiments.{sys.argv[0]}', run_name='__main__', alter_sys=True)
+                sys.exit()
+            except SystemExit as leaving:
+                if (request['argv'][0], leaving.code or 0) in ended:
+                    end(leaving.code or 0)
+                raise
     print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    ended.update((request['argv'][0], status) for request, status in zip(requests, statuses))
+    print(json.dumps(statuses), flush=True)
 """
+
+
+def keep_small_programs() -> None:
+    """Has commands keep programs that compile in less than half a second: the next run of the same is a test's too."""
+    import jax
+
+    from llama_jax import runtime
+
+    enable = runtime.enable_compilation_cache
+
+    def enable_and_keep(directory: str = '') -> None:
+        enable(directory)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+
+    runtime.enable_compilation_cache = enable_and_keep
+
+
+def end(status: int) -> NoReturn:
+    """Ends as Python does, but for taking down its modules and those of C++, which lasts longer than most refusals.
+
+    That is seen once a command and status.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @dataclasses.dataclass
