@@ -3,7 +3,7 @@
     python -m experiments.preflight --config=configs/pretrain.py:llama2_70b --topology=v5p:4x4x8 [--json=FILE]
 
 Compiles the very step that `experiments.pretrain` would run with the same --config keys. Where it does not fit, tries
-changes that leave what is learnt as it is, and names those that help.
+changes that leave what is learnt as it is, and names those that help. With --decode_batch, a step of generation too.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
-from llama_jax.preflight.decode import decode_arguments, decode_step
+from llama_jax.preflight.decode import bytes_to_read, decode_arguments, decode_step
 from llama_jax.preflight.report import (
     Work,
     describe,
@@ -37,6 +37,7 @@ from llama_jax.preflight.report import (
     step_report,
 )
 from llama_jax.preflight.topology import Topology
+from llama_jax.quantize.forms import DTYPES
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.throughput import training_flops_per_token
 from llama_jax.types import InputError
@@ -53,6 +54,10 @@ _XLA_OPTIONS = launch.define_xla_options()
 _DECODE_BATCH = flags.DEFINE_integer(
     'decode_batch', 0, 'rows of a decode step to compile too; 0: none', lower_bound=0
 )
+_DECODE_WEIGHTS = flags.DEFINE_enum(
+    'decode_weights', 'auto', ['auto', *DTYPES], "of the decode step; auto: the computation's type"
+)
+_TRAIN = flags.DEFINE_boolean('train', True, 'compile the train step; --notrain: the decode step alone')
 _MAX_TRIES = flags.DEFINE_integer(
     'max_tries', 6, 'compilations in search of what fits; 0: none', lower_bound=0
 )
@@ -71,8 +76,12 @@ def main() -> None:
     settings.check_settings(config)
     llama = settings.fit_vocabulary(config, settings.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
-    decoder = make_decoder(config, llama, devices, _DECODE_BATCH.value) if _DECODE_BATCH.value else None
-    compiled, work, partitioner = compile_training(config, llama, devices, _XLA_OPTIONS.value)
+    decoder = None
+    if _DECODE_BATCH.value:
+        decoder = make_decoder(config, llama, devices, _DECODE_BATCH.value, _DECODE_WEIGHTS.value)
+    elif _DECODE_WEIGHTS.value != 'auto' or not _TRAIN.value:
+        raise InputError('--decode_weights and --notrain are about a decode step: add --decode_batch=ROWS')
+    partitioner = settings.make_partitioner(config, devices)
     report = {
         'model': config.model.preset,
         'topology': str(topology),
@@ -82,24 +91,29 @@ def main() -> None:
         'mesh': dict(partitioner.mesh.shape),
         'settings': settings_of(config),
         'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')},
-        'train': step_report(compiled, work, topology, ahead.places(partitioner.mesh)),
     }
     title = f'{config.model.preset} on {topology}'
-    print(
-        describe(f'{title}, train step of {settings_line(report["settings"])}', report['train']), flush=True
-    )
-    if not compiled.fits and _MAX_TRIES.value:
-        report['search'] = search(
-            config, llama, devices, compiled, work, partitioner, _XLA_OPTIONS.value, _MAX_TRIES.value
-        )
+    if _TRAIN.value:
+        compiled, work, partitioner = compile_training(config, llama, devices, _XLA_OPTIONS.value)
+        report['train'] = step_report(compiled, work, topology, ahead.places(partitioner.mesh))
+        line = settings_line(report['settings'])
+        print(describe(f'{title}, train step of {line}', report['train']), flush=True)
+        if not compiled.fits and _MAX_TRIES.value:
+            report['search'] = search(
+                config, llama, devices, compiled, work, partitioner, _XLA_OPTIONS.value, _MAX_TRIES.value
+            )
     if decoder:
         assert decoder[0].partitioner is not None
         mesh = decoder[0].partitioner.mesh
         report['decode'] = step_report(
             *compile_decode(*decoder, _XLA_OPTIONS.value), topology, ahead.places(mesh)
         )
-        report['decode']['mesh'] = dict(mesh.shape)
+        report['decode'] |= {
+            'mesh': dict(mesh.shape), 'rows': _DECODE_BATCH.value, 'weights': _DECODE_WEIGHTS.value,
+        }  # fmt: skip
         rows = f'{_DECODE_BATCH.value} rows'
+        if _DECODE_WEIGHTS.value != 'auto':
+            rows += f', {_DECODE_WEIGHTS.value} weights'
         if mesh.shape != partitioner.mesh.shape:
             rows += f' on a mesh of fsdp={mesh.shape["fsdp"]}, context=1'
         print(describe(f'{title}, decode step of {rows}', report['decode']))
@@ -138,7 +152,7 @@ def compile_training(
 
 
 def make_decoder(
-    config: ConfigDict, llama: LlamaConfig, devices: list[Any], rows: int
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any], rows: int, weights: str
 ) -> tuple[LlamaForCausalLM, tuple[Any, ...]]:
     """A model and the arguments of its `decode_step`: so many rows, a cache of data.seq_len tokens.
 
@@ -153,7 +167,8 @@ def make_decoder(
             f'--decode_batch={rows} does not divide over {parts} devices; make it a multiple of {parts}'
         )
     model = settings.make_model(config, llama, partitioner)
-    return model, decode_arguments(model, rows, config.data.seq_len)
+    length = config.data.seq_len
+    return model, decode_arguments(model, rows, length, None if weights == 'auto' else weights)
 
 
 def compile_decode(
@@ -168,7 +183,11 @@ def compile_decode(
     rows, length = tokens.shape[0], cache.max_len
     causal, full = (flops / 3 * rows for flops in training_flops_per_token(model.config, length))
     return compiled, Work(
-        rows, (causal, full), device_bytes(params), kv_cache=device_bytes((cache.keys, cache.values))
+        rows,
+        (causal, full),
+        device_bytes(params),
+        kv_cache=device_bytes((cache.keys, cache.values)),
+        must_read=bytes_to_read(params, cache),
     )
 
 

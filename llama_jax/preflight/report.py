@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.chips import GIB
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
@@ -28,6 +29,7 @@ class Work:
       optimizer: bytes of the optimiser's state on one device.
       gradients: bytes of the gradients on one device; 0 where there are none.
       kv_cache: bytes of the keys and values of earlier tokens on one device.
+      must_read: bytes that one device cannot do without reading; 0 where that is not known beforehand.
       num_layers: of the model.
       weight_shapes: local shapes of the stacked weights, which activations are told from.
     """
@@ -38,6 +40,7 @@ class Work:
     optimizer: int = 0
     gradients: int = 0
     kv_cache: int = 0
+    must_read: int = 0
     num_layers: int = 0
     weight_shapes: frozenset[tuple[int, ...]] = frozenset()
 
@@ -45,9 +48,14 @@ class Work:
 def device_bytes(tree: PyTree) -> int:
     """Bytes that one device holds of abstract arrays with shardings."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _bits(dtype: Any) -> int:
+    """Of a value; int4 lies two in a byte, which NumPy does not know."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def stacked_weight_shapes(model: LlamaForCausalLM) -> frozenset[tuple[int, ...]]:
@@ -70,6 +78,13 @@ def step_report(
         'trace_seconds': round(compiled.trace_seconds, 2),
         'compile_seconds': round(compiled.compile_seconds, 2),
     }
+    if work.must_read:
+        seconds = work.must_read * topology.chip.devices / topology.chip.hbm_bandwidth
+        report['reading'] = {
+            'bytes': work.must_read,
+            'seconds': seconds,
+            'tokens_per_second': work.tokens / seconds,
+        }
     hbm: dict[str, int] = {
         'available': compiled.available,
         'total': compiled.needed,
@@ -135,6 +150,11 @@ def describe(title: str, report: dict[str, Any]) -> str:
     lines += [f'    {line[:300]}' for line in report['involuntary_rematerializations']]
     needed = f'{hbm["total"] / GIB:.2f}' if hbm['total'] > 1 else 'more than all'
     lines.append(f'  HBM a device: {needed} of {hbm["available"] / GIB:.2f} GiB')
+    if reading := report.get('reading'):
+        lines.append(
+            f'  reading weights as stored and the whole cache, {reading["bytes"] / 1e9:.2f} GB a device, takes '
+            f'{reading["seconds"] * 1e3:.2f} ms: at most {reading["tokens_per_second"]:,.0f} tokens/s of all rows'
+        )
     if 'all_else' in hbm:
         lines.append(
             f'    parameters {hbm["parameters"] / GIB:.2f}, optimiser {hbm["optimizer"] / GIB:.2f}'

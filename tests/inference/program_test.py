@@ -18,19 +18,31 @@ from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.models.llama import Block, LlamaForCausalLM, abstract_params
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.unstacked import unstack
+from llama_jax.ops.quantized import CODE_MAX
+from llama_jax.quantize.forms import choose_forms, name_of, represent_all
 from tests.command_line import REPOSITORY
 
 PRESET, ROOM = PRESETS['stories_110m'], 1024
 # The step's own work: products, and what is written where it lies. A tuple and the like move nothing.
 _MOVES_NOTHING = {'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call'}
 _IN_PLACE = {'scatter', 'dynamic-update-slice'}
+_BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
-def compiled_steps(batch_size, dtype, kind=LlamaForCausalLM):
-    """The loop of decoding, of two layers, as it is compiled for use and not for tests."""
+def compiled_steps(batch_size, weights, kind=LlamaForCausalLM):
+    """The loop of decoding, of two layers, as it is compiled for use and not for tests.
+
+    Args:
+      batch_size: rows.
+      weights: the type that they and the computation are of, or that of the codes that they are kept in.
+      kind: of model.
+    """
+    dtype = jnp.dtype('float32' if weights in CODE_MAX else weights)
     config = dataclasses.replace(PRESET, num_layers=2, max_seq_len=ROOM)
     model = kind(config, dtype=dtype)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    if weights in CODE_MAX:
+        params = represent_all(params, forms_of(params, weights))
     settings = SamplerRows.create(
         [Sampler()] * batch_size, range(batch_size), [()] * batch_size, config.vocab_size
     )
@@ -75,6 +87,11 @@ def large_moves(text: str, limit: int) -> list[str]:
     return found
 
 
+def forms_of(params, weights):
+    shapes = {name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return choose_forms(shapes, weights)[0]
+
+
 def limit_of(batch_size):
     """Values of the smallest matrix of a layer or of its keys, whichever are fewer."""
     of_keys = batch_size * PRESET.num_kv_heads * ROOM * PRESET.head_dim
@@ -82,20 +99,23 @@ def limit_of(batch_size):
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'dtype'),
+    ('batch_size', 'weights'),
     [
         (1, 'float32'),
         (8, 'bfloat16'),
-        pytest.param(1, 'bfloat16', marks=pytest.mark.slow),
-        pytest.param(8, 'float32', marks=pytest.mark.slow),
+        *(pytest.param(1, name, marks=pytest.mark.slow) for name in ('bfloat16', 'int8')),
+        *(pytest.param(8, name, marks=pytest.mark.slow) for name in ('float32', 'int8')),
     ],
 )
-def test_a_step_copies_no_weight_and_no_cache(batch_size, dtype):
+def test_a_step_copies_no_weight_and_no_cache(batch_size, weights):
     """Its temporary memory does not depend on the number of layers: it is compared with the weights of all of them."""
-    compiled = compiled_steps(batch_size, jnp.dtype(dtype))
+    compiled = compiled_steps(batch_size, weights)
     assert large_moves(compiled.as_text(), limit_of(batch_size)) == []
-    weights = PRESET.num_params * jnp.dtype(dtype).itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * weights
+    allowed = 0.05 * PRESET.num_params * _BYTES[weights]
+    # Filters of top-k and the like work on numbers by row and token of the vocabulary, in a few arrays of them: 6 % of
+    # the weights in int8, where these are of so small a model and the rows are 8.
+    allowed = max(allowed, 6.5 * 4 * batch_size * PRESET.vocab_size)
+    assert compiled.memory_analysis().temp_size_in_bytes < allowed
 
 
 TPU_STEPS = """
@@ -108,14 +128,15 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.preflight.decode import decode_arguments, decode_step
+from llama_jax.preflight.report import device_bytes
 config = dataclasses.replace(PRESETS['llama2_70b'], num_layers=4)
 for number, name in enumerate(('v5e:4x4', 'v5p:2x2x4', 'v6e:4x4')):
     mesh = make_mesh({'data': 2, 'tensor': 8}, ahead.topology_devices(Topology.parse(name)))
     model = LlamaForCausalLM(config, dtype=jnp.bfloat16, partitioner=Partitioner(mesh))
-    compiled = decode_step(model).lower(*decode_arguments(model, 16, 4096)).compile()
-    memory = compiled.memory_analysis()
-    text = f'{memory.temp_size_in_bytes} {memory.argument_size_in_bytes}\\n{compiled.as_text()}'
-    pathlib.Path(f'FOLDER/{number}').write_text(text)
+    params, cache, tokens = decode_arguments(model, 16, 4096, 'int8')
+    compiled = decode_step(model).lower(params, cache, tokens).compile()
+    sizes = compiled.memory_analysis().temp_size_in_bytes, device_bytes(params)
+    pathlib.Path(f'FOLDER/{number}').write_text(f'{sizes[0]} {sizes[1]}\\n{compiled.as_text()}')
 """
 
 
@@ -124,8 +145,13 @@ for number, name in enumerate(('v5e:4x4', 'v5p:2x2x4', 'v6e:4x4')):
     importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'llama_jax[tpu]'"
 )
 def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
-    """Widths of 70B on 16 chips, 8 rows of 4,096 tokens on each. Keys and values that fit into a TPU's own memory may
-    be written there and go back whole; nothing else of that size moves but to be read."""
+    """Widths of 70B in int8 on 16 chips, 8 rows of 4,096 tokens on each.
+
+    What is left are keys and values that XLA keeps in a chip's own memory (its space 1) from the time they are fetched
+    to be attended to: the new tokens are written there, and all goes back to the main memory, once, while others are
+    computed. XLA takes them for free; they are a write of the cache more. Nothing of that size moves within the main
+    memory, and no weight.
+    """
     program = TPU_STEPS.replace('FOLDER', str(tmp_path))
     done = subprocess.run(
         [sys.executable, '-c', program], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
@@ -133,10 +159,15 @@ def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
     assert done.returncode == 0, done.stderr
     for number in range(3):
         sizes, _, text = (tmp_path / str(number)).read_text().partition('\n')
-        temporary, arguments = map(int, sizes.split())
-        assert temporary < 0.05 * arguments
+        temporary, weights = map(int, sizes.split())
+        assert temporary < 0.05 * weights
         moved = large_moves(text, 8192 * 128)
-        assert [line for line in moved if not re.search(r'= bf16\[8,1,4096,128\]\S* copy-done', line)] == []
+        assert len(moved) <= 2 * 4, 'each once at most'
+        for line in moved:
+            back = re.search(r'= (bf16\[8,1,4096,128\]\S*) copy-done\((%[\w.-]+)\)', line)
+            assert back, line
+            start = re.search(rf'{re.escape(back[2])} = \((\S+), (\S+), .*copy-start', text)
+            assert start and start[1] == back[1] and 'S(1)' in start[2] and 'S(' not in start[1], line
 
 
 class Scanned(LlamaForCausalLM):
@@ -157,6 +188,6 @@ class Scanned(LlamaForCausalLM):
 
 def test_a_scan_over_stacked_weights_would_be_seen():
     """So that the test above can fail: a scan slices each weight of a layer, its keys and its values in every step."""
-    compiled = compiled_steps(1, jnp.dtype('float32'), Scanned)
+    compiled = compiled_steps(1, 'float32', Scanned)
     assert len(large_moves(compiled.as_text(), limit_of(1))) >= 7 + 2
     assert compiled.memory_analysis().temp_size_in_bytes > 0.05 * 4 * PRESET.num_params

@@ -163,6 +163,7 @@ def test_without_libtpu_one_line_says_what_to_install():
             'the devices are in 2 slices; dcn_data must be 2 (set by --config.mesh.*)',
         ),
         (['--topology=v5e:2x4', '--config.mesh.tensor=3'], 'impossible mesh'),
+        (['--topology=v5e:2x2', '--notrain'], 'are about a decode step: add --decode_batch=ROWS'),
         (
             ['--topology=v5e:2x2', '--xla_options=xla_no_such_option=1'],
             'refuses the XLA options xla_no_such_option',
@@ -249,6 +250,21 @@ def test_decode_on_a_mesh_that_splits_rows(tmp_path):
     assert (report['decode']['mesh']['fsdp'], report['decode']['mesh']['context']) == (4, 1)
     assert 'decode step of 4 rows on a mesh of fsdp=4, context=1: fits' in finished.stdout
     assert '--decode_batch=2 does not divide over 4 devices' in command(*split, '--decode_batch=2').error()
+
+
+@needs_libtpu
+def test_a_decode_step_alone(tmp_path):
+    """In int8, without the train step: no faster than what it reads, and what it says is what it holds."""
+    file = tmp_path / 'report.json'
+    flags = ['--notrain', '--decode_batch=8', '--decode_weights=int8', f'--json={file}']
+    finished = command('--topology=v5e:2x2', '--config.mesh.tensor=4', *flags).succeeded()
+    report = json.loads(file.read_text())
+    assert 'train' not in report and 'train step' not in finished.stdout
+    decode = report['decode']
+    assert (decode['rows'], decode['weights'], decode['fits']) == (8, 'int8', True)
+    assert 0 < decode['reading']['seconds'] <= 1.01 * decode['roofline']['hbm']
+    assert decode['reading']['bytes'] <= decode['hbm']['parameters'] + decode['hbm']['kv_cache']
+    assert 'decode step of 8 rows, int8 weights: fits' in finished.stdout
 
 
 PRESETS_FOR_TPUS = """
