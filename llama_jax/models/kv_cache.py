@@ -2,6 +2,10 @@
 
 Every layer has arrays of its own, heads first: what a step adds is written where it goes, and the products of attention
 read the arrays as they lie. One array of all layers would be sliced, so copied, in every step.
+
+A cache of int8 holds codes with a scale for each token and head, and everyone sees what it holds: the tokens of a piece
+see each other rounded too, though their keys and values are still at hand. So it is no matter in which pieces a prompt
+is read, nor whether another request has read its beginning.
 """
 
 import dataclasses
@@ -13,9 +17,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
+from llama_jax.ops.attention_cached import Cached, keys_as_codes, keys_of_codes, values_as_codes
+from llama_jax.ops.quantized import QuantizedArray
+from llama_jax.partitioning import Partitioner
+from llama_jax.types import InputError
 
-# Logical axes of each layer's keys and values.
+# Logical axes of each layer's keys and values. The scales of int8 have as many, the last of them of one value.
 CACHE_AXES = ('batch', 'kv_heads', None, 'head_dim')
+
+# Names of what a cache may be made of: 'auto' is the type of the computation.
+CACHE_DTYPES = ('auto', 'int8')
+
+
+def cache_dtype(name: str, computation: jax.typing.DTypeLike) -> jnp.dtype:
+    """What a cache of this name, one of `CACHE_DTYPES`, is made of beside a computation in such a type.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    if name not in CACHE_DTYPES:
+        raise InputError(f'unknown type of the cache {name!r}; choose from {", ".join(CACHE_DTYPES)}')
+    return jnp.dtype(computation if name == 'auto' else name)
 
 
 @flax.struct.dataclass
@@ -29,10 +51,19 @@ class LayerCache:
       is_empty: see `KVCache`.
     """
 
-    keys: Float[Array, 'B K S H']
-    values: Float[Array, 'B K S H']
+    keys: Cached
+    values: Cached
     length: Int[Array, 'B']
     is_empty: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def as_held(
+        self, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']
+    ) -> tuple[Float[Array, 'B T K H'], Float[Array, 'B T K H']]:
+        """New keys and values as who reads the cache finds them: those of int8 are rounded."""
+        if not isinstance(self.keys, QuantizedArray):
+            return k, v
+        held = keys_of_codes(keys_as_codes(k)), values_as_codes(v).materialize()
+        return held[0].astype(k.dtype), held[1].astype(v.dtype)
 
     def write(self, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']) -> 'LayerCache':
         """Puts T new tokens after those each row has; `length` moves only by `KVCache.advance`.
@@ -42,9 +73,11 @@ class LayerCache:
         if k.shape[1] > self.keys.shape[2]:
             raise ValueError(f'{k.shape[1]} tokens do not fit into a cache of {self.keys.shape[2]} slots')
 
-        return dataclasses.replace(self, keys=self._put(self.keys, k), values=self._put(self.values, v))
+        new = (keys_as_codes(k), values_as_codes(v)) if isinstance(self.keys, QuantizedArray) else (k, v)
+        keys, values = jax.tree.map(self._put, (self.keys, self.values), new)
+        return dataclasses.replace(self, keys=keys, values=values)
 
-    def _put(self, cache: Float[Array, 'B K S H'], new: Float[Array, 'B T K H']) -> Float[Array, 'B K S H']:
+    def _put(self, cache: Array, new: Array) -> Array:
         # A scatter with rows and heads as its batch, which splits over devices as they do. A place of one row alone
         # would become an update of a slice, which XLA for CPUs copies the cache for when a product reads it next.
         axes = jax.lax.ScatterDimensionNumbers(
@@ -70,17 +103,24 @@ class KVCache:
         kernels of training. `advance` takes it back.
     """
 
-    keys: tuple[Float[Array, 'B K S H'], ...]
-    values: tuple[Float[Array, 'B K S H'], ...]
+    keys: tuple[Cached, ...]
+    values: tuple[Cached, ...]
     length: Int[Array, 'B']
     is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, config: LlamaConfig, batch_size: int, max_len: int, dtype=jnp.bfloat16) -> 'KVCache':
-        """An empty cache for `max_len` tokens a row."""
+        """An empty cache for `max_len` tokens a row; of codes with scales where `dtype` is int8."""
         shape = (batch_size, config.num_kv_heads, max_len, config.head_dim)
+
+        def empty() -> Cached:
+            array = jnp.zeros(shape, dtype)
+            if dtype != jnp.int8:
+                return array
+            return QuantizedArray(array, jnp.zeros((*shape[:3], 1), jnp.float32))
+
         # An array each: one that stood in several places could not be given away to be written.
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
+        keys, values = (tuple(empty() for _ in range(config.num_layers)) for _ in range(2))
         return cls(keys, values, jnp.zeros((batch_size,), jnp.int32))
 
     @property
@@ -114,6 +154,15 @@ class KVCache:
         keys, values = jax.tree.map(put, (self.keys, self.values), (other.keys, other.values))
         length = self.length.at[rows].set(other.length, mode='drop')
         return dataclasses.replace(self, keys=keys, values=values, length=length, is_empty=False)
+
+    def sharded(self, partitioner: Partitioner) -> 'KVCache':
+        """Within a program: split as `CACHE_AXES` say, scales as their codes."""
+
+        def shard(array: Array) -> Array:
+            axes = CACHE_AXES if array.shape[3] > 1 else (*CACHE_AXES[:3], None)
+            return partitioner.shard(array, axes, 'cache')
+
+        return self.map(shard)
 
     def layer(self, layer: int) -> LayerCache:
         """One layer's part."""

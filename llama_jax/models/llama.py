@@ -135,6 +135,7 @@ class Attention(_Layer):
 
         if cache is not None:
             cache = cache.write(k, v)
+            k, v = cache.as_held(k, v)
         if cache is None or cache.is_empty:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,

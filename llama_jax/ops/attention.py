@@ -22,12 +22,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama_jax.ops import attention_cudnn
-from llama_jax.ops.attention_cached import attend_at_once, attend_by_tiles
+from llama_jax.ops.attention_cached import Cached, attend_at_once, attend_by_tiles, attend_row_by_row
 from llama_jax.ops.attention_chunked import chunked_attention
 from llama_jax.ops.attention_reference import causal_mask, reference_attention
 from llama_jax.ops.attention_shared_prefix import shared_prefix_attention
 from llama_jax.ops.attention_splash import splash_attention
 from llama_jax.ops.context_parallel import ContextShard, context_shard
+from llama_jax.ops.quantized import QuantizedArray
 from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
@@ -35,6 +36,8 @@ IMPLEMENTATIONS = ('auto', 'reference', 'chunked', 'splash', 'cudnn', 'shared_pr
 
 # Queries and keys of a tile of `chunked`: a CPU's caches hold this, other devices want larger products.
 _CPU_BLOCK, _BLOCK = 128, 512
+# Of the fp32 that a CPU makes of a row's keys at a time, where they are of another type.
+_CPU_TILE_BYTES = 256 << 10
 # Up to so many queries behind a cache see all keys at once: a draft that is verified, a token.
 _FEW_QUERIES = 16
 
@@ -97,8 +100,8 @@ def attention(
 
 def cached_attention(
     q: Float[Array, 'B T N H'],
-    keys: Float[Array, 'B K S H'],
-    values: Float[Array, 'B K S H'],
+    keys: Cached,
+    values: Cached,
     start: Int[Array, 'B'],
     partitioner: Partitioner | None = None,
 ) -> Float[Array, 'B T N H']:
@@ -111,33 +114,38 @@ def cached_attention(
       start: tokens that each row had read before.
       partitioner: how the arguments are split over devices.
     """
-    if keys.dtype.itemsize > q.dtype.itemsize:  # a cache on a CPU
-        wide = cached_attention(q.astype(keys.dtype), keys, values, start, partitioner)
-        return wide.astype(q.dtype)
     platform = platform_of(partitioner)
-    block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
+    is_fp32 = not isinstance(keys, QuantizedArray) and keys.dtype == jnp.float32
     # A CPU multiplies in fp32 alone: of other types it would make an fp32 copy, so does it tile by tile in its caches.
-    if q.shape[1] <= _FEW_QUERIES and (platform != 'cpu' or keys.dtype == jnp.float32):
+    if q.dtype != jnp.float32 and (is_fp32 or platform == 'cpu'):
+        wide = cached_attention(q.astype(jnp.float32), keys, values, start, partitioner)
+        return wide.astype(q.dtype)
+    if q.shape[1] > _FEW_QUERIES:
+        block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
+        attend = functools.partial(attend_by_tiles, max_block=block)
+    elif platform == 'cpu' and not is_fp32:
+        attend = functools.partial(attend_row_by_row, max_bytes=_CPU_TILE_BYTES)
+    else:
         return attend_at_once(q, keys, values, start)
     if partitioner is None or partitioner.mesh.size == 1:
-        return attend_by_tiles(q, keys, values, start, block)
+        return attend(q, keys, values, start)
     q_spec = partitioner.spec(('batch', None, 'heads', 'head_dim'), q.shape, 'queries')
-    kv_spec = partitioner.spec(('batch', 'kv_heads', None, 'head_dim'), keys.shape, 'cached keys')
+    kv_spec = partitioner.spec(('batch', 'kv_heads', None, None), keys.shape, 'cached keys')
     head_axes, head_parts = _axes_and_parts(q_spec[2], partitioner)
     repeated = kv_spec[1] != q_spec[2]
 
-    def attend(q, keys, values, start):
+    def attend_own(q, keys, values, start):
         if repeated:
-            keys, values = (
-                _own_kv_heads(x, q.shape[2] * head_parts, head_axes, head_parts, axis=1)
-                for x in (keys, values)
+            keys, values = jax.tree.map(
+                lambda x: _own_kv_heads(x, q.shape[2] * head_parts, head_axes, head_parts, axis=1),
+                (keys, values),
             )
-        return attend_by_tiles(q, keys, values, start, block)
+        return attend(q, keys, values, start)
 
     if repeated:
         kv_spec = PartitionSpec(kv_spec[0], None, *kv_spec[2:])
     return jax.shard_map(
-        attend,
+        attend_own,
         mesh=partitioner.mesh,
         in_specs=(q_spec, kv_spec, kv_spec, partitioner.spec(('batch',), start.shape, 'lengths')),
         out_specs=q_spec,

@@ -14,7 +14,14 @@ import pytest
 
 from llama_jax.ops import attention_cudnn
 from llama_jax.ops.attention import attention, cached_attention, choose
-from llama_jax.ops.attention_cached import attend_by_tiles
+from llama_jax.ops.attention_cached import (
+    attend_at_once,
+    attend_by_tiles,
+    attend_row_by_row,
+    keys_as_codes,
+    keys_of_codes,
+    values_as_codes,
+)
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.types import InputError
 
@@ -333,12 +340,53 @@ def test_queries_that_continue_a_cache(num_queries, num_heads, num_kv_heads):
         np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
+def codes_of_cache(k, v):
+    """int8 of keys and values [B, T, K, H], heads first, and what they stand for."""
+    k, v = keys_as_codes(jnp.asarray(k)), values_as_codes(jnp.asarray(v))
+    held = keys_of_codes(k), v.materialize()
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), (k, v)), held
+
+
+@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), (4, 4)])
+@pytest.mark.parametrize('num_queries', [1, 4, LENGTH])
+def test_a_cache_of_int8_is_attended_to_as_what_it_stands_for(num_queries, num_heads, num_kv_heads):
+    q, k, v = random_qkv(num_heads, num_kv_heads, num_queries)
+    start = np.array([0, 17], np.int32)
+    slots = start[:, None] + np.arange(num_queries)
+    cache, held = codes_of_cache(k, v)
+    want = reference(q, *held, slots[:, :, None] >= np.arange(LENGTH), np.zeros_like(q))[0]
+    for b in range(BATCH):  # rubbish behind what was read
+        cache = jax.tree.map(lambda x: x.at[b, :, slots[b, -1] + 1 :].set(100), cache)  # noqa: B023
+    arguments = jnp.asarray(q), *cache, jnp.asarray(start)
+    for out in (
+        cached_attention(*arguments), attend_at_once(*arguments), attend_by_tiles(*arguments, max_block=16),
+        attend_row_by_row(*arguments, max_bytes=4 * 8 * num_kv_heads * HEAD_DIM),
+    ):  # fmt: skip
+        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    # bfloat16 rounds the result, and the queries to begin with, by 2^-9.
+    out = cached_attention(arguments[0].astype(jnp.bfloat16), *arguments[1:])
+    np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=0.02, atol=0.02)
+
+
+def test_a_cache_of_int8_is_never_made_into_floats_as_a_whole():
+    def temporary_bytes(batch: int, slots: int) -> int:
+        q, start = jnp.zeros((batch, 1, 4, 64)), jnp.zeros(batch, jnp.int32)
+        cache = codes_of_cache(*jnp.zeros((2, batch, slots, 4, 64)))[0]
+        compiled = jax.jit(cached_attention).lower(q, *cache, start).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Of one array of keys in fp32 it would be 16 MiB; a tile of keys and one of values are 512 KiB.
+    assert temporary_bytes(2, 8192) < 1 << 20
+
+
 @pytest.mark.parametrize('rules', ['', 'kv_heads='], ids=['heads split', 'kv heads whole'])
 @pytest.mark.parametrize('num_queries', [2, 24])
-def test_a_cache_that_is_split_over_devices_is_attended_to_as_a_whole_one(num_queries, rules):
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_a_cache_that_is_split_over_devices_is_attended_to_as_a_whole_one(num_queries, rules, dtype):
     partitioner = Partitioner(make_mesh({'data': 2, 'tensor': 4}), parse_rules(rules))
     q, k, v = random_qkv(8, 4, num_queries)
-    arguments = jnp.asarray(q), *(jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)), jnp.array([3, 17])
+    cache = [jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)] if dtype == 'float32' else codes_of_cache(k, v)[0]
+    arguments = jnp.asarray(q), *cache, jnp.array([3, 17])
     found = jax.jit(functools.partial(cached_attention, partitioner=partitioner))(*arguments)
     np.testing.assert_allclose(found, cached_attention(*arguments), rtol=1e-5, atol=1e-5)
 
