@@ -222,6 +222,14 @@ def extend(
     return written if slots is None else cache.put_rows(slots, written, start, tokens.shape[1]), last
 
 
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def copy_rows(
+    model: LlamaForCausalLM, cache: KVCache, last: Float[Array, 'P D'], rows: Int[Array, 'B']
+) -> tuple[KVCache, Float[Array, 'B D']]:
+    """A cache of B rows, each a copy of one that `extend` has read, and with it the hidden state of its last token."""
+    return _placed(model, cache.take_rows(rows)), last[rows]
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
 def first(
     model: LlamaForCausalLM,

@@ -20,7 +20,7 @@ class Detokenizer:
 
     Attributes:
       num_ids: how many were pushed.
-      is_stopped: whether a stop string has come; what is pushed further adds nothing.
+      stopped_by: the stop string that has come; what is pushed further adds nothing.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
@@ -37,7 +37,7 @@ class Detokenizer:
         if '' in stop:
             raise InputError("a stop text is '', which every text begins with; give at least one character")
         self.num_ids = 0
-        self.is_stopped = False
+        self.stopped_by: str | None = None
         self._vocab_size = tokenizer.vocab_size
         spelling = spelling_of(tokenizer)
         self._row = _Spelled(spelling) if spelling else _Whole(tokenizer)
@@ -46,6 +46,11 @@ class Detokenizer:
         self._longest_stop = max(map(len, stop), default=0)
         self._first_letters = {text[0] for text in stop}
         self._held = ''
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.stopped_by is not None
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is certain after `ids`, so far as it was not given before."""
@@ -71,15 +76,18 @@ class Detokenizer:
             return ''
         text = self._held + self._row.end()
         before = before_stop(text, self._stop)
-        self._held, self.is_stopped = '', len(before) < len(text)
+        self._held, self.stopped_by = '', self._stop_at(text, len(before))
         return before
 
     def _certain(self, text: str) -> int:
         """How much of a text no later one can make part of a stop string."""
         begun, before = self._begun_stop(text), len(before_stop(text, self._stop))
         # Where a stop string has come, but another that began before it may yet, all waits for that.
-        self.is_stopped = before < len(text) and before <= begun
+        self.stopped_by = self._stop_at(text, before) if before <= begun else None
         return min(begun, before)
+
+    def _stop_at(self, text: str, place: int) -> str | None:
+        return next((stop for stop in self._stop if text.startswith(stop, place)), None)
 
     def _begun_stop(self, text: str) -> int:
         """Where the first stop string begins that the text breaks off in; the text's length if in none."""

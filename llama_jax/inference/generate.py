@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from llama_jax.inference import decoding
+from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.decode_weights import decode_weights
-from llama_jax.inference.detokenizer import Detokenizer, RowTexts
+from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
 from llama_jax.inference.sampling import Sampler, SamplerRows, seen_in_prompts
+from llama_jax.inference.scoring import MAX_CANDIDATES, check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.tokenizer.protocol import prompt_ids, required
+from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
@@ -30,7 +33,7 @@ def generate(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -49,7 +52,9 @@ def generate(
     ignore_eos: bool = False,
     special_tokens: bool = False,
 ) -> list[str]:
-    """Completions of the prompts, without the prompts themselves.
+    """Completions of the prompts, without the prompts themselves; `complete` tells more of each.
+
+        texts = llama_jax.generate(model, params, tokenizer, ['Once upon a time'], max_new_tokens=64, temperature=0.8)
 
     Args:
       model: the architecture and its compute dtype; its partitioner, where it has one, places the rows.
@@ -77,81 +82,137 @@ def generate(
     Raises:
       InputError: a prompt leaves no room in the model's context, or a setting is out of range.
     """
-    tokenizer = required(tokenizer)
-    sampler = Sampler(
-        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias or {},
-        min_new_tokens, seed,
+    found = complete(
+        model, params, required(tokenizer), prompts, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias or {},
+        min_new_tokens=min_new_tokens, seed=seed, samplers=samplers, stop=stop, stop_ids=stop_ids,
+        ignore_eos=ignore_eos, special_tokens=special_tokens,
     )  # fmt: skip
-    if samplers is not None and sampler != Sampler():
-        raise InputError('samplers hold the settings of each prompt; give none beside them')
-    ids = [
-        prompt_ids(tokenizer, prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
-        for prompt in prompts
-    ]
-
-    texts = RowTexts(tokenizer, ids, stop)
-    ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
-    completions = generate_tokens(
-        model, params, ids, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
-        stop_ids=ends, is_complete=texts.is_complete if stop else None,
-    )  # fmt: skip
-    return texts.finish(completions)
+    return [completion.text for (completion,) in found]
 
 
-def stream(
+def complete(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompt: str | Sequence[int],
+    prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int = 256,
-    stop: Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    special_tokens: bool = False,
+    n: int = 1,
+    log_probabilities: int | None = None,
+    echo: bool = False,
+    is_complete: Callable[[int, list[int]], bool] | None = None,
     **settings: Any,
+) -> list[list[Completion]]:
+    """`n` completions of each prompt, with their tokens, what ended them, and log-probabilities where asked for.
+
+        ((first, second),) = llama_jax.complete(
+            model, params, tokenizer, ['Once upon a time'], n=2, temperature=0.8, log_probabilities=5, echo=True
+        )
+        first.text, first.finish_reason, first.scores[0].log_probability, first.prompt_scores[1].candidates
+
+    Args:
+      model: see `generate`.
+      params: its weights.
+      tokenizer: that the weights were trained with; None where prompts are ids and no text is wanted.
+      prompts: texts, or token ids.
+      n: completions of each prompt, which is read once. They are drawn apart: with one prompt, or settings of each
+        prompt, choice i by the seed and i alone.
+      log_probabilities: each token's are told, and those of so many of the most likely ones at its place; None: none.
+      echo: each token of the prompt is scored too.
+      is_complete: (number of a completion, its tokens so far) -> whether these are enough; asked after every token.
+        Completions are numbered through all prompts.
+      settings: of `generate`.
+
+    Raises:
+      InputError: see `generate`.
+    """
+    if n < 1:
+        raise InputError(f'n is {n}; it must be at least 1')
+    check_candidates(log_probabilities or 0)
+    ids, watches, rounds = _asked(
+        model, params, tokenizer, prompts, n, is_complete, log_probabilities, **settings
+    )
+    rows = [row for rows in collections.deque(rounds, maxlen=1) for row in rows]
+    scores = (
+        score_tokens(model, params, ids, num_candidates=log_probabilities or 0) if echo else [[] for _ in ids]
+    )
+    found = [
+        watch.completion(row, scores[i // n])
+        for i, (watch, row) in enumerate(zip(watches, rows, strict=True))
+    ]
+    return [found[start : start + n] for start in range(0, len(found), n)]
+
+
+def stream(
+    model: LlamaForCausalLM, params: Params, tokenizer: Tokenizer | None, prompt: Prompt, **settings: Any
 ) -> Iterator[str]:
     """The completion of one prompt while it is made: pieces that join to what `generate` returns for it.
 
+        for piece in llama_jax.stream(model, params, tokenizer, 'Once upon a time', max_new_tokens=64):
+            print(piece, end='', flush=True)
+
     Args:
-      model: see `generate`, also for those up to `special_tokens`.
+      model: see `generate`.
       params: its weights.
       tokenizer: that the weights were trained with.
       prompt: a text, or token ids.
-      max_new_tokens: at most this many.
-      stop: texts that end it; no piece shows the beginning of one.
-      stop_ids: of tokens that end it.
-      ignore_eos: go on behind what ends a text.
-      special_tokens: whether names of special tokens are those tokens.
-      settings: of a `Sampler`.
+      settings: of `generate`; no piece shows the beginning of a text of `stop`.
 
     Raises:
       InputError: see `generate`; before the first piece.
     """
     tokenizer = required(tokenizer)
-    ids = prompt_ids(tokenizer, prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
-    row, made = Detokenizer(tokenizer, ids, stop), []
-
-    def read(index: int, tokens: list[int]) -> bool:
-        made.append(row.push(tokens[row.num_ids :]))
-        return row.is_stopped
-
-    ends = () if ignore_eos else tuple(sorted({*tokenizer.stop_ids, *stop_ids}))
-    rounds = _rounds(
-        model, params, [ids], max_new_tokens=max_new_tokens, sampler=Sampler(**settings), stop_ids=ends,
-        is_complete=read, is_streamed=True,
-    )  # fmt: skip
+    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], is_streamed=True, **settings)
 
     def pieces() -> Iterator[str]:
-        for (tokens,) in rounds:
-            read(0, tokens)
-            if piece := ''.join(made):
+        for (row,) in rounds:
+            watch.look(row.tokens)
+            if piece := watch.new_text():
                 yield piece
-            made.clear()
-        if piece := row.flush():
+        if piece := watch.new_text(at_end=True):
             yield piece
 
     return pieces()
+
+
+def _asked(
+    model: LlamaForCausalLM,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    n: int = 1,
+    is_complete: Callable[[int, list[int]], bool] | None = None,
+    log_probabilities: int | None = None,
+    *,
+    max_new_tokens: int = 256,
+    samplers: Sequence[Sampler] | None = None,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    special_tokens: bool = False,
+    is_streamed: bool = False,
+    **settings: Any,
+) -> tuple[list[list[int]], list[Watch], Iterator[list[Row]]]:
+    """The prompts' ids; of each completion who looks at it; and the rows after every round."""
+    sampler = Sampler(**settings)
+    if samplers is not None and sampler != Sampler():
+        raise InputError('samplers hold the settings of each prompt; give none beside them')
+    ids = ids_of(tokenizer, prompts, special_tokens)
+    tokenizer = required(tokenizer) if stop else tokenizer
+    own = tokenizer.stop_ids if tokenizer else ()
+    watches = [
+        Watch(tokenizer, prompt, stop, is_complete and functools.partial(is_complete, place * n + choice))
+        for place, prompt in enumerate(ids)
+        for choice in range(n)
+    ]
+    rounds = _rounds(
+        model, params, ids, n=n, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
+        stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), is_streamed=is_streamed,
+        is_complete=(lambda index, tokens: watches[index].look(tokens)) if stop or is_complete or is_streamed else None,
+        log_probabilities=log_probabilities,
+    )  # fmt: skip
+    return ids, watches, rounds
 
 
 def generate_tokens(
@@ -186,8 +247,7 @@ def generate_tokens(
         model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids,
         is_complete=is_complete,
     )  # fmt: skip
-    last = collections.deque(rounds, maxlen=1)
-    return [row for rows in last for row in rows]
+    return [row.tokens for rows in collections.deque(rounds, maxlen=1) for row in rows]
 
 
 def _rounds(
@@ -199,52 +259,58 @@ def _rounds(
     sampler: Sampler | Sequence[Sampler],
     stop_ids: Sequence[int],
     is_complete: Callable[[int, list[int]], bool] | None,
+    n: int = 1,
+    log_probabilities: int | None = None,
     is_streamed: bool = False,
-) -> Iterator[list[list[int]]]:
-    """As `generate_tokens`: the new tokens of the rows so far, after every round.
+) -> Iterator[list[Row]]:
+    """As `generate_tokens`: `n` rows of each prompt as they are so far, after every round.
 
     The prompts are read, and refused, by the call.
     """
+    began = time.perf_counter()
     samplers = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
     if len(samplers) != len(prompts):
         raise InputError(
             f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
         )
-    context = model.config.max_seq_len
     if max_new_tokens < 1:
         raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
     if not prompts:
         return iter(())
     if (least := max(sampler.min_new_tokens for sampler in samplers)) > max_new_tokens:
         raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {max_new_tokens}')
-    lengths = [len(prompt) for prompt in prompts]
-    if min(lengths) < 1:
-        raise InputError('a prompt has no token; begin it with the BOS token')
-    if max(lengths) >= context:
-        raise InputError(
-            f'prompt {np.argmax(lengths)} has {max(lengths)} tokens; the model reads {context}, so shorten it to '
-            f'at most {context - 1}'
-        )
-    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
-        raise InputError(
-            f'a prompt holds token {largest}, for which the model has no row: it has {model.config.vocab_size}; give '
-            'the tokenizer that the weights were trained with'
-        )
+    check_prompts(prompts, model.config)
     model = decoding.with_whole_rows(model)
     weights = decode_weights(params, model.dtype)
-    num_rows = decoding.rows_of(len(prompts), model.partitioner)
-    # Rows of one sampler draw by their number, rows of their own by the seed alone.
-    streams = range(num_rows) if isinstance(sampler, Sampler) else [0] * num_rows
-    filling = num_rows - len(prompts)  # rows that only fill up the batch: they read one token and get one
+    num_rows = decoding.rows_of(n * len(prompts), model.partitioner)
+    of_prompt = [place for place in range(len(prompts)) for _ in range(n)]
+    # Rows of one sampler draw by their number, rows of their own by the seed and their number of the prompt's.
+    streams = range(num_rows) if isinstance(sampler, Sampler) else [*(i % n for i in range(num_rows))]
+    filling = num_rows - len(of_prompt)  # rows that only fill up the batch: they read one token and get one
     settings = SamplerRows.create(
-        samplers + [Sampler()] * filling, streams, [stop_ids] * num_rows, model.config.vocab_size
-    )
-    prompts = [*prompts, *[[0]] * filling]
-    allowed = np.minimum(max_new_tokens, context - np.array([len(prompt) for prompt in prompts], np.int32))
+        [samplers[place] for place in of_prompt] + [Sampler()] * filling, streams, [stop_ids] * num_rows,
+        model.config.vocab_size,
+    )  # fmt: skip
+    prompts = [*prompts, *[[0]] * (decoding.rows_of(len(prompts), model.partitioner) - len(prompts))]
+    lengths = np.array([len(prompts[place]) for place in of_prompt] + [1] * filling, np.int32)
+    allowed = np.minimum(max_new_tokens, model.config.max_seq_len - lengths).astype(np.int32)
     allowed[num_rows - filling :] = 1
-    rows, steps = _begin(model, weights, prompts, settings, allowed)
+    num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
+    spread = np.array(of_prompt + [0] * filling, np.int32)
+    rows, steps = _begin(model, weights, prompts, spread, settings, allowed, num_candidates)
+    made = [Row(began, log_probabilities) for _ in of_prompt]
     return _complete(
-        model, weights, rows, steps, prompts, stop_ids, allowed, filling, is_complete, is_streamed
+        model,
+        weights,
+        rows,
+        steps,
+        lengths,
+        allowed,
+        made,
+        stop_ids,
+        is_complete,
+        is_streamed,
+        num_candidates,
     )
 
 
@@ -252,31 +318,37 @@ def _begin(
     model: LlamaForCausalLM,
     weights: Params,
     prompts: Sequence[Sequence[int]],
+    of_prompt: Int[np.ndarray, 'B'],
     settings: SamplerRows,
     allowed: Int[np.ndarray, 'B'],
+    num_candidates: int,
 ) -> tuple[decoding.Rows, decoding.Steps]:
-    """Prompts read, and the first token of each."""
+    """Prompts read, and the first token of each row of them."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(lengths.max())
     width = min(decoding.power_of_two(longest), decoding.piece_width(model.partitioner))
     tokens = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    in_the_end = int((lengths + allowed).max())  # short completions get their room at once
+    in_the_end = int((lengths[of_prompt] + allowed).max())  # short completions get their room at once
     room = decoding.power_of_two(max(tokens.shape[1], longest + 1, min(in_the_end, decoding.LEAST_ROOM)))
-    rows = decoding.empty_rows(model, len(prompts), room, settings)
+    rows = decoding.empty_rows(model, len(of_prompt), room, settings)
     place = functools.partial(decoding.place, partitioner=model.partitioner)
+    slots = None if len(prompts) == len(of_prompt) else place(np.arange(len(prompts), dtype=np.int32))
     last = None
     for start in range(0, tokens.shape[1], width):
         counts = np.clip(lengths - start, 0, width)
         piece = tokens[:, start : start + width], counts, np.minimum(lengths, start).astype(np.int32)
         piece, counts, starts = map(place, piece)
-        cache, hidden = decoding.extend(model, weights, rows.cache, None, starts, piece, counts, start == 0)
+        cache, hidden = decoding.extend(model, weights, rows.cache, slots, starts, piece, counts, start == 0)
         rows = dataclasses.replace(rows, cache=cache)
         last = hidden if last is None else jnp.where((counts > 0)[:, None], hidden, last)
-    seen = seen_in_prompts(prompts, model.config.vocab_size) if settings.adjustments else None
-    begun = decoding.Begun(np.arange(len(prompts), dtype=np.int32), allowed, seen, settings)
-    return decoding.first(model, weights, rows, last, jax.tree.map(place, begun))
+    if slots is not None:
+        cache, last = decoding.copy_rows(model, rows.cache, last, place(of_prompt))
+        rows = dataclasses.replace(rows, cache=cache)
+    seen = seen_in_prompts(prompts, model.config.vocab_size)[of_prompt] if settings.adjustments else None
+    begun = decoding.Begun(np.arange(len(of_prompt), dtype=np.int32), allowed, seen, settings)
+    return decoding.first(model, weights, rows, last, jax.tree.map(place, begun), num_candidates)
 
 
 def _complete(
@@ -284,37 +356,34 @@ def _complete(
     weights: Params,
     rows: decoding.Rows,
     steps: decoding.Steps,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
+    lengths: Int[np.ndarray, 'B'],
     allowed: Int[np.ndarray, 'B'],
-    filling: int,
+    made: list[Row],
+    stop_ids: Sequence[int],
     is_complete: Callable[[int, list[int]], bool] | None,
     is_streamed: bool,
-) -> Iterator[list[list[int]]]:
-    """The new tokens of rows that have begun, after every round."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    made: list[list[int]] = [[] for _ in prompts]
-    is_done, given = np.zeros(len(made), bool), 1
-    at_once = 1 if is_streamed else min(_ROUND, decoding.COLUMNS) if is_complete else decoding.COLUMNS
+    num_candidates: int,
+) -> Iterator[list[Row]]:
+    """The rows that have begun, after every round."""
+    is_done, given = np.zeros(len(allowed), bool), 1
+    at_once = 1 if is_streamed else _ROUND if is_complete else decoding.COLUMNS
     while True:
-        new, count, running = jax.device_get((steps.tokens, steps.count, steps.running))
-        for index, number in enumerate(count):
-            made[index] += new[index, :number].tolist()
-            if number and made[index][-1] in stop_ids:
-                made[index].pop()
-            if is_complete and running[index]:
-                is_done[index] = is_complete(index, made[index])
-        yield made[: len(made) - filling]
-        running = running & ~is_done
+        found = jax.device_get(steps)
+        for index, row in enumerate(made):
+            row.take(found, index, stop_ids)
+            if is_complete and found.running[index]:
+                is_done[index] = is_complete(index, row.tokens)
+        yield made
+        running = found.running & ~is_done
         if not running.any():
             return
         # A step reads the last token, so that the cache then holds the prompt and all that was given before it.
         held = int(lengths[running].max()) + given - 1
         if held == (room := rows.cache.max_len):
             rows = decoding.with_room(rows, room := 2 * room)
-        num_steps = min(at_once, room - held, int(allowed[running].max()) - given)
+        num_steps = min(at_once, decoding.COLUMNS, room - held, int(allowed[running].max()) - given)
         done = decoding.place(is_done, model.partitioner)
-        rows, steps = decoding.decode(model, weights, rows, done, np.int32(num_steps))
+        rows, steps = decoding.decode(model, weights, rows, done, np.int32(num_steps), num_candidates)
         given += num_steps
         if is_streamed:
             at_once = min(2 * at_once, _STREAMED_ROUND)
