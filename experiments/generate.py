@@ -37,8 +37,9 @@ from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
-from llama_jax.inference.generate import generate, stream
+from llama_jax.inference.generate import complete, generate, stream
 from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.scoring import check_candidates
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
@@ -117,6 +118,13 @@ _KEEP_QUANTIZED = flags.DEFINE_bool(
     'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
 )
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
+_N = flags.DEFINE_integer('n', 1, 'with --format=jsonl: so many completions of each prompt', lower_bound=1)
+_LOGPROBS = flags.DEFINE_integer(
+    'logprobs',
+    None,
+    'with --format=jsonl: log-probabilities of tokens, and of so many of the likeliest in their place',
+)
+_ECHO = flags.DEFINE_bool('echo', False, 'with --format=jsonl: those of the tokens of the prompt too')
 launch.define_processes()
 
 logger = logging.getLogger('llama_jax.generate')
@@ -146,6 +154,11 @@ def main() -> None:
     asked.check()
     if not _PROMPTS.value and (idle := [f for f in (_OUTPUT, _BATCH_SIZE, _SHARD) if f.present]):
         raise InputError(f'--{idle[0].name} is of --prompts, which is not given')
+    told = [flag for flag in (_N, _LOGPROBS, _ECHO) if flag.present]
+    if told and (_PROMPTS.value or _FORMAT.value != 'jsonl'):
+        raise InputError(f'--{told[0].name} is of --format=jsonl, and not of --prompts')
+    with launch.flags_named('--logprobs'):
+        check_candidates(_LOGPROBS.value or 0)
     if _OUTPUT.value and _FORMAT.present:
         raise InputError('--format is of standard output; what --output holds is JSON Lines')
     with runtime.refused_by_all(), launch.flags_named('--prompts', '--shard', '--output'):
@@ -181,7 +194,7 @@ def main() -> None:
     if items:
         ids = [prompt_ids(tokenizer, p, _SPECIAL_TOKENS.value) if isinstance(p, str) else p for p in prompts]
 
-        def complete(ids, samplers):
+        def texts_of(ids, samplers):
             return generate(model, params, tokenizer, ids, samplers=samplers, **limits)
 
         header = {
@@ -192,7 +205,7 @@ def main() -> None:
         with contextlib.ExitStack() as at_exit:
             with launch.flags_named('--output'):
                 log = at_exit.enter_context(open_output(_OUTPUT.value, header)) if _OUTPUT.value else None
-            completions = complete_items(items, ids, _BATCH_SIZE.value, log, complete)
+            completions = complete_items(items, ids, _BATCH_SIZE.value, log, texts_of)
             if runtime.is_main_process():
                 lines = answer_lines(items, completions)
                 if log:
@@ -206,11 +219,18 @@ def main() -> None:
             print(piece, end='', flush=True)
         print()
         return
-    completions = generate(model, params, tokenizer, prompts, **settings, **limits)
+    found = complete(
+        model, params, tokenizer, prompts, n=_N.value, log_probabilities=_LOGPROBS.value, echo=_ECHO.value, **settings,
+        **limits,
+    )  # fmt: skip
     if runtime.is_main_process():
-        for line, completion in zip(asked.lines(), completions, strict=True):
-            answer = json.dumps({**line, 'completion': completion})
-            print(answer if _FORMAT.value == 'jsonl' else completion)
+        for line, completions in zip(asked.lines(), found, strict=True):
+            for choice, completion in enumerate(completions):
+                shown = (
+                    {'choice': choice, **completion.to_json()} if told else {'completion': completion.text}
+                )
+                answer = json.dumps({**line, **shown}, allow_nan=False)
+                print(answer if _FORMAT.value == 'jsonl' else completion.text)
 
 
 def load(

@@ -142,6 +142,9 @@ def test_what_generate_refuses_is_one_line(commands, run, tmp_path):
         (one, ['--suffix=a', '--chat'], '--suffix and --chat are both given'),
         (one, ['--suffix_first'], '--suffix_first is of --suffix, which is not given'),
         (one, ['--suffix=a'], 'has no token ▁<PRE>, so its model fills no gaps'),
+        (one, ['--n=2'], '--n is of --format=jsonl, and not of --prompts'),
+        (many, ['--logprobs=2', '--format=jsonl'], '--logprobs is of --format=jsonl, and not of --prompts'),
+        (one, ['--logprobs=21', '--format=jsonl'], 'candidates of a token are 21; there may be from 0'),
         (one, ['--shard=0/2'], '--shard is of --prompts'),
         (many, ['--output=x.jsonl', '--format=text'], '--format is of standard output'),
         (many, ['--shard=2/2'], "--shard is '2/2'"),
@@ -150,6 +153,26 @@ def test_what_generate_refuses_is_one_line(commands, run, tmp_path):
         (many, ['--mesh=tensor=3'], '--mesh'),
     ):
         assert words in commands.run('generate', *arguments, *wrong).error()
+
+
+@pytest.mark.slow
+def test_generate_tells_more_of_each_completion(commands, run):
+    config, params, tokenizer = llama_jax.load(run)
+    settings = {'max_new_tokens': 6, 'temperature': 0.9, 'n': 2, 'echo': True}
+    (wanted,) = llama_jax.complete(
+        LlamaForCausalLM(config), params, tokenizer, ['dio kurst'], log_probabilities=2, **settings
+    )
+    flags = [f'--{name}={value}' for name, value in settings.items()]
+    done = commands.run(
+        'generate', f'--checkpoint={run}', '--prompt=dio kurst', '--format=jsonl', '--logprobs=2', *flags
+    ).succeeded()
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines == [
+        {'prompt': 'dio kurst', 'choice': choice, **completion.to_json()}
+        for choice, completion in enumerate(wanted)
+    ]
+    assert all(len(line['scores']) >= len(line['tokens']) > 0 for line in lines)
+    assert len(lines[0]['prompt_scores']) == lines[0]['prompt_tokens'] > 2
 
 
 @pytest.mark.slow

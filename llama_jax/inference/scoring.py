@@ -225,7 +225,7 @@ def check_candidates(num_candidates: int) -> None:
     """
     if not 0 <= num_candidates <= MAX_CANDIDATES:
         raise InputError(
-            f'candidates of a token are {num_candidates}; there may be from 0 (none) to {MAX_CANDIDATES}'
+            f'candidates of a token are {num_candidates}; there may be from 0 (the token alone) to {MAX_CANDIDATES}'
         )
 
 

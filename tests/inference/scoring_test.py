@@ -156,7 +156,7 @@ def test_no_candidate_differs_from_its_token_by_a_last_bit():
 @pytest.mark.parametrize(
     ('texts', 'num_candidates', 'words'),
     [
-        ([(1,)], 21, r'candidates of a token are 21; there may be from 0 \(none\) to 20'),
+        ([(1,)], 21, r'candidates of a token are 21; there may be from 0 \(the token alone\) to 20'),
         ([(1,)], -1, 'candidates of a token are -1'),
         ([(1,), ()], 1, 'prompt 1 has no token'),
         ([(1,) * 65], 1, 'prompt 0 has 65 tokens; the model reads 64, so shorten it to at most 64'),
