@@ -33,6 +33,7 @@ from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.item_log import ItemLog
+from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
@@ -66,6 +67,9 @@ _RATING_COMMAND = flags.DEFINE_string(
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
+_CACHE_DTYPE = flags.DEFINE_enum(
+    'cache_dtype', None, CACHE_DTYPES, 'of keys and values of completions; auto: of the computation'
+)
 _KEEP_QUANTIZED = flags.DEFINE_bool(
     'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
 )
@@ -103,11 +107,13 @@ def main() -> None:
             names = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
             with launch.flags_named(*(f'--{name}' for name in names if name != 'sampling')):
                 prepared_tasks = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
-            flags_given = {flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P)}
+            flags_given = {
+                flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P, _CACHE_DTYPE)
+            }
             check_sampling(prepared_tasks, flags_given)
         engine = load_engine(
             _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value,
-            _KEEP_QUANTIZED.value,
+            _KEEP_QUANTIZED.value, _CACHE_DTYPE.value or 'auto',
         )  # fmt: skip
         # All processes compute it: the weights may be spread over them.
         header = {'model': engine.fingerprint, 'seed': engine.seed}
@@ -192,6 +198,7 @@ def load_engine(
     batch_size: int,
     seed: int,
     keep_quantized: bool,
+    cache_dtype: str,
 ) -> Engine:
     """The checkpoint on the mesh."""
     dtype = DTYPES[dtype_name(given_dtype)]
@@ -206,7 +213,7 @@ def load_engine(
             keep_quantized=keep_quantized,
         )  # fmt: skip
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
-    model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner)
+    model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner, cache_dtype=cache_dtype)
     return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)
 
 

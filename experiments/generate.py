@@ -41,6 +41,7 @@ from llama_jax.inference.generate import complete, generate, stream
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.json_file import parse_json, read_bytes
+from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
@@ -114,6 +115,9 @@ _MIN_NEW_TOKENS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
+_CACHE_DTYPE = flags.DEFINE_enum(
+    'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
+)
 _KEEP_QUANTIZED = flags.DEFINE_bool(
     'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
 )
@@ -183,7 +187,7 @@ def main() -> None:
     model, params, tokenizer, template = load(
         _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value
     )
-    tokenizer = required(tokenizer)
+    model, tokenizer = model.clone(cache_dtype=_CACHE_DTYPE.value), required(tokenizer)
     fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
     params = unstack(params, model.dtype, delete=True)
     prompts, stop_ids = asked.prompts_for(tokenizer, template, items)

@@ -24,6 +24,7 @@ from experiments.objective import compile_step, language_modelling
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
+from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.partitioning import Partitioner
 from llama_jax.preflight import compile as ahead
@@ -57,6 +58,9 @@ _DECODE_BATCH = flags.DEFINE_integer(
 _DECODE_WEIGHTS = flags.DEFINE_enum(
     'decode_weights', 'auto', ['auto', *DTYPES], "of the decode step; auto: the computation's type"
 )
+_DECODE_CACHE = flags.DEFINE_enum(
+    'decode_cache', 'auto', CACHE_DTYPES, "of the decode step; auto: the computation's type"
+)
 _TRAIN = flags.DEFINE_boolean('train', True, 'compile the train step; --notrain: the decode step alone')
 _MAX_TRIES = flags.DEFINE_integer(
     'max_tries', 6, 'compilations in search of what fits; 0: none', lower_bound=0
@@ -78,9 +82,13 @@ def main() -> None:
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))
     decoder = None
     if _DECODE_BATCH.value:
-        decoder = make_decoder(config, llama, devices, _DECODE_BATCH.value, _DECODE_WEIGHTS.value)
-    elif _DECODE_WEIGHTS.value != 'auto' or not _TRAIN.value:
-        raise InputError('--decode_weights and --notrain are about a decode step: add --decode_batch=ROWS')
+        decoder = make_decoder(
+            config, llama, devices, _DECODE_BATCH.value, _DECODE_WEIGHTS.value, _DECODE_CACHE.value
+        )
+    elif {_DECODE_WEIGHTS.value, _DECODE_CACHE.value} != {'auto'} or not _TRAIN.value:
+        raise InputError(
+            '--decode_weights, --decode_cache and --notrain are about a decode step: add --decode_batch=ROWS'
+        )
     partitioner = settings.make_partitioner(config, devices)
     report = {
         'model': config.model.preset,
@@ -110,10 +118,13 @@ def main() -> None:
         )
         report['decode'] |= {
             'mesh': dict(mesh.shape), 'rows': _DECODE_BATCH.value, 'weights': _DECODE_WEIGHTS.value,
+            'cache': _DECODE_CACHE.value,
         }  # fmt: skip
         rows = f'{_DECODE_BATCH.value} rows'
         if _DECODE_WEIGHTS.value != 'auto':
             rows += f', {_DECODE_WEIGHTS.value} weights'
+        if _DECODE_CACHE.value != 'auto':
+            rows += f', {_DECODE_CACHE.value} cache'
         if mesh.shape != partitioner.mesh.shape:
             rows += f' on a mesh of fsdp={mesh.shape["fsdp"]}, context=1'
         print(describe(f'{title}, decode step of {rows}', report['decode']))
@@ -152,7 +163,7 @@ def compile_training(
 
 
 def make_decoder(
-    config: ConfigDict, llama: LlamaConfig, devices: list[Any], rows: int, weights: str
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any], rows: int, weights: str, cache: str
 ) -> tuple[LlamaForCausalLM, tuple[Any, ...]]:
     """A model and the arguments of its `decode_step`: so many rows, a cache of data.seq_len tokens.
 
@@ -166,7 +177,7 @@ def make_decoder(
         raise InputError(
             f'--decode_batch={rows} does not divide over {parts} devices; make it a multiple of {parts}'
         )
-    model = settings.make_model(config, llama, partitioner)
+    model = settings.make_model(config, llama, partitioner).clone(cache_dtype=cache)
     length = config.data.seq_len
     return model, decode_arguments(model, rows, length, None if weights == 'auto' else weights)
 

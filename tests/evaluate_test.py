@@ -196,6 +196,7 @@ REFUSED = {
         'and none of --tasks executes code; leave it out',
     ),
     'idle sampling': (['--tasks=piqa', '--temperature=0.5'], '--temperature: none of --tasks generates text'),
+    'idle cache': (['--tasks=piqa', '--cache_dtype=int8'], '--cache_dtype: none of --tasks generates text'),
     'no such program': (
         ['--tasks=bold', '--rating_command=rate-me'],
         "no program 'rate-me' (set by --rating_command)",

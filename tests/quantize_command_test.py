@@ -47,12 +47,14 @@ def test_the_integers_of_a_gguf_are_kept_where_that_is_asked_for(commands, given
     prompt = ['--prompt=Once upon a time', '--max_new_tokens=32']
     texts = [
         commands.run('generate', f'--checkpoint={file}', *prompt, *flag).succeeded()
-        for flag in ([], ['--keep_quantized'])
+        for flag in ([], ['--keep_quantized'], ['--keep_quantized', '--cache_dtype=int8'])
     ]
-    assert texts[0].stdout == texts[1].stdout
+    assert texts[0].stdout == texts[1].stdout == texts[2].stdout
     assert 'cast, as they are not Q8_0 or Q4_0: blocks/mlp/down' in texts[1].stderr
     line = commands.run('generate', f'--checkpoint={given}', *prompt, '--keep_quantized').error()
     assert 'holds no weights in integers to be kept' in line
+    line = commands.run('generate', f'--checkpoint={given}', *prompt, '--cache_dtype=int4').error()
+    assert '--cache_dtype=int4: value should be one of <auto|int8>' in line
 
 
 @pytest.mark.slow

@@ -52,9 +52,10 @@ class Engine:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells models apart: of architecture, dtype, tokenizer and weights, wherever they are placed."""
+        """Tells models apart: of architecture, dtypes, tokenizer and weights, wherever they are placed."""
         sums = [int(total) for total in jax.device_get(_sums(self.params))]
         known = [self.model.config.to_dict(), jnp.dtype(self.model.dtype).name, self.tokenizer.sha256, sums]
+        known += [name for name in (self.model.cache_dtype,) if name != 'auto']
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
-from llama_jax.models.kv_cache import CACHE_AXES, KVCache
+from llama_jax.models.kv_cache import CACHE_AXES, KVCache, cache_dtype
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.attention import platform_of
 from llama_jax.ops.linear import einsum
@@ -179,6 +179,7 @@ def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: Sam
 def _empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
     # A CPU multiplies in float32, and would convert all of another type for every product with it.
     dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
+    dtype = cache_dtype(model.cache_dtype, dtype)
     return _placed(model, KVCache.create(model.config, num_slots, room, dtype))
 
 

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from llama_jax.models.config import LlamaConfig
 from llama_jax.ops.attention_cached import Cached, keys_as_codes, keys_of_codes, values_as_codes
 from llama_jax.ops.quantized import QuantizedArray
-from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
 # Logical axes of each layer's keys and values. The scales of int8 have as many, the last of them of one value.
@@ -154,15 +153,6 @@ class KVCache:
         keys, values = jax.tree.map(put, (self.keys, self.values), (other.keys, other.values))
         length = self.length.at[rows].set(other.length, mode='drop')
         return dataclasses.replace(self, keys=keys, values=values, length=length, is_empty=False)
-
-    def sharded(self, partitioner: Partitioner) -> 'KVCache':
-        """Within a program: split as `CACHE_AXES` say, scales as their codes."""
-
-        def shard(array: Array) -> Array:
-            axes = CACHE_AXES if array.shape[3] > 1 else (*CACHE_AXES[:3], None)
-            return partitioner.shard(array, axes, 'cache')
-
-        return self.map(shard)
 
     def layer(self, layer: int) -> LayerCache:
         """One layer's part."""

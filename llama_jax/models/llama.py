@@ -202,6 +202,7 @@ class Transformer(nn.Module):
       unroll: layers per step of the scan; changes speed and compile time, never the weights' layout.
       attention_implementation: see `ops.attention.attention`.
       partitioner: where activations are constrained to; None leaves placement to the compiler.
+      cache_dtype: of what is generated with it, one of `kv_cache.CACHE_DTYPES`.
     """
 
     config: LlamaConfig
@@ -210,6 +211,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     attention_implementation: str = 'auto'
     partitioner: Partitioner | None = None
+    cache_dtype: str = 'auto'
 
     def setup(self):
         V, D = self.config.vocab_size, self.config.embed_dim

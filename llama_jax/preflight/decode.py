@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.inference import decoding
-from llama_jax.models.kv_cache import CACHE_AXES, KVCache
+from llama_jax.models.kv_cache import CACHE_AXES, KVCache, cache_dtype
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.preflight.report import device_bytes
@@ -48,18 +48,16 @@ def decode_arguments(
         shapes = {name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
         params = represent_all(params, choose_forms(shapes, weights)[0])
     params = unstack(params, model.dtype)
-    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch_size, length, model.dtype))
+    dtype = cache_dtype(model.cache_dtype, model.dtype)
+    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch_size, length, dtype))
 
     def placed(leaf: Any, axes: tuple[str | None, ...], name: str) -> Any:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=partitioner.sharding(axes, leaf.shape, name)
         )
 
-    cache = KVCache(
-        tuple(placed(keys, CACHE_AXES, 'cached keys') for keys in cache.keys),
-        tuple(placed(values, CACHE_AXES, 'cached values') for values in cache.values),
-        placed(cache.length, ('batch',), 'lengths of the cache'),
-    )
+    cache = cache.map(lambda leaf: placed(leaf, CACHE_AXES, 'cache'))
+    cache = cache.replace(length=placed(cache.length, ('batch',), 'lengths of the cache'))
     tokens = placed(jax.ShapeDtypeStruct((batch_size,), jnp.int32), ('batch',), 'tokens')
     return params, cache, tokens
 

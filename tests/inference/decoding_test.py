@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.generate import generate_tokens
-from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.types import InputError
 from tests import toy
 
 # Logits are of order 1. The same sums in another order differ by some roundings of fp32 (6e-8 each).
@@ -161,14 +162,41 @@ def test_unstacked_weights_are_the_same_model(model, params, rows, mesh):
         np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), want, atol=SAME)
 
 
-@pytest.mark.parametrize('mesh', [{'fsdp': 2, 'tensor': 4}, {'data': 4, 'tensor': 2}])
-def test_a_mesh_completes_as_one_device_does(model, params, mesh):
+@pytest.mark.parametrize(
+    ('mesh', 'cache_dtype'),
+    [
+        ({'fsdp': 2, 'tensor': 4}, 'auto'),
+        ({'data': 4, 'tensor': 2}, 'auto'),
+        pytest.param({'fsdp': 2, 'tensor': 4}, 'int8', marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_completes_as_one_device_does(model, params, mesh, cache_dtype):
+    model = model.clone(cache_dtype=cache_dtype)
     prompts = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1], [1, 2] * 10]
     partitioner = Partitioner(make_mesh(mesh))
     split = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
     options = {'max_new_tokens': 9, 'sampler': Sampler(), 'stop_ids': (7,)}
     found = generate_tokens(model.clone(partitioner=partitioner), split, prompts, **options)
     assert found == generate_tokens(model, params, prompts, **options)
+
+
+def test_a_cache_of_int8_is_split_and_grows_as_any(model):
+    partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 4}))
+    model = model.clone(partitioner=partitioner, cache_dtype='int8')
+    settings = SamplerRows.create([Sampler()] * 4, range(4), [()] * 4, toy.CONFIG.vocab_size)
+    rows = decoding.with_room(decoding.empty_rows(model, 4, 16, settings), 32)
+    for layer in rows.cache.keys + rows.cache.values:
+        assert layer.qvalue.dtype == jnp.int8 and layer.qvalue.shape == (4, 4, 32, 8)
+        assert layer.scale.shape == (4, 4, 32, 1)
+        assert layer.qvalue.sharding.shard_shape(layer.qvalue.shape) == (2, 1, 32, 8)
+        assert layer.scale.sharding.shard_shape(layer.scale.shape) == (2, 1, 32, 1)
+
+
+def test_an_unknown_type_of_the_cache_is_refused(model, params):
+    with pytest.raises(InputError, match="unknown type of the cache 'int4'; choose from auto, int8"):
+        generate_tokens(
+            model.clone(cache_dtype='int4'), params, [[1]], max_new_tokens=1, sampler=Sampler(), stop_ids=()
+        )
 
 
 def test_weights_are_unstacked_once_for_as_long_as_they_live(params):

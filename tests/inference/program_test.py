@@ -29,17 +29,18 @@ _IN_PLACE = {'scatter', 'dynamic-update-slice'}
 _BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
-def compiled_steps(batch_size, weights, kind=LlamaForCausalLM):
+def compiled_steps(batch_size, weights, kind=LlamaForCausalLM, cache='auto'):
     """The loop of decoding, of two layers, as it is compiled for use and not for tests.
 
     Args:
       batch_size: rows.
       weights: the type that they and the computation are of, or that of the codes that they are kept in.
       kind: of model.
+      cache: see `models.kv_cache.CACHE_DTYPES`.
     """
     dtype = jnp.dtype('float32' if weights in CODE_MAX else weights)
     config = dataclasses.replace(PRESET, num_layers=2, max_seq_len=ROOM)
-    model = kind(config, dtype=dtype)
+    model = kind(config, dtype=dtype, cache_dtype=cache)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
     if weights in CODE_MAX:
         params = represent_all(params, forms_of(params, weights))
@@ -118,6 +119,13 @@ def test_a_step_copies_no_weight_and_no_cache(batch_size, weights):
     assert compiled.memory_analysis().temp_size_in_bytes < allowed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('batch_size', [1, 8])
+def test_a_step_makes_no_floats_of_a_cache_of_int8(batch_size):
+    compiled = compiled_steps(batch_size, 'float32', cache='int8')
+    assert large_moves(compiled.as_text(), limit_of(batch_size)) == []
+
+
 TPU_STEPS = """
 import dataclasses, pathlib
 import jax.numpy as jnp
@@ -130,9 +138,11 @@ from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.preflight.decode import decode_arguments, decode_step
 from llama_jax.preflight.report import device_bytes
 config = dataclasses.replace(PRESETS['llama2_70b'], num_layers=4)
-for number, name in enumerate(('v5e:4x4', 'v5p:2x2x4', 'v6e:4x4')):
+chips = ('v5e:4x4', 'auto'), ('v5p:2x2x4', 'auto'), ('v6e:4x4', 'auto'), ('v5e:4x4', 'int8')
+for number, (name, of_cache) in enumerate(chips):
     mesh = make_mesh({'data': 2, 'tensor': 8}, ahead.topology_devices(Topology.parse(name)))
-    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, partitioner=Partitioner(mesh))
+    partitioner = Partitioner(mesh)
+    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, partitioner=partitioner, cache_dtype=of_cache)
     params, cache, tokens = decode_arguments(model, 16, 4096, 'int8')
     compiled = decode_step(model).lower(params, cache, tokens).compile()
     sizes = compiled.memory_analysis().temp_size_in_bytes, device_bytes(params)
@@ -157,14 +167,14 @@ def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
         [sys.executable, '-c', program], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    for number in range(3):
+    for number in range(4):
         sizes, _, text = (tmp_path / str(number)).read_text().partition('\n')
         temporary, weights = map(int, sizes.split())
         assert temporary < 0.05 * weights
         moved = large_moves(text, 8192 * 128)
         assert len(moved) <= 2 * 4, 'each once at most'
         for line in moved:
-            back = re.search(r'= (bf16\[8,1,4096,128\]\S*) copy-done\((%[\w.-]+)\)', line)
+            back = re.search(r'= ((?:bf16|s8)\[8,1,4096,128\]\S*) copy-done\((%[\w.-]+)\)', line)
             assert back, line
             start = re.search(rf'{re.escape(back[2])} = \((\S+), (\S+), .*copy-start', text)
             assert start and start[1] == back[1] and 'S(1)' in start[2] and 'S(' not in start[1], line

@@ -29,10 +29,10 @@ def stored_bytes(leaf: jax.Array) -> int:
     return part.size // 2 if part.dtype == jnp.int4 else part.nbytes
 
 
-@pytest.mark.parametrize('weights', [None, 'int8', 'int4'])
-def test_a_step_must_read_weights_as_they_are_stored_and_the_cache(weights):
+@pytest.mark.parametrize(('weights', 'of_cache'), [(None, 'auto'), ('int8', 'int8'), ('int4', 'auto')])
+def test_a_step_must_read_weights_as_they_are_stored_and_the_cache(weights, of_cache):
     partitioner = Partitioner(make_mesh({'data': 2, 'tensor': 4}))
-    model = LlamaForCausalLM(CONFIG, dtype=jnp.bfloat16, partitioner=partitioner)
+    model = LlamaForCausalLM(CONFIG, dtype=jnp.bfloat16, partitioner=partitioner, cache_dtype=of_cache)
     params, cache, tokens = decode_arguments(model, 8, 32, weights)
     drawn = jax.jit(
         lambda key: init_params(model, key),
@@ -46,10 +46,9 @@ def test_a_step_must_read_weights_as_they_are_stored_and_the_cache(weights):
             found.shape, found.dtype, found.sharding.spec
         )  # fmt: skip
     read = {name: leaf for name, leaf in real.items() if name != 'embed'}
-    of_cache = (
-        2 * 2 * (8 // 2) * (4 // 4) * 32 * 8 * 2
-    )  # keys and values of 2 layers, 4 rows, one head, in bf16
-    assert bytes_to_read(params, cache) == sum(map(stored_bytes, jax.tree.leaves(read))) + of_cache
+    # Keys and values of 2 layers, 4 rows, one head of 8, in bf16, or in int8 with a scale.
+    held = 2 * 2 * (8 // 2) * (4 // 4) * 32 * (2 * 8 if of_cache == 'auto' else 8 + 4)
+    assert bytes_to_read(params, cache) == sum(map(stored_bytes, jax.tree.leaves(read))) + held
     assert tokens.shape == (8,)
 
 
