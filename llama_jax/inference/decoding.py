@@ -145,7 +145,7 @@ def place(rows: np.ndarray, partitioner: Partitioner | None) -> np.ndarray | Arr
     """Values by row, where the rows are."""
     if partitioner is None:
         return rows
-    axes = ('batch', None)[: rows.ndim]
+    axes = ('batch', *[None] * (rows.ndim - 1))
     return place_whole(rows, partitioner.sharding(axes, rows.shape, 'prompts'))
 
 
@@ -267,7 +267,7 @@ def first(
     one = jnp.ones_like(drawn.token)
     changed = Rows(
         rows.cache, put(rows.token, drawn.token), put(rows.step, one), put(rows.allowed, begun.allowed),
-        put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings),
+        put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings.advance(drawn.token)),
     )  # fmt: skip
     steps = Steps.create(len(one), 1, num_candidates).put(0, drawn, logits, one > 0)
     return changed, _readable(model, dataclasses.replace(steps, running=running))
@@ -314,7 +314,8 @@ def decode(
         step = rows.step + rows.running
         running = rows.running & ~rows.settings.is_stop(drawn.token) & (step < rows.allowed)
         token = jnp.where(rows.running, drawn.token, rows.token)
-        return Rows(cache, token, step, rows.allowed, running, seen, rows.settings), steps, index + 1
+        settings = rows.settings.advance(drawn.token)
+        return Rows(cache, token, step, rows.allowed, running, seen, settings), steps, index + 1
 
     def unfinished(carry):
         rows, _, index = carry

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from llama_jax.inference import decoding
 from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.logits_processor import LogitsProcessor, OfTokens, as_processor
 from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
 from llama_jax.inference.sampling import Sampler, SamplerRows, seen_in_prompts
 from llama_jax.inference.scoring import MAX_CANDIDATES, check_candidates, score_tokens
@@ -51,6 +52,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     special_tokens: bool = False,
+    logits_processor: LogitsProcessor | OfTokens | None = None,
 ) -> list[str]:
     """Completions of the prompts, without the prompts themselves; `complete` tells more of each.
 
@@ -78,6 +80,8 @@ def generate(
       stop_ids: of tokens that end a completion, besides those of the tokenizer.
       ignore_eos: go on behind what ends a text.
       special_tokens: names of special tokens in a prompt are those tokens, else plain text.
+      logits_processor: (logits [B, V], tokens so far [B, S], their numbers [B]) -> logits, traced into the program,
+        which is compiled for each function anew; or one with a state of its own, see `LogitsProcessor`.
 
     Raises:
       InputError: a prompt leaves no room in the model's context, or a setting is out of range.
@@ -87,7 +91,7 @@ def generate(
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias or {},
         min_new_tokens=min_new_tokens, seed=seed, samplers=samplers, stop=stop, stop_ids=stop_ids,
-        ignore_eos=ignore_eos, special_tokens=special_tokens,
+        ignore_eos=ignore_eos, special_tokens=special_tokens, logits_processor=logits_processor,
     )  # fmt: skip
     return [completion.text for (completion,) in found]
 
@@ -191,6 +195,7 @@ def _asked(
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     special_tokens: bool = False,
+    logits_processor: LogitsProcessor | OfTokens | None = None,
     is_streamed: bool = False,
     **settings: Any,
 ) -> tuple[list[list[int]], list[Watch], Iterator[list[Row]]]:
@@ -210,7 +215,7 @@ def _asked(
         model, params, ids, n=n, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
         stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), is_streamed=is_streamed,
         is_complete=(lambda index, tokens: watches[index].look(tokens)) if stop or is_complete or is_streamed else None,
-        log_probabilities=log_probabilities,
+        log_probabilities=log_probabilities, processor=as_processor(logits_processor),
     )  # fmt: skip
     return ids, watches, rounds
 
@@ -262,6 +267,7 @@ def _rounds(
     n: int = 1,
     log_probabilities: int | None = None,
     is_streamed: bool = False,
+    processor: LogitsProcessor | None = None,
 ) -> Iterator[list[Row]]:
     """As `generate_tokens`: `n` rows of each prompt as they are so far, after every round.
 
@@ -297,6 +303,10 @@ def _rounds(
     allowed[num_rows - filling :] = 1
     num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
     spread = np.array(of_prompt + [0] * filling, np.int32)
+    if processor is not None:
+        longest = decoding.power_of_two(int((lengths + allowed).max()))
+        of_rows = [*(prompts[place] for place in of_prompt), *[[0]] * filling]
+        settings = dataclasses.replace(settings, processor=processor, state=processor.begin(of_rows, longest))
     rows, steps = _begin(model, weights, prompts, spread, settings, allowed, num_candidates)
     made = [Row(began, log_probabilities) for _ in of_prompt]
     return _complete(

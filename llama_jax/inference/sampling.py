@@ -1,6 +1,7 @@
 """Choosing the next token: each row by settings of its own, which are arrays, so that one program serves any mix.
 
-Order, as in transformers and vLLM: bias, penalties, tokens that may not come yet; temperature; top-k, top-p, min-p.
+Order, as in transformers and vLLM: the caller's processor; bias, penalties, tokens that may not come yet; temperature;
+top-k, top-p, min-p.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
+from llama_jax.inference.logits_processor import LogitsProcessor
 from llama_jax.types import InputError
 
 # Tokens that one request may bias: what OpenAI's service takes.
@@ -114,6 +116,8 @@ class SamplerRows:
       stream: tells rows of one seed apart.
       stop_ids: tokens that end the row, padded by what is no token.
       adjustments: None where no row asks for any, which is another, smaller program.
+      processor: changes the logits before all that; of all rows, and of the program.
+      state: of each row, its.
     """
 
     temperature: Float[Any, 'B']
@@ -124,6 +128,8 @@ class SamplerRows:
     stream: Int[Any, 'B']
     stop_ids: Int[Any, 'B stops']
     adjustments: Adjustments | None
+    processor: LogitsProcessor | None = flax.struct.field(pytree_node=False, default=None)
+    state: Any = None
 
     @classmethod
     def create(
@@ -183,6 +189,12 @@ class SamplerRows:
             padded(stops, width, _NO_TOKEN, np.int32),
             adjustments,
         )
+
+    def advance(self, tokens: Int[Array, 'B']) -> 'SamplerRows':
+        """After a token more of each row, which its processor hears of."""
+        if self.processor is None:
+            return self
+        return dataclasses.replace(self, state=self.processor.advance(self.state, tokens))
 
     def is_stop(self, tokens: Int[Array, 'B']) -> Bool[Array, 'B']:
         """Whether each row's token ends it."""
@@ -263,7 +275,8 @@ def draw(
     """
     logits = logits.astype(jnp.float32)
     step = jnp.broadcast_to(step, settings.seed.shape)
-    adjusted = settings.adjust(logits, seen, step)
+    processed = settings.processor(logits, settings.state) if settings.processor else logits
+    adjusted = settings.adjust(processed, seen, step)
 
     def choose(logits: Array) -> tuple[Array, Array]:
         filtered = settings.filter(logits)
