@@ -72,10 +72,10 @@ def test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody(tmp_path, 
 
 def test_of_many_at_once_one_has_it(tmp_path):
     """Also while others let go of it and take the file away."""
-    folder, end, times = epath.Path(tmp_path), time.monotonic() + 0.5, []
+    folder, end, times = epath.Path(tmp_path), time.monotonic() + 60, []
 
     def take_and_let_go():
-        while time.monotonic() < end:
+        while len(times) < 40 and time.monotonic() < end:
             with contextlib.suppress(Locked):
                 release = hold(folder)
                 os.close(os.open(folder / 'inside', os.O_CREAT | os.O_EXCL))
@@ -86,7 +86,7 @@ def test_of_many_at_once_one_has_it(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         for done in [threads.submit(take_and_let_go) for _ in range(4)]:
             done.result()
-    assert len(times) > 10
+    assert len(times) >= 40
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def beating(monkeypatch):
     """Locks as where the file system has none, and less patient."""
     monkeypatch.setattr(lock, '_system_lock', lambda file: None)
     monkeypatch.setattr(lock, '_BEAT_SECONDS', 0.1)
-    monkeypatch.setattr(lock, '_DEAD_SECONDS', 0.5)
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 1.0)
 
 
 def as_of_another_host(file):
@@ -104,7 +104,7 @@ def as_of_another_host(file):
     return owner
 
 
-def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating):
+def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating, monkeypatch):
     folder, file = epath.Path(tmp_path), tmp_path / lock.FILE
     release = hold(folder)
     first = json.loads(file.read_text())
@@ -117,12 +117,13 @@ def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating):
     as_of_another_host(file)
     start = time.monotonic()
     hold(folder)()
-    assert time.monotonic() - start > 0.5
+    assert time.monotonic() - start > 1.0
     # Dead on this one, its number given to another process since; at once.
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 60.0)
     file.write_text(json.dumps(first | {'started': '1'}))
     start = time.monotonic()
     hold(folder)()
-    assert time.monotonic() - start < 0.4
+    assert time.monotonic() - start < 30
     # Damaged, by nobody.
     file.write_bytes(bytes(100))
     hold(folder)()
@@ -139,7 +140,7 @@ def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
     monkeypatch.setattr(lock.os, '_exit', end)
     hold(epath.Path(tmp_path))
     as_of_another_host(tmp_path / lock.FILE)
-    patience = time.monotonic() + 10
+    patience = time.monotonic() + 60
     while not ended and time.monotonic() < patience:
         time.sleep(0.01)
     assert ended == [1] and 'was taken over by host elsewhere, process 7' in caplog.text

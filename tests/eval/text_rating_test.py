@@ -50,12 +50,12 @@ def test_command_that_does_not_answer_is_said_and_given_up(tmp_path, caplog):
     script = tmp_path / 'rate.py'
     script.write_text('import time\nprint(open("/dev/stdin").readline() and 1, flush=True)\ntime.sleep(60)\n')
     start = time.monotonic()
-    with CommandRating(f'{sys.executable} {script}', patience=0.1, timeout=0.5) as rate:
+    with CommandRating(f'{sys.executable} {script}', patience=0.1, timeout=3.0) as rate:
         long = 'b' * 1_000_000  # more than a pipe takes
-        with pytest.raises(InputError, match="did not answer 'b{40}' within 0.5 s"):
+        with pytest.raises(InputError, match="did not answer 'b{40}' within 3 s"):
             rate('a'), rate(long)
     assert 'has not answered for 0.1 s' in caplog.text
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 40  # not the minute that it sleeps
 
 
 def test_command_that_dies_says_how(tmp_path):

@@ -208,11 +208,11 @@ def test_more_answers_of_math(shared_data):
     ],
 )
 def test_hostile_text_is_quick(text):
-    start = time.perf_counter()
+    start = time.process_time()
     equivalent(normalize(text), '1')
     equivalent(normalize(text), normalize(text + '+0'))
     last_boxed('\\boxed{' * 2000 + text)
-    assert time.perf_counter() - start < 2  # milliseconds where nothing else runs
+    assert time.process_time() - start < 2  # milliseconds
 
 
 def test_last_boxed():

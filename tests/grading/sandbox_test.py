@@ -85,7 +85,7 @@ def test_behaviour(run, name):
     outcome = run(ProgramTest(program, ''))
     assert expected in outcome and '\n' not in outcome
     assert (outcome == 'passed') == (expected == 'passed')
-    assert time.perf_counter() - start < 10  # ends, even on a busy machine
+    assert time.perf_counter() - start < 60  # ends, even on a busy machine
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ HOSTILE_VALUES = {
 def test_values_that_would_harm_their_reader(run, kind):
     start = time.perf_counter()
     outcome = run(ProgramTest(HOSTILE_VALUES[kind], 'assert f() == 1', ('f',)))
-    assert outcome != 'passed' and time.perf_counter() - start < 10
+    assert outcome != 'passed' and time.perf_counter() - start < 60
 
 
 def _reach(folder):

@@ -10,6 +10,7 @@ weights do, where epsilon counts. `test_mutations_are_seen` proves that the comp
 import dataclasses
 import functools
 import secrets
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ RELEASES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def seed() -> int:
     """Fresh inputs in every run; a failing test shows the seed among its locals and in its message."""
     return secrets.randbits(32)
@@ -137,6 +138,25 @@ def random_inputs(
     return tokens, positions
 
 
+class Example(NamedTuple):
+    """Weights and inputs of a small model, and its logits in float64."""
+
+    params: dict
+    tokens: np.ndarray
+    positions: np.ndarray
+    expected: np.ndarray
+
+
+@functools.cache
+def an_example(name: str, seed: int) -> Example:
+    """Of a release; the same for all tests, as the reference takes longer than the model."""
+    release, rng = RELEASES[name], np.random.default_rng(seed)
+    params = random_params(release, rng)
+    tokens, positions = random_inputs(release, rng)
+    expected = numpy_llama.forward(release.hparams, params, tokens, positions)
+    return Example(params, tokens, positions, expected)
+
+
 @functools.cache
 def compiled_model(config):
     return jax.jit(LlamaForCausalLM(config, dtype=jnp.float32).apply)
@@ -158,14 +178,9 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize('name', RELEASES)
 def test_logits_match_float64_reference_over_the_whole_context(name, seed):
-    release, rng = RELEASES[name], np.random.default_rng(seed)
-    params = random_params(release, rng)
-    tokens, positions = random_inputs(release, rng)
-
-    logits = run_model(small_config(name), params, tokens, positions)
-
-    expected = numpy_llama.forward(release.hparams, params, tokens, positions)
-    assert difference(logits, expected) <= TOLERANCE, f'seed {seed}'
+    example = an_example(name, seed)
+    logits = run_model(small_config(name), example.params, example.tokens, example.positions)
+    assert difference(logits, example.expected) <= TOLERANCE, f'seed {seed}'
 
 
 def with_factor(factor: float):
@@ -189,15 +204,10 @@ MUTATIONS = {
 @pytest.mark.parametrize('mutation', MUTATIONS)
 def test_mutations_are_seen(mutation, seed):
     name, change = MUTATIONS[mutation]
-    release, rng = RELEASES[name], np.random.default_rng(seed)
-    params = random_params(release, rng)
-    tokens, positions = random_inputs(release, rng)
-    config = small_config(name)
-
-    logits = run_model(dataclasses.replace(config, **change(config)), params, tokens, positions)
-
-    expected = numpy_llama.forward(release.hparams, params, tokens, positions)
-    assert difference(logits, expected) > 1000 * TOLERANCE, f'seed {seed}'
+    example, config = an_example(name, seed), small_config(name)
+    changed = dataclasses.replace(config, **change(config))
+    logits = run_model(changed, example.params, example.tokens, example.positions)
+    assert difference(logits, example.expected) > 1000 * TOLERANCE, f'seed {seed}'
 
 
 def tiled_heads(attention: dict) -> dict:
@@ -215,15 +225,11 @@ def interleaved_rope(attention: dict) -> dict:
 @pytest.mark.parametrize('mutate', [tiled_heads, interleaved_rope])
 def test_mutated_head_layouts_are_seen(mutate, seed):
     name = 'llama3_8b'
-    release, rng = RELEASES[name], np.random.default_rng(seed)
-    params = random_params(release, rng)
-    tokens, positions = random_inputs(release, rng)
-    blocks = params['blocks'] | {'attention': mutate(params['blocks']['attention'])}
-
-    logits = run_model(small_config(name), params | {'blocks': blocks}, tokens, positions)
-
-    expected = numpy_llama.forward(release.hparams, params, tokens, positions)
-    assert difference(logits, expected) > 1000 * TOLERANCE, f'seed {seed}'
+    example = an_example(name, seed)
+    blocks = example.params['blocks'] | {'attention': mutate(example.params['blocks']['attention'])}
+    params = example.params | {'blocks': blocks}
+    logits = run_model(small_config(name), params, example.tokens, example.positions)
+    assert difference(logits, example.expected) > 1000 * TOLERANCE, f'seed {seed}'
 
 
 @pytest.mark.parametrize('name', ['llama2_7b', 'llama3_1_8b', 'llama3_2_1b'])
@@ -251,14 +257,9 @@ def test_packed_documents_equal_separate_ones(name, seed):
 def test_logits_match_hugging_face(name, seed):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
-    release, rng = RELEASES[name], np.random.default_rng(seed)
-    params = random_params(release, rng)
-    tokens, positions = random_inputs(release, rng)
-
-    model = huggingface_llama.make_model(release.hparams, params, release.max_seq_len)
-    theirs = huggingface_llama.forward(model, tokens, positions)
-
-    expected = numpy_llama.forward(release.hparams, params, tokens, positions)
-    assert difference(theirs, expected) <= TOLERANCE, f'the references disagree: seed {seed}'
-    ours = run_model(small_config(name), params, tokens, positions)
+    release, example = RELEASES[name], an_example(name, seed)
+    model = huggingface_llama.make_model(release.hparams, example.params, release.max_seq_len)
+    theirs = huggingface_llama.forward(model, example.tokens, example.positions)
+    assert difference(theirs, example.expected) <= TOLERANCE, f'the references disagree: seed {seed}'
+    ours = run_model(small_config(name), example.params, example.tokens, example.positions)
     assert difference(ours, theirs) <= TOLERANCE, f'seed {seed}'

@@ -226,16 +226,16 @@ class Failing:
 @pytest.mark.parametrize('failure', ['fails', 'hangs'])
 def test_a_writer_aside_ends_alone(caplog, failure):
     writer = Failing(failure)
-    aside = Aside('TensorBoard', lambda: writer, patience=0.2)
+    aside = Aside('TensorBoard', lambda: writer, patience=1.0)
     start = time.monotonic()
     for step in range(1, 50):
         aside.write(step, {'loss': 1.0})
         aside.flush()
     aside.close()
-    assert time.monotonic() - start < 5 and writer.steps == [1]
-    assert writer.abandoned.wait(5)
+    assert time.monotonic() - start < 30 and writer.steps == [1]
+    assert writer.abandoned.wait(60)
     (line,) = caplog.messages
-    reason = 'No space left on device' if failure == 'fails' else 'it has not answered for 0.2 s'
+    reason = 'No space left on device' if failure == 'fails' else 'it has not answered for 1 s'
     assert line.startswith('TensorBoard takes no more figures') and reason in line
     writer.let_go.set()
 
