@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from experiments.benchmark.huggingface import random_llama
 from llama_jax.convert import gguf
 from llama_jax.convert.mapping import native_source
 from llama_jax.models.config import LlamaConfig
@@ -33,23 +34,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 def huggingface(config: LlamaConfig, ids: Sequence[Sequence[int]]) -> Complete:
     """Greedy `generate` in float32, or bfloat16 on a GPU, of random weights."""
     import torch
-    from transformers import LlamaConfig as HuggingFaceConfig
-    from transformers import LlamaForCausalLM as HuggingFaceLlama
 
-    on_cpu = jax.default_backend() == 'cpu'
-    torch.manual_seed(0)
-    model = HuggingFaceLlama(
-        HuggingFaceConfig(
-            vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.max_seq_len, tie_word_embeddings=config.tie_embeddings,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    model.set_attn_implementation('sdpa')
-    device = 'cpu' if on_cpu else 'cuda'
-    model = model.to(device=device, dtype=torch.float32 if on_cpu else torch.bfloat16).eval()  # pyright: ignore
+    model, device = random_llama(config)
+    model = model.to(dtype=torch.float32 if device == 'cpu' else torch.bfloat16).eval()
     tokens = torch.tensor(ids, dtype=torch.long, device=device)
     mask = torch.ones_like(tokens)
 

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
+from experiments.benchmark.huggingface import random_llama
 from experiments.benchmark.profile import show_kernels
 from experiments.checkpoint import DTYPES, dtype_name
 from experiments.settings import compiler_options, find_preset
@@ -181,21 +182,8 @@ def our_step(
 def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compiled: bool) -> Step:
     """The same update by Hugging Face's Llama: SDPA attention, AdamW (fused), clipping at the same norm."""
     import torch
-    from transformers import LlamaConfig as HuggingFaceConfig
-    from transformers import LlamaForCausalLM as HuggingFaceLlama
 
-    device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'  # of which torch says so where it has none
-    torch.manual_seed(0)
-    model = HuggingFaceLlama(
-        HuggingFaceConfig(
-            vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.max_seq_len, tie_word_embeddings=config.tie_embeddings,
-        )
-    )  # fmt: skip
-    model.set_attn_implementation('sdpa')
-    model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    model, device = random_llama(config)
     c = _OPTIMIZER
     decayed = [weight for name, weight in model.named_parameters() if not name.endswith('norm.weight')]
     norms = [weight for name, weight in model.named_parameters() if name.endswith('norm.weight')]
