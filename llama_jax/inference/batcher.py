@@ -82,6 +82,11 @@ class Extend:
         """Of the piece, without padding."""
         return self.request.tokens[self.begin : self.end]
 
+    @property
+    def is_last(self) -> bool:
+        """Of its prompt."""
+        return bool(self.shares)
+
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
@@ -160,6 +165,7 @@ class Batcher:
         grid: int,
         widths: Sequence[int],
         steps: tuple[int, int],
+        least_room: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ):
         """Nothing waits yet.
@@ -168,9 +174,10 @@ class Batcher:
           num_slots: rows that are decoded together, at most.
           context: tokens that a row may have.
           budget_tokens: that memory holds, of all rows together: each takes the room of the longest.
-          grid: tokens of a piece, a power of two; also the least room.
+          grid: tokens of a piece, a power of two.
           widths: that the last piece of a prompt may have besides `grid`; it gets the least that covers it.
           steps: of a dispatch at most: while nothing waits, while something does.
+          least_room: of a row, a power of two; None: `grid`.
           prefix_cache: of blocks of `grid` tokens.
 
         Raises:
@@ -178,9 +185,10 @@ class Batcher:
         """
         assert grid & (grid - 1) == 0 and max(widths, default=grid) <= grid and min(steps) > 0
         assert prefix_cache is None or prefix_cache.block_tokens == grid
-        if budget_tokens < grid:
+        self.least_room = least_room or grid
+        if budget_tokens < self.least_room:
             raise InputError(
-                f'memory holds {budget_tokens} tokens; a row takes {grid} at least, so give it more'
+                f'memory holds {budget_tokens} tokens; a row takes {self.least_room} at least, so give it more'
             )
         self.num_slots, self.context, self.budget_tokens = num_slots, context, budget_tokens
         self.grid, self.widths, self.steps = grid, tuple(sorted({*widths, grid})), steps
@@ -255,7 +263,7 @@ class Batcher:
     def rooms(self) -> dict[int, int]:
         """{room: rows that memory holds with it}, of all shapes that the cache can have."""
         largest = min(self._room_of(self.context), 1 << (self.budget_tokens.bit_length() - 1))
-        rooms = [1 << power for power in range(self.grid.bit_length() - 1, largest.bit_length())]
+        rooms = [1 << power for power in range(self.least_room.bit_length() - 1, largest.bit_length())]
         return {room: self._num_rows(room) for room in rooms}
 
     def memory_plan(self, token_bytes: int) -> str:
@@ -326,7 +334,7 @@ class Batcher:
         return room, self._num_rows(room)
 
     def _room_of(self, tokens: int) -> int:
-        return max(self.grid, 1 << (tokens - 1).bit_length())
+        return max(self.least_room, 1 << (tokens - 1).bit_length())
 
     def _num_rows(self, room: int) -> int:
         return min(self.num_slots, self.budget_tokens // room)

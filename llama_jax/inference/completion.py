@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from llama_jax.inference.decoding import Steps
+from llama_jax.inference.batcher import Ended
 from llama_jax.inference.detokenizer import Detokenizer
+from llama_jax.inference.request import Progress
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.tokenizer.protocol import Tokenizer
 
@@ -66,42 +67,29 @@ class Row:
 
     Attributes:
       began: when it was asked for, by `time.perf_counter`.
-      num_candidates: that are told of each token; None: no token is scored.
       tokens: without a stop token.
       stop_id: the stop token that ended it.
       scores: of the tokens and the stop token.
       first_seconds: from `began` to the first token.
       seconds: to the last one so far.
+      ended: how; None while it goes on.
     """
 
-    began: float
-    num_candidates: int | None = None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
     tokens: list[int] = dataclasses.field(default_factory=list)
     stop_id: int | None = None
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     first_seconds: float = 0.0
     seconds: float = 0.0
+    ended: Ended | None = None
 
-    def take(self, steps: Steps, index: int, stop_ids: Sequence[int]) -> None:
-        """What a program gave row `index`; of arrays in NumPy."""
-        if not (number := int(steps.count[index])):
-            return
+    def take(self, progress: Progress) -> None:
+        """What it was given since the last."""
         self.seconds = time.perf_counter() - self.began
         self.first_seconds = self.first_seconds or self.seconds
-        new = steps.tokens[index, :number].tolist()
-        if (most := self.num_candidates) is not None:
-            chosen = steps.log_probability[index].tolist(), steps.filtered_log_probability[index].tolist()
-            for place, (token, value, filtered) in enumerate(zip(new, *chosen, strict=False)):
-                likely = (
-                    ()
-                    if steps.candidates is None
-                    else (x[index, place, :most].tolist() for x in steps.candidates)
-                )
-                candidates = list(zip(*likely, strict=True))
-                self.scores.append(TokenScore.create(token, value, candidates, filtered))
-        if new[-1] in stop_ids:
-            self.stop_id = new.pop()
-        self.tokens += new
+        self.tokens += progress.tokens
+        self.scores += progress.scores
+        self.stop_id, self.ended = progress.stop_id, progress.ended
 
 
 class Watch:
@@ -171,6 +159,7 @@ class Watch:
             stopped_by=stopped_by,
             scores=tuple(row.scores[: end + by_token]),
             prompt_scores=tuple(prompt_scores),
+            cached_tokens=row.ended.cached_tokens if row.ended else 0,
             first_seconds=row.first_seconds,
             seconds=row.seconds,
         )

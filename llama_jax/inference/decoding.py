@@ -28,13 +28,10 @@ from llama_jax.types import Params
 
 # Steps of one `decode` at most.
 COLUMNS = 64
-# Tokens of a prompt that are read at once: enough to keep a device busy, and little memory.
-_PIECE = {'cpu': 512}
-_ACCELERATORS_PIECE = 2048
 # The least room of a cache that grows: below it a program for every power of two would cost more than it saves.
 LEAST_ROOM = 256
 # Pieces from this width on that begin a row are read by the kernels of training; narrower ones fit into one tile.
-_LONG_PIECE = 128
+LONG_PIECE = 128
 
 
 @flax.struct.dataclass
@@ -58,6 +55,10 @@ class Rows:
     running: Bool[Array, 'B']
     seen: Int[Array, 'B V'] | None
     settings: SamplerRows
+
+    def with_cache(self, cache: KVCache) -> 'Rows':
+        """With another cache, of the same rows."""
+        return dataclasses.replace(self, cache=cache)
 
 
 @flax.struct.dataclass
@@ -155,11 +156,6 @@ def rows_of(num_prompts: int, partitioner: Partitioner | None) -> int:
     return -(-power_of_two(num_prompts) // of_batch) * of_batch
 
 
-def piece_width(partitioner: Partitioner | None) -> int:
-    """Tokens of a prompt that are read at once."""
-    return _PIECE.get(platform_of(partitioner), _ACCELERATORS_PIECE)
-
-
 def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: SamplerRows) -> Rows:
     """Free slots with room for so many tokens each; `settings` are as wide as what will begin in them."""
 
@@ -169,14 +165,15 @@ def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: Sam
     none, seen = placed(np.zeros(num_slots, np.int32)), None
     if settings.adjustments:
         seen = placed(np.zeros((num_slots, model.config.vocab_size), np.int32))
-    cache, settings = _empty_cache(model, num_slots, room), jax.tree.map(placed, settings)
+    cache, settings = empty_cache(model, num_slots, room), jax.tree.map(placed, settings)
     return Rows(
         cache, none, none + 0, none + 0, none > 0, seen, settings
     )  # of none of them two may be given away
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
+def empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
+    """Room for so many tokens in each slot, on the model's devices."""
     # A CPU multiplies in float32, and would convert all of another type for every product with it.
     dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
     dtype = cache_dtype(model.cache_dtype, dtype)
@@ -210,10 +207,9 @@ def extend(
       start: tokens of each row before the piece.
       tokens: the piece.
       counts: tokens of each row in it.
-      is_first: all rows begin with it, so it is read by the kernels of training where it is long.
+      is_first: all rows begin with it, so the kernels of training read it: better ones from `LONG_PIECE` tokens on.
     """
     own = cache if slots is None else _placed(model, cache.take_rows(slots))
-    is_first = is_first and tokens.shape[1] >= _LONG_PIECE
     own = dataclasses.replace(own, length=start, is_empty=is_first)
     hidden, written = model.apply({'params': params}, tokens, cache=own, method='hidden')
     assert isinstance(written, KVCache)
@@ -221,14 +217,6 @@ def extend(
     written = written.advance(counts)
     last = hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]
     return written if slots is None else cache.put_rows(slots, written, start, tokens.shape[1]), last
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
-def copy_rows(
-    model: LlamaForCausalLM, cache: KVCache, last: Float[Array, 'P D'], rows: Int[Array, 'B']
-) -> tuple[KVCache, Float[Array, 'B D']]:
-    """A cache of B rows, each a copy of one that `extend` has read, and with it the hidden state of its last token."""
-    return _placed(model, cache.take_rows(rows)), last[rows]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
@@ -334,21 +322,67 @@ def _readable(model: LlamaForCausalLM, steps: Steps) -> Steps:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), steps)
 
 
-def with_room(rows: Rows, room: int) -> Rows:
-    """The rows in a cache of more room; one array after the other, so that the old one is soon gone."""
-    leaves, structure = jax.tree.flatten(rows.cache)
-    rows = dataclasses.replace(rows, cache=structure.unflatten([None] * len(leaves)))
-    for index, leaf in enumerate(leaves):
-        if leaf.ndim > 1:
-            sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
-            leaves[index] = _padding(room, sharding)(leaf)
-            leaf.delete()
-    return dataclasses.replace(rows, cache=structure.unflatten(leaves))
+def with_settings(model: LlamaForCausalLM, rows: Rows, settings: SamplerRows) -> Rows:
+    """The rows with settings of more room, and with what adjustments need where they now have them."""
+    settings = jax.tree.map(lambda x: jnp.asarray(place(np.asarray(x), model.partitioner)), settings)
+    seen = rows.seen
+    if settings.adjustments is not None and seen is None:
+        seen = np.zeros((len(rows.token), model.config.vocab_size), np.int32)
+        seen = jnp.asarray(place(seen, model.partitioner))
+    return dataclasses.replace(rows, settings=settings, seen=seen)
 
 
-@functools.lru_cache(maxsize=64)
-def _padding(room: int, sharding: NamedSharding | None):
-    def pad(array):
-        return jnp.pad(array, ((0, 0), (0, 0), (0, room - array.shape[2]), *[(0, 0)] * (array.ndim - 3)))
+def reshaped(rows: Rows, num_rows: int, room: int) -> Rows:
+    """The first rows in a cache of another room; one array after the other, so that the old one is soon gone."""
 
-    return jax.jit(pad, out_shardings=sharding)
+    def fitted(leaf: Array, room: int | None = None) -> Array:
+        shape = (num_rows, *leaf.shape[1:])
+        shape = shape if room is None else (*shape[:2], room, *shape[3:])
+        if shape == leaf.shape:
+            return leaf
+        sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        new = _fitting(shape, sharding)(leaf)
+        leaf.delete()
+        return new
+
+    arrays, structure = jax.tree.flatten((rows.cache.keys, rows.cache.values))
+    rows = dataclasses.replace(rows, cache=dataclasses.replace(rows.cache, keys=(), values=()))
+    for index in range(len(arrays)):
+        arrays[index] = fitted(arrays[index], room)
+    keys, values = structure.unflatten(arrays)
+    rows = jax.tree.map(fitted, rows)
+    return dataclasses.replace(rows, cache=dataclasses.replace(rows.cache, keys=keys, values=values))
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(shape: tuple[int, ...], sharding: NamedSharding | None):
+    def fit(array: Array) -> Array:
+        array = array[tuple(slice(size) for size in shape)]
+        return jnp.pad(array, [(0, size - kept) for size, kept in zip(shape, array.shape, strict=True)])
+
+    return jax.jit(fit, out_shardings=sharding)
+
+
+@functools.partial(jax.jit, static_argnames='width')
+def copy_block(cache: KVCache, slot: Int[Array, ''], start: Int[Array, ''], width: int) -> Any:
+    """Keys and values of `width` tokens of a row, from `start` on."""
+
+    def copy(array: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(row, start, width, axis=1)
+
+    return jax.tree.map(copy, (cache.keys, cache.values))
+
+
+@functools.partial(jax.jit, donate_argnames='cache')
+def put_block(
+    cache: KVCache, slot: Int[Array, ''], start: Int[Array, ''], block: Any, length: Int[Array, '']
+) -> KVCache:
+    """The cache with what `copy_block` gave in a row, of which then so many tokens count."""
+
+    def put(array: Array, block: Array) -> Array:
+        zeros = [0] * (array.ndim - 3)
+        return jax.lax.dynamic_update_slice(array, block[None], (slot, 0, start, *zeros))
+
+    keys, values = jax.tree.map(put, (cache.keys, cache.values), block)
+    return dataclasses.replace(cache, keys=keys, values=values, length=cache.length.at[slot].set(length))

@@ -1,33 +1,29 @@
 """Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
 import collections
-import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Int
-
 from llama_jax.inference import decoding
 from llama_jax.inference.completion import Completion, Row, Watch
-from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.generator import Generator
 from llama_jax.inference.logits_processor import LogitsProcessor, OfTokens, as_processor
 from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
-from llama_jax.inference.sampling import Sampler, SamplerRows, seen_in_prompts
-from llama_jax.inference.scoring import MAX_CANDIDATES, check_candidates, score_tokens
+from llama_jax.inference.request import CompletionRequest
+from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.scoring import check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params
 
+# Prompts that are completed at a time; others follow as these end.
+MAX_SLOTS = 64
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
-_ROUND = 32
-# The same where text is shown as it is made; the first rounds are shorter.
-_STREAMED_ROUND = 8
+_CHECKED_STEPS = 16
+# The same where text is shown as it is made.
+_STREAMED_STEPS = 4
 
 
 def generate(
@@ -269,131 +265,39 @@ def _rounds(
     is_streamed: bool = False,
     processor: LogitsProcessor | None = None,
 ) -> Iterator[list[Row]]:
-    """As `generate_tokens`: `n` rows of each prompt as they are so far, after every round.
+    """As `generate_tokens`: `n` rows of each prompt as they are so far, whenever something was given to one of them.
 
-    The prompts are read, and refused, by the call.
+    The prompts are refused by the call.
     """
-    began = time.perf_counter()
     samplers = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
     if len(samplers) != len(prompts):
         raise InputError(
             f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
         )
-    if max_new_tokens < 1:
-        raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
-    if not prompts:
-        return iter(())
-    if (least := max(sampler.min_new_tokens for sampler in samplers)) > max_new_tokens:
-        raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {max_new_tokens}')
     check_prompts(prompts, model.config)
-    model = decoding.with_whole_rows(model)
-    weights = decode_weights(params, model.dtype)
-    num_rows = decoding.rows_of(n * len(prompts), model.partitioner)
-    of_prompt = [place for place in range(len(prompts)) for _ in range(n)]
-    # Rows of one sampler draw by their number, rows of their own by the seed and their number of the prompt's.
-    streams = range(num_rows) if isinstance(sampler, Sampler) else [*(i % n for i in range(num_rows))]
-    filling = num_rows - len(of_prompt)  # rows that only fill up the batch: they read one token and get one
-    settings = SamplerRows.create(
-        [samplers[place] for place in of_prompt] + [Sampler()] * filling, streams, [stop_ids] * num_rows,
-        model.config.vocab_size,
+    max_steps = _STREAMED_STEPS if is_streamed else _CHECKED_STEPS if is_complete else decoding.COLUMNS
+    generator = Generator(
+        model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps,
+        log_probabilities=log_probabilities, processor=processor,
     )  # fmt: skip
-    prompts = [*prompts, *[[0]] * (decoding.rows_of(len(prompts), model.partitioner) - len(prompts))]
-    lengths = np.array([len(prompts[place]) for place in of_prompt] + [1] * filling, np.int32)
-    allowed = np.minimum(max_new_tokens, model.config.max_seq_len - lengths).astype(np.int32)
-    allowed[num_rows - filling :] = 1
-    num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
-    spread = np.array(of_prompt + [0] * filling, np.int32)
-    if processor is not None:
-        longest = decoding.power_of_two(int((lengths + allowed).max()))
-        of_rows = [*(prompts[place] for place in of_prompt), *[[0]] * filling]
-        settings = dataclasses.replace(settings, processor=processor, state=processor.begin(of_rows, longest))
-    rows, steps = _begin(model, weights, prompts, spread, settings, allowed, num_candidates)
-    made = [Row(began, log_probabilities) for _ in of_prompt]
-    return _complete(
-        model,
-        weights,
-        rows,
-        steps,
-        lengths,
-        allowed,
-        made,
-        stop_ids,
-        is_complete,
-        is_streamed,
-        num_candidates,
-    )
+    rows = []
+    for index, (prompt, own) in enumerate(zip(prompts, samplers, strict=True)):
+        for choice in range(n):
+            number = n * index + choice
+            # Rows of one sampler draw by their number, rows of their own by the seed and which of a prompt's they are.
+            stream = number if isinstance(sampler, Sampler) else choice
+            enough = functools.partial(is_complete, number) if is_complete else None
+            like = n * index if choice else None
+            generator.submit(
+                CompletionRequest(prompt, max_new_tokens, own, stop_ids, stream, enough, like=like)
+            )
+            rows.append(Row())
+    return _made(generator, rows)
 
 
-def _begin(
-    model: LlamaForCausalLM,
-    weights: Params,
-    prompts: Sequence[Sequence[int]],
-    of_prompt: Int[np.ndarray, 'B'],
-    settings: SamplerRows,
-    allowed: Int[np.ndarray, 'B'],
-    num_candidates: int,
-) -> tuple[decoding.Rows, decoding.Steps]:
-    """Prompts read, and the first token of each row of them."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
-    width = min(decoding.power_of_two(longest), decoding.piece_width(model.partitioner))
-    tokens = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    in_the_end = int((lengths[of_prompt] + allowed).max())  # short completions get their room at once
-    room = decoding.power_of_two(max(tokens.shape[1], longest + 1, min(in_the_end, decoding.LEAST_ROOM)))
-    rows = decoding.empty_rows(model, len(of_prompt), room, settings)
-    place = functools.partial(decoding.place, partitioner=model.partitioner)
-    slots = None if len(prompts) == len(of_prompt) else place(np.arange(len(prompts), dtype=np.int32))
-    last = None
-    for start in range(0, tokens.shape[1], width):
-        counts = np.clip(lengths - start, 0, width)
-        piece = tokens[:, start : start + width], counts, np.minimum(lengths, start).astype(np.int32)
-        piece, counts, starts = map(place, piece)
-        cache, hidden = decoding.extend(model, weights, rows.cache, slots, starts, piece, counts, start == 0)
-        rows = dataclasses.replace(rows, cache=cache)
-        last = hidden if last is None else jnp.where((counts > 0)[:, None], hidden, last)
-    if slots is not None:
-        cache, last = decoding.copy_rows(model, rows.cache, last, place(of_prompt))
-        rows = dataclasses.replace(rows, cache=cache)
-    seen = seen_in_prompts(prompts, model.config.vocab_size)[of_prompt] if settings.adjustments else None
-    begun = decoding.Begun(np.arange(len(of_prompt), dtype=np.int32), allowed, seen, settings)
-    return decoding.first(model, weights, rows, last, jax.tree.map(place, begun), num_candidates)
-
-
-def _complete(
-    model: LlamaForCausalLM,
-    weights: Params,
-    rows: decoding.Rows,
-    steps: decoding.Steps,
-    lengths: Int[np.ndarray, 'B'],
-    allowed: Int[np.ndarray, 'B'],
-    made: list[Row],
-    stop_ids: Sequence[int],
-    is_complete: Callable[[int, list[int]], bool] | None,
-    is_streamed: bool,
-    num_candidates: int,
-) -> Iterator[list[Row]]:
-    """The rows that have begun, after every round."""
-    is_done, given = np.zeros(len(allowed), bool), 1
-    at_once = 1 if is_streamed else _ROUND if is_complete else decoding.COLUMNS
-    while True:
-        found = jax.device_get(steps)
-        for index, row in enumerate(made):
-            row.take(found, index, stop_ids)
-            if is_complete and found.running[index]:
-                is_done[index] = is_complete(index, row.tokens)
-        yield made
-        running = found.running & ~is_done
-        if not running.any():
-            return
-        # A step reads the last token, so that the cache then holds the prompt and all that was given before it.
-        held = int(lengths[running].max()) + given - 1
-        if held == (room := rows.cache.max_len):
-            rows = decoding.with_room(rows, room := 2 * room)
-        num_steps = min(at_once, decoding.COLUMNS, room - held, int(allowed[running].max()) - given)
-        done = decoding.place(is_done, model.partitioner)
-        rows, steps = decoding.decode(model, weights, rows, done, np.int32(num_steps), num_candidates)
-        given += num_steps
-        if is_streamed:
-            at_once = min(2 * at_once, _STREAMED_ROUND)
+def _made(generator: Generator, rows: list[Row]) -> Iterator[list[Row]]:
+    """The rows of requests by their numbers."""
+    while not all(row.ended for row in rows):
+        for progress in generator.advance():
+            rows[progress.number].take(progress)
+        yield rows

@@ -8,15 +8,16 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from llama_jax.inference.filters import keep_best, keep_min_p, keep_top_k, keep_top_p
 from llama_jax.inference.logits_processor import LogitsProcessor
 from llama_jax.types import InputError
 
@@ -196,6 +197,19 @@ class SamplerRows:
             return self
         return dataclasses.replace(self, state=self.processor.advance(self.state, tokens))
 
+    def widened(self, num_stops: int, adjusts: bool) -> 'SamplerRows':
+        """With room for so many stop ids at least, and with adjustments, though none of the rows asks for any."""
+        num_rows, width = self.stop_ids.shape
+        neutral = SamplerRows.create(
+            [Sampler()] * num_rows, [0] * num_rows, [()] * num_rows, 1, adjusts=adjusts, num_stops=num_stops
+        )
+        stop_ids = jnp.pad(
+            self.stop_ids, ((0, 0), (0, max(0, neutral.stop_ids.shape[1] - width))), constant_values=_NO_TOKEN
+        )
+        return dataclasses.replace(
+            self, stop_ids=stop_ids, adjustments=self.adjustments or neutral.adjustments
+        )
+
     def is_stop(self, tokens: Int[Array, 'B']) -> Bool[Array, 'B']:
         """Whether each row's token ends it."""
         return jnp.any(tokens[:, None] == self.stop_ids, axis=-1)
@@ -235,10 +249,10 @@ class SamplerRows:
         top_k = jnp.where(is_greedy | (self.top_k == 0), size, self.top_k)
         top_p = jnp.where(is_greedy, 1, self.top_p)
         for is_asked, keep, setting in (
-            (top_k < size, _keep_top_k, top_k),
-            (top_p < 1, _keep_top_p, top_p),
-            (self.min_p > 0, _keep_min_p, self.min_p),
-            (is_greedy, _keep_best, is_greedy),
+            (top_k < size, keep_top_k, top_k),
+            (top_p < 1, keep_top_p, top_p),
+            (self.min_p > 0, keep_min_p, self.min_p),
+            (is_greedy, keep_best, is_greedy),
         ):
             logits = jax.lax.cond(jnp.any(is_asked), keep, lambda logits, _: logits, logits, setting)
         return logits
@@ -326,66 +340,3 @@ def seen_in_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> UInt8[
 def count_drawn(seen: Int[Array, 'B V'], tokens: Int[Array, 'B']) -> Int[Array, 'B V']:
     """`seen` after a token more of each row."""
     return seen.at[jnp.arange(len(tokens)), tokens].add(2)
-
-
-def _keep_top_k(logits: Float[Array, 'B V'], top_k: Int[Array, 'B']) -> Float[Array, 'B V']:
-    """Tokens at least as likely as the `top_k`-th."""
-    smallest = _largest(logits, lambda is_kept: jnp.sum(is_kept, axis=-1) >= top_k)
-    return jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
-
-
-def _keep_top_p(logits: Float[Array, 'B V'], top_p: Float[Array, 'B']) -> Float[Array, 'B V']:
-    """Tokens before which the more likely ones do not exceed `top_p`; the one that crosses it stays."""
-    # Whole numbers of 2^-30 have one sum, whatever the order in which they are added.
-    mass = jnp.round(jax.nn.softmax(logits, axis=-1) * 2.0**30).astype(jnp.int32)
-    allowed = (top_p * 2.0**30).astype(jnp.int32)
-
-    def total(is_counted: Array) -> Array:
-        return jnp.sum(jnp.where(is_counted, mass, 0), axis=-1)
-
-    last = _largest(logits, lambda is_kept: total(is_kept) > allowed)[:, None]
-    last = jnp.where((top_p < 1)[:, None], last, -jnp.inf)
-    is_last, is_above = logits == last, logits > last
-    # All above `last` stay, and of those as likely as it the first, as many as it takes.
-    each = jnp.max(jnp.where(is_last, mass, 1), axis=-1)
-    wanted = (allowed - total(is_above)) // jnp.maximum(each, 1) + 1
-    wanted = jnp.where(top_p < 1, wanted, logits.shape[-1])
-    is_split = jnp.any(jnp.sum(is_last, axis=-1) > wanted)
-    is_last = jax.lax.cond(
-        is_split, lambda: is_last & (jnp.cumsum(is_last, axis=-1) <= wanted[:, None]), lambda: is_last
-    )
-    return jnp.where(is_above | is_last, logits, -jnp.inf)
-
-
-def _keep_min_p(logits: Float[Array, 'B V'], min_p: Float[Array, 'B']) -> Float[Array, 'B V']:
-    """Tokens at least `min_p` times as likely as the most likely one."""
-    ratio = logits - jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.where(ratio >= jnp.log(min_p)[:, None], logits, -jnp.inf)
-
-
-def _keep_best(logits: Float[Array, 'B V'], is_greedy: Bool[Array, 'B']) -> Float[Array, 'B V']:
-    """The most likely token alone, the smallest id of several, in greedy rows."""
-    best = jnp.arange(logits.shape[-1])[None] == jnp.argmax(logits, axis=-1)[:, None]
-    return jnp.where(best | ~is_greedy[:, None], logits, -jnp.inf)
-
-
-def _largest(
-    logits: Float[Array, 'B V'], is_enough: Callable[[Bool[Array, 'B V']], Bool[Array, 'B']]
-) -> Float[Array, 'B']:
-    """The largest number of each row at which `is_enough` of what is not below it; -inf where there is none.
-
-    It is found exactly, one bit of its place among all fp32 numbers at a time.
-    """
-
-    def choose_bit(index: Array, place: UInt[Array, 'B']) -> UInt[Array, 'B']:
-        higher = place | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        return jnp.where(is_enough(logits >= _number(higher)[:, None]), higher, place)
-
-    place = jax.lax.fori_loop(0, 32, choose_bit, jnp.zeros(len(logits), jnp.uint32))
-    return _number(jnp.maximum(place, jnp.uint32(0x007FFFFF)))  # the place of -inf; before it are no numbers
-
-
-def _number(place: UInt[Array, 'B']) -> Float[Array, 'B']:
-    """fp32 numbers by their place: those with a sign, the most negative first, then those without."""
-    sign = jnp.uint32(2**31)
-    return jax.lax.bitcast_convert_type(jnp.where(place >= sign, place ^ sign, ~place), jnp.float32)

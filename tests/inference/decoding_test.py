@@ -58,7 +58,7 @@ def read_prompts(model, weights, rows, width, num_slots=None, order=None):
     """
     tokens, lengths = rows
     slots = None if num_slots is None else np.array(order, np.int32)
-    cache = decoding._empty_cache(model, num_slots or len(lengths), 64)
+    cache = decoding.empty_cache(model, num_slots or len(lengths), 64)
     padded, hidden = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % width))), 0
     for start in range(0, padded.shape[1], width):
         counts = np.clip(lengths - start, 0, width)
@@ -184,7 +184,7 @@ def test_a_cache_of_int8_is_split_and_grows_as_any(model):
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 4}))
     model = model.clone(partitioner=partitioner, cache_dtype='int8')
     settings = SamplerRows.create([Sampler()] * 4, range(4), [()] * 4, toy.CONFIG.vocab_size)
-    rows = decoding.with_room(decoding.empty_rows(model, 4, 16, settings), 32)
+    rows = decoding.reshaped(decoding.empty_rows(model, 4, 16, settings), 4, 32)
     for layer in rows.cache.keys + rows.cache.values:
         assert layer.qvalue.dtype == jnp.int8 and layer.qvalue.shape == (4, 4, 32, 8)
         assert layer.scale.shape == (4, 4, 32, 1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.inference import decoding
+from llama_jax.inference import decoding, generator
 from llama_jax.inference import generate as generation
 from llama_jax.inference.generate import generate, generate_tokens, stream
 from llama_jax.inference.sampling import Sampler
@@ -88,7 +88,7 @@ def test_a_stop_token_ends_its_row_and_is_left_out(model, params, greedy):
 
 
 def test_prompts_longer_than_a_piece_end_with_their_own_last_token(monkeypatch, model, params, greedy):
-    monkeypatch.setattr(decoding, '_PIECE', {'cpu': 2})
+    monkeypatch.setattr(generator, '_WIDTHS', {'cpu': (1, 2)})
     assert complete(model, params, PROMPTS) == greedy
 
 
@@ -218,7 +218,7 @@ def test_a_stream_is_the_same_text_in_pieces_that_come_early(model, params):
 
 
 def test_looking_for_a_stop_text_decodes_no_row_again(model, params, monkeypatch):
-    monkeypatch.setattr(generation, '_ROUND', 2)
+    monkeypatch.setattr(generation, '_CHECKED_STEPS', 2)
     spelled = []
 
     class Counting(Spelled):

@@ -1,0 +1,268 @@
+"""Completes any number of prompts, at any time, with one model: what the batcher plans, by the programs of `decoding`.
+
+    generator = Generator(model, params, num_slots=8)
+    number = generator.submit(CompletionRequest([1, 306], max_new_tokens=16, stop_ids=(2,)))
+    for progress in generator.run():
+        print(progress.number, progress.tokens, progress.ended)
+
+Every process of a job makes the same calls and gets the same answers.
+"""
+
+import collections
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from llama_jax.inference import decoding
+from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
+from llama_jax.inference.logits_processor import LogitsProcessor
+from llama_jax.inference.prefix_cache import PrefixCache
+from llama_jax.inference.prompts import check_prompts
+from llama_jax.inference.request import CompletionRequest, Progress
+from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore
+from llama_jax.inference.slots import Hidden, Slots
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.ops.attention import platform_of
+from llama_jax.types import InputError, Params
+
+_log = logging.getLogger(__name__)
+
+# Tokens of a piece of a prompt, and what its last may be cut to: few widths, so few programs. A CPU, to which a token
+# of padding is as much work as any other, has shorter ones; other devices are kept busy by long pieces alone.
+_WIDTHS = {'cpu': (8, 16, 32, 64, 128, 256)}
+_ACCELERATORS_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+# The same where beginnings of prompts are kept, in blocks of a piece.
+_BLOCK = 256
+# Decode steps between two looks at what waits.
+_STEPS_BEFORE_OTHERS = 8
+
+
+class Generator:
+    """Slots on the devices, and requests that share them."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        params: Params,
+        *,
+        num_slots: int,
+        budget_tokens: int | None = None,
+        max_steps: int = decoding.COLUMNS,
+        log_probabilities: int | None = None,
+        processor: LogitsProcessor | None = None,
+        prefix_bytes: tuple[int, int] = (0, 0),
+    ):
+        """Nothing runs yet.
+
+        Args:
+          model: the architecture and its compute dtype; its partitioner, where it has one, places the rows.
+          params: its weights; see `decode_weights`.
+          num_slots: rows that are decoded together.
+          budget_tokens: that the cache may hold, of all rows together; None: as many as all slots could come to have.
+          max_steps: tokens that a row is given before they are looked at.
+          log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
+          processor: changes the logits of all rows.
+          prefix_bytes: for beginnings of prompts that are read once, on the devices and on the host; 0 keeps none.
+
+        Raises:
+          InputError: the budget does not hold one row, or a number is out of range.
+        """
+        num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
+        self._slots = Slots(model, params, num_candidates, processor)
+        self._config, self._log_probabilities = model.config, log_probabilities
+        context, platform = model.config.max_seq_len, platform_of(model.partitioner)
+        # On a CPU the host's work and the device's take the same cores, so nothing is won by planning ahead.
+        self._is_ahead = platform != 'cpu'
+        longest = decoding.power_of_two(context)
+        widths = [w for w in _WIDTHS.get(platform, _ACCELERATORS_WIDTHS) if w <= longest]
+        if any(prefix_bytes):
+            widths = [*(w for w in widths if w < _BLOCK), min(_BLOCK, longest)]
+        grid, num_slots = max(widths), decoding.rows_of(num_slots, model.partitioner)
+        self._prefixes = self._prefix_cache(grid, *prefix_bytes) if any(prefix_bytes) else None
+        self.batcher = Batcher(
+            num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
+            widths=widths, least_room=min(decoding.LEAST_ROOM, longest),
+            steps=(max_steps, min(max_steps, _STEPS_BEFORE_OTHERS)), prefix_cache=self._prefixes,
+        )  # fmt: skip
+        self._asked: dict[int, CompletionRequest] = {}
+        self._made: dict[int, list[int]] = {}
+        self._num_asked = 0
+        self._pending: collections.deque[tuple[Extend | Decode, decoding.Steps | None]] = collections.deque()
+        self._blocks: list[Any] = []  # of the prompt that is being read
+        # By the number of a request: those like it that have not begun, and what they take over of its prompt.
+        self._like: dict[int, set[int]] = {}
+        self._read_prompts: dict[int, tuple[Any, Hidden]] = {}
+        _log.debug('%s', self.batcher.memory_plan(self._slots.token_bytes))
+
+    def submit(self, asked: CompletionRequest) -> int:
+        """Lets a request wait for a slot.
+
+        Returns:
+          Its number.
+
+        Raises:
+          InputError: its prompt does not fit, or a setting does not.
+        """
+        check_prompts([asked.tokens], self._config)
+        if (most := asked.max_new_tokens) < 1:
+            raise InputError(f'max_new_tokens is {most}; it must be at least 1')
+        if (least := asked.sampler.min_new_tokens) > most:
+            raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {most}')
+        self._slots.expect(asked)
+        wanted = min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))
+        number = self._num_asked
+        self.batcher.submit(Request(number, asked.tokens, wanted, asked.key))
+        self._asked[number], self._made[number] = asked, []
+        self._num_asked += 1
+        if asked.like is not None:
+            self._like.setdefault(asked.like, set()).add(number)
+        return number
+
+    def cancel(self, number: int) -> Progress | None:
+        """Ends a request, if it has not ended; its slot is free from the next dispatch on."""
+        ended = self.batcher.cancel(number)
+        if ended is None:
+            return None
+        self._forget(number)
+        return Progress(number, [], ended=ended)
+
+    def run(self) -> Iterator[Progress]:
+        """Until all requests have ended, also those that are submitted meanwhile."""
+        while self._asked:
+            yield from self.advance()
+
+    def advance(self) -> list[Progress]:
+        """Sends one more dispatch to the devices, and tells what came of the one before, on a CPU of this one."""
+        dispatch = self.batcher.plan()
+        if dispatch is not None:
+            self._pending.append((dispatch, self._send(dispatch)))
+        if len(self._pending) > (self._is_ahead and dispatch is not None):
+            return self._absorb(*self._pending.popleft())
+        return []
+
+    def _send(self, dispatch: Extend | Decode) -> decoding.Steps | None:
+        self._slots.fit(dispatch.num_rows, dispatch.room)
+        if isinstance(dispatch, Extend):
+            return self._extend(dispatch)
+        return self._slots.decode([share.slot for share in dispatch.shares], dispatch.steps)
+
+    def _extend(self, piece: Extend) -> decoding.Steps | None:
+        """A piece of a prompt read, and its first token drawn if it is the last."""
+        request, number = piece.request, _number_of(piece.request)
+        asked, grid = self._asked[number], self.batcher.grid
+        if asked.like is not None and (known := self._read_prompts.get(asked.like)) is not None:
+            block, last = known
+            self._slots.put(piece.slot, 0, block, len(request.tokens))
+        else:
+            for index, block in enumerate(piece.blocks):
+                self._slots.put(piece.slot, index * grid, block.payload, (index + 1) * grid)
+            last = self._slots.read(piece.slot, piece.begin, piece.tokens, piece.width)
+            self._keep_block(piece)
+        if not piece.is_last:
+            return None
+        if number in self._like:
+            width = min(piece.room, max(self.batcher.least_room, decoding.power_of_two(piece.end)))
+            self._read_prompts[number] = self._slots.copy(piece.slot, 0, width), last
+        self._has_begun(number)
+        return self._slots.first(piece.slot, last, asked, request.max_new_tokens)
+
+    def _keep_block(self, piece: Extend) -> None:
+        """Whole blocks of a prompt go to the prefix cache once all of it is read."""
+        if self._prefixes is None:
+            return
+        grid, tokens = self.batcher.grid, piece.request.tokens
+        if piece.begin == len(piece.blocks) * grid:
+            self._blocks = []
+        if len(piece.tokens) == grid:
+            self._blocks.append(self._slots.copy(piece.slot, piece.begin, grid))
+        if piece.is_last:
+            self._prefixes.insert(tokens, self._blocks, len(tokens) // grid - len(self._blocks))
+
+    def _absorb(self, dispatch: Extend | Decode, steps: decoding.Steps | None) -> list[Progress]:
+        """What came of a dispatch; it waits for the devices."""
+        if steps is None:
+            self.batcher.absorb(dispatch, {}, {})
+            return []
+        found, counts, stopped, made = jax.device_get(steps), {}, {}, {}
+        for share in dispatch.shares:
+            number = _number_of(share.request)
+            if (asked := self._asked.get(number)) is None:  # cancelled, or ended in a dispatch before
+                continue
+            row = share.slot if isinstance(dispatch, Decode) else 0
+            new = found.tokens[row, : found.count[row]].tolist()
+            kept, is_over = self._kept(number, asked, new)
+            stop_id = new[kept] if is_over and kept < len(new) and new[kept] in asked.stop_ids else None
+            counts[share.slot], stopped[share.slot], made[number] = kept, is_over, (row, kept, stop_id)
+        ended = {_number_of(one.request): one for one in self.batcher.absorb(dispatch, counts, stopped)}
+        progress = []
+        for number, (row, kept, stop_id) in made.items():
+            tokens = found.tokens[row, :kept].tolist()
+            scores = self._scores(found, row, tokens if stop_id is None else [*tokens, stop_id])
+            one = ended.get(number)
+            if one is not None:
+                self._forget(number)
+            progress.append(Progress(number, tokens, stop_id, scores, one))
+        return progress
+
+    def _scores(self, found: decoding.Steps, row: int, tokens: list[int]) -> list[TokenScore]:
+        """Of the first tokens that a row was given."""
+        if (most := self._log_probabilities) is None:
+            return []
+        values, filtered = (
+            x[row, : len(tokens)].tolist() for x in (found.log_probability, found.filtered_log_probability)
+        )
+        likely = [[] for _ in tokens]
+        if found.candidates is not None:
+            ids, of_ids = (x[row, : len(tokens), :most].tolist() for x in found.candidates)
+            likely = [list(zip(*one, strict=True)) for one in zip(ids, of_ids, strict=True)]
+        columns = zip(tokens, values, likely, filtered, strict=True)
+        return [TokenScore.create(*column) for column in columns]
+
+    def _forget(self, number: int) -> None:
+        """A request that is over."""
+        self._has_begun(number)
+        del self._asked[number], self._made[number]
+
+    def _has_begun(self, number: int) -> None:
+        """The prompt of the request that it is like is kept until all of these have begun."""
+        like = self._asked[number].like
+        if like in self._like:
+            self._like[like].discard(number)
+            if not self._like[like]:
+                del self._like[like]
+                self._read_prompts.pop(like, None)
+
+    def _kept(self, number: int, asked: CompletionRequest, new: list[int]) -> tuple[int, bool]:
+        """How many of the new tokens the request keeps, and whether they end it."""
+        made = self._made[number]
+        for index, token in enumerate(new):
+            if token in asked.stop_ids:
+                return index, True
+            made.append(token)
+            if asked.is_complete is not None and asked.is_complete(made):
+                return index + 1, True
+        return len(new), False
+
+    def _prefix_cache(self, grid: int, device_bytes: int, host_bytes: int) -> PrefixCache:
+        if host_bytes and jax.process_count() > 1:
+            raise InputError(
+                'beginnings of prompts are kept on the host of one process alone; ask for 0 bytes'
+            )
+        block_bytes = grid * self._slots.token_bytes
+        return PrefixCache(grid, block_bytes, device_bytes, host_bytes, jax.device_get, self._slots.to_device)
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests can need, before the first of them; none is compiled after."""
+        assert not self._asked
+        began, batcher = time.perf_counter(), self.batcher
+        self._slots.compile(batcher.rooms(), batcher.widths, batcher.grid)
+        memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began
+        _log.info('all programs compiled in %.1f s; %s', seconds, memory)
+
+
+def _number_of(request: Request) -> int:
+    assert isinstance(request.id, int)
+    return request.id

@@ -1,0 +1,56 @@
+"""What is asked for one prompt, and what is told of it while it is answered."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from llama_jax.inference.batcher import Ended
+from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.scoring import TokenScore
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionRequest:
+    """What is asked for one prompt.
+
+    Attributes:
+      tokens: of the prompt, at least one.
+      max_new_tokens: at most this many follow, and no more than the context has room for.
+      sampler: chooses them.
+      stop_ids: tokens that end it.
+      stream: tells requests of one seed apart.
+      is_complete: the new tokens so far -> whether they are enough, asked at each.
+      key: whose it is; keys take turns.
+      like: number of a request before it with the same prompt and key, which is read once.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    sampler: Sampler = Sampler()
+    stop_ids: Sequence[int] = ()
+    stream: int = 0
+    is_complete: Callable[[list[int]], bool] | None = None
+    key: str = ''
+    like: int | None = None
+
+
+# Of a row that only fills up a shape.
+NOTHING = CompletionRequest((0,), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a request was given since the last.
+
+    Attributes:
+      number: of the request, as `submit` gave it.
+      tokens: new ones, without a stop token.
+      stop_id: the stop token that ended it.
+      scores: of the tokens and the stop token, if the generator gives any.
+      ended: None while it goes on.
+    """
+
+    number: int
+    tokens: list[int]
+    stop_id: int | None = None
+    scores: list[TokenScore] = dataclasses.field(default_factory=list)
+    ended: Ended | None = None

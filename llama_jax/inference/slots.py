@@ -1,0 +1,184 @@
+"""Rows on the devices, as many and with as much room as a plan says; see `inference.decoding` for their programs."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from llama_jax.inference import decoding
+from llama_jax.inference.decode_weights import decode_weights
+from llama_jax.inference.logits_processor import LogitsProcessor
+from llama_jax.inference.request import NOTHING, CompletionRequest
+from llama_jax.inference.sampling import SamplerRows, seen_in_prompts
+from llama_jax.models.kv_cache import CACHE_AXES
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.types import Params
+
+# Hidden states of prompts' last tokens, of which the first is the one that was asked for.
+Hidden = Float[Array, 'P D']
+
+
+class Slots:
+    """The rows of one model, each in a slot."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, params: Params, num_candidates: int, processor: LogitsProcessor | None
+    ):
+        """No rows yet.
+
+        Args:
+          model: its partitioner, where it has one, places the rows.
+          params: its weights; see `decode_weights`.
+          num_candidates: see `decoding.Steps`.
+          processor: changes the logits of all rows.
+        """
+        self._model = decoding.with_whole_rows(model)
+        self._weights = decode_weights(params, model.dtype)
+        self._num_candidates, self._processor = num_candidates, processor
+        # What all requests so far need of the rows' settings.
+        self._num_stops, self._adjusts = 1, False
+        # On a mesh with several shards of the batch as many prompts are read at once; all but the first are nowhere.
+        self._num_read = decoding.rows_of(1, model.partitioner)
+        self._rows: decoding.Rows | None = None
+
+    @functools.cached_property
+    def token_bytes(self) -> int:
+        """Of keys and values of one token in all layers."""
+        cache = jax.eval_shape(functools.partial(decoding.empty_cache, self._model, self._num_read, 1))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.keys, cache.values)))
+        return size // self._num_read
+
+    def expect(self, asked: CompletionRequest) -> None:
+        """Makes room for the settings of a request, from the next `fit` on.
+
+        Raises:
+          InputError: one does not fit the model.
+        """
+        settings = self._settings([asked])
+        self._num_stops = max(self._num_stops, settings.stop_ids.shape[1])
+        self._adjusts |= settings.adjustments is not None
+
+    def fit(self, num_rows: int, room: int) -> None:
+        """So many slots with room for so many tokens each at least; up to twice as much room is kept, for the next."""
+        if self._rows is None:
+            settings = self._settings([NOTHING] * num_rows)
+            self._rows = decoding.empty_rows(self._model, num_rows, room, settings)
+            return
+        settings, has = self._rows.settings, self._rows.cache.max_len
+        if self._num_stops > settings.stop_ids.shape[1] or (self._adjusts and settings.adjustments is None):
+            settings = settings.widened(self._num_stops, self._adjusts)
+            self._rows = decoding.with_settings(self._model, self._rows, settings)
+        if has < room or has > 2 * room or len(self._rows.token) != num_rows:
+            self._rows = decoding.reshaped(self._rows, num_rows, room)
+
+    def read(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> Hidden:
+        """Reads a piece of a prompt behind its first `begin` tokens, by a program for `width`."""
+        rows = self._fitted()
+        slots = np.full(self._num_read, len(rows.token), np.int32)
+        starts, counts = np.zeros((2, self._num_read), np.int32)
+        piece = np.zeros((self._num_read, width), np.int32)
+        slots[0], starts[0], counts[0], piece[0, : len(tokens)] = slot, begin, len(tokens), tokens
+        starts, piece, counts = map(self._place, (starts, piece, counts))
+        is_first = begin == 0 and width >= decoding.LONG_PIECE
+        own = None if len(rows.token) == self._num_read == 1 else self._place(slots)
+        cache, last = decoding.extend(
+            self._model, self._weights, rows.cache, own, starts, piece, counts, is_first
+        )
+        self._rows = rows.with_cache(cache)
+        return last
+
+    def first(self, slot: int, last: Hidden, asked: CompletionRequest, allowed: int) -> decoding.Steps:
+        """The first token of a row whose prompt was read; it may get so many in all."""
+        rows, filling = self._fitted(), self._num_read - 1
+        slots, most = np.full((2, self._num_read), len(rows.token), np.int32)
+        slots[0], most[0] = slot, allowed
+        settings, seen = self._settings([asked, *[NOTHING] * filling]), None
+        if settings.adjustments is not None:
+            seen = seen_in_prompts([asked.tokens, *[()] * filling], self._model.config.vocab_size)
+        begun = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
+        self._rows, steps = decoding.first(
+            self._model, self._weights, rows, last, begun, self._num_candidates
+        )
+        return steps
+
+    def decode(self, slots: Collection[int], num_steps: int) -> decoding.Steps:
+        """Some steps of the rows in these slots; all others stop."""
+        rows = self._fitted()
+        others = np.ones(len(rows.token), bool)
+        others[list(slots)] = False
+        self._rows, steps = decoding.decode(
+            self._model, self._weights, rows, self._place(others), np.int32(num_steps), self._num_candidates
+        )
+        return steps
+
+    def copy(self, slot: int, begin: int, width: int) -> Any:
+        """Keys and values of some tokens, which `put` takes."""
+        return decoding.copy_block(self._fitted().cache, np.int32(slot), np.int32(begin), width)
+
+    def put(self, slot: int, begin: int, block: Any, length: int) -> None:
+        """What `copy` gave goes into a slot, which then has `length` tokens."""
+        rows = self._fitted()
+        cache = decoding.put_block(rows.cache, np.int32(slot), np.int32(begin), block, np.int32(length))
+        self._rows = rows.with_cache(cache)
+
+    def to_device(self, block: Any) -> Any:
+        """What `copy` gave, from the host to where it came from."""
+        partitioner = self._model.partitioner
+
+        def move(array: np.ndarray) -> Array:
+            if partitioner is None:
+                return jax.device_put(array)
+            return jax.device_put(
+                array, partitioner.sharding(CACHE_AXES[1:], array.shape, 'block of a prompt')
+            )
+
+        return jax.tree.map(move, block)
+
+    def compile(self, rooms: Mapping[int, int], widths: Sequence[int], grid: int) -> None:
+        """Compiles every program, for each room and the rows that there are with it; before there are rows."""
+        assert self._rows is None
+        for room, num_rows in rooms.items():
+            for self._adjusts in (False, True):
+                self._rows, last = None, None
+                self.fit(num_rows, room)
+                for width in (width for width in widths if width <= room):
+                    for begin in (0, 1) if width >= decoding.LONG_PIECE else (0,):
+                        last = self.read(num_rows, begin, (), width)  # in no slot
+                assert last is not None
+                self.first(num_rows, last, NOTHING, 1)
+                self.decode((), 0)
+            for width in {grid, *rooms}:
+                if width <= room:
+                    self.put(0, 0, self.copy(0, 0, width), 0)
+            for other, other_rows in rooms.items():
+                self._rows = None
+                self.fit(num_rows, room)
+                decoding.reshaped(self._fitted(), other_rows, other)
+        self._rows, self._adjusts = None, False
+
+    def _fitted(self) -> decoding.Rows:
+        assert self._rows is not None
+        return self._rows
+
+    def _settings(self, asked: Sequence[CompletionRequest]) -> SamplerRows:
+        """Of some rows, as wide as those on the devices are to be."""
+        settings = SamplerRows.create(
+            [one.sampler for one in asked],
+            [one.stream for one in asked],
+            [one.stop_ids for one in asked],
+            self._model.config.vocab_size,
+            adjusts=self._adjusts,
+            num_stops=self._num_stops,
+        )
+        if self._processor is None:
+            return settings
+        longest = decoding.power_of_two(self._model.config.max_seq_len)
+        state = self._processor.begin([one.tokens for one in asked], longest)
+        return dataclasses.replace(settings, processor=self._processor, state=state)
+
+    def _place(self, rows: np.ndarray) -> np.ndarray | Array:
+        return decoding.place(rows, self._model.partitioner)
