@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
-from llama_jax.inference.detokenizer import RowTexts
-from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.completion import Row, Watch
+from llama_jax.inference.decoding import power_of_two
+from llama_jax.inference.generate import CHECKED_STEPS, MAX_SLOTS
+from llama_jax.inference.generator import Generator
+from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
@@ -141,51 +144,46 @@ class Engine:
         return tuple(whole[len(before) :] if whole[: len(before)] == before else self.tokenizer.encode(text))
 
     def _completions(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
-        alike = defaultdict(list)  # what one call generates with
-        for request in requests:
-            alike[request.stop, request.max_new_tokens, request.temperature, request.top_p].append(request)
-        for group in alike.values():
-            yield from self._complete(group)
-
-    def _complete(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
-        """Requests that differ in prompt and number of samples only."""
-        length, wanted = self.model.config.max_seq_len, requests[0].max_new_tokens
-        kept = length - wanted if length > wanted else length // 2  # tokens of a prompt
-        prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
-        # Greedy samples are all alike.
-        counts = [request.num_samples if request.temperature else 1 for request in requests]
-        rows = [
-            (i, s)
-            for i in sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
-            for s in range(counts[i])
-        ]
-        found = defaultdict(list)
-        start = 0
-        while start < len(rows):
-            width = min(len(prompts[rows[start][0]]), kept) + wanted
-            size = 1 << max(self.batch_tokens // width, 1).bit_length() - 1
-            batch = rows[start : start + size]
-            start += size
-            texts = self._generate(
-                [prompts[i][-kept:] for i, _ in batch],
-                [_seed(self.seed, requests[i].prompt, s) for i, s in batch],
-                requests[0],
-            )
-            for (index, _), text in zip(batch, texts, strict=True):
-                found[index].append(text)
-                if len(found[index]) == counts[index]:
-                    texts = found.pop(index) * (requests[index].num_samples // counts[index])
-                    yield requests[index], Completions(tuple(texts), len(prompts[index]) > kept)
-
-    def _generate(self, prompts: list[list[int]], seeds: list[int], request: Completion) -> list[str]:
-        before = [[] if self.decode_alone else prompt for prompt in prompts]
-        texts = RowTexts(self.tokenizer, before, request.stop)
-        rows = generate_tokens(
-            self.model, self.params, prompts, max_new_tokens=request.max_new_tokens,
-            sampler=[Sampler(request.temperature, top_p=request.top_p, seed=seed) for seed in seeds],
-            stop_ids=self.tokenizer.stop_ids, is_complete=texts.is_complete if request.stop else None,
+        """All of them through the same slots, which are as many as `batch_tokens` have room for; long ones first."""
+        length = self.model.config.max_seq_len
+        generator = Generator(
+            self.model, self.params, num_slots=min(max(len(requests), 1), MAX_SLOTS), max_steps=CHECKED_STEPS,
+            budget_tokens=max(self.batch_tokens, power_of_two(length)),
         )  # fmt: skip
-        return texts.finish(rows)
+        prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
+        owners: list[int] = []  # of each row
+        watches: list[Watch] = []
+        is_cut, counts = [False] * len(requests), [0] * len(requests)
+        for index in sorted(range(len(requests)), key=lambda index: -len(prompts[index])):
+            request, wanted = requests[index], requests[index].max_new_tokens
+            kept = length - wanted if length > wanted else length // 2  # tokens of a prompt
+            is_cut[index], prompt = len(prompts[index]) > kept, prompts[index][-kept:]
+            counts[index] = request.num_samples if request.temperature else 1  # greedy samples are all alike
+            first = len(owners)
+            for sample in range(counts[index]):
+                watch = Watch(self.tokenizer, [] if self.decode_alone else prompt, request.stop)
+                asked = CompletionRequest(
+                    prompt, wanted,
+                    Sampler(
+                        request.temperature, top_p=request.top_p, seed=_seed(self.seed, request.prompt, sample)
+                    ),
+                    self.tokenizer.stop_ids, is_complete=watch.look if request.stop else None,
+                    like=first if sample else None,
+                )  # fmt: skip
+                generator.submit(asked)
+                owners.append(index)
+                watches.append(watch)
+        rows, texts = [Row() for _ in owners], defaultdict(dict)
+        for progress in generator.run():
+            rows[progress.number].take(progress)
+            if progress.ended is None:
+                continue
+            index = owners[progress.number]
+            texts[index][progress.number] = watches[progress.number].completion(rows[progress.number]).text
+            if len(texts[index]) == counts[index]:
+                found = [text for _, text in sorted(texts.pop(index).items())]
+                found *= requests[index].num_samples // counts[index]
+                yield requests[index], Completions(tuple(found), is_cut[index])
 
 
 def left_truncated(

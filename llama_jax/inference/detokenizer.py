@@ -104,27 +104,6 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-class RowTexts:
-    """The texts of rows that are completed together, of which each look reads only what is new."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str] = ()):
-        """See `Detokenizer`, whose rows these are."""
-        self._rows = [Detokenizer(tokenizer, prompt, stop) for prompt in prompts]
-        self._texts = [''] * len(self._rows)
-
-    def is_complete(self, index: int, tokens: list[int]) -> bool:
-        """Whether a row that has `tokens` so far holds a stop string."""
-        row = self._rows[index]
-        self._texts[index] += row.push(tokens[row.num_ids :])
-        return row.is_stopped
-
-    def finish(self, rows: Sequence[list[int]]) -> list[str]:
-        """The texts of the rows once they have all their tokens."""
-        for index, tokens in enumerate(rows):
-            self.is_complete(index, tokens)
-        return [text + row.flush() for text, row in zip(self._texts, self._rows, strict=True)]
-
-
 class _Spelled:
     """A row whose ids become bytes one by one."""
 

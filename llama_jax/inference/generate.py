@@ -21,7 +21,7 @@ from llama_jax.types import InputError, Params
 # Prompts that are completed at a time; others follow as these end.
 MAX_SLOTS = 64
 # Steps between two looks at what the rows hold, where something but a stop token may end them.
-_CHECKED_STEPS = 16
+CHECKED_STEPS = 16
 # The same where text is shown as it is made.
 _STREAMED_STEPS = 4
 
@@ -275,7 +275,7 @@ def _rounds(
             f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
         )
     check_prompts(prompts, model.config)
-    max_steps = _STREAMED_STEPS if is_streamed else _CHECKED_STEPS if is_complete else decoding.COLUMNS
+    max_steps = _STREAMED_STEPS if is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
     generator = Generator(
         model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps,
         log_probabilities=log_probabilities, processor=processor,

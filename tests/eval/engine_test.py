@@ -134,7 +134,7 @@ def test_a_choice_without_text_is_refused(engine):
 
 
 def test_completions_end_before_their_stop_string(engine, monkeypatch):
-    monkeypatch.setattr(generation, '_CHECKED_STEPS', 8)
+    monkeypatch.setattr(generation, 'CHECKED_STEPS', 8)
     prompts = ['Once upon a time', '', 'Lily']
     whole = dict(engine.answer(Completion(prompt, max_new_tokens=40) for prompt in prompts))
     asked = [Completion(prompt, (' she', '.', 'zz'), 40) for prompt in prompts]

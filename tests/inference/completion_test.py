@@ -165,7 +165,7 @@ def test_what_ends_a_completion_is_told_and_is_the_same_however_often_it_is_look
 
     cut = {}
     for steps in (1, 2, 32):
-        monkeypatch.setattr(generation, '_CHECKED_STEPS', steps)
+        monkeypatch.setattr(generation, 'CHECKED_STEPS', steps)
         by_text = ask(stop=['~~', text])
         by_caller = ask(is_complete=is_complete)
         by_token = ask(stop_ids=[whole.tokens[3]], ignore_eos=False)

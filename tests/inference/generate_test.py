@@ -218,7 +218,7 @@ def test_a_stream_is_the_same_text_in_pieces_that_come_early(model, params):
 
 
 def test_looking_for_a_stop_text_decodes_no_row_again(model, params, monkeypatch):
-    monkeypatch.setattr(generation, '_CHECKED_STEPS', 2)
+    monkeypatch.setattr(generation, 'CHECKED_STEPS', 2)
     spelled = []
 
     class Counting(Spelled):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.inference.detokenizer import RowTexts
+from llama_jax.inference.detokenizer import Detokenizer
 from llama_jax.tokenizer.conversion import model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
@@ -76,9 +76,13 @@ def test_a_row_without_a_token_prints_nothing(folder):
     tokenizer = folder[2]
     size = tokenizer.vocab_size
     ids = tokenizer.encode('green bottles')
-    assert RowTexts(tokenizer, [ids]).finish([[size, size + 40]]) == ['']
-    without, among = RowTexts(tokenizer, [ids, [*ids, size]]).finish([ids, [*ids, size]])
-    assert without == among
+
+    def text_of(prompt, new):
+        row = Detokenizer(tokenizer, prompt)
+        return row.push(new) + row.flush()
+
+    assert text_of(ids, [size, size + 40]) == ''
+    assert text_of(ids, ids) == text_of([*ids, size], [*ids, size])
     assert all(isinstance(tokenizer.decode([id]), str) for id in range(size))
 
 
