@@ -58,7 +58,11 @@ class Row:
 _8K = {'data.seq_len': 8192, 'train.loss_chunks': 16}
 _OFFLOAD = {'model.remat': 'full_offload'}  # as in the published runs
 _LONG = {'data.seq_len': 131_072, 'train.loss_chunks': 64}
-_BY_8 = {'mesh.data': 2, 'mesh.fsdp': 1, 'mesh.tensor': 8}  # as many parts as there are key/value heads
+_BY_8: dict[str, object] = {
+    'mesh.data': 2,
+    'mesh.fsdp': 1,
+    'mesh.tensor': 8,
+}  # as many parts as there are key/value heads
 
 ROWS = (
     Row('llama2_7b', 'v5e:4x4', {'train.batch_size': 32}),
