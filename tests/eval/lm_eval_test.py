@@ -20,7 +20,7 @@ from tests.command_line import REPOSITORY
 
 pytest.importorskip('lm_eval')
 
-LIMIT = 50
+LIMIT = 25
 
 
 def choice_task(name, text, choices, target, **more):

@@ -57,7 +57,9 @@ def test_gguf_and_back_gives_the_same_ids(native):
 
 
 @pytest.mark.parametrize(
-    'native', ['trained', 'llama2', pytest.param('llama3', marks=pytest.mark.slow)], indirect=True
+    'native',
+    ['trained', *(pytest.param(name, marks=pytest.mark.slow) for name in ('llama2', 'llama3'))],
+    indirect=True,
 )
 def test_a_tokenizer_json_and_back_gives_the_same_ids(native):
     files = huggingface_files(native[0], max_seq_len=64)
