@@ -6,6 +6,7 @@ The names below are the library's face. They are imported when first used, so th
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
+    from llama_jax.inference.chat_session import ChatSession as ChatSession
     from llama_jax.inference.generate import complete as complete
     from llama_jax.inference.generate import generate as generate
     from llama_jax.inference.generate import stream as stream

@@ -1,7 +1,11 @@
 """The library's face as a notebook uses it; every name and argument here is a contract."""
 
+import inspect
+import pathlib
+import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +112,42 @@ def test_the_cache_as_a_user_drives_it(checkpoint):
     _, cache = apply({'params': params}, tokens[:, :5], cache=cache)
     last, _ = apply({'params': params}, tokens[:, 5:], cache=cache)
     np.testing.assert_allclose(last[:, 0], whole[:, 5], atol=1e-5)  # fp32 sums in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['generate', 'complete', 'stream', 'hidden_states', 'ChatSession'])
+def test_the_example_of_a_docstring_runs(checkpoint, name, capsys):
+    config, params, tokenizer = llama_jax.load(checkpoint)
+    known = {'llama_jax': llama_jax, 'params': params, 'tokenizer': tokenizer}
+    known['model'] = llama_jax.LlamaForCausalLM(config)
+    exec(example_of(getattr(llama_jax, name)), known)
+    found = {key: known[key] for key in ('texts', 'first', 'states') if key in known}
+    assert found or capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_on_generation_runs(checkpoint):
+    page = (pathlib.Path(__file__).resolve().parents[1] / 'docs/generation.md').read_text()
+    config, params, tokenizer = llama_jax.load(checkpoint)
+    known = {
+        'llama_jax': llama_jax,
+        'jnp': jnp,
+        'params': params,
+        'tokenizer': tokenizer,
+        'prompts': ['a', 'time'],
+    }
+    known['model'] = llama_jax.LlamaForCausalLM(config)
+    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(block, known)
+    assert len(known['choices']) == 4 and len(known['texts']) == 2 and len(known['session'].messages) == 3
+
+
+def example_of(documented):
+    """The first indented block of a docstring."""
+    block = re.search(r'\n\n((?:    .*\n)+)', inspect.getdoc(documented))
+    return textwrap.dedent(block[1])
 
 
 def test_a_bare_import_is_lazy():

@@ -26,7 +26,7 @@ def hidden_states(
 ) -> list[Float[np.ndarray, 'layers T D']]:
     """The residual stream of each token of each prompt, at chosen depths, in fp32.
 
-        (states,) = llama_jax.hidden_states(model, params, tokenizer, ['Once upon a time'], layers=[0, 8, -1])
+        (states,) = llama_jax.hidden_states(model, params, tokenizer, ['Once upon a time'], layers=[0, 2, -1])
 
     As `output_hidden_states` of transformers: 0 is the embedding, n what the n-th layer gives; after the last layer the
     final norm is applied. The prompts are read at once, as one batch.

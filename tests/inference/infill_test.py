@@ -13,6 +13,7 @@ from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.types import InputError
 from tests import toy
+from tests.api_test import example_of
 from tests.quantize.files_test import source_of
 from tests.tokenizer import kinds
 from tests.tokenizer.infill_format_test import with_infilling
@@ -32,6 +33,12 @@ def test_gaps_are_what_is_generated_from(tokenizer, monkeypatch):
     infill(model, {}, tokenizer, GAPS, suffix_first=True, stop_ids=[7], seed=3)
     ids = [gap_format.encode_prompt(*gap, suffix_first=True) for gap in GAPS]
     assert given == [((model, {}, tokenizer, ids), {'stop_ids': (*gap_format.stop_ids, 7), 'seed': 3})]
+    # Its example runs.
+    given.clear()
+    known = {'llama_jax': llama_jax, 'model': model, 'params': {}, 'tokenizer': tokenizer}
+    monkeypatch.setattr(infilling, 'generate', lambda *args, **settings: ['a + b'])
+    exec(example_of(infill), known)
+    assert known['body'] == 'a + b'
     with pytest.raises(InputError, match='text needs a tokenizer'):
         infill(model, {}, None, GAPS)
 
