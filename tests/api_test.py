@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def test_the_cache_as_a_user_drives_it(checkpoint):
 @pytest.mark.parametrize('name', ['generate', 'complete', 'stream', 'hidden_states', 'ChatSession'])
 def test_the_example_of_a_docstring_runs(checkpoint, name, capsys):
     config, params, tokenizer = llama_jax.load(checkpoint)
-    known = {'llama_jax': llama_jax, 'params': params, 'tokenizer': tokenizer}
+    known: dict[str, Any] = {'llama_jax': llama_jax, 'params': params, 'tokenizer': tokenizer}
     known['model'] = llama_jax.LlamaForCausalLM(config)
     exec(example_of(getattr(llama_jax, name)), known)
     found = {key: known[key] for key in ('texts', 'first', 'states') if key in known}
@@ -129,7 +130,7 @@ def test_the_example_of_a_docstring_runs(checkpoint, name, capsys):
 def test_the_python_of_the_page_on_generation_runs(checkpoint):
     page = (pathlib.Path(__file__).resolve().parents[1] / 'docs/generation.md').read_text()
     config, params, tokenizer = llama_jax.load(checkpoint)
-    known = {
+    known: dict[str, Any] = {
         'llama_jax': llama_jax,
         'jnp': jnp,
         'params': params,

@@ -151,11 +151,14 @@ class Watch:
         end = len(row.tokens) if self.end is None else self.end
         by_token = self.end is None and self._stopped_by is None and row.stop_id is not None
         stopped_by = row.stop_id if by_token else self._stopped_by
+        reason: FinishReason = 'length' if row.ended is None else row.ended.reason
+        if self.end is not None or stopped_by is not None:
+            reason = 'stop'
         return Completion(
             text=self._text,
             tokens=tuple(row.tokens[:end]),
             prompt_tokens=tuple(self._prompt),
-            finish_reason='length' if self.end is None and stopped_by is None else 'stop',
+            finish_reason=reason,
             stopped_by=stopped_by,
             scores=tuple(row.scores[: end + by_token]),
             prompt_scores=tuple(prompt_scores),

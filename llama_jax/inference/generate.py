@@ -163,7 +163,7 @@ def stream(
       InputError: see `generate`; before the first piece.
     """
     tokenizer = required(tokenizer)
-    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], is_streamed=True, **settings)
+    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], 1, None, None, True, **settings)
 
     def pieces() -> Iterator[str]:
         for (row,) in rounds:
@@ -184,6 +184,8 @@ def _asked(
     n: int = 1,
     is_complete: Callable[[int, list[int]], bool] | None = None,
     log_probabilities: int | None = None,
+    is_streamed: bool = False,
+    /,
     *,
     max_new_tokens: int = 256,
     samplers: Sequence[Sampler] | None = None,
@@ -192,7 +194,6 @@ def _asked(
     ignore_eos: bool = False,
     special_tokens: bool = False,
     logits_processor: LogitsProcessor | OfTokens | None = None,
-    is_streamed: bool = False,
     **settings: Any,
 ) -> tuple[list[list[int]], list[Watch], Iterator[list[Row]]]:
     """The prompts' ids; of each completion who looks at it; and the rows after every round."""

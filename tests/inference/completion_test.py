@@ -8,7 +8,8 @@ import pytest
 
 from llama_jax.inference import decoding
 from llama_jax.inference import generate as generation
-from llama_jax.inference.completion import Completion, text_offsets
+from llama_jax.inference.batcher import Ended, Request
+from llama_jax.inference.completion import Completion, Row, Watch, text_offsets
 from llama_jax.inference.generate import complete, generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
@@ -178,6 +179,20 @@ def test_what_ends_a_completion_is_told_and_is_the_same_however_often_it_is_look
         assert len(by_text.scores) == len(by_text.tokens) < 8
         cut[steps] = by_text.tokens, by_caller.text
     assert cut[1] == cut[2] == cut[32] and asked == [1, 2, 3] * 3
+
+
+def test_what_nobody_wants_any_more_is_told_apart():
+    def completion(reason, tokens, stop_id=None, stop=()):
+        ended = Ended(Request(0, [1], 8), reason, len(tokens), 1)
+        watch = Watch(Spelled(), [1], stop)
+        return watch.completion(Row(0.0, tokens, stop_id, ended=ended))
+
+    letters = Spelled().encode('abc')
+    cancelled = completion('cancelled', letters)
+    assert (cancelled.finish_reason, cancelled.text, cancelled.cached_tokens) == ('cancelled', 'abc', 1)
+    assert completion('length', letters).finish_reason == 'length'
+    assert completion('cancelled', letters, stop=['b']).finish_reason == 'stop'
+    assert completion('stop', letters, 2).stopped_by == 2
 
 
 def test_what_json_shows_is_finite():

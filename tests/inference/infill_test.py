@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_gaps_are_what_is_generated_from(tokenizer, monkeypatch):
     assert given == [((model, {}, tokenizer, ids), {'stop_ids': (*gap_format.stop_ids, 7), 'seed': 3})]
     # Its example runs.
     given.clear()
-    known = {'llama_jax': llama_jax, 'model': model, 'params': {}, 'tokenizer': tokenizer}
+    known: dict[str, Any] = {'llama_jax': llama_jax, 'model': model, 'params': {}, 'tokenizer': tokenizer}
     monkeypatch.setattr(infilling, 'generate', lambda *args, **settings: ['a + b'])
     exec(example_of(infill), known)
     assert known['body'] == 'a + b'
