@@ -10,6 +10,7 @@ order of the calls, so every process of a job that makes the same calls decides 
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
@@ -164,7 +165,7 @@ class Batcher:
         budget_tokens: int,
         grid: int,
         widths: Sequence[int],
-        steps: tuple[int, int],
+        steps: tuple[int, int, int],
         least_room: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ):
@@ -176,23 +177,26 @@ class Batcher:
           budget_tokens: that memory holds, of all rows together: each takes the room of the longest.
           grid: tokens of a piece, a power of two.
           widths: that the last piece of a prompt may have besides `grid`; it gets the least that covers it.
-          steps: of a dispatch at most: while nothing waits, while something does.
+          steps: of a dispatch at most: while nothing waits; while requests wait for a slot; between two pieces, where
+            0 lets rows wait until no piece can be read, which is fastest where nobody looks on.
           least_room: of a row, a power of two; None: `grid`.
           prefix_cache: of blocks of `grid` tokens.
 
         Raises:
           InputError: memory does not hold one row.
         """
-        assert grid & (grid - 1) == 0 and max(widths, default=grid) <= grid and min(steps) > 0
+        self.grid, self.widths, self.least_room = grid, tuple(sorted({*widths, grid})), least_room or grid
+        # Then a room that covers a prompt covers the padding of its last piece too.
+        for less, width in itertools.pairwise((0, *self.widths)):
+            assert width & (width - 1) == 0 and width <= min(max(2 * less, self.least_room), grid)
+        assert min(steps[:2]) > 0 <= steps[2]
         assert prefix_cache is None or prefix_cache.block_tokens == grid
-        self.least_room = least_room or grid
         if budget_tokens < self.least_room:
             raise InputError(
                 f'memory holds {budget_tokens} tokens; a row takes {self.least_room} at least, so give it more'
             )
         self.num_slots, self.context, self.budget_tokens = num_slots, context, budget_tokens
-        self.grid, self.widths, self.steps = grid, tuple(sorted({*widths, grid})), steps
-        self.prefix_cache = prefix_cache
+        self.steps, self.prefix_cache = steps, prefix_cache
         self._waiting: dict[str, deque[Request]] = {}  # by key, in the order of their turns
         self._rows: dict[int, _Row] = {}  # by slot
         self._read_last = False
@@ -227,11 +231,14 @@ class Batcher:
     def plan(self) -> Extend | Decode | None:
         """What the devices do next; None where that takes what is not absorbed yet, or another request."""
         runs = any(row.remaining for row in self._rows.values())
-        if not (runs and self._read_last) and (slot := self._slot_to_read()) is not None:
+        slot = self._slot_to_read()
+        if slot is not None and not (runs and self._read_last and self.steps[2]):
             self._read_last = True
             return self._extend(slot)
         self._read_last = False
-        return self._decode() if runs else None
+        if not runs:
+            return None
+        return self._decode(self.steps[2] if slot is not None else self.steps[bool(self._waiting)])
 
     def absorb(
         self,
@@ -315,11 +322,10 @@ class Batcher:
     def _next_width(self, row: _Row) -> int:
         return next((width for width in self.widths if width >= row.unread), self.grid)
 
-    def _decode(self) -> Decode:
-        others_wait = bool(self._waiting) or any(row.unread for row in self._rows.values())
+    def _decode(self, most: int) -> Decode:
         shares = []
         for slot, row in self._rows.items():
-            if steps := min(row.remaining, self.steps[others_wait]):
+            if steps := min(row.remaining, most):
                 shares.append(Share(slot, row.request, steps))
                 row.planned += steps
         return Decode(max(share.steps for share in shares), *self._shape(), tuple(shares))

@@ -137,7 +137,7 @@ FAULTS: tuple[Fault, ...] = (
         ('batcher: one key is served until it is empty', 'inference/batcher_test.py::test_keys_take_turns',
          'self._waiting.pop(request.key)', 'self._waiting[request.key]'),
         ('batcher: all pieces of a prompt before the next step', 'inference/batcher_test.py::test_random_traces',
-         'not (runs and self._read_last) and', ''),
+         'self._read_last and self.steps[2])', 'not self.steps)'),
         ('batcher: the cache is as long as what was read', 'inference/batcher_test.py::test_random_traces',
          'row.given + row.planned)', 'row.given)'),
         ('batcher: memory is not looked at',
