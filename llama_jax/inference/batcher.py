@@ -185,7 +185,8 @@ class Batcher:
         Raises:
           InputError: memory does not hold one row.
         """
-        self.grid, self.widths, self.least_room = grid, tuple(sorted({*widths, grid})), least_room or grid
+        self.grid, self.widths = grid, tuple(sorted({*widths, grid}))
+        self.least_room = max(least_room or grid, self.widths[0])
         # Then a room that covers a prompt covers the padding of its last piece too.
         for less, width in itertools.pairwise((0, *self.widths)):
             assert width & (width - 1) == 0 and width <= min(max(2 * less, self.least_room), grid)

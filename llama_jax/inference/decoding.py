@@ -322,14 +322,22 @@ def _readable(model: LlamaForCausalLM, steps: Steps) -> Steps:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), steps)
 
 
-def with_settings(model: LlamaForCausalLM, rows: Rows, settings: SamplerRows) -> Rows:
-    """The rows with settings of more room, and with what adjustments need where they now have them."""
-    settings = jax.tree.map(lambda x: jnp.asarray(place(np.asarray(x), model.partitioner)), settings)
-    seen = rows.seen
-    if settings.adjustments is not None and seen is None:
-        seen = np.zeros((len(rows.token), model.config.vocab_size), np.int32)
-        seen = jnp.asarray(place(seen, model.partitioner))
-    return dataclasses.replace(rows, settings=settings, seen=seen)
+@functools.partial(jax.jit, static_argnames=('model', 'num_stops', 'adjusts'))
+def widened(
+    model: LlamaForCausalLM,
+    settings: SamplerRows,
+    seen: Int[Array, 'B V'] | None,
+    num_stops: int,
+    adjusts: bool,
+) -> tuple[SamplerRows, Int[Array, 'B V'] | None]:
+    """Settings with room for so many stop ids, and all that adjustments need, though no row asks for any yet."""
+    wider = settings.widened(num_stops, adjusts)
+    if adjusts and seen is None:
+        seen = jnp.zeros((len(settings.seed), model.config.vocab_size), jnp.int32)
+    if (partitioner := model.partitioner) is None:
+        return wider, seen
+    shard = functools.partial(partitioner.shard, name='prompts')
+    return jax.tree.map(lambda x: shard(x, axes=('batch', *[None] * (x.ndim - 1))), (wider, seen))
 
 
 def reshaped(rows: Rows, num_rows: int, room: int) -> Rows:

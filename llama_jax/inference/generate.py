@@ -278,7 +278,7 @@ def _rounds(
     check_prompts(prompts, model.config)
     max_steps = _STREAMED_STEPS if is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
     generator = Generator(
-        model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps,
+        model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps, is_watched=is_streamed,
         log_probabilities=log_probabilities, processor=processor,
     )  # fmt: skip
     rows = []

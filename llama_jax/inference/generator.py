@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.monitoring
 
 from llama_jax.inference import decoding
 from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
@@ -51,6 +52,7 @@ class Generator:
         num_slots: int,
         budget_tokens: int | None = None,
         max_steps: int = decoding.COLUMNS,
+        is_watched: bool = True,
         log_probabilities: int | None = None,
         processor: LogitsProcessor | None = None,
         prefix_bytes: tuple[int, int] = (0, 0),
@@ -63,6 +65,7 @@ class Generator:
           num_slots: rows that are decoded together.
           budget_tokens: that the cache may hold, of all rows together; None: as many as all slots could come to have.
           max_steps: tokens that a row is given before they are looked at.
+          is_watched: rows go on between any two pieces of prompts; else once no more can be read, which is faster.
           log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
           processor: changes the logits of all rows.
           prefix_bytes: for beginnings of prompts that are read once, on the devices and on the host; 0 keeps none.
@@ -85,7 +88,7 @@ class Generator:
         self.batcher = Batcher(
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
             widths=widths, least_room=min(decoding.LEAST_ROOM, longest),
-            steps=(max_steps, min(max_steps, _STEPS_BEFORE_OTHERS)), prefix_cache=self._prefixes,
+            steps=(max_steps, min(max_steps, _STEPS_BEFORE_OTHERS), int(is_watched)), prefix_cache=self._prefixes,
         )  # fmt: skip
         self._asked: dict[int, CompletionRequest] = {}
         self._made: dict[int, list[int]] = {}
@@ -257,10 +260,19 @@ class Generator:
     def warm_up(self) -> None:
         """Compiles every program that requests can need, before the first of them; none is compiled after."""
         assert not self._asked
-        began, batcher = time.perf_counter(), self.batcher
-        self._slots.compile(batcher.rooms(), batcher.widths, batcher.grid)
+        began, batcher, seconds_each = time.perf_counter(), self.batcher, []
+
+        def listen(event: str, seconds: float, **_: Any) -> None:
+            if event == '/jax/core/compile/backend_compile_duration':
+                seconds_each.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            self._slots.compile(batcher.rooms(), batcher.widths, batcher.grid)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
         memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began
-        _log.info('all programs compiled in %.1f s; %s', seconds, memory)
+        _log.info('%d programs compiled in %.1f s; %s', len(seconds_each), seconds, memory)
 
 
 def _number_of(request: Request) -> int:

@@ -24,7 +24,7 @@ from llama_jax.types import InputError
 # Tokens that one request may bias: what OpenAI's service takes.
 MAX_BIASED = 300
 # Stop ids are padded to a multiple of this, so that few shapes serve all.
-_STOP_IDS = 8
+STOP_IDS = 8
 # Not in any vocabulary: a scatter drops it.
 _NO_TOKEN = np.iinfo(np.int32).max
 
@@ -179,7 +179,7 @@ class SamplerRows:
                 column('min_new_tokens', np.int32, _NO_TOKEN),
             )
         stops = [[token for token in row if 0 <= token < vocab_size] for row in stop_ids]
-        width = -(-max([num_stops, *map(len, stops)]) // _STOP_IDS) * _STOP_IDS
+        width = -(-max([num_stops, *map(len, stops)]) // STOP_IDS) * STOP_IDS
         return cls(
             column('temperature', np.float32),
             column('top_k', np.int32, vocab_size),

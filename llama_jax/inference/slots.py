@@ -13,7 +13,7 @@ from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import LogitsProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
-from llama_jax.inference.sampling import SamplerRows, seen_in_prompts
+from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
 from llama_jax.models.kv_cache import CACHE_AXES
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import Params
@@ -40,7 +40,7 @@ class Slots:
         self._weights = decode_weights(params, model.dtype)
         self._num_candidates, self._processor = num_candidates, processor
         # What all requests so far need of the rows' settings.
-        self._num_stops, self._adjusts = 1, False
+        self._num_stops, self._adjusts = STOP_IDS, False
         # On a mesh with several shards of the batch as many prompts are read at once; all but the first are nowhere.
         self._num_read = decoding.rows_of(1, model.partitioner)
         self._rows: decoding.Rows | None = None
@@ -66,12 +66,14 @@ class Slots:
         """So many slots with room for so many tokens each at least; up to twice as much room is kept, for the next."""
         if self._rows is None:
             settings = self._settings([NOTHING] * num_rows)
-            self._rows = decoding.empty_rows(self._model, num_rows, room, settings)
+            self._rows = self._bound(decoding.empty_rows(self._model, num_rows, room, settings))
             return
         settings, has = self._rows.settings, self._rows.cache.max_len
         if self._num_stops > settings.stop_ids.shape[1] or (self._adjusts and settings.adjustments is None):
-            settings = settings.widened(self._num_stops, self._adjusts)
-            self._rows = decoding.with_settings(self._model, self._rows, settings)
+            settings, seen = decoding.widened(
+                self._model, settings, self._rows.seen, self._num_stops, self._adjusts
+            )
+            self._rows = dataclasses.replace(self._rows, settings=settings, seen=seen)
         if has < room or has > 2 * room or len(self._rows.token) != num_rows:
             self._rows = decoding.reshaped(self._rows, num_rows, room)
 
@@ -127,23 +129,28 @@ class Slots:
 
     def to_device(self, block: Any) -> Any:
         """What `copy` gave, from the host to where it came from."""
-        partitioner = self._model.partitioner
+        if (partitioner := self._model.partitioner) is None:
+            return self._bound(block)
 
         def move(array: np.ndarray) -> Array:
-            if partitioner is None:
-                return jax.device_put(array)
-            return jax.device_put(
-                array, partitioner.sharding(CACHE_AXES[1:], array.shape, 'block of a prompt')
-            )
+            axes = CACHE_AXES[1 : 1 + array.ndim]
+            return jax.device_put(array, partitioner.sharding(axes, array.shape, 'block of a prompt'))
 
         return jax.tree.map(move, block)
+
+    def _bound(self, arrays: Any) -> Any:
+        """Arrays bound to their device, as programs give them back: for those that are not, they are compiled anew."""
+        if self._model.partitioner is not None:
+            return arrays
+        (device,) = jax.tree.leaves(self._weights)[0].devices()
+        return jax.device_put(arrays, device)
 
     def compile(self, rooms: Mapping[int, int], widths: Sequence[int], grid: int) -> None:
         """Compiles every program, for each room and the rows that there are with it; before there are rows."""
         assert self._rows is None
         for room, num_rows in rooms.items():
+            self._rows, last = None, None
             for self._adjusts in (False, True):
-                self._rows, last = None, None
                 self.fit(num_rows, room)
                 for width in (width for width in widths if width <= room):
                     for begin in (0, 1) if width >= decoding.LONG_PIECE else (0,):
