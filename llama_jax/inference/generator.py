@@ -262,9 +262,9 @@ class Generator:
         assert not self._asked
         began, batcher, seconds_each = time.perf_counter(), self.batcher, []
 
-        def listen(event: str, seconds: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
             if event == '/jax/core/compile/backend_compile_duration':
-                seconds_each.append(seconds)
+                seconds_each.append(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
