@@ -148,7 +148,7 @@ class Engine:
         length = self.model.config.max_seq_len
         generator = Generator(
             self.model, self.params, num_slots=min(max(len(requests), 1), MAX_SLOTS), max_steps=CHECKED_STEPS,
-            budget_tokens=max(self.batch_tokens, power_of_two(length)),
+            budget_tokens=max(self.batch_tokens, power_of_two(length)), is_watched=False,
         )  # fmt: skip
         prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
         owners: list[int] = []  # of each row
