@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import re
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 
 from llama_jax.inference import decoding
+from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler, SamplerRows
 from llama_jax.models.llama import Block, LlamaForCausalLM, abstract_params
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.unstacked import unstack
 from llama_jax.ops.quantized import CODE_MAX
 from llama_jax.quantize.forms import choose_forms, name_of, represent_all
+from tests import toy
 from tests.command_line import REPOSITORY
 
 PRESET, ROOM = PRESETS['stories_110m'], 1024
@@ -201,3 +204,64 @@ def test_a_scan_over_stacked_weights_would_be_seen():
     compiled = compiled_steps(1, 'float32', Scanned)
     assert len(large_moves(compiled.as_text(), limit_of(1))) >= 7 + 2
     assert compiled.memory_analysis().temp_size_in_bytes > 0.05 * 4 * PRESET.num_params
+
+
+def test_a_step_is_of_the_live_tokens_and_not_of_the_context(monkeypatch):
+    """A model that could hold four times as many tokens reads as much of them: the same program, in the same room."""
+    programs, decode = [], decoding.decode
+
+    def record(*args):
+        programs.append((args[2].cache.max_len, decode.lower(*args).as_text()))
+        return decode(*args)
+
+    monkeypatch.setattr(decoding, 'decode', record)
+    monkeypatch.setattr(decoding, 'LEAST_ROOM', 16)
+    model = toy.make_model()
+    params = toy.make_params(model)
+    for context in (64, 256):
+        larger = model.clone(config=dataclasses.replace(model.config, max_seq_len=context))
+        generate_tokens(
+            larger, params, [[1] * 40], max_new_tokens=context - 40, sampler=Sampler(), stop_ids=(),
+            is_complete=lambda _, made: len(made) > 3,
+        )  # fmt: skip
+    (room, program), *others = programs
+    assert room == 64 and len(others) == 1 and all(other == (room, program) for other in others)
+
+
+STEP_TIMES = """
+import dataclasses, statistics, time
+import jax, jax.numpy as jnp
+from llama_jax.inference.generate import generate_tokens
+from llama_jax.inference.sampling import Sampler
+from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.presets import PRESETS
+from llama_jax.models.unstacked import unstack
+preset = PRESETS['stories_110m']
+models = [
+    LlamaForCausalLM(dataclasses.replace(preset, max_seq_len=context), dtype=jnp.float32) for context in (1024, 4096)
+]
+params = unstack(init_params(models[0], jax.random.key(0)), delete=True)
+seconds = [[], []]
+for turn in range(5):
+    for model, times in zip(models, seconds):
+        ends = []
+        for number in (1, 21):
+            start = time.perf_counter()
+            generate_tokens(model, params, [[7] * 1000], max_new_tokens=number, sampler=Sampler(), stop_ids=())
+            ends.append(time.perf_counter() - start)
+        times.append((ends[1] - ends[0]) / 20)
+print(*(1e3 * statistics.median(times[1:]) for times in seconds))  # the first turn compiles
+"""
+
+
+@pytest.mark.long
+def test_a_step_takes_the_same_time_in_a_cache_of_four_times_the_size():
+    """1,000 live tokens, contexts of 1,024 and 4,096, in turns, compiled for use; figures: docs/performance.md."""
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+    done = subprocess.run(
+        [sys.executable, '-c', STEP_TIMES], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    in_small, in_large = map(float, done.stdout.split())
+    assert in_large < 1.1 * in_small
