@@ -6,6 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -159,13 +160,14 @@ class Engine:
             kept = length - wanted if length > wanted else length // 2  # tokens of a prompt
             is_cut[index], prompt = len(prompts[index]) > kept, prompts[index][-kept:]
             counts[index] = request.num_samples if request.temperature else 1  # greedy samples are all alike
-            first = len(owners)
+            first, further = len(owners), cast(dict[str, Any], dict(request.further))
             for sample in range(counts[index]):
                 watch = Watch(self.tokenizer, [] if self.decode_alone else prompt, request.stop)
                 asked = CompletionRequest(
                     prompt, wanted,
                     Sampler(
-                        request.temperature, top_p=request.top_p, seed=_seed(self.seed, request.prompt, sample)
+                        request.temperature, top_p=request.top_p, seed=_seed(self.seed, request.prompt, sample),
+                        **further,
                     ),
                     self.tokenizer.stop_ids, is_complete=watch.look if request.stop else None,
                     like=first if sample else None,

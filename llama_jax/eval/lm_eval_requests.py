@@ -44,13 +44,17 @@ def continuation(context: Any, text: Any) -> Request | Result:
 
 # Settings of transformers' `generate` at which they change nothing; with beams, and with drawing, go others.
 _NEUTRAL = {
-    'num_beams': 1, 'num_beam_groups': 1, 'num_return_sequences': 1, 'n': 1, 'best_of': 1, 'repetition_penalty': 1,
-    'presence_penalty': 0, 'frequency_penalty': 0, 'no_repeat_ngram_size': 0, 'min_new_tokens': 0, 'min_length': 0,
-    'diversity_penalty': 0, 'encoder_repetition_penalty': 1, 'top_k': 0, 'min_p': 0, 'typical_p': 1,
+    'num_beams': 1, 'num_beam_groups': 1, 'num_return_sequences': 1, 'n': 1, 'best_of': 1, 'no_repeat_ngram_size': 0,
+    'min_length': 0, 'diversity_penalty': 0, 'encoder_repetition_penalty': 1, 'typical_p': 1,
     'renormalize_logits': False, 'use_cache': True,
 }  # fmt: skip
 _OF_BEAMS = ('length_penalty', 'early_stopping')
-_OF_DRAWING = ('top_k', 'min_p', 'typical_p', 'seed', 'top_p')
+_OF_DRAWING = ('typical_p', 'seed')
+# Settings of a `Sampler`, and whether they matter where nothing is drawn.
+_FURTHER: dict[str, tuple[Callable[[Any], float], bool]] = {
+    'top_k': (lambda value: max(int(value), 0), False), 'min_p': (float, False), 'repetition_penalty': (float, True),
+    'presence_penalty': (float, True), 'frequency_penalty': (float, True), 'min_new_tokens': (int, True),
+}  # fmt: skip
 
 
 def completion(context: Any, arguments: Mapping[str, Any] | None) -> Request | Result:
@@ -66,6 +70,13 @@ def completion(context: Any, arguments: Mapping[str, Any] | None) -> Request | R
     temperature, top_p = float(rest.pop('temperature', 0.0)), float(rest.pop('top_p', 1.0))
     if rest.pop('do_sample', None) is False:
         temperature = 0.0
+    further: dict[str, Any] = {}
+    for name, (read_as, matters_always) in _FURTHER.items():
+        if name in rest and (matters_always or temperature):
+            further[name] = read_as(rest[name])
+        rest.pop(name, None)
+    neutral = vars(Sampler())
+    further = {name: value for name, value in further.items() if value != neutral[name]}
     without_effect = _OF_BEAMS + (() if temperature else _OF_DRAWING)
     unknown = {
         f'{name}={value}' for name, value in rest.items()
@@ -74,16 +85,19 @@ def completion(context: Any, arguments: Mapping[str, Any] | None) -> Request | R
     if unknown:
         raise InputError(
             f'generation arguments {", ".join(sorted(unknown))} are not supported; there are until, max_gen_toks, '
-            'do_sample, temperature, top_p'
+            f'do_sample, temperature, top_p, {", ".join(_FURTHER)}'
         )
     top_p = top_p if temperature else 1.0
-    Sampler(temperature, top_p=top_p)  # checks them
+    Sampler(temperature, top_p=top_p, **further)  # checks them
     max_new_tokens = given[0] if given else 256
     if max_new_tokens < 0:
         raise InputError(f'max_gen_toks is {max_new_tokens}; it must be 0 or more')
     if max_new_tokens == 0:
         return Completions(('',))
-    return Completion(whole_text(context), stop, max_new_tokens, temperature, top_p)
+    if (least := further.get('min_new_tokens', 0)) > max_new_tokens:
+        raise InputError(f'min_new_tokens is {least}; it must be at most max_gen_toks, {max_new_tokens}')
+    in_order = tuple(sorted(further.items()))
+    return Completion(whole_text(context), stop, max_new_tokens, temperature, top_p, further=in_order)
 
 
 def _stop_strings(until: Any) -> tuple[str, ...]:

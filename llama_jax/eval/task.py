@@ -62,6 +62,7 @@ class Completion:
       temperature: 0 is greedy.
       top_p: nucleus of the draws.
       num_samples: how many independent texts; pass@k and maj1@k need at least k.
+      further: other settings of an `inference.sampling.Sampler`, by name.
     """
 
     prompt: str
@@ -70,6 +71,7 @@ class Completion:
     temperature: float = 0.0
     top_p: float = 1.0
     num_samples: int = 1
+    further: tuple[tuple[str, float | int], ...] = ()
 
 
 Request = Continuation | Rolling | Completion

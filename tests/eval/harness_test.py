@@ -1,5 +1,6 @@
 """What becomes of answers: scores, counts, and evaluations that go on where they were killed."""
 
+import dataclasses
 import json
 from contextlib import closing
 
@@ -7,7 +8,7 @@ import pytest
 
 from llama_jax.eval import harness
 from llama_jax.eval.harness import Sampling, evaluate, prepare
-from llama_jax.eval.task import Continuation, Likelihood, Task
+from llama_jax.eval.task import Completion, Continuation, Likelihood, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.item_log import ItemLog
 from llama_jax.storage import enable_bucket
@@ -75,6 +76,12 @@ def test_a_killed_evaluation_goes_on(tmp_path):
     path.write_text('no JSON\n')
     with pytest.raises(InputError, match='is no log of items'):
         ItemLog(path, header)
+
+
+def test_a_log_from_before_there_were_further_settings_goes_on():
+    asked = Completion('a', ('\n',), 8)
+    assert harness._hash([asked]) == '17be8cacb08e02f9'
+    assert harness._hash([dataclasses.replace(asked, further=(('top_k', 5),))]) != '17be8cacb08e02f9'
 
 
 def test_a_damaged_line_of_a_log_is_dropped_and_said(tmp_path, caplog):

@@ -13,6 +13,7 @@ import pytest
 
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.lm_eval import language_model
+from llama_jax.eval.lm_eval_requests import completion
 from llama_jax.eval.task import Continuation
 from llama_jax.eval.tasks import find_task
 from llama_jax.types import InputError
@@ -259,13 +260,15 @@ print(json.dumps(['torch' in sys.modules, {{name: found['results'][name] for nam
 ODD = {  # arguments of a generation, and what is said of them where they cannot be followed
     'num_beams': ({'num_beams': 4}, 'num_beams=4 are not supported'),
     'several': (
-        {'top_k': 5, 'temperature': 1.0, 'penalty_alpha': 2},
-        'penalty_alpha=2, top_k=5 are not supported',
+        {'typical_p': 0.5, 'temperature': 1.0, 'penalty_alpha': 2},
+        'penalty_alpha=2, typical_p=0.5 are not supported',
     ),
     'negative length': ({'max_gen_toks': -1}, 'max_gen_toks is -1'),
     'length': ({'max_gen_toks': 'many'}, "invalid literal for int() with base 10: 'many'"),
     'temperature': ({'temperature': -1.0}, 'temperature is -1.0'),
     'top_p': ({'temperature': 1.0, 'top_p': 0}, 'top_p is 0'),
+    'penalty': ({'repetition_penalty': 0}, 'repetition_penalty is 0'),
+    'least length': ({'min_new_tokens': 9, 'max_gen_toks': 8}, 'min_new_tokens is 9; it must be at most'),
     'surrogate': (None, 'surrogates not allowed'),
 }
 
@@ -287,7 +290,32 @@ def test_an_odd_generation_is_said_and_ends_no_run(engine, caplog):
     assert first and '.' not in first and odd == [''] * len(ODD) and nothing == ''
     assert again == first and endless.startswith(first) and len(long) > len(first)
     assert not [said for _, said in ODD.values() if said not in caplog.text]
-    assert caplog.text.count('1 of 12 requests cannot be answered') == len(ODD)
+    assert caplog.text.count('1 of 14 requests cannot be answered') == len(ODD)
+
+
+def test_settings_of_drawing_are_asked_for_where_they_matter():
+    plain = {'until': '.', 'max_gen_toks': 12}
+    neutral = {'top_k': -1, 'repetition_penalty': 1.0, 'presence_penalty': 0, 'min_new_tokens': 0}
+    assert completion('a', plain | {'temperature': 1.0} | neutral) == completion(
+        'a', plain | {'temperature': 1.0}
+    )
+    asked = completion('a', plain | {'top_k': 5.0, 'min_p': 0.1, 'frequency_penalty': 1, 'temperature': 1.0})
+    assert asked.further == (('frequency_penalty', 1.0), ('min_p', 0.1), ('top_k', 5))
+    greedy = completion('a', plain | {'top_k': 5, 'min_p': 0.1, 'frequency_penalty': 1})
+    assert greedy.further == (('frequency_penalty', 1.0),)
+
+
+@pytest.mark.slow
+def test_settings_of_drawing_reach_the_sampler(engine):
+    """One token alone is kept by a top-k of 1, or a min-p of 1: what is drawn is then the most likely text."""
+    plain = {'until': None, 'max_gen_toks': 12}
+    drawn = plain | {'do_sample': True, 'temperature': 1.5}
+    one_kept = [drawn | {'top_k': 1}, drawn | {'min_p': 1.0}, plain | {'min_p': 0.5, 'presence_penalty': 0}]
+    penalised = [plain | {'repetition_penalty': 5.0}]
+    requests = [Request('Once upon a time', arguments) for arguments in (plain, drawn, *one_kept, *penalised)]
+    likely, free, *texts = language_model(engine).generate_until(requests)
+    assert texts[:3] == [likely] * 3 and free != likely
+    assert likely != texts[3]
 
 
 def test_an_odd_likelihood_is_said_and_ends_no_run(engine, caplog):
