@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.ops.linear import Representation
-from llama_jax.types import Params
+from llama_jax.ops.output_major import OutputMajorArray
+from llama_jax.types import Array, Params
+
+# Axes of a layer's matrix that a product sums over, where they are not the first one alone.
+_NUM_SUMMED = {'o': 2}
 
 
 def is_unstacked(params: Params) -> bool:
@@ -28,7 +32,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
       params: as a checkpoint has them, in any representation whose arrays have the layers as their first axis; abstract
         ones too. Those of layers apart are given back.
       dtype: of the computation: arrays of matrices in a wider floating-point type are rounded to it once, as they would
-        be in each of their products. None: nothing is.
+        be in each of their products; on one CPU those of the layers in float32 become `OutputMajorArray`. None: nothing
+        is changed.
       delete: the given arrays are deleted one after the other, as soon as they are unstacked or rounded, so that one
         weight at a time is in memory twice. Otherwise they stay, beside these.
 
@@ -37,8 +42,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
     """
     if is_unstacked(params):
         return params
-    weights, structure = jax.tree.flatten(params['blocks'], is_leaf=_is_representation)
-    columns = [_layers(weight, dtype, delete) for weight in weights]
+    weights, structure = jax.tree_util.tree_flatten_with_path(params['blocks'], is_leaf=_is_representation)
+    columns = [_layers(path[-1].key, weight, dtype, delete) for path, weight in weights]
     rest = {name: weight for name, weight in params.items() if name != 'blocks'}
     rest = jax.tree.map(lambda weight: _rounded(weight, dtype, delete), rest, is_leaf=_is_representation)
     return rest | {'blocks': tuple(structure.unflatten(row) for row in zip(*columns, strict=True))}
@@ -55,23 +60,33 @@ def _is_representation(node: Any) -> bool:
     return isinstance(node, Representation)
 
 
-def _layers(weight: Any, dtype: jax.typing.DTypeLike | None, delete: bool) -> tuple[Any, ...]:
+def _layers(name: str, weight: Any, dtype: jax.typing.DTypeLike | None, delete: bool) -> tuple[Any, ...]:
     if _is_representation(weight):  # its types are its own
         leaves, structure = jax.tree.flatten(weight)
         columns = [_split(leaf, leaf.dtype, delete) for leaf in leaves]
         return tuple(structure.unflatten(row) for row in zip(*columns, strict=True))
-    return _split(weight, _narrower(weight, weight.ndim - 1, dtype), delete)
+    own_dtype = _narrower(weight, weight.ndim - 1, dtype)
+    if dtype is None or weight.ndim < 3 or own_dtype != jnp.float32 or not _is_on_one_cpu(weight):
+        return _split(weight, own_dtype, delete)
+    num_summed = _NUM_SUMMED.get(name, 1)
+    return tuple(OutputMajorArray(leaf, num_summed) for leaf in _split(weight, own_dtype, delete, num_summed))
 
 
-def _split(leaf: Any, dtype: Any, delete: bool) -> tuple[Any, ...]:
-    """[L, ...] -> L times [...]."""
+def _is_on_one_cpu(leaf: Any) -> bool:
+    if (sharding := getattr(leaf, 'sharding', None)) is None:
+        return jax.default_backend() == 'cpu'
+    return [device.platform for device in sharding.device_set] == ['cpu']
+
+
+def _split(leaf: Any, dtype: Any, delete: bool, num_summed: int = 0) -> tuple[Any, ...]:
+    """[L, ...] -> L times [...]; where `num_summed` is given, by outputs."""
     sharding = getattr(leaf, 'sharding', None)
     if isinstance(sharding, NamedSharding):
         spec = PartitionSpec(*sharding.spec[1:])
         sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return (jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=sharding),) * leaf.shape[0]
-    layers = _splitting(leaf.shape[0], dtype, sharding)(leaf)
+    layers = _splitting(leaf.shape[0], dtype, sharding, num_summed)(leaf)
     if delete and isinstance(leaf, jax.Array):
         leaf.delete()
     return layers
@@ -97,8 +112,13 @@ def _narrower(weight: Any, ndim: int, dtype: jax.typing.DTypeLike | None) -> Any
 
 
 @functools.lru_cache(maxsize=64)
-def _splitting(num_layers: int, dtype: Any, sharding: Any) -> Any:
+def _splitting(num_layers: int, dtype: Any, sharding: Any, num_summed: int) -> Any:
     shardings = None if sharding is None else (sharding,) * num_layers
+
+    def one(leaf: Array) -> Array:
+        return OutputMajorArray.create(leaf, num_summed).values if num_summed else leaf
+
     return jax.jit(
-        lambda leaf: tuple(leaf[layer].astype(dtype) for layer in range(num_layers)), out_shardings=shardings
+        lambda leaf: tuple(one(leaf[layer].astype(dtype)) for layer in range(num_layers)),
+        out_shardings=shardings,
     )

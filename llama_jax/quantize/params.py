@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from llama_jax.ops.output_major import OutputMajorArray
 from llama_jax.ops.quantized import QuantizedArray, quantize_array
 from llama_jax.quantize.forms import Form, choose_forms, name_of, represent, summed_axes
 from llama_jax.types import InputError, Params
@@ -22,6 +23,11 @@ def quantize(params: Params, dtype: str, group: int | None = None) -> Params:
     Raises:
       InputError: as `choose_forms`; or a weight is quantised already.
     """
+
+    def is_by_outputs(weight: Any) -> bool:
+        return isinstance(weight, OutputMajorArray)
+
+    params = jax.tree.map(lambda w: w.materialize() if is_by_outputs(w) else w, params, is_leaf=is_by_outputs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     named = {name_of(keys): leaf for keys, leaf in leaves}
     if done := [f'{path} ({leaf.qvalue.dtype})' for path, leaf in named.items() if is_quantized(leaf)]:

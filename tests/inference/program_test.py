@@ -51,7 +51,7 @@ def compiled_steps(batch_size, weights, kind=LlamaForCausalLM, cache='auto'):
         [Sampler()] * batch_size, range(batch_size), [()] * batch_size, config.vocab_size
     )
     rows = jax.eval_shape(functools.partial(decoding.empty_rows, model, batch_size, ROOM, settings))
-    params = params if kind is Scanned else unstack(params)
+    params = params if kind is Scanned else unstack(params, dtype)
     lowered = decoding.decode.lower(model, params, rows, np.zeros(batch_size, bool), np.int32(4))
     return lowered.compile(compiler_options={'xla_backend_optimization_level': 3})
 

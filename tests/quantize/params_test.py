@@ -36,7 +36,7 @@ def test_the_same_codes_and_logits_on_a_mesh_by_layers_and_of_what_they_stand_fo
         logits(ours, tokens, model), expected := logits(dequantize(ours), tokens, model), atol=1e-4
     )
     assert np.abs(logits(params, tokens, model) - expected).max() > 0.05
-    by_layer = quantize(unstack(params), dtype, group)
+    by_layer = quantize(unstack(params, jnp.float32), dtype, group)
     jax.tree.map(np.testing.assert_array_equal, by_layer, unstack(ours))
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 4}))
     sharded = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
