@@ -8,7 +8,7 @@ The many scales of groups are float16, as GGUF's.
 
 int4 is `jnp.int4`: an array of JAX keeps two in a byte on CPU, GPU and TPU, and TPUs and GPUs convert it within a
 product. XLA's CPU would convert it one value at a time; there a matrix is first seen as bytes, which is a copy of it at
-half a byte a weight, and taken apart by shifts.
+half a byte a weight, and taken apart by shifts. Of a loop of steps XLA makes the copies of all matrices before it.
 """
 
 import math

@@ -129,6 +129,16 @@ def test_a_step_makes_no_floats_of_a_cache_of_int8(batch_size):
     assert large_moves(compiled.as_text(), limit_of(batch_size)) == []
 
 
+@pytest.mark.slow
+def test_int4_is_seen_as_bytes_before_the_steps_and_copied_in_none():
+    """An array of int4 can be read value by value alone, so there is a copy as bytes, once for all steps of a call."""
+    text = compiled_steps(1, 'int4').as_text()
+    moved = large_moves(text, limit_of(1))
+    assert len(moved) <= 2 * 7 and all('= s8[' in line and 'qvalue' in line for line in moved)
+    before_the_loop = text[text.index('\nENTRY') :]
+    assert all(line in before_the_loop for line in moved)
+
+
 TPU_STEPS = """
 import dataclasses, pathlib
 import jax.numpy as jnp
