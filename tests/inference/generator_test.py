@@ -88,6 +88,7 @@ def alone(model, params, asked, num_slots=4):
 def test_any_company_and_any_slot_give_the_same_bits(small, few, is_ahead):
     want = alone(*small, few)
     assert {answer[2].reason for answer in want} == {'stop', 'length'}
+    assert all(score.filtered_log_probability < 0 for score in want[5][1])  # drawn by settings of its own
     generator = make_generator(small, num_slots=4)
     generator._is_ahead = is_ahead
     assert bits(answers(generator, few)) == bits(want)
