@@ -23,6 +23,7 @@ from etils import epath
 
 from experiments import launch
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.draft import make_proposer, open_draft
 from experiments.prompt_file import (
     Item,
     answer_lines,
@@ -38,8 +39,10 @@ from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import complete, generate, stream
+from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
+from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
@@ -129,6 +132,15 @@ _LOGPROBS = flags.DEFINE_integer(
     'with --format=jsonl: log-probabilities of tokens, and of so many of the likeliest in their place',
 )
 _ECHO = flags.DEFINE_bool('echo', False, 'with --format=jsonl: those of the tokens of the prompt too')
+_DRAFT = launch.define_path(
+    'draft',
+    '',
+    'who proposes several tokens a step, for the model to verify: lookup (the text itself), int4 (the model in four '
+    'bits), or a smaller checkpoint of the same tokenizer',
+)
+_DRAFT_TOKENS = flags.DEFINE_integer(
+    'draft_tokens', 4, f'with --draft: tokens that it proposes a step, 1 to {MAX_PROPOSED}'
+)
 launch.define_processes()
 
 logger = logging.getLogger('llama_jax.generate')
@@ -163,6 +175,10 @@ def main() -> None:
         raise InputError(f'--{told[0].name} is of --format=jsonl, and not of --prompts')
     with launch.flags_named('--logprobs'):
         check_candidates(_LOGPROBS.value or 0)
+    if not _DRAFT.value and _DRAFT_TOKENS.present:
+        raise InputError('--draft_tokens is of --draft, which is not given')
+    if not 1 <= _DRAFT_TOKENS.value <= MAX_PROPOSED:
+        raise InputError(f'--draft_tokens is {_DRAFT_TOKENS.value}; it must be 1 to {MAX_PROPOSED}')
     if _OUTPUT.value and _FORMAT.present:
         raise InputError('--format is of standard output; what --output holds is JSON Lines')
     with runtime.refused_by_all(), launch.flags_named('--prompts', '--shard', '--output'):
@@ -184,9 +200,10 @@ def main() -> None:
             )
         elif _AXIS_RULES.value:
             raise InputError('--axis_rules is given without --mesh, whose axes it speaks of')
-    model, params, tokenizer, template = load(
-        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value
-    )
+    model, params, tokenizer, template, draft = load(
+        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
+        _DRAFT.value, _DRAFT_TOKENS.value,
+    )  # fmt: skip
     model, tokenizer = model.clone(cache_dtype=_CACHE_DTYPE.value), required(tokenizer)
     fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
     params = unstack(params, model.dtype, delete=True)
@@ -199,12 +216,13 @@ def main() -> None:
         ids = [prompt_ids(tokenizer, p, _SPECIAL_TOKENS.value) if isinstance(p, str) else p for p in prompts]
 
         def texts_of(ids, samplers):
-            return generate(model, params, tokenizer, ids, samplers=samplers, **limits)
+            return generate(model, params, tokenizer, ids, samplers=samplers, draft=draft, **limits)
 
         header = {
             'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
             'system': _SYSTEM.value, **settings, 'logit_bias': sorted(map(list, settings['logit_bias'].items())),
-            **limits, 'stop_ids': list(stop_ids), 'model': fingerprint,
+            **limits, 'stop_ids': list(stop_ids), 'model': fingerprint, 'draft': _DRAFT.value,
+            'draft_tokens': _DRAFT_TOKENS.value,
         }  # fmt: skip
         with contextlib.ExitStack() as at_exit:
             with launch.flags_named('--output'):
@@ -219,13 +237,13 @@ def main() -> None:
                     print('\n'.join([completions[item.index] for item in items] if as_text else lines))
         return
     if len(prompts) == 1 and _FORMAT.value == 'text' and sys.stdout.isatty() and jax.process_count() == 1:
-        for piece in stream(model, params, tokenizer, prompts[0], **settings, **limits):
+        for piece in stream(model, params, tokenizer, prompts[0], draft=draft, **settings, **limits):
             print(piece, end='', flush=True)
         print()
         return
     found = complete(
         model, params, tokenizer, prompts, n=_N.value, log_probabilities=_LOGPROBS.value, echo=_ECHO.value, **settings,
-        **limits,
+        draft=draft, **limits,
     )  # fmt: skip
     if runtime.is_main_process():
         for line, completions in zip(asked.lines(), found, strict=True):
@@ -243,12 +261,15 @@ def load(
     given_dtype: str,
     partitioner: Partitioner | None,
     keep_quantized: bool,
-) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str]:
-    """The model on its devices, its weights, tokenizer and chat template."""
+    draft_name: str,
+    draft_tokens: int,
+) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str, Proposer | None]:
+    """The model on its devices, its weights, tokenizer and chat template, and who proposes its tokens."""
     runtime.enable_compilation_cache()
     dtype = DTYPES[dtype_name(given_dtype)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
         checkpoint = open_with_tokenizer(checkpoint_path, tokenizer_file)
+    draft = open_draft(draft_name, checkpoint, tokenizer_file)
     model = LlamaForCausalLM(checkpoint.config, dtype=dtype, partitioner=partitioner)
     if partitioner is not None:
         with launch.flags_named('--mesh', '--axis_rules'):
@@ -258,7 +279,8 @@ def load(
             checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
             keep_quantized=keep_quantized,
         )  # fmt: skip
-    return model, params, tokenizer, checkpoint.template
+    proposer = make_proposer(draft_name, draft_tokens, draft, model, params)
+    return model, params, tokenizer, checkpoint.template, proposer
 
 
 def _read_logit_bias(items: Sequence[str]) -> dict[int, float]:

@@ -258,7 +258,7 @@ def first(
         put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings.advance(drawn.token)),
     )  # fmt: skip
     steps = Steps.create(len(one), 1, num_candidates).put(0, drawn, logits, one > 0)
-    return changed, _readable(model, dataclasses.replace(steps, running=running))
+    return changed, readable(model, dataclasses.replace(steps, running=running))
 
 
 def decode_step(
@@ -311,10 +311,10 @@ def decode(
 
     steps = Steps.create(len(rows.token), COLUMNS, num_candidates)
     rows, steps, _ = jax.lax.while_loop(unfinished, body, (rows, steps, jnp.int32(0)))
-    return rows, _readable(model, dataclasses.replace(steps, running=rows.running))
+    return rows, readable(model, dataclasses.replace(steps, running=rows.running))
 
 
-def _readable(model: LlamaForCausalLM, steps: Steps) -> Steps:
+def readable(model: LlamaForCausalLM, steps: Any) -> Any:
     """On every process."""
     if model.partitioner is None:
         return steps
@@ -340,7 +340,7 @@ def widened(
     return jax.tree.map(lambda x: shard(x, axes=('batch', *[None] * (x.ndim - 1))), (wider, seen))
 
 
-def reshaped(rows: Rows, num_rows: int, room: int) -> Rows:
+def reshaped(rows: Any, num_rows: int, room: int) -> Any:
     """The first rows in a cache of another room; one array after the other, so that the old one is soon gone."""
 
     def fitted(leaf: Array, room: int | None = None) -> Array:

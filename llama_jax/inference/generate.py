@@ -10,6 +10,7 @@ from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.logits_processor import LogitsProcessor, OfTokens, as_processor
 from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
+from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates, score_tokens
@@ -49,6 +50,7 @@ def generate(
     ignore_eos: bool = False,
     special_tokens: bool = False,
     logits_processor: LogitsProcessor | OfTokens | None = None,
+    draft: Proposer | None = None,
 ) -> list[str]:
     """Completions of the prompts, without the prompts themselves; `complete` tells more of each.
 
@@ -78,16 +80,17 @@ def generate(
       special_tokens: names of special tokens in a prompt are those tokens, else plain text.
       logits_processor: (logits [B, V], tokens so far [B, S], their numbers [B]) -> logits, traced into the program,
         which is compiled for each function anew; or one with a state of its own, see `LogitsProcessor`.
+      draft: proposes tokens, of which the model verifies several at once; all are drawn as likely as without it.
 
     Raises:
-      InputError: a prompt leaves no room in the model's context, or a setting is out of range.
+      InputError: a prompt leaves no room in the model's context, a setting is out of range, or the draft does not fit.
     """
     found = complete(
         model, params, required(tokenizer), prompts, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias or {},
         min_new_tokens=min_new_tokens, seed=seed, samplers=samplers, stop=stop, stop_ids=stop_ids,
-        ignore_eos=ignore_eos, special_tokens=special_tokens, logits_processor=logits_processor,
+        ignore_eos=ignore_eos, special_tokens=special_tokens, logits_processor=logits_processor, draft=draft,
     )  # fmt: skip
     return [completion.text for (completion,) in found]
 
@@ -194,6 +197,7 @@ def _asked(
     ignore_eos: bool = False,
     special_tokens: bool = False,
     logits_processor: LogitsProcessor | OfTokens | None = None,
+    draft: Proposer | None = None,
     **settings: Any,
 ) -> tuple[list[list[int]], list[Watch], Iterator[list[Row]]]:
     """The prompts' ids; of each completion who looks at it; and the rows after every round."""
@@ -212,7 +216,7 @@ def _asked(
         model, params, ids, n=n, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
         stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), is_streamed=is_streamed,
         is_complete=(lambda index, tokens: watches[index].look(tokens)) if stop or is_complete or is_streamed else None,
-        log_probabilities=log_probabilities, processor=as_processor(logits_processor),
+        log_probabilities=log_probabilities, processor=as_processor(logits_processor), draft=draft,
     )  # fmt: skip
     return ids, watches, rounds
 
@@ -265,6 +269,7 @@ def _rounds(
     log_probabilities: int | None = None,
     is_streamed: bool = False,
     processor: LogitsProcessor | None = None,
+    draft: Proposer | None = None,
 ) -> Iterator[list[Row]]:
     """As `generate_tokens`: `n` rows of each prompt as they are so far, whenever something was given to one of them.
 
@@ -279,7 +284,7 @@ def _rounds(
     max_steps = _STREAMED_STEPS if is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
     generator = Generator(
         model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps, is_watched=is_streamed,
-        log_probabilities=log_probabilities, processor=processor,
+        log_probabilities=log_probabilities, processor=processor, draft=draft,
     )  # fmt: skip
     rows = []
     for index, (prompt, own) in enumerate(zip(prompts, samplers, strict=True)):

@@ -22,9 +22,11 @@ from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
 from llama_jax.inference.logits_processor import LogitsProcessor
 from llama_jax.inference.prefix_cache import PrefixCache
 from llama_jax.inference.prompts import check_prompts
+from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.request import CompletionRequest, Progress
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore
 from llama_jax.inference.slots import Hidden, Slots
+from llama_jax.inference.speculative import SpeculativeSlots
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.ops.attention import platform_of
 from llama_jax.types import InputError, Params
@@ -56,6 +58,7 @@ class Generator:
         log_probabilities: int | None = None,
         processor: LogitsProcessor | None = None,
         prefix_bytes: tuple[int, int] = (0, 0),
+        draft: Proposer | None = None,
     ):
         """Nothing runs yet.
 
@@ -69,16 +72,21 @@ class Generator:
           log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
           processor: changes the logits of all rows.
           prefix_bytes: for beginnings of prompts that are read once, on the devices and on the host; 0 keeps none.
+          draft: proposes tokens, of which the model verifies several at once.
 
         Raises:
-          InputError: the budget does not hold one row, or a number is out of range.
+          InputError: the budget does not hold one row, a number is out of range, or the draft does not fit.
         """
         num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
-        self._slots = Slots(model, params, num_candidates, processor)
+        options = model, params, num_candidates, processor
+        self._slots = Slots(*options) if draft is None else SpeculativeSlots(draft, *options)
         self._config, self._log_probabilities = model.config, log_probabilities
         context, platform = model.config.max_seq_len, platform_of(model.partitioner)
-        # On a CPU the host's work and the device's take the same cores, so nothing is won by planning ahead.
-        self._is_ahead = platform != 'cpu'
+        # On a CPU the host's work and the device's take the same cores, so nothing is won by planning ahead. Beside a
+        # draft it must be known how far rows have come.
+        self._is_ahead = platform != 'cpu' and draft is None
+        at_once = 1 if draft is None else draft.num_tokens + 1  # which is given whole, or not at all
+        max_steps, others = (max(at_once, min(max_steps, n)) for n in (max_steps, _STEPS_BEFORE_OTHERS))
         longest = decoding.power_of_two(context)
         widths = [w for w in _WIDTHS.get(platform, _ACCELERATORS_WIDTHS) if w <= longest]
         if any(prefix_bytes):
@@ -88,7 +96,7 @@ class Generator:
         self.batcher = Batcher(
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
             widths=widths, least_room=min(decoding.LEAST_ROOM, longest),
-            steps=(max_steps, min(max_steps, _STEPS_BEFORE_OTHERS), int(is_watched)), prefix_cache=self._prefixes,
+            steps=(max_steps, others, at_once if is_watched else 0), prefix_cache=self._prefixes,
         )  # fmt: skip
         self._asked: dict[int, CompletionRequest] = {}
         self._made: dict[int, list[int]] = {}
@@ -207,6 +215,8 @@ class Generator:
             one = ended.get(number)
             if one is not None:
                 self._forget(number)
+                if not self._asked and isinstance(self._slots, SpeculativeSlots):
+                    _log.info('%s', self._slots.describe())
             progress.append(Progress(number, tokens, stop_id, scores, one))
         return progress
 

@@ -304,9 +304,13 @@ def draw(
     return Drawn(tokens, _log_probability(logits, tokens), log_probability)
 
 
+def row_key(seed: Array, stream: Array, step: Array) -> Array:
+    """What decides a token's draw."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+
+
 def _draw_row(logits: Float[Array, 'V'], seed: Array, stream: Array, step: Array) -> Int[Array, '']:
-    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+    return jax.random.categorical(row_key(seed, stream, step), logits).astype(jnp.int32)
 
 
 def _log_probability(logits: Float[Array, 'B V'], tokens: Int[Array, 'B']) -> Float[Array, 'B']:

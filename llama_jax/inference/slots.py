@@ -79,19 +79,22 @@ class Slots:
 
     def read(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> Hidden:
         """Reads a piece of a prompt behind its first `begin` tokens, by a program for `width`."""
-        rows = self._fitted()
-        slots = np.full(self._num_read, len(rows.token), np.int32)
+        rows, piece = self._fitted(), self._piece(slot, begin, tokens, width)
+        cache, last = decoding.extend(self._model, self._weights, rows.cache, *piece)
+        self._rows = rows.with_cache(cache)
+        return last
+
+    def _piece(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> tuple[Any, ...]:
+        """What `decoding.extend` is told of a piece."""
+        num_slots = len(self._fitted().token)
+        slots = np.full(self._num_read, num_slots, np.int32)
         starts, counts = np.zeros((2, self._num_read), np.int32)
         piece = np.zeros((self._num_read, width), np.int32)
         slots[0], starts[0], counts[0], piece[0, : len(tokens)] = slot, begin, len(tokens), tokens
         starts, piece, counts = map(self._place, (starts, piece, counts))
         is_first = begin == 0 and width >= decoding.LONG_PIECE
-        own = None if len(rows.token) == self._num_read == 1 else self._place(slots)
-        cache, last = decoding.extend(
-            self._model, self._weights, rows.cache, own, starts, piece, counts, is_first
-        )
-        self._rows = rows.with_cache(cache)
-        return last
+        own = None if num_slots == self._num_read == 1 else self._place(slots)
+        return own, starts, piece, counts, is_first
 
     def first(self, slot: int, last: Hidden, asked: CompletionRequest, allowed: int) -> decoding.Steps:
         """The first token of a row whose prompt was read; it may get so many in all."""

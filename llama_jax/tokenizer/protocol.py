@@ -101,3 +101,33 @@ def required(tokenizer: Tokenizer | None) -> Tokenizer:
             'text needs a tokenizer, and the checkpoint has none; give the one that the weights were trained with'
         )
     return tokenizer
+
+
+def check_same_ids(tokenizer: Tokenizer, other: Tokenizer, what: str) -> None:
+    """Refuses a tokenizer of other ids; what is no text (an unknown one, say) may be spelled in ways of its own.
+
+    Args:
+      tokenizer: one.
+      other: the other, of any kind of file.
+      what: has the other, for the message.
+
+    Raises:
+      InputError: as said, naming both.
+    """
+    if tokenizer.sha256 == other.sha256:
+        return
+    difference = ''
+    if tokenizer.vocab_size != other.vocab_size:
+        difference = f'they have {tokenizer.vocab_size} and {other.vocab_size} ids'
+    else:
+        # Twice, as a text's first space may not show.
+        texts = [[each.decode([id, id]) for id in range(each.vocab_size)] for each in (tokenizer, other)]
+        differ = [id for id, (one, another) in enumerate(zip(*texts, strict=True)) if one != another]
+        if len(differ) > tokenizer.vocab_size / 100:
+            id = differ[0]
+            difference = f'twice id {id} is {texts[0][id]!r} and {texts[1][id]!r}'
+    if difference:
+        raise InputError(
+            f'{what} has another tokenizer: {tokenizer.path} and {other.path} differ: {difference}; it must have the '
+            'same ids'
+        )

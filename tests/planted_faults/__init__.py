@@ -1,5 +1,12 @@
 """The faults that `tests.mutations` plants, of every part of the house; the tests are quick ones of the default run."""
 
-from tests.planted_faults import data, evaluation, formats, model, training
+from tests.planted_faults import data, evaluation, formats, model, speculation, training
 
-FAULTS = (*model.FAULTS, *training.FAULTS, *data.FAULTS, *formats.FAULTS, *evaluation.FAULTS)
+FAULTS = (
+    *model.FAULTS,
+    *speculation.FAULTS,
+    *training.FAULTS,
+    *data.FAULTS,
+    *formats.FAULTS,
+    *evaluation.FAULTS,
+)
