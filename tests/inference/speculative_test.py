@@ -277,7 +277,11 @@ def test_a_draft_leaves_greedy_rows_as_they_are_and_draws_by_the_seed_alone(mode
     assert wrong[:2] == plain()[:2] and slow < 1.2
     # A stop token among those that are taken ends the row there.
     stops = (found[0][5], found[3][9])
-    assert drafted(draft, stop_ids=stops)[0] == until(found, stops) != found
+    generator = Generator(model, params, num_slots=4, draft=draft)
+    ended = completed(generator, stop_ids=stops)
+    assert ended == until(found, stops) != found
+    given = [min(len(row) + 1, 20) for row in ended]  # with the stop token, and nothing behind it
+    assert generator._slots.given == sum(given) - 4
 
 
 def test_a_copy_takes_fewer_than_half_the_passes(model, params):
