@@ -12,7 +12,7 @@ from llama_jax.inference.completion import Watch
 from llama_jax.inference.prompts import check_prompts
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
-from llama_jax.inference.slots import Slots
+from llama_jax.inference.slots import Begun, Piece, Slots
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.chat_format import Dialog
 from llama_jax.tokenizer.protocol import required
@@ -137,10 +137,10 @@ class ChatSession:
         allowed = min(asked.max_new_tokens, self._config.max_seq_len - len(ids))
         self._fit(pieces[-1] + width)
         for start in pieces:
-            last = self._slots.read(0, start, ids[start : start + width], width)
+            last = self._slots.read([Piece(0, start, ids[start : start + width])], width)
         assert last is not None
         self._held = ids
-        return self._slots.first(0, last, asked, allowed)
+        return self._slots.first(last, {0: Begun(0, asked, allowed)})
 
     def _fit(self, num_tokens: int) -> None:
         least = min(decoding.LEAST_ROOM, decoding.power_of_two(self._config.max_seq_len))

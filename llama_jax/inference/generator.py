@@ -11,7 +11,7 @@ Every process of a job makes the same calls and gets the same answers.
 import collections
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from llama_jax.inference.prompts import check_prompts
 from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.request import CompletionRequest, Progress
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore
-from llama_jax.inference.slots import Hidden, Slots
+from llama_jax.inference.slots import Begun, Hidden, Piece, Slots
 from llama_jax.inference.speculative import SpeculativeSlots
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.ops.attention import platform_of
@@ -39,6 +39,9 @@ _WIDTHS = {'cpu': (8, 16, 32, 64, 128, 256)}
 _ACCELERATORS_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 # The same where beginnings of prompts are kept, in blocks of a piece.
 _BLOCK = 256
+# Tokens of a piece of several prompts, where nobody looks on: as many as keep a device busy.
+_TOGETHER = {'cpu': 128}
+_ACCELERATORS_TOGETHER = 2048
 # Decode steps between two looks at what waits.
 _STEPS_BEFORE_OTHERS = 8
 
@@ -68,7 +71,8 @@ class Generator:
           num_slots: rows that are decoded together.
           budget_tokens: that the cache may hold, of all rows together; None: as many as all slots could come to have.
           max_steps: tokens that a row is given before they are looked at.
-          is_watched: rows go on between any two pieces of prompts; else once no more can be read, which is faster.
+          is_watched: rows go on between any two pieces of prompts, each of which is read by itself; else once no more
+            can be read, and short prompts are read together, so that last bits may depend on the company: it is faster.
           log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
           processor: changes the logits of all rows.
           prefix_bytes: for beginnings of prompts that are read once, on the devices and on the host; 0 keeps none.
@@ -92,6 +96,8 @@ class Generator:
         if any(prefix_bytes):
             widths = [*(w for w in widths if w < _BLOCK), min(_BLOCK, longest)]
         grid, num_slots = max(widths), decoding.rows_of(num_slots, model.partitioner)
+        together = 1 if is_watched or any(prefix_bytes) else _TOGETHER.get(platform, _ACCELERATORS_TOGETHER)
+        self._at_once = {width: max(1, min(num_slots, together // width)) for width in widths}
         self._prefixes = self._prefix_cache(grid, *prefix_bytes) if any(prefix_bytes) else None
         self.batcher = Batcher(
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
@@ -101,7 +107,9 @@ class Generator:
         self._asked: dict[int, CompletionRequest] = {}
         self._made: dict[int, list[int]] = {}
         self._num_asked = 0
-        self._pending: collections.deque[tuple[Extend | Decode, decoding.Steps | None]] = collections.deque()
+        self._planned: collections.deque[Extend | Decode] = collections.deque()  # not yet sent
+        self._pending: collections.deque[tuple[Sequence[Extend | Decode], decoding.Steps | None]]
+        self._pending = collections.deque()
         self._blocks: list[Any] = []  # of the prompt that is being read
         # By the number of a request: those like it that have not begun, and what they take over of its prompt.
         self._like: dict[int, set[int]] = {}
@@ -146,39 +154,71 @@ class Generator:
             yield from self.advance()
 
     def advance(self) -> list[Progress]:
-        """Sends one more dispatch to the devices, and tells what came of the one before, on a CPU of this one."""
-        dispatch = self.batcher.plan()
-        if dispatch is not None:
-            self._pending.append((dispatch, self._send(dispatch)))
-        if len(self._pending) > (self._is_ahead and dispatch is not None):
+        """Sends the next to the devices, and tells what came of the one before, on a CPU of this one."""
+        sent = self._next()
+        if sent:
+            self._pending.append((sent, self._send(sent)))
+        if len(self._pending) > (self._is_ahead and bool(sent)):
             return self._absorb(*self._pending.popleft())
         return []
 
-    def _send(self, dispatch: Extend | Decode) -> decoding.Steps | None:
-        self._slots.fit(dispatch.num_rows, dispatch.room)
-        if isinstance(dispatch, Extend):
-            return self._extend(dispatch)
-        return self._slots.decode([share.slot for share in dispatch.shares], dispatch.steps)
+    def _next(self) -> list[Extend | Decode]:
+        """One dispatch, or pieces of as many prompts as are read at once; what else had to be planned waits."""
+        if not self._planned and (dispatch := self.batcher.plan()) is not None:
+            self._planned.append(dispatch)
+        if not self._planned:
+            return []
+        leader = self._planned[0]
+        if not isinstance(leader, Extend) or not self._is_alone(leader):
+            return [self._planned.popleft()]
+        number = self._at_once[leader.width]
+        for index in range(1, number):
+            if index == len(self._planned):
+                if (dispatch := self.batcher.plan()) is None:
+                    return [self._planned.popleft()]
+                self._planned.append(dispatch)
+            other = self._planned[index]
+            if not isinstance(other, Extend) or not self._is_alone(other) or _shape(other) != _shape(leader):
+                return [self._planned.popleft()]
+        return [self._planned.popleft() for _ in range(number)]
 
-    def _extend(self, piece: Extend) -> decoding.Steps | None:
-        """A piece of a prompt read, and its first token drawn if it is the last."""
-        request, number = piece.request, _number_of(piece.request)
-        asked, grid = self._asked[number], self.batcher.grid
+    def _is_alone(self, piece: Extend) -> bool:
+        """Whether its request goes on, and has its prompt for itself."""
+        number = _number_of(piece.request)
+        return number in self._asked and number not in self._like and self._asked[number].like is None
+
+    def _send(self, sent: Sequence[Extend | Decode]) -> decoding.Steps | None:
+        largest = max(sent, key=lambda dispatch: dispatch.room)
+        self._slots.fit(largest.num_rows, largest.room)
+        if isinstance(sent[0], Decode):
+            return self._slots.decode([share.slot for share in sent[0].shares], sent[0].steps)
+        return self._extend([piece for piece in sent if isinstance(piece, Extend)])
+
+    def _extend(self, pieces: Sequence[Extend]) -> decoding.Steps | None:
+        """Pieces of prompts read, and the first tokens drawn if they are the last."""
+        if any(_number_of(piece.request) not in self._asked for piece in pieces):
+            return None  # cancelled since it was planned, which then is the only one
+        grid, piece, number = self.batcher.grid, pieces[0], _number_of(pieces[0].request)
+        asked = self._asked[number]
         if asked.like is not None and (known := self._read_prompts.get(asked.like)) is not None:
             block, last = known
-            self._slots.put(piece.slot, 0, block, len(request.tokens))
+            self._slots.put(piece.slot, 0, block, len(piece.request.tokens))
         else:
             for index, block in enumerate(piece.blocks):
                 self._slots.put(piece.slot, index * grid, block.payload, (index + 1) * grid)
-            last = self._slots.read(piece.slot, piece.begin, piece.tokens, piece.width)
+            last = self._slots.read([Piece(one.slot, one.begin, one.tokens) for one in pieces], piece.width)
             self._keep_block(piece)
         if not piece.is_last:
             return None
         if number in self._like:
             width = min(piece.room, max(self.batcher.least_room, decoding.power_of_two(piece.end)))
             self._read_prompts[number] = self._slots.copy(piece.slot, 0, width), last
-        self._has_begun(number)
-        return self._slots.first(piece.slot, last, asked, request.max_new_tokens)
+        begun = {}
+        for row, one in enumerate(pieces):
+            number = _number_of(one.request)
+            begun[row] = Begun(one.slot, self._asked[number], one.request.max_new_tokens)
+            self._has_begun(number)
+        return self._slots.first(last, begun)
 
     def _keep_block(self, piece: Extend) -> None:
         """Whole blocks of a prompt go to the prefix cache once all of it is read."""
@@ -192,17 +232,22 @@ class Generator:
         if piece.is_last:
             self._prefixes.insert(tokens, self._blocks, len(tokens) // grid - len(self._blocks))
 
-    def _absorb(self, dispatch: Extend | Decode, steps: decoding.Steps | None) -> list[Progress]:
-        """What came of a dispatch; it waits for the devices."""
-        if steps is None:
-            self.batcher.absorb(dispatch, {}, {})
-            return []
-        found, counts, stopped, made = jax.device_get(steps), {}, {}, {}
+    def _absorb(self, sent: Sequence[Extend | Decode], steps: decoding.Steps | None) -> list[Progress]:
+        """What came of what was sent; it waits for the devices."""
+        found = None if steps is None else jax.device_get(steps)
+        return [one for row, dispatch in enumerate(sent) for one in self._absorb_one(dispatch, found, row)]
+
+    def _absorb_one(
+        self, dispatch: Extend | Decode, found: decoding.Steps | None, first_row: int
+    ) -> list[Progress]:
+        """What came of one dispatch; that of a piece stands in a row of its own."""
+        counts, stopped, made = {}, {}, {}
         for share in dispatch.shares:
             number = _number_of(share.request)
             if (asked := self._asked.get(number)) is None:  # cancelled, or ended in a dispatch before
                 continue
-            row = share.slot if isinstance(dispatch, Decode) else 0
+            row = share.slot if isinstance(dispatch, Decode) else first_row
+            assert found is not None
             new = found.tokens[row, : found.count[row]].tolist()
             kept, is_over = self._kept(number, asked, new)
             stop_id = new[kept] if is_over and kept < len(new) and new[kept] in asked.stop_ids else None
@@ -210,6 +255,7 @@ class Generator:
         ended = {_number_of(one.request): one for one in self.batcher.absorb(dispatch, counts, stopped)}
         progress = []
         for number, (row, kept, stop_id) in made.items():
+            assert found is not None
             tokens = found.tokens[row, :kept].tolist()
             scores = self._scores(found, row, tokens if stop_id is None else [*tokens, stop_id])
             one = ended.get(number)
@@ -278,11 +324,16 @@ class Generator:
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            self._slots.compile(batcher.rooms(), batcher.widths, batcher.grid)
+            self._slots.compile(batcher.rooms(), self._at_once, batcher.grid)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began
         _log.info('%d programs compiled in %.1f s; %s', len(seconds_each), seconds, memory)
+
+
+def _shape(piece: Extend) -> tuple[int, bool, bool]:
+    """What pieces that are read together have in common."""
+    return piece.width, piece.begin == 0, piece.is_last
 
 
 def _number_of(request: Request) -> int:

@@ -22,6 +22,24 @@ from llama_jax.types import Params
 Hidden = Float[Array, 'P D']
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some tokens of a prompt, to be read into a slot behind its first `begin` ones."""
+
+    slot: int
+    begin: int
+    tokens: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A row whose prompt was read, and which may get so many tokens."""
+
+    slot: int
+    asked: CompletionRequest
+    allowed: int
+
+
 class Slots:
     """The rows of one model, each in a slot."""
 
@@ -77,36 +95,38 @@ class Slots:
         if has < room or has > 2 * room or len(self._rows.token) != num_rows:
             self._rows = decoding.reshaped(self._rows, num_rows, room)
 
-    def read(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> Hidden:
-        """Reads a piece of a prompt behind its first `begin` tokens, by a program for `width`."""
-        rows, piece = self._fitted(), self._piece(slot, begin, tokens, width)
-        cache, last = decoding.extend(self._model, self._weights, rows.cache, *piece)
+    def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
+        """Reads pieces of prompts by a program for so many of `width` tokens; all begin their rows, or none."""
+        rows = self._fitted()
+        cache, last = decoding.extend(self._model, self._weights, rows.cache, *self._arrays(pieces, width))
         self._rows = rows.with_cache(cache)
         return last
 
-    def _piece(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> tuple[Any, ...]:
-        """What `decoding.extend` is told of a piece."""
-        num_slots = len(self._fitted().token)
-        slots = np.full(self._num_read, num_slots, np.int32)
-        starts, counts = np.zeros((2, self._num_read), np.int32)
-        piece = np.zeros((self._num_read, width), np.int32)
-        slots[0], starts[0], counts[0], piece[0, : len(tokens)] = slot, begin, len(tokens), tokens
-        starts, piece, counts = map(self._place, (starts, piece, counts))
-        is_first = begin == 0 and width >= decoding.LONG_PIECE
-        own = None if num_slots == self._num_read == 1 else self._place(slots)
-        return own, starts, piece, counts, is_first
+    def _arrays(self, pieces: Sequence[Piece], width: int) -> tuple[Any, ...]:
+        """What `decoding.extend` is told of pieces."""
+        num_slots, size = len(self._fitted().token), self._size(len(pieces))
+        slots, tokens = np.full(size, num_slots, np.int32), np.zeros((size, width), np.int32)
+        starts, counts = np.zeros((2, size), np.int32)
+        for row, piece in enumerate(pieces):
+            slots[row], starts[row], counts[row] = piece.slot, piece.begin, len(piece.tokens)
+            tokens[row, : counts[row]] = piece.tokens
+        starts, tokens, counts = map(self._place, (starts, tokens, counts))
+        is_first = width >= decoding.LONG_PIECE and pieces[0].begin == 0
+        return None if num_slots == size == 1 else self._place(slots), starts, tokens, counts, is_first
 
-    def first(self, slot: int, last: Hidden, asked: CompletionRequest, allowed: int) -> decoding.Steps:
-        """The first token of a row whose prompt was read; it may get so many in all."""
-        rows, filling = self._fitted(), self._num_read - 1
-        slots, most = np.full((2, self._num_read), len(rows.token), np.int32)
-        slots[0], most[0] = slot, allowed
-        settings, seen = self._settings([asked, *[NOTHING] * filling]), None
+    def first(self, last: Hidden, begun: Mapping[int, Begun]) -> decoding.Steps:
+        """The first tokens of rows whose prompts were read; `begun` is by the place of each among the hidden states."""
+        rows, size = self._fitted(), len(last)
+        slots, most = np.full((2, size), len(rows.token), np.int32)
+        for row, one in begun.items():
+            slots[row], most[row] = one.slot, one.allowed
+        asked = [begun[row].asked if row in begun else NOTHING for row in range(size)]
+        settings, seen = self._settings(asked), None
         if settings.adjustments is not None:
-            seen = seen_in_prompts([asked.tokens, *[()] * filling], self._model.config.vocab_size)
-        begun = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
+            seen = seen_in_prompts([one.tokens for one in asked], self._model.config.vocab_size)
+        arrays = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
         self._rows, steps = decoding.first(
-            self._model, self._weights, rows, last, begun, self._num_candidates
+            self._model, self._weights, rows, last, arrays, self._num_candidates
         )
         return steps
 
@@ -148,18 +168,24 @@ class Slots:
         (device,) = jax.tree.leaves(self._weights)[0].devices()
         return jax.device_put(arrays, device)
 
-    def compile(self, rooms: Mapping[int, int], widths: Sequence[int], grid: int) -> None:
-        """Compiles every program, for each room and the rows that there are with it; before there are rows."""
+    def compile(self, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int) -> None:
+        """Compiles every program, before there are rows.
+
+        Args:
+          rooms: of a row, and with each how many rows there are.
+          widths: of pieces, and of each how many may be read at once.
+          grid: width of a block that is kept.
+        """
         assert self._rows is None
         for room, num_rows in rooms.items():
-            self._rows, last = None, None
+            self._rows = None
             for self._adjusts in (False, True):
                 self.fit(num_rows, room)
-                for width in (width for width in widths if width <= room):
+                for width, at_once in widths.items():
                     for begin in (0, 1) if width >= decoding.LONG_PIECE else (0,):
-                        last = self.read(num_rows, begin, (), width)  # in no slot
-                assert last is not None
-                self.first(num_rows, last, NOTHING, 1)
+                        for number in {1, at_once} if width <= room else ():
+                            last = self.read([Piece(num_rows, begin, ())] * number, width)  # in no slot
+                            self.first(last, {})
                 self.decode((), 0)
             for width in {grid, *rooms}:
                 if width <= room:
@@ -189,6 +215,10 @@ class Slots:
         longest = decoding.power_of_two(self._model.config.max_seq_len)
         state = self._processor.begin([one.tokens for one in asked], longest)
         return dataclasses.replace(settings, processor=self._processor, state=state)
+
+    def _size(self, number: int) -> int:
+        """Of arrays of so many prompts: on a mesh with several shards of the batch some are nowhere."""
+        return -(-number // self._num_read) * self._num_read
 
     def _place(self, rows: np.ndarray) -> np.ndarray | Array:
         return decoding.place(rows, self._model.partitioner)

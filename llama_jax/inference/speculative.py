@@ -22,7 +22,7 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
 from llama_jax.inference.proposers import Draft, Heard, Proposal, Proposer, draft_keys
 from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
-from llama_jax.inference.slots import Hidden, Slots
+from llama_jax.inference.slots import Hidden, Piece, Slots
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
@@ -316,10 +316,9 @@ class SpeculativeSlots(Slots):
             self._memory = empty_memory(self._model, self._proposer, *shape, longest)
         self._memory = decoding.reshaped(self._memory, *shape)
 
-    def read(self, slot: int, begin: int, tokens: Sequence[int], width: int) -> Hidden:
-        piece = self._piece(slot, begin, tokens, width)
-        self._memory = read(self._proposer, self._remembered(), *piece)
-        return super().read(slot, begin, tokens, width)
+    def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
+        self._memory = read(self._proposer, self._remembered(), *self._arrays(pieces, width))
+        return super().read(pieces, width)
 
     def decode(self, slots: Collection[int], num_steps: int) -> Steps:
         rows = self._fitted()

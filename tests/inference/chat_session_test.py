@@ -39,9 +39,9 @@ def read(monkeypatch):
     """How many tokens each piece that was read had."""
     pieces, real = [], Slots.read
 
-    def counted(slots, slot, begin, tokens, width):
-        pieces.append(len(tokens))
-        return real(slots, slot, begin, tokens, width)
+    def counted(slots, read, width):
+        pieces.extend(len(piece.tokens) for piece in read)
+        return real(slots, read, width)
 
     monkeypatch.setattr(Slots, 'read', counted)
     return pieces

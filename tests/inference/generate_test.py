@@ -9,6 +9,7 @@ from llama_jax.inference import decoding, generator
 from llama_jax.inference import generate as generation
 from llama_jax.inference.generate import generate, generate_tokens, stream
 from llama_jax.inference.sampling import Sampler
+from llama_jax.inference.slots import Slots
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.unstacked import unstack
 from llama_jax.tokenizer.protocol import Spelling
@@ -90,6 +91,23 @@ def test_a_stop_token_ends_its_row_and_is_left_out(model, params, greedy):
 def test_prompts_longer_than_a_piece_end_with_their_own_last_token(monkeypatch, model, params, greedy):
     monkeypatch.setattr(generator, '_WIDTHS', {'cpu': (1, 2)})
     assert complete(model, params, PROMPTS) == greedy
+
+
+def test_short_prompts_that_begin_together_are_read_together(monkeypatch, model, params):
+    """Only where as many are there as one program reads, and alike; each is answered as it is alone."""
+    rng, read = np.random.default_rng(0), Slots.read
+    prompts = [rng.integers(3, 64, size=n).tolist() for n in (5, 6, 7, 8, 3, 4, 12, 30)]
+    alone = [complete(model, params, [prompt])[0] for prompt in prompts]
+    together = []
+
+    def counted(slots, pieces, width):
+        together.append((width, len(pieces)))
+        return read(slots, pieces, width)
+
+    monkeypatch.setattr(Slots, 'read', counted)
+    monkeypatch.setattr(generator, '_TOGETHER', {'cpu': 32})
+    assert complete(model, params, prompts) == alone
+    assert together == [(8, 4), (8, 1), (8, 1), (16, 1), (32, 1)]
 
 
 def test_a_row_ends_at_the_context(model, params):
