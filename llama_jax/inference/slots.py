@@ -163,10 +163,8 @@ class Slots:
 
     def _bound(self, arrays: Any) -> Any:
         """Arrays bound to their device, as programs give them back: for those that are not, they are compiled anew."""
-        if self._model.partitioner is not None:
-            return arrays
-        (device,) = jax.tree.leaves(self._weights)[0].devices()
-        return jax.device_put(arrays, device)
+        devices = jax.tree.leaves(self._weights)[0].devices()
+        return arrays if len(devices) > 1 else jax.device_put(arrays, *devices)
 
     def compile(self, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int) -> None:
         """Compiles every program, before there are rows.
