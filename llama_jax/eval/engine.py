@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
 from llama_jax.inference.completion import Row, Watch
-from llama_jax.inference.decoding import power_of_two
+from llama_jax.inference.decoding import LEAST_ROOM, power_of_two, rows_of
 from llama_jax.inference.generate import CHECKED_STEPS, MAX_SLOTS
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
@@ -147,11 +147,15 @@ class Engine:
     def _completions(self, requests: Sequence[Completion]) -> Iterator[tuple[Request, Completions]]:
         """All of them through the same slots, which are as many as `batch_tokens` have room for; long ones first."""
         length = self.model.config.max_seq_len
+        prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
+        reach = max(
+            (len(ids) + one.max_new_tokens for ids, one in zip(prompts, requests, strict=True)), default=1
+        )
+        least = rows_of(1, self.model.partitioner) * power_of_two(max(min(reach, length), LEAST_ROOM))
         generator = Generator(
             self.model, self.params, num_slots=min(max(len(requests), 1), MAX_SLOTS), max_steps=CHECKED_STEPS,
-            budget_tokens=max(self.batch_tokens, power_of_two(length)), is_watched=False,
+            budget_tokens=max(self.batch_tokens, least), is_watched=False,
         )  # fmt: skip
-        prompts = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
         owners: list[int] = []  # of each row
         watches: list[Watch] = []
         is_cut, counts = [False] * len(requests), [0] * len(requests)

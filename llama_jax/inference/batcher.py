@@ -167,6 +167,7 @@ class Batcher:
         widths: Sequence[int],
         steps: tuple[int, int, int],
         least_room: int | None = None,
+        row_multiple: int = 1,
         prefix_cache: PrefixCache | None = None,
     ):
         """Nothing waits yet.
@@ -180,6 +181,7 @@ class Batcher:
           steps: of a dispatch at most: while nothing waits; while requests wait for a slot; between two pieces, where
             0 lets rows wait until no piece can be read, which is fastest where nobody looks on.
           least_room: of a row, a power of two; None: `grid`.
+          row_multiple: rows that there are at a time are a multiple of this; so is `num_slots`.
           prefix_cache: of blocks of `grid` tokens.
 
         Raises:
@@ -192,11 +194,14 @@ class Batcher:
             assert width & (width - 1) == 0 and width <= min(max(2 * less, self.least_room), grid)
         assert min(steps[:2]) > 0 <= steps[2]
         assert prefix_cache is None or prefix_cache.block_tokens == grid
-        if budget_tokens < self.least_room:
-            raise InputError(
-                f'memory holds {budget_tokens} tokens; a row takes {self.least_room} at least, so give it more'
-            )
+        assert num_slots % row_multiple == 0
         self.num_slots, self.context, self.budget_tokens = num_slots, context, budget_tokens
+        self.row_multiple = row_multiple
+        if not self._num_rows(self.least_room):
+            raise InputError(
+                f'memory holds {budget_tokens} tokens; {row_multiple} of {self.least_room} are the least that rows '
+                'take, so give it more'
+            )
         self.steps, self.prefix_cache = steps, prefix_cache
         self._waiting: dict[str, deque[Request]] = {}  # by key, in the order of their turns
         self._rows: dict[int, _Row] = {}  # by slot
@@ -209,7 +214,7 @@ class Batcher:
           InputError: memory would not hold it even alone.
         """
         assert len(request.tokens) and request.max_new_tokens > 0 and request.reach <= self.context
-        if (room := self._room_of(request.reach)) > self.budget_tokens:
+        if not self._num_rows(room := self._room_of(request.reach)):
             raise InputError(
                 f'a prompt of {len(request.tokens)} tokens with up to {request.max_new_tokens} new ones takes room '
                 f'for {room}; memory holds {self.budget_tokens}, so shorten it or ask for fewer'
@@ -270,7 +275,9 @@ class Batcher:
 
     def rooms(self) -> dict[int, int]:
         """{room: rows that memory holds with it}, of all shapes that the cache can have."""
-        largest = min(self._room_of(self.context), 1 << (self.budget_tokens.bit_length() - 1))
+        largest = min(
+            self._room_of(self.context), 1 << ((self.budget_tokens // self.row_multiple).bit_length() - 1)
+        )
         rooms = [1 << power for power in range(self.least_room.bit_length() - 1, largest.bit_length())]
         return {room: self._num_rows(room) for room in rooms}
 
@@ -344,7 +351,8 @@ class Batcher:
         return max(self.least_room, 1 << (tokens - 1).bit_length())
 
     def _num_rows(self, room: int) -> int:
-        return min(self.num_slots, self.budget_tokens // room)
+        rows = min(self.num_slots, self.budget_tokens // room)
+        return rows - rows % self.row_multiple
 
     def _end(self, slot: int, reason: Reason) -> Ended:
         row = self._rows.pop(slot)

@@ -103,6 +103,7 @@ class Generator:
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
             widths=widths, least_room=min(decoding.LEAST_ROOM, longest),
             steps=(max_steps, others, at_once if is_watched else 0), prefix_cache=self._prefixes,
+            row_multiple=decoding.rows_of(1, model.partitioner),
         )  # fmt: skip
         self._asked: dict[int, CompletionRequest] = {}
         self._made: dict[int, list[int]] = {}

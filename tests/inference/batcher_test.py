@@ -259,12 +259,19 @@ def test_a_long_row_waits_until_memory_holds_it_and_nobody_overtakes_it():
     assert (piece.begin, piece.end, piece.width, piece.room, piece.num_rows) == (8, 16, 8, 32, 2)
 
 
+def test_rows_of_a_mesh_divide_over_it_in_every_room():
+    batcher = make_batcher(budget_tokens=100, num_slots=6, row_multiple=2)
+    assert batcher.rooms() == {8: 6, 16: 6, 32: 2}
+    with pytest.raises(InputError, match='takes room for 64'):
+        batcher.submit(Request(0, [1] * 30, 3))
+
+
 def test_a_row_that_memory_never_holds_is_refused():
     with pytest.raises(
         InputError, match='a prompt of 30 tokens with up to 3 new ones takes room for 64; memory holds 63'
     ):
         make_batcher(budget_tokens=63).submit(Request(0, [1] * 30, 3))
-    with pytest.raises(InputError, match='memory holds 7 tokens; a row takes 8 at least'):
+    with pytest.raises(InputError, match='memory holds 7 tokens; 1 of 8 are the least that rows take'):
         make_batcher(budget_tokens=7)
 
 
