@@ -19,7 +19,7 @@ FAULTS = (
         ('speculation: all is taken', _LAW, 'jnp.log(uniform) < ratio', 'jnp.log(uniform) < 0'),
         ('speculation: penalties see nothing of a run', _LAW,
          'count_drawn(places[-1], proposed[:, column])', 'seen'),
-        ('speculation: what was taken is not seen later', _LAW,
+        ('speculation: what was taken is not seen later', _DRAFT,
          '(column < count)[:, None], count_drawn', '((column < count) & (column == 0))[:, None], count_drawn'),
         ('speculation: a taken stop token is passed over', _DRAFT,
          'jax.vmap(settings.is_stop, 1, 1)(drawn.token) |', ''),
