@@ -125,7 +125,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/inference/slots.py',
         ('generation: each piece of a prompt stands where the first does',
          'inference/generate_test.py::test_prompts_longer_than_a_piece_end_with_their_own_last_token',
-         'slot, begin, len(tokens), tokens', 'slot, 0, len(tokens), tokens'),
+         'piece.slot, piece.begin, len(', 'piece.slot, 0, len('),
         ('generation: a cache that is full goes on',
          'inference/decoding_test.py::test_rows_that_outgrow_their_room_go_on_in_more', 'has < room or', '')),
     *faults_in('llama_jax/inference/generator.py',
