@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import importlib.machinery
+import sys
 
 import pytest
 
@@ -42,6 +44,23 @@ def test_a_fault_is_planted_and_taken_out(tmp_path):
             mutations.planted(tmp_path, Fault('', 'code.py', old, 'x', '')),
         ):
             pass
+
+
+def test_each_text_of_a_file_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'dont_write_bytecode', False)
+    (tmp_path / 'code.py').write_text('b = 1\n')
+
+    def found():
+        loader = importlib.machinery.SourceFileLoader('code', str(tmp_path / 'code.py'))
+        exec(loader.get_code('code'), names := {})
+        return names['b']
+
+    seen = [found()]
+    for new in '23':
+        with mutations.planted(tmp_path, Fault('', 'code.py', '1', new, '')):
+            seen += [found()]
+        seen += [found()]
+    assert seen == [1, 2, 1, 3, 1]
 
 
 CODE = 'def double(x):\n    return 2 * x\n'
