@@ -106,6 +106,54 @@ def read_lines(file: Any, name: str, max_bytes: int = MAX_BYTES) -> Iterator[byt
         yield line
 
 
+_MARK = re.compile(
+    rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL
+)  # a string, the beginning of one, or what divides
+
+
+def read_array(file: Any, name: str, max_bytes: int = MAX_BYTES) -> Iterator[bytes]:
+    """The texts of an array's items, one in memory at a time; they are not parsed.
+
+    Raises:
+      InputError: one has more than `max_bytes`, or the array does not end where the file does.
+    """
+    data, place, depth, number = bytearray(), 0, 0, 0  # `data` begins with the item
+    while True:
+        match = _MARK.search(data, place)
+        if match is None or match[0] == b'"':
+            place = match.start() if match else len(data)
+            if len(data) > max_bytes:
+                raise InputError(
+                    f'{name} record {number} has more than {max_bytes >> 20} MiB; cut it into several'
+                )
+            if not (
+                block := read_at_most(file, max(1 << 16, len(data)))
+            ):  # twice as much: a long string is not
+                raise InputError(
+                    f'{name} is cut short: its array does not end; copy it again'
+                )  # gone over often
+            data += block
+            continue
+        place = match.end()
+        opens, ends = match[0] in b'[{', match[0] in b']}'
+        if depth == 1 and (ends or match[0] == b','):
+            text = bytes(data[: match.start()]).strip()
+            if text or number or match[0] == b',':
+                yield text
+            number += 1
+        if (depth == 0 and opens) or (depth == 1 and (ends or match[0] == b',')):
+            del data[:place]
+            place = 0
+        depth += opens - ends
+        if depth <= 0:
+            break
+    if rest := bytes(data).strip():
+        raise InputError(f'{name} goes on behind its array with {show_json(rest[:40])}; one array is read')
+    while block := file.read(1 << 16):
+        if block.strip():
+            raise InputError(f'{name} goes on behind its array; one array is read')
+
+
 def show_json(value: object) -> str:
     """A foreign value, or what was wrong with it, as a message can hold it: one line, not long."""
     try:

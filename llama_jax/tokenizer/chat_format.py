@@ -20,12 +20,14 @@ class Message:
       content: the text; spaces around it do not count.
       python_tag: an assistant's call of the code interpreter, which begins with <|python_tag|> (Llama 3.1).
       end_of_turn: False where the assistant goes on after a tool's answer, with <|eom_id|> at the end (Llama 3.1).
+      input: what an instruction is about. Alpaca sets it apart; elsewhere it stands below the content.
     """
 
     role: str
     content: str
     python_tag: bool = False
     end_of_turn: bool = True
+    input: str = ''
 
 
 Dialog = Sequence[Message | Mapping[str, Any]]  # mappings have the keys of Message
@@ -248,18 +250,20 @@ class Llama3ChatFormat:
 def _messages(messages: Dialog, roles: tuple[str, ...]) -> list[Message]:
     """Messages with their fields checked; a tool's role is spelled as Llama 3 spells it."""
     found = []
-    kinds = {'role': str, 'content': str, 'python_tag': bool, 'end_of_turn': bool}
+    kinds = {'role': str, 'content': str, 'python_tag': bool, 'end_of_turn': bool, 'input': str}
     for number, message in enumerate(messages):
         given: dict[str, Any] = dict(vars(message) if isinstance(message, Message) else message)
         if not {'role', 'content'} <= given.keys() <= kinds.keys():
             raise InputError(
                 f'message {number} has the keys {", ".join(map(str, given))}; it needs role and content, and '
-                'may have python_tag and end_of_turn'
+                'may have python_tag, end_of_turn and input'
             )
         for key, value in given.items():
             if not isinstance(value, kinds[key]):
                 raise InputError(f'message {number}: {key} is {value!r}, which is no {kinds[key].__name__}')
         (given['role'],) = _check_roles([given['role']], roles, f'message {number}: role')
+        if about := given.pop('input', ''):
+            given['content'] = f'{given["content"]}\n\n{about}'
         found.append(Message(**given))
     if not found:
         raise InputError('the conversation holds no message; it needs at least one by the user')

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from llama_jax.data import sources
+from llama_jax.data import containers, sources
 from llama_jax.data.sources import read_documents
 from llama_jax.types import InputError
 
@@ -92,7 +92,8 @@ def bomb(size):
 def test_a_line_that_does_not_end_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' if 'js' in name else b'') + bomb(256 << 20))
-    monkeypatch.setattr(sources, 'MAX_BYTES', 1 << 20)
+    for module in (sources, containers):
+        monkeypatch.setattr(module, 'MAX_BYTES', 1 << 20)
     tracemalloc.start()
     try:
         message = error(path)

@@ -1,0 +1,395 @@
+r"""Examples to fine-tune on: conversations, pairs, judged answers; from files of any kind, told apart by keys.
+
+    conversation   messages (role, content, tools, tool_calls, weight) | conversations (from, value) |
+                   instruction, output (input, system, history) | prompt, completion
+    preference     prompt or conversations, chosen, rejected | chosen, rejected with the prompt inside both |
+                   input, preferred_output, non_preferred_output | prompt, response_1, response_2, preference_strength
+    judged         prompt, completion, label
+
+A text with the turns of hh-rlhf ('\n\nHuman: ... \n\nAssistant: ...') is the messages that it spells.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from llama_jax.data.containers import (
+    check_tfds,
+    find_files,
+    kind_of,
+    open_tfds,
+    read_array_record,
+    read_json_texts,
+    read_parquet,
+)
+from llama_jax.data.messages import one_or_more_messages, prompt_messages, read_conversation
+from llama_jax.json_file import parse_object, show_json
+from llama_jax.tokenizer.chat_format import Message
+from llama_jax.types import InputError
+
+_log = logging.getLogger(__name__)
+
+Messages = tuple[Message, ...]
+
+# Llama 2 paper, Table 27: what a rating is worth at most; its small margins are a third of these.
+RATINGS = {
+    'significantly better': 3.0,
+    'better': 2.0,
+    'slightly better': 1.0,
+    'negligibly better': 0.0,
+    'negligibly better / unsure': 0.0,
+    'unsure': 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What is trained on as it is.
+
+    Attributes:
+      messages: the last by the assistant.
+      counts: which of them are to be learnt.
+      place: the file and record that it is from.
+    """
+
+    messages: Messages
+    counts: tuple[bool, ...]
+    place: str = dataclasses.field(default='', compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers of which one is better.
+
+    Attributes:
+      prompt: ends before the answer.
+      chosen: the better answer; one message, or several where tools are called.
+      rejected: the other.
+      margin: by how much, in the unit of the data: a rating's (`RATINGS`), a difference of scores; None: not said.
+      place: the file and record that it is from.
+    """
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    margin: float | None = None
+    place: str = dataclasses.field(default='', compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One answer, good or bad.
+
+    Attributes:
+      prompt: ends before the answer.
+      completion: the answer.
+      label: whether it is good.
+      place: the file and record that it is from.
+    """
+
+    prompt: Messages
+    completion: Messages
+    label: bool
+    place: str = dataclasses.field(default='', compare=False)
+
+
+Kind = TypeVar('Kind', Conversation, Preference, Judged)
+
+
+class BadRecords:
+    """What is done with records that are of no use: the first one stops, or all are counted and left out.
+
+    Attributes:
+      count: those left out.
+      named: what is wrong with the first five.
+    """
+
+    def __init__(self, on_error: str = 'stop'):
+        """Args: on_error: 'stop' or 'skip'. Raises InputError otherwise."""
+        if on_error not in ('stop', 'skip'):
+            raise InputError(f'on_error is {on_error!r}; it is stop, at the first bad record, or skip')
+        self._skip = on_error == 'skip'
+        self.count = 0
+        self.named: list[str] = []
+
+    def add(self, error: InputError) -> None:
+        """Counts one; raises `error` instead where records are not left out."""
+        if not self._skip:
+            raise InputError(f'{error}; mend it, or leave such records out (on_error skip)') from error
+        self.count += 1
+        if self.count <= 5:
+            self.named.append(str(error))
+
+    def log(self) -> None:
+        """Says how many were left out, and names the first."""
+        if self.count:
+            _log.warning('left out %d bad records, the first: %s', self.count, '; '.join(self.named))
+
+
+def read_records(
+    sources: Sequence[str],
+    *,
+    kind: type[Kind],
+    key_map: Mapping[str, str] | None = None,
+    on_error: str | BadRecords = 'stop',
+) -> Iterator[Kind]:
+    """Yields the records of all sources in order.
+
+    Args:
+      sources: paths, globs, `tfds:NAME[:SPLIT][@DATA_DIR]`.
+      kind: what they are read as.
+      key_map: a key of this module's docstring -> the record's, 'a.b' for `b` in `a`; nothing else is read then.
+      on_error: 'stop' at a record that is of no use, or 'skip' it. A collector is told of each, and says nothing.
+
+    Raises:
+      InputError: names the file and the record, or the source that holds none.
+    """
+    bad = on_error if isinstance(on_error, BadRecords) else BadRecords(on_error)
+    read = _READERS[kind]
+    for source in sources:
+        found = 0
+        for place, item in _items(source):
+            found += 1
+            try:
+                if isinstance(item, str):
+                    item = parse_object(item, place)
+                item = _plain(item)
+                if key_map:
+                    item = {ours: _look_up(item, theirs) for ours, theirs in key_map.items()}
+                record = read({key: value for key, value in item.items() if value is not None})
+            except InputError as error:
+                line = str(error)
+                bad.add(error if line.startswith(place) else InputError(f'{place}: {line}'))
+                continue
+            yield dataclasses.replace(record, place=place)
+        if not found:
+            raise InputError(f'source {source!r} holds no record; give a file that does')
+    if bad is not on_error:
+        bad.log()
+
+
+def check_records(sources: Sequence[str]) -> None:
+    """Refuses sources that are not there, or that no record can be in, before any of them is read.
+
+    Raises:
+      InputError: names the first.
+    """
+    for source in sources:
+        if source.startswith('tfds:'):
+            check_tfds(source)
+            continue
+        for path in find_files(source):
+            _reader_of(path)
+
+
+def parse_key_map(text: str) -> dict[str, str]:
+    """'instruction=question,output=answer' -> {'instruction': 'question', 'output': 'answer'}.
+
+    Raises:
+      InputError: it is not written so.
+    """
+    pairs = [part.split('=') for part in map(str.strip, text.split(',')) if part]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise InputError(
+            f'key_map is {text!r}; write OURS=THEIRS by commas, as instruction=question,output=answer'
+        )
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def _items(source: str) -> Iterator[tuple[str, Any]]:
+    """(place, JSON text or mapping) of each record of a source."""
+    if source.startswith('tfds:'):
+        examples, _ = open_tfds(source)
+        for number in range(len(examples)):
+            yield f'{source} example {number}', examples[number]
+        return
+    for path in find_files(source):
+        yield from _reader_of(path)(path)
+
+
+def _reader_of(path: Any) -> Callable[[Any], Iterator[tuple[str, Any]]]:
+    match kind_of(path):
+        case 'json' | 'jsonl':
+            return read_json_texts
+        case 'parquet':
+            return read_parquet
+        case 'array_record':
+            return _json_of_array_record
+    raise InputError(
+        f'{os.fspath(path)} is no file of records; they are .json and .jsonl (.gz, .zst), .parquet, .array_record'
+    )
+
+
+def _json_of_array_record(path: Any) -> Iterator[tuple[str, Any]]:
+    for place, record in read_array_record(path):
+        yield place, record.decode('utf-8', 'replace')
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS and Parquet give as JSON would: no arrays, no bytes, no empty fields, a list of objects as such."""
+    match value:
+        case bytes():
+            return value.decode('utf-8', 'replace')
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case dict():
+            items = {key: _plain(item) for key, item in value.items() if item is not None}
+            columns = [item for item in items.values() if isinstance(item, list)]
+            turns = {'role', 'content'} <= items.keys() or {'from', 'value'} <= items.keys()
+            if turns and len(columns) == len(items) and len({len(column) for column in columns}) == 1:
+                return [dict(zip(items, row, strict=True)) for row in zip(*columns, strict=True)]
+            return items
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value
+
+
+def _look_up(item: Mapping[str, Any], key: str) -> Any:
+    """The value at 'key' or at 'a.b'; None where there is none."""
+    if key in item:
+        return item[key]
+    head, dot, rest = key.partition('.')
+    inner = item.get(head)
+    return _look_up(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def _conversation(item: Mapping[str, Any]) -> Conversation:
+    if ('chosen' in item or 'preferred_output' in item) and 'completion' not in item:
+        raise InputError(
+            'it holds a pair to compare, not an answer to learn; to learn the better one read it as completion by a '
+            'key map, as prompt=prompt,completion=chosen'
+        )
+    messages, counts = read_conversation(item)
+    if messages[-1].role != 'assistant':
+        raise InputError(f'the conversation ends with the {messages[-1].role}; it must end with an answer')
+    first = messages[0] if messages[0].role != 'system' or len(messages) == 1 else messages[1]
+    if first.role == 'assistant':
+        raise InputError('the conversation begins with the assistant; a message by the user must come first')
+    for number, (message, count) in enumerate(zip(messages, counts, strict=True)):
+        if count and not message.content.strip():
+            raise InputError(f'message {number}, an answer to learn, is empty; every answer needs a text')
+    if not any(counts):
+        raise InputError('no answer of it is to be learnt, for all have weight 0; leave it out')
+    return Conversation(messages, counts)
+
+
+def _preference(item: Mapping[str, Any]) -> Preference:
+    if 'preferred_output' in item or 'non_preferred_output' in item:
+        given = item.get('input', {})
+        item = {
+            **(
+                {'prompt': given.get('messages'), 'tools': given.get('tools')}
+                if isinstance(given, Mapping)
+                else {}
+            ),
+            'chosen': item.get('preferred_output'),
+            'rejected': item.get('non_preferred_output'),
+        }
+    elif 'preference_strength' in item or 'overall_preference' in item:
+        item = _helpsteer(item)
+    for key in ('chosen', 'rejected'):
+        if not item.get(key):
+            what = (
+                'is empty' if key in item else f'is missing among the keys {", ".join(map(show_json, item))}'
+            )
+            raise InputError(f'a pair needs chosen and rejected (or a key map to them): {key} {what}')
+    chosen, rejected = (one_or_more_messages(item[key], key) for key in ('chosen', 'rejected'))
+    prompt = prompt_messages(item)
+    if chosen[0].role != 'assistant':  # the prompt stands in both
+        end = len(chosen) - 1
+        if prompt and prompt != chosen[:end]:
+            raise InputError(_first_difference(prompt, chosen, 'the prompt', 'chosen'))
+        prompt = chosen[:end]
+        if rejected[:-1] != prompt:
+            raise InputError(_first_difference(prompt, rejected, 'chosen', 'rejected'))
+        chosen, rejected = chosen[end:], rejected[end:]
+    if not prompt:
+        raise InputError('it has no prompt: chosen and rejected must begin with one, or a key prompt hold it')
+    for name, answer in (('chosen', chosen), ('rejected', rejected)):
+        if not answer or {answer[0].role, answer[-1].role} != {'assistant'}:
+            raise InputError(
+                f'{name} ends with the {(answer or prompt)[-1].role}; it must end with an answer'
+            )
+        if not answer[-1].content.strip():
+            raise InputError(f'{name} is empty; every answer needs a text')
+    if chosen == rejected:
+        raise InputError(f'chosen and rejected are the same answer, {show_json(chosen[-1].content)}')
+    if prompt[-1].role not in ('user', 'tool'):
+        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with the user')
+    return Preference(prompt, chosen, rejected, _margin(item))
+
+
+def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:
+    """HelpSteer2 and 3: the sign says which answer is better, the size by how much."""
+    answers = [item.get(f'response_{i}', item.get(f'response{i}')) for i in (1, 2)]
+    strength = item.get('preference_strength', item.get('overall_preference'))
+    if not isinstance(strength, int | float) or not strength:
+        raise InputError(f'the preference is {show_json(strength)}: a pair needs a loser, so leave ties out')
+    better = int(strength > 0)
+    prompt = item.get('prompt', item.get('context'))
+    return {
+        'prompt': prompt,
+        'chosen': answers[better],
+        'rejected': answers[1 - better],
+        'margin': abs(strength),
+    }
+
+
+def _first_difference(prompt: Messages, other: Messages, name: str, other_name: str) -> str:
+    """Where two prompts that must be the same part."""
+    for number, (message, theirs) in enumerate(itertools.zip_longest(prompt, other[:-1])):
+        if theirs == message:
+            continue
+        if not theirs or not message or theirs.role != message.role:
+            roles = [f'by the {given.role}' if given else 'missing' for given in (message, theirs)]
+            return f'the prompts differ at message {number}: {roles[0]} in {name}, {roles[1]} in {other_name}'
+        place = len(os.path.commonprefix([message.content, theirs.content]))
+        ours, other_text = (show_json(given.content[place : place + 40]) for given in (message, theirs))
+        where = f'message {number}, letter {place}'
+        return f'the prompts differ at {where}: {ours} in {name}, {other_text} in {other_name}'
+    raise AssertionError('they do not differ')
+
+
+def _margin(item: Mapping[str, Any]) -> float | None:
+    if 'score_chosen' in item and 'score_rejected' in item:
+        scores = item['score_chosen'], item['score_rejected']
+        if not all(isinstance(score, int | float) and np.isfinite(score) for score in scores):
+            raise InputError(f'the scores are {show_json(scores)}; they must be numbers')
+        return float(scores[0]) - float(scores[1])
+    given = item.get('margin', item.get('rating'))
+    if given is None:
+        return None
+    if isinstance(given, str) and given.strip().lower() in RATINGS:
+        return RATINGS[given.strip().lower()]
+    if isinstance(given, bool) or not isinstance(given, int | float) or not np.isfinite(given):
+        raise InputError(f'the margin is {show_json(given)}; it is a number, or one of {", ".join(RATINGS)}')
+    return float(given)
+
+
+def _judged(item: Mapping[str, Any]) -> Judged:
+    if not {'prompt', 'completion', 'label'} <= item.keys():
+        raise InputError(
+            f'it has the keys {", ".join(map(show_json, item))}; it needs prompt, completion and label, or a key map'
+        )
+    label = item['label']
+    if label not in (0, 1):  # booleans among them
+        raise InputError(f'label is {show_json(label)}; it is true or false')
+    completion = one_or_more_messages(item['completion'], 'completion')
+    prompt = prompt_messages(item)
+    if not completion[-1].content.strip():
+        raise InputError('completion is empty; every answer needs a text')
+    if not prompt or prompt[-1].role not in ('user', 'tool'):
+        raise InputError('the prompt is empty or does not end with the user')
+    return Judged(prompt, completion, bool(label))
+
+
+_READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
+    Conversation: _conversation,
+    Preference: _preference,
+    Judged: _judged,
+}
