@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
+from llama_jax.convert import bitsandbytes
 from llama_jax.convert.huggingface_config import CONFIG_FILE, config_json, read_config, token_ids
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
@@ -54,7 +55,7 @@ def open_source(folder: epath.Path) -> Source:
     """
     config = read_config(folder)
     found: dict[str, Tensor] = {}
-    for name, tensor in _open_weights(folder).items():
+    for name, tensor in bitsandbytes.with_whole_weights(_open_weights(folder), str(folder)).items():
         if _is_buffer(name):
             continue
         if tensor.dtype not in _FLOATS:

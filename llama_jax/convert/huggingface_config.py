@@ -68,11 +68,14 @@ def _refuse_others(values: dict, path: epath.Path) -> None:
     if (kind := values.get('model_type', 'llama')) != 'llama':
         raise InputError(f'{path}: model_type is {show_json(kind)}, but only llama can be read')
     for key in ('quantization_config', 'quantization'):
-        if (quantization := values.get(key)) is not None:
-            method = quantization.get('quant_method') if isinstance(quantization, dict) else quantization
+        quantization = values.get(key)
+        method = quantization.get('quant_method') if isinstance(quantization, dict) else quantization
+        if isinstance(quantization, dict) and method == 'bitsandbytes' and quantization.get('load_in_4bit'):
+            continue
+        if quantization is not None:
             raise InputError(
-                f'{path}: the weights are quantised ({key} {show_json(method)}), which cannot be read; '
-                'take the release in bfloat16 or float16'
+                f'{path}: the weights are quantised ({key} {show_json(method)}), which cannot be read (4 bits of '
+                'bitsandbytes can); take the release in bfloat16 or float16'
             )
     if (activation := values.get('hidden_act', 'silu')) != 'silu':
         raise InputError(f'{path}: hidden_act is {show_json(activation)}; a Llama has silu')
