@@ -38,7 +38,7 @@ from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
-from llama_jax.inference.generate import complete, generate, stream
+from llama_jax.inference.generate import complete, complete_each, stream
 from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
@@ -72,7 +72,9 @@ _PROMPTS = launch.define_path(
     'prompts', '', 'JSON Lines of {"prompt": TEXT} or {"messages": [...]}, instead of --prompt'
 )
 _OUTPUT = launch.define_path('output', '', 'with --prompts: file for the answers, local or gs://...')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'with --prompts: so many at a time', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 16, 'with --prompts: rows that are decoded together', lower_bound=1
+)
 _SHARD = flags.DEFINE_string('shard', '0/1', 'with --prompts: which part of the file, as in 0/4')
 _MESH = flags.DEFINE_list(
     'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
@@ -216,7 +218,10 @@ def main() -> None:
         ids = [prompt_ids(tokenizer, p, _SPECIAL_TOKENS.value) if isinstance(p, str) else p for p in prompts]
 
         def texts_of(ids, samplers):
-            return generate(model, params, tokenizer, ids, samplers=samplers, draft=draft, **limits)
+            found = complete_each(
+                model, params, tokenizer, ids, num_slots=_BATCH_SIZE.value, samplers=samplers, draft=draft, **limits
+            )  # fmt: skip
+            return ((place, completion.text) for place, completion in found)
 
         header = {
             'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
@@ -227,7 +232,7 @@ def main() -> None:
         with contextlib.ExitStack() as at_exit:
             with launch.flags_named('--output'):
                 log = at_exit.enter_context(open_output(_OUTPUT.value, header)) if _OUTPUT.value else None
-            completions = complete_items(items, ids, _BATCH_SIZE.value, log, texts_of)
+            completions = complete_items(items, ids, log, texts_of)
             if runtime.is_main_process():
                 lines = answer_lines(items, completions)
                 if log:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -117,12 +117,6 @@ def _setting(name: str, value: Any, place: str) -> Any:
     return value
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Which prompts are completed together: those of like length, the longest first; always the same."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
 def check_output(output: str) -> None:
     """Refuses a file that cannot be written, or that is there: nothing finished is taken away."""
     storage.check_place(output, folder=False)
@@ -155,35 +149,34 @@ def open_output(output: str, header: dict[str, Any]) -> Iterator[ItemLog | None]
 def complete_items(
     items: Sequence[Item],
     prompts: Sequence[Sequence[int]],
-    batch_size: int,
     log: ItemLog | None,
-    complete: Callable[[list[Sequence[int]], list[Sampler]], list[str]],
+    complete: Callable[[list[Sequence[int]], list[Sampler]], Iterable[tuple[int, str]]],
 ) -> dict[int, str]:
     """The completions by index; what the log holds is not done again. All processes do so together.
-
-    A batch of which a part is finished is completed whole, as rows may differ in their last bits in other company.
 
     Args:
       items: all of them.
       prompts: their token ids.
-      batch_size: rows at a time.
       log: of process 0, where the completions are to be kept.
-      complete: texts that follow the prompts, by their settings.
+      complete: (place, text) of each prompt, as they end, by their settings; they must not depend on one another.
     """
     known = {index: item['completion'] for index, item in log.items.items()} if log else {}
     done = set(json.loads(runtime.bytes_from_main_process(json.dumps(sorted(known)).encode())))
+    # The longest first: the cache then never has to grow for a late one.
+    places = [place for place, item in enumerate(items) if item.index not in done]
+    places.sort(key=lambda place: -len(prompts[place]))
+    if not places:
+        return known
     is_quiet = not (runtime.is_main_process() and log)
-    with tqdm(total=len(items), unit='prompt', disable=is_quiet) as progress:
-        for part in batches([len(prompt) for prompt in prompts], batch_size):
-            if not all(items[place].index in done for place in part):
-                texts = complete([prompts[place] for place in part], [items[place].sampler for place in part])
-                for place, text in zip(part, texts, strict=True):
-                    index = items[place].index
-                    if index not in done:
-                        known[index] = text
-                        if log:
-                            log.add({'index': index, 'completion': text})
-            progress.update(len(part))
+    with tqdm(
+        total=len(items), initial=len(items) - len(places), unit='prompt', disable=is_quiet
+    ) as progress:
+        samplers = [items[place].sampler for place in places]
+        for number, text in complete([prompts[place] for place in places], samplers):
+            known[index := items[places[number]].index] = text
+            if log:
+                log.add({'index': index, 'completion': text})
+            progress.update()
     return known
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from experiments.prompt_file import (
     answer_lines,
-    batches,
     complete_items,
     open_output,
     parse_shard,
@@ -74,48 +73,41 @@ def test_files_and_shards_that_are_none(tmp_path):
             parse_shard(text)
 
 
-def test_prompts_of_like_length_go_together():
-    assert batches([3, 9, 3, 7, 9], 2) == [[1, 4], [3, 0], [2]]
-
-
 def test_killed_anywhere_the_file_is_the_same(tmp_path):
-    """Of each item what it is completed with is told by its company: it must not change where a run goes on."""
     lines = [{'prompt': 'ab' * (index % 3), 'id': index} for index in range(7)]
     items, digest = read_items(write(tmp_path / 'a.jsonl', *lines), Sampler())
     prompts = [[1] * (1 + len(item.prompt)) for item in items]
 
     def run(output, dies_after=100):
-        calls = 0
+        asked = []
 
         def complete(prompts, samplers):
-            nonlocal calls
-            calls += 1
-            if calls > dies_after:
-                raise KeyboardInterrupt
-            return [
-                f'{len(prompts)} {sampler.seed} {len(prompt)}'
-                for prompt, sampler in zip(prompts, samplers, strict=True)
-            ]
+            asked.extend(map(len, prompts))
+            as_they_end = sorted(range(len(prompts)), key=lambda number: samplers[number].seed)
+            for finished, number in enumerate(as_they_end):
+                if finished == dies_after:
+                    raise KeyboardInterrupt
+                yield number, f'{samplers[number].seed} {len(prompts[number])}'
 
         with open_output(str(output), {'prompts': digest}) as log:
-            completions = complete_items(items, prompts, 3, log, complete)
+            completions = complete_items(items, prompts, log, complete)
             write_answers(str(output), answer_lines(items, completions))
-        return calls
+        return asked
 
-    assert run(tmp_path / 'whole.jsonl') == 3
+    assert run(tmp_path / 'whole.jsonl') == [5, 5, 3, 3, 1, 1, 1]  # the longest first
     output, partial = tmp_path / 'cut.jsonl', tmp_path / 'cut.jsonl.partial'
-    for dies_after in (0, 1, 1):
+    for dies_after in (0, 2, 3):
         with pytest.raises(KeyboardInterrupt):
             run(output, dies_after)
         assert not output.exists()
-        if partial.exists() and len(kept := partial.read_bytes().splitlines(keepends=True)) > 3:
-            partial.write_bytes(b''.join(kept[:-1]) + kept[-1][:9])  # the last line is cut off
+    kept = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b''.join(kept[:-1]) + kept[-1][:9])  # the last line is cut off
     with (
         pytest.raises(InputError, match='of another run: prompts was'),
         open_output(str(output), {'prompts': 'other'}),
     ):
         pass
-    run(output)
+    assert len(run(output)) == 7 - 2 - 3 + 1
     assert output.read_bytes() == (tmp_path / 'whole.jsonl').read_bytes() and not partial.exists()
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(answer['index'], answer['id']) for answer in answers] == [(index, index) for index in range(7)]

@@ -1,6 +1,7 @@
 """Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -133,9 +134,8 @@ def complete(
     if n < 1:
         raise InputError(f'n is {n}; it must be at least 1')
     check_candidates(log_probabilities or 0)
-    ids, watches, rounds = _asked(
-        model, params, tokenizer, prompts, n, is_complete, log_probabilities, **settings
-    )
+    how = _How(n=n, log_probabilities=log_probabilities)
+    ids, watches, rounds = _asked(model, params, tokenizer, prompts, how, is_complete, **settings)
     rows = [row for rows in collections.deque(rounds, maxlen=1) for row in rows]
     scores = (
         score_tokens(model, params, ids, num_candidates=log_probabilities or 0) if echo else [[] for _ in ids]
@@ -145,6 +145,46 @@ def complete(
         for i, (watch, row) in enumerate(zip(watches, rows, strict=True))
     ]
     return [found[start : start + n] for start in range(0, len(found), n)]
+
+
+def complete_each(
+    model: LlamaForCausalLM,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    *,
+    num_slots: int = 16,
+    log_probabilities: int | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, Completion]]:
+    """The completion of each prompt as soon as it has ended, with the prompt's number.
+
+    With `samplers`, what a prompt gets depends on itself and on `num_slots` alone, to the last bit: not on what is
+    completed beside it.
+
+    Args:
+      model: see `generate`.
+      params: its weights.
+      tokenizer: that the weights were trained with.
+      prompts: texts, or token ids; begun in this order.
+      num_slots: rows that are decoded together; a prompt takes the next one that is free.
+      log_probabilities: see `complete`.
+      settings: of `generate`.
+
+    Raises:
+      InputError: see `generate`; before the first.
+    """
+    how = _How(num_slots=num_slots, log_probabilities=log_probabilities, reads_together=False)
+    _, watches, rounds = _asked(model, params, tokenizer, prompts, how, **settings)
+
+    def completions() -> Iterator[tuple[int, Completion]]:
+        open_numbers = set(range(len(watches)))
+        for rows in rounds:
+            for number in sorted(number for number in open_numbers if rows[number].ended):
+                open_numbers.remove(number)
+                yield number, watches[number].completion(rows[number])
+
+    return completions()
 
 
 def stream(
@@ -166,7 +206,8 @@ def stream(
       InputError: see `generate`; before the first piece.
     """
     tokenizer = required(tokenizer)
-    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], 1, None, None, True, **settings)
+    how = _How(is_streamed=True)
+    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], how, **settings)
 
     def pieces() -> Iterator[str]:
         for (row,) in rounds:
@@ -179,16 +220,32 @@ def stream(
     return pieces()
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is wanted of the rows besides their tokens, and how they share the devices.
+
+    Attributes:
+      n: see `complete`.
+      log_probabilities: see `complete`.
+      is_streamed: somebody looks on.
+      num_slots: rows that are decoded together; None: all, up to `MAX_SLOTS`.
+      reads_together: see `Generator`.
+    """
+
+    n: int = 1
+    log_probabilities: int | None = None
+    is_streamed: bool = False
+    num_slots: int | None = None
+    reads_together: bool = True
+
+
 def _asked(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
-    n: int = 1,
+    how: _How,
     is_complete: Callable[[int, list[int]], bool] | None = None,
-    log_probabilities: int | None = None,
-    is_streamed: bool = False,
-    /,
     *,
     max_new_tokens: int = 256,
     samplers: Sequence[Sampler] | None = None,
@@ -208,15 +265,16 @@ def _asked(
     tokenizer = required(tokenizer) if stop else tokenizer
     own = tokenizer.stop_ids if tokenizer else ()
     watches = [
-        Watch(tokenizer, prompt, stop, is_complete and functools.partial(is_complete, place * n + choice))
+        Watch(tokenizer, prompt, stop, is_complete and functools.partial(is_complete, place * how.n + choice))
         for place, prompt in enumerate(ids)
-        for choice in range(n)
+        for choice in range(how.n)
     ]
+    is_looked_at = bool(stop or is_complete or how.is_streamed)
     rounds = _rounds(
-        model, params, ids, n=n, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
-        stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), is_streamed=is_streamed,
-        is_complete=(lambda index, tokens: watches[index].look(tokens)) if stop or is_complete or is_streamed else None,
-        log_probabilities=log_probabilities, processor=as_processor(logits_processor), draft=draft,
+        model, params, ids, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
+        stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), how=how,
+        is_complete=(lambda index, tokens: watches[index].look(tokens)) if is_looked_at else None,
+        processor=as_processor(logits_processor), draft=draft,
     )  # fmt: skip
     return ids, watches, rounds
 
@@ -265,13 +323,11 @@ def _rounds(
     sampler: Sampler | Sequence[Sampler],
     stop_ids: Sequence[int],
     is_complete: Callable[[int, list[int]], bool] | None,
-    n: int = 1,
-    log_probabilities: int | None = None,
-    is_streamed: bool = False,
+    how: _How = _How(),
     processor: LogitsProcessor | None = None,
     draft: Proposer | None = None,
 ) -> Iterator[list[Row]]:
-    """As `generate_tokens`: `n` rows of each prompt as they are so far, whenever something was given to one of them.
+    """As `generate_tokens`: `how.n` rows of each prompt as they are so far, whenever one of them was given something.
 
     The prompts are refused by the call.
     """
@@ -281,10 +337,11 @@ def _rounds(
             f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
         )
     check_prompts(prompts, model.config)
-    max_steps = _STREAMED_STEPS if is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
+    max_steps = _STREAMED_STEPS if how.is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
+    n, num_slots = how.n, how.num_slots or min(max(how.n * len(prompts), 1), MAX_SLOTS)
     generator = Generator(
-        model, params, num_slots=min(max(n * len(prompts), 1), MAX_SLOTS), max_steps=max_steps, is_watched=is_streamed,
-        log_probabilities=log_probabilities, processor=processor, draft=draft,
+        model, params, num_slots=num_slots, max_steps=max_steps, is_watched=how.is_streamed,
+        reads_together=how.reads_together, log_probabilities=how.log_probabilities, processor=processor, draft=draft,
     )  # fmt: skip
     rows = []
     for index, (prompt, own) in enumerate(zip(prompts, samplers, strict=True)):

@@ -58,10 +58,12 @@ class Generator:
         budget_tokens: int | None = None,
         max_steps: int = decoding.COLUMNS,
         is_watched: bool = True,
+        reads_together: bool = True,
         log_probabilities: int | None = None,
         processor: LogitsProcessor | None = None,
         prefix_bytes: tuple[int, int] = (0, 0),
         draft: Proposer | None = None,
+        widths: Sequence[int] = (),
     ):
         """Nothing runs yet.
 
@@ -72,11 +74,15 @@ class Generator:
           budget_tokens: that the cache may hold, of all rows together; None: as many as all slots could come to have.
           max_steps: tokens that a row is given before they are looked at.
           is_watched: rows go on between any two pieces of prompts, each of which is read by itself; else once no more
-            can be read, and short prompts are read together, so that last bits may depend on the company: it is faster.
+            can be read.
+          reads_together: where nobody watches, short prompts are read together: faster, but last bits may depend on the
+            company.
           log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
           processor: changes the logits of all rows.
           prefix_bytes: for beginnings of prompts that are read once, on the devices and on the host; 0 keeps none.
           draft: proposes tokens, of which the model verifies several at once.
+          widths: tokens of a piece of a prompt, the most and what its last may be cut to, all powers of two; (): those
+            that suit the devices.
 
         Raises:
           InputError: the budget does not hold one row, a number is out of range, or the draft does not fit.
@@ -92,11 +98,14 @@ class Generator:
         at_once = 1 if draft is None else draft.num_tokens + 1  # which is given whole, or not at all
         max_steps, others = (max(at_once, min(max_steps, n)) for n in (max_steps, _STEPS_BEFORE_OTHERS))
         longest = decoding.power_of_two(context)
-        widths = [w for w in _WIDTHS.get(platform, _ACCELERATORS_WIDTHS) if w <= longest]
-        if any(prefix_bytes):
-            widths = [*(w for w in widths if w < _BLOCK), min(_BLOCK, longest)]
+        if not widths:
+            widths = _WIDTHS.get(platform, _ACCELERATORS_WIDTHS)
+            widths = [*(w for w in widths if w < _BLOCK), _BLOCK] if any(prefix_bytes) else widths
+        widths = sorted({min(width, longest) for width in widths})
         grid, num_slots = max(widths), decoding.rows_of(num_slots, model.partitioner)
-        together = 1 if is_watched or any(prefix_bytes) else _TOGETHER.get(platform, _ACCELERATORS_TOGETHER)
+        together = _TOGETHER.get(platform, _ACCELERATORS_TOGETHER)
+        if is_watched or not reads_together or any(prefix_bytes):
+            together = 1
         self._at_once = {width: max(1, min(num_slots, together // width)) for width in widths}
         self._prefixes = self._prefix_cache(grid, *prefix_bytes) if any(prefix_bytes) else None
         self.batcher = Batcher(

@@ -10,7 +10,7 @@ from llama_jax.inference import decoding
 from llama_jax.inference import generate as generation
 from llama_jax.inference.batcher import Ended, Request
 from llama_jax.inference.completion import Completion, Row, Watch, text_offsets
-from llama_jax.inference.generate import complete, generate
+from llama_jax.inference.generate import complete, complete_each, generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.types import InputError
@@ -104,6 +104,23 @@ def test_metas_teacher_forced_batch_gives_the_same(ask, logits_of):
     # The stop token is scored too: what lm-evaluation-harness reads has an entry more than the prompt even then.
     assert len(found[0].tokens) < 8 and found[0].finish_reason == 'stop' and found[0].stopped_by == stops[0]
     assert len(found[0].scores) == len(found[0].tokens) + 1 and found[0].scores[-1].token == stops[0]
+
+
+def test_each_as_it_ends_is_the_same_in_any_company(model, params):
+    """To the last bit of the log-probabilities, through two slots."""
+    samplers = [Sampler(temperature=0.3 * number, seed=number) for number in range(4)]
+    prompts = [[1, *range(2, 3 + 5 * number)] for number in range(4)]
+
+    def each(numbers):
+        found = complete_each(
+            model, params, None, [prompts[number] for number in numbers], num_slots=2, log_probabilities=2,
+            samplers=[samplers[number] for number in numbers], max_new_tokens=6, stop_ids=[5],
+        )  # fmt: skip
+        return {numbers[place]: (one.tokens, one.scores) for place, one in found}
+
+    together = each([0, 1, 2, 3])
+    assert each([3, 1, 0, 2]) == together
+    assert {number: found for number in range(4) for found in each([number]).values()} == together
 
 
 def test_tokens_are_scored_by_the_model_and_after_the_filters(ask, logits_of):
