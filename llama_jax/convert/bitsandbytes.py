@@ -4,7 +4,7 @@ Of a matrix `X` [out, in], flattened row by row, a file holds the codes (two a b
 `X.absmax`, the largest weight of each block of 64 or so. `weight = level[code] * absmax` in float32, then in the type
 that the weight had. Absmax may itself be codes of 8 bits (double quantisation): `absmax = map[code] * nested + offset`,
 with a `nested` for every 256 blocks. Numbers and names stand in the JSON text `X.quant_state.bitsandbytes__nf4`.
-Source: bitsandbytes/functional.py, `QuantState`, `get_4bit_type` and `dequantize_4bit`.
+Source: bitsandbytes/functional.py, the state of a quantised array and `dequantize_4bit`.
 """
 
 import dataclasses
