@@ -64,18 +64,28 @@ def einsum(
       weight: master weight, cast to the dtype of `x`, or a representation of it.
       output_dtype: of the accumulator and the result where it must not be rounded to that of `x` (the logits).
     """
+    # The name is what remat policies know the result by: they do not look inside a custom gradient.
+    return checkpoint_name(product(equation, x, weight, output_dtype), 'projection')
+
+
+def product(
+    equation: str,
+    x: Float[Array, '...'],
+    weight: Weight,
+    output_dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, '...']:
+    """`einsum` with a part of a weight: remat policies know the sum of all parts, not each of them."""
     if isinstance(weight, Representation):
         return weight.einsum(equation, x, output_dtype)
-    product = functools.partial(_einsum, equation, output_dtype=output_dtype)
+    whole = functools.partial(_einsum, equation, output_dtype=output_dtype)
     if (
         _is_narrow(weight)
         and _sums_last_axes(equation)
         and math.prod(x.shape) <= _FEW_ROWS * math.prod(_summed_sizes(equation, weight))
     ):
         by_tiles = functools.partial(_einsum_by_tiles, equation, output_dtype=output_dtype)
-        return jax.lax.platform_dependent(x, weight, cpu=by_tiles, default=product)
-    # The name is what remat policies know the result by: they do not look inside a custom gradient.
-    return checkpoint_name(product(x, weight), 'projection')
+        return jax.lax.platform_dependent(x, weight, cpu=by_tiles, default=whole)
+    return whole(x, weight)
 
 
 def take(

@@ -110,17 +110,19 @@ def _weight_name(path: tuple) -> str:
 
 
 def _muon_dimensions(params: Params) -> PyTree:
-    """Which axes of a weight Muon's matrix is made of; None (embedding, head, norms, parts of a weight) is Adam's.
+    """Which axes of a weight Muon's matrix is made of; None (tables, vectors, parts of a weight) is Adam's.
 
     The weights are stacked [L, in..., out...]: `o` reduces over heads and head_dim, all others over their first axis.
+    So do both parts of an adapter, [L, in..., rank] and [L, rank, out...] under its weight's name.
     """
     dimensions = optax.contrib.MuonDimensionNumbers
 
     def of(path, leaf):
-        name, is_whole = _weight_name(path), isinstance(path[-1], jax.tree_util.DictKey)
-        if not is_whole or name in ('embed', 'head') or name.endswith('norm'):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        is_whole = len(names) == len(path)
+        if not is_whole or {'embed', 'head'} & set(names) or names[-1].endswith('norm') or leaf.ndim < 3:
             return None
-        if name == 'o':
+        if names[-1] == 'o' or names[-2:] == ['o', 'a']:
             return dimensions(reduction_axis=(1, 2), output_axis=(3,))
         return dimensions(reduction_axis=(1,), output_axis=tuple(range(2, leaf.ndim)))
 
