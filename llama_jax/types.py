@@ -4,6 +4,7 @@ Shapes stand in signatures as jaxtyping strings. One letter means the same thing
 
     B batch      T query length   S key length     D embed      F mlp          V vocab
     N query heads   K kv heads    G = N / K        H head_dim   L layers
+    P pairs of answers in a row
 
 The annotations are checked (by beartype) in tests only; in production they cost nothing.
 """
@@ -112,6 +113,70 @@ class LMBatch:
             for dtype in (np.int32, np.bool_)
         )
         return cls(ids, ids, ids, ids, mask)
+
+
+@flax.struct.dataclass
+class PreferenceBatch:
+    """Packed rows that hold whole pairs of answers, of which people preferred one, or judged one alone.
+
+    An answer stands behind its prompt in a segment of its own, or behind a prompt that several share (`share_prompt` of
+    `data.preferences`). Nothing follows from padding: what is compared is named, and where its score stands.
+
+    Attributes:
+      tokens: what the model reads.
+      targets: `targets[b, t]` is the token that follows `tokens[b, t]`.
+      positions: place of each token in its own prompt and answer, from 0; what RoPE rotates by.
+      segment_ids: which sequence of the row a token belongs to, from 1; 0 is padding.
+      loss_mask: 1 where the target is of an answer, stop tokens included; 0 in prompts and what others say in between.
+      format_mask: 1 at those of them that are form and not words, such as stop tokens.
+      pairs: segments of the preferred answer and of the other one. 0 stands for none: both where there is no pair, one
+        where the other was judged alone.
+      ends: slots of the last tokens of these, where they are scored.
+      margins: how much better the first is, in the data's unit.
+      weights: of the pairs; 0 where there is none.
+      safe: 1 where an answer is known to be safe, 0 where it is known not to be, -1 else.
+      reference: log-probabilities of these answers under the reference, where they were computed before; else 0.
+      baseline: what KTO compares a row's answers with; else 0.
+    """
+
+    tokens: Int[Any, 'B T']
+    targets: Int[Any, 'B T']
+    positions: Int[Any, 'B T']
+    segment_ids: Int[Any, 'B T']
+    loss_mask: Bool[Any, 'B T']
+    format_mask: Bool[Any, 'B T']
+    pairs: Int[Any, 'B P 2']
+    ends: Int[Any, 'B P 2']
+    margins: Float[Any, 'B P']
+    weights: Float[Any, 'B P']
+    safe: Int[Any, 'B P 2']
+    reference: Float[Any, 'B P 2']
+    baseline: Float[Any, ' B']
+
+    @classmethod
+    def abstract(
+        cls, batch_size: int, seq_len: int, num_pairs: int, sharding: Any, row_sharding: Any
+    ) -> 'PreferenceBatch':
+        """Shapes, dtypes and shardings, without memory.
+
+        Args:
+          batch_size: B.
+          seq_len: T.
+          num_pairs: P, the most that a row holds.
+          sharding: of arrays [B, T].
+          row_sharding: of the others, whose first axis alone is split.
+        """
+
+        def leaf(dtype, *shape):
+            placed = sharding if shape == (seq_len,) and dtype in (np.int32, np.bool_) else row_sharding
+            return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
+
+        ids, mask = leaf(np.int32, seq_len), leaf(np.bool_, seq_len)
+        named, number = leaf(np.int32, num_pairs, 2), leaf(np.float32, num_pairs)
+        answers = leaf(np.float32, num_pairs, 2)
+        return cls(
+            ids, ids, ids, ids, mask, mask, named, named, number, number, named, answers, leaf(np.float32)
+        )
 
 
 Metrics = dict[str, Float[Array, '']]
