@@ -9,7 +9,7 @@ import optax
 
 from llama_jax.data.packing import lm_batch
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.llama import LlamaForCausalLM, Transformer, init_params
 from llama_jax.train.optimizer import decayed
 from llama_jax.types import LMBatch, Params
 
@@ -29,7 +29,7 @@ def make_model(**knobs) -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG, **({'dtype': jnp.float32} | knobs))
 
 
-def make_params(model: LlamaForCausalLM, seed: int = 0) -> Params:
+def make_params(model: Transformer, seed: int = 0) -> Params:
     """Fresh weights made 8 times larger, so that scores have unit variance and attention is far from uniform."""
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
     return jax.tree.map(lambda w, is_matrix: 8 * w if is_matrix else w, params, decayed(params))

@@ -13,11 +13,10 @@ from typing import Any, SupportsIndex
 
 import grain
 
-from llama_jax.data.packing import Rows
 from llama_jax.types import InputError
 
 
-def mix(sources: Sequence[Rows], weights: Sequence[float | int] | None, seed: int) -> grain.MapDataset:
+def mix(sources: Sequence[Any], weights: Sequence[float | int] | None, seed: int) -> grain.MapDataset:
     """An endless data set whose row `i` depends on (sources, weights, seed, i) only.
 
     Among the first n rows source j has n * weights[j] / sum(weights), to within two rows, however large n

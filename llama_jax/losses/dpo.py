@@ -152,8 +152,8 @@ def preference_loss(
     Args:
       model: of the policy, and of the reference.
       loss: which.
-      kept: the reference's log-probabilities are in the batch (`compute_reference`); else `frozen` are its params, which
-        are those that an adapter is trained on (`lora.with_base`).
+      kept: the reference's log-probabilities are in the batch; else `frozen` are its params, which may be the base that
+        an adapter is trained on (`lora.with_base`).
       num_chunks: see `token_log_probabilities`.
     """
 

@@ -3,6 +3,8 @@
 Llama 2 paper, section 3.2.2: -log sigmoid(r(x, y_chosen) - r(x, y_rejected) - m).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -82,7 +84,7 @@ def reward_loss(
 
 def pair_scores(model: LlamaForRewardModel, params: Params, batch: PreferenceBatch) -> Float[Array, 'B P 2']:
     """The score of each answer, at its last token; 0 where there is none."""
-    scores = model.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
+    scores: Any = model.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
     found = jnp.take_along_axis(scores, batch.ends.reshape(batch.ends.shape[0], -1), axis=1)
     return jnp.where(batch.pairs > 0, found.reshape(batch.ends.shape), 0.0)
 

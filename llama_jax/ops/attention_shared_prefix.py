@@ -1,4 +1,4 @@
-"""Causal self-attention of rows that hold one context and several continuations of it, each in a segment of its own.
+"""Causal self-attention of rows that hold contexts and several continuations of each, all in segments of their own.
 
 In plain JAX for any platform. An implementation of its own, asked for by name (`inference.scoring` does), because to
 all others a segment sees nothing but itself.
@@ -7,11 +7,19 @@ all others a segment sees nothing but itself.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# The segment of the context: every later query of the row sees its keys.
+# The segment of the first context of a row; the next has one less. Its continuations are of the segments from 1 on,
+# those of the next from 1 + _MOST on.
 SHARED = -1
+_MOST = 1 << 15
 
 # At most this many blocks of queries, so that the program stays small; none shorter than this many.
 _MAX_BLOCKS, _MIN_BLOCK = 8, 64
+
+
+def segment_of(context: int, continuation: int) -> int:
+    """The segment of a continuation, counted from 1, of a context, counted from 0."""
+    assert 0 < continuation < _MOST, 'so many continuations fit no row'
+    return context * _MOST + continuation
 
 
 def shared_prefix_attention(
@@ -20,11 +28,12 @@ def shared_prefix_attention(
     v: Float[Array, 'B T K H'],
     segment_ids: Int[Array, 'B T'],
 ) -> Float[Array, 'B T N H']:
-    """Each query sees the keys up to its own that are of its segment or of `SHARED`; one block of queries at a time."""
+    """Each query sees the keys up to its own of its segment and of its context; one block of queries at a time."""
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     # Heads before tokens: the products of a block are then plain batched matrix products, without a transposition.
+    context_ids = SHARED - segment_ids // _MOST
     queries, keys, values = grouped.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
     outputs = []
@@ -32,7 +41,8 @@ def shared_prefix_attention(
         end = min(start + block, length)
         segment = segment_ids[:, None, :end]
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        visible = visible[None] & ((segment_ids[:, start:end, None] == segment) | (segment == SHARED))
+        of_context = (context_ids[:, start:end, None] == segment) & (segment < 0)
+        visible = visible[None] & ((segment_ids[:, start:end, None] == segment) | of_context)
         scores = jnp.einsum(
             'bkgth,bksh->bkgts', queries[:, :, :, start:end], keys[:, :, :end],
             preferred_element_type=jnp.float32,
