@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.json_file import show_json
-from llama_jax.tokenizer.chat_format import ChatFormat, Dialog, chat_format_for
+from llama_jax.tokenizer.chat_format import ChatFormat, Dialog, chat_format_for, format_with
 from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import InputError
@@ -40,7 +40,7 @@ class Chat:
         """
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template) if template else None
-        self._format = self._fitting_format()
+        self._format = format_with(tokenizer, template) or self._fitting_format()
         formats = self._format.stop_ids if self._format else ()
         self.stop_ids = tuple(sorted({*tokenizer.stop_ids, *formats}))
 

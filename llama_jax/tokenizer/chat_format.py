@@ -4,33 +4,13 @@ Llama 2's tags are ordinary text around each pair of turns; Llama 3's are specia
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
 
+from llama_jax.tokenizer.dialog import Dialog, Message, check_last, check_messages, check_roles, counted
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """What one side says.
-
-    Attributes:
-      role: 'system', 'user' or 'assistant'; in Llama 3 also 'tool' (or 'ipython'), what a tool answered.
-      content: the text; spaces around it do not count.
-      python_tag: an assistant's call of the code interpreter, which begins with <|python_tag|> (Llama 3.1).
-      end_of_turn: False where the assistant goes on after a tool's answer, with <|eom_id|> at the end (Llama 3.1).
-      input: what an instruction is about. Alpaca sets it apart; elsewhere it stands below the content.
-    """
-
-    role: str
-    content: str
-    python_tag: bool = False
-    end_of_turn: bool = True
-    input: str = ''
-
-
-Dialog = Sequence[Message | Mapping[str, Any]]  # mappings have the keys of Message
+from llama_jax.tokenizer.text_format import SPELLINGS, TextFormat
+from llama_jax.types import InputError, did_you_mean
 
 
 @runtime_checkable
@@ -58,13 +38,17 @@ class ChatFormat(Protocol):
         ...
 
     def encode_dialog(
-        self, messages: Dialog, loss_on: Collection[str] = ('assistant',)
+        self,
+        messages: Dialog,
+        loss_on: Collection[str] = ('assistant',),
+        counts: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation to train on, and which of them (1) count in the loss.
 
         Args:
           messages: the last one by the assistant.
           loss_on: roles whose words count, with what ends them; headers and BOS never do.
+          counts: which messages do so instead, one a message.
 
         Raises:
           InputError: as `encode_prompt`, or a role of `loss_on` is unknown.
@@ -72,11 +56,32 @@ class ChatFormat(Protocol):
         ...
 
 
-def chat_format_for(tokenizer: Tokenizer) -> ChatFormat:
-    """The format of the family that the tokenizer belongs to."""
-    if '<|start_header_id|>' in getattr(tokenizer, 'special_tokens', {}):
-        return Llama3ChatFormat(tokenizer)
-    return Llama2ChatFormat(tokenizer)
+def chat_format_for(tokenizer: Tokenizer, name: str = '') -> ChatFormat:
+    """The format of that name, of `FORMATS`; '': that of the family that the tokenizer belongs to.
+
+    Raises:
+      InputError: there is none, or the tokenizer lacks its special tokens.
+    """
+    of_llama3 = '<|start_header_id|>' in getattr(tokenizer, 'special_tokens', {})
+    if name in SPELLINGS:
+        return TextFormat(tokenizer, SPELLINGS[name])
+    if name not in ('', *FORMATS):
+        raise InputError(f'unknown chat format {name!r}; {did_you_mean(name, FORMATS)}')
+    if name == 'llama3' and not of_llama3:
+        raise InputError(
+            f'the chat format llama3 needs <|start_header_id|>, which {tokenizer.path} lacks; llama2 fits it, and the '
+            f'formats without special tokens: {", ".join(SPELLINGS)}'
+        )
+    return Llama3ChatFormat(tokenizer) if of_llama3 and name != 'llama2' else Llama2ChatFormat(tokenizer)
+
+
+FORMATS = ('llama2', 'llama3', *SPELLINGS)
+
+
+def format_with(tokenizer: Tokenizer, template: str) -> ChatFormat | None:
+    """The format of text that has this template, None where none has."""
+    of_text = (TextFormat(tokenizer, spelling) for spelling in SPELLINGS.values())
+    return next((found for found in of_text if found.template == template), None)
 
 
 LLAMA2_TEMPLATE = (
@@ -119,17 +124,21 @@ class Llama2ChatFormat:
         return ids + self._tokenizer.encode(f'[INST] {turns[-1]} [/INST] {prefix}', bos=True)
 
     def encode_dialog(
-        self, messages: Dialog, loss_on: Collection[str] = ('assistant',)
+        self,
+        messages: Dialog,
+        loss_on: Collection[str] = ('assistant',),
+        counts: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[int]]:
         """See `ChatFormat`; the system's words are part of the first user message."""
-        _check_roles(loss_on, ('user', 'assistant'), 'loss_on')
+        check_roles(loss_on, ('user', 'assistant'), 'loss_on')
         turns = self._turns(messages, last='assistant')
+        said = counted(check_messages(messages, self._ROLES), loss_on, counts)[-len(turns) :]
         ids, mask = [], []
-        for user, assistant in zip(turns[::2], turns[1::2], strict=True):
-            pair, asked = self._pair(user, assistant)
+        for place in range(0, len(turns), 2):
+            pair, asked = self._pair(*turns[place : place + 2])
             ids += pair
-            mask += [0] + [int('user' in loss_on)] * (asked - 1)
-            mask += [int('assistant' in loss_on)] * (len(pair) - asked)
+            mask += [0] + [int(said[place])] * (asked - 1)
+            mask += [int(said[place + 1])] * (len(pair) - asked)
         return ids, mask
 
     def _instruction(self, user: str) -> list[int]:
@@ -148,7 +157,7 @@ class Llama2ChatFormat:
 
     def _turns(self, messages: Dialog, last: str) -> list[str]:
         """The texts of user and assistant by turns, the system's within the first."""
-        messages = _messages(messages, self._ROLES)
+        messages = check_messages(messages, self._ROLES)
         for number, message in enumerate(messages):
             if tag := next((tag for tag in self._TAGS if tag in message.content), ''):
                 raise InputError(
@@ -169,7 +178,7 @@ class Llama2ChatFormat:
                     f'turn {number} is by {message.role} where Llama 2 wants {wanted}: user and assistant take '
                     'turns, and a system message comes before them'
                 )
-        _check_last(messages, (last,))
+        check_last(messages, (last,))
         return [message.content.strip() for message in messages]
 
 
@@ -207,15 +216,19 @@ class Llama3ChatFormat:
         return ids + self._header('assistant') + self._tokenizer.encode(prefix.strip())
 
     def encode_dialog(
-        self, messages: Dialog, loss_on: Collection[str] = ('assistant',)
+        self,
+        messages: Dialog,
+        loss_on: Collection[str] = ('assistant',),
+        counts: Sequence[bool] | None = None,
     ) -> tuple[list[int], list[int]]:
         """See `ChatFormat`."""
-        loss_on = _check_roles(loss_on, self._ROLES, 'loss_on')
+        loss_on = check_roles(loss_on, self._ROLES, 'loss_on')
+        checked = self._checked(messages, ('assistant',))
         ids, mask = [self._tokenizer.bos_id], [0]
-        for message in self._checked(messages, ('assistant',)):
+        for message, counts_too in zip(checked, counted(checked, loss_on, counts), strict=True):
             header, body = self._header(message.role), self._body(message)
             ids += header + body
-            mask += [0] * len(header) + [int(message.role in loss_on)] * len(body)
+            mask += [0] * len(header) + [int(counts_too)] * len(body)
         return ids, mask
 
     def _header(self, role: str) -> list[int]:
@@ -233,7 +246,7 @@ class Llama3ChatFormat:
         return self._special[f'<|{name}|>']
 
     def _checked(self, messages: Dialog, last: tuple[str, ...]) -> list[Message]:
-        checked = _messages(messages, self._ROLES)
+        checked = check_messages(messages, self._ROLES)
         before = ''
         for number, message in enumerate(checked):
             if message.role == 'system' and number:
@@ -243,44 +256,5 @@ class Llama3ChatFormat:
             if message.role != 'assistant' and (message.python_tag or not message.end_of_turn):
                 raise InputError(f'message {number} by {message.role} calls a tool; only the assistant does')
             before = message.role
-        _check_last(checked, last)
+        check_last(checked, last)
         return checked
-
-
-def _messages(messages: Dialog, roles: tuple[str, ...]) -> list[Message]:
-    """Messages with their fields checked; a tool's role is spelled as Llama 3 spells it."""
-    found = []
-    kinds = {'role': str, 'content': str, 'python_tag': bool, 'end_of_turn': bool, 'input': str}
-    for number, message in enumerate(messages):
-        given: dict[str, Any] = dict(vars(message) if isinstance(message, Message) else message)
-        if not {'role', 'content'} <= given.keys() <= kinds.keys():
-            raise InputError(
-                f'message {number} has the keys {", ".join(map(str, given))}; it needs role and content, and '
-                'may have python_tag, end_of_turn and input'
-            )
-        for key, value in given.items():
-            if not isinstance(value, kinds[key]):
-                raise InputError(f'message {number}: {key} is {value!r}, which is no {kinds[key].__name__}')
-        (given['role'],) = _check_roles([given['role']], roles, f'message {number}: role')
-        if about := given.pop('input', ''):
-            given['content'] = f'{given["content"]}\n\n{about}'
-        found.append(Message(**given))
-    if not found:
-        raise InputError('the conversation holds no message; it needs at least one by the user')
-    return found
-
-
-def _check_roles(given: Collection[str], roles: tuple[str, ...], what: str) -> list[str]:
-    named = ['ipython' if role == 'tool' and 'ipython' in roles else role for role in given]
-    for role in named:
-        if role not in roles:
-            raise InputError(f'{what} is {role!r}; this format has {", ".join(roles)}')
-    return named
-
-
-def _check_last(messages: Sequence[Message], roles: tuple[str, ...]) -> None:
-    if messages[-1].role not in roles:
-        raise InputError(
-            f'the last message is by {messages[-1].role}; it must be by {" or ".join(roles)} '
-            + ('to train on' if 'assistant' in roles else 'for the assistant to answer')
-        )
