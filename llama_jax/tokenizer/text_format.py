@@ -46,7 +46,7 @@ _TASK = 'Below is an instruction that describes a task'
 _REQUEST = 'Write a response that appropriately completes the request.\n\n'
 
 SPELLINGS = {
-    # stanford_alpaca/train.py, `PROMPT_DICT`
+    # Stanford Alpaca, its two prompts
     'alpaca': Spelling(
         user='### Instruction:\n{}\n\n',
         input='### Input:\n{}\n\n',
@@ -55,11 +55,11 @@ SPELLINGS = {
         preamble=f'{_TASK}. {_REQUEST}',
         preamble_with_input=f'{_TASK}, paired with an input that provides further context. {_REQUEST}',
     ),
-    # open-instruct, `chat_template` of Tulu
+    # open-instruct, the template of Tulu
     'tulu': Spelling(
         system='<|system|>\n{}\n', user='<|user|>\n{}\n', answer='<|assistant|>\n', between='\n'
     ),
-    # FastChat, `conversation.py`, vicuna_v1.1
+    # FastChat, vicuna_v1.1
     'vicuna': Spelling(
         system='{} ',
         user='USER: {} ',
