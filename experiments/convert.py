@@ -3,6 +3,7 @@
     python -m experiments.convert --input=CKPT --output=PATH --to=huggingface
 
 CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, or hf://ORGANISATION/MODEL.
+Several, `--input=A,B,C`, become one model whose weights are the mean of theirs.
 """
 
 import importlib.util
@@ -16,11 +17,18 @@ from experiments.checkpoint import open_with_tokenizer
 from experiments.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
+from llama_jax.convert.weight_mean import mean_of
 from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.conversion import comparable_probes
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
-_INPUT = launch.define_path('input', None, 'checkpoint of any format', required=True)
+_INPUT = launch.define_path(
+    'input',
+    None,
+    'checkpoint of any format, or several of one model: the mean of their weights',
+    required=True,
+)
 _OUTPUT = launch.define_path('output', None, 'folder to make; for gguf, the file', required=True)
 _TO = flags.DEFINE_enum(
     'to', None, ['orbax', 'meta', 'huggingface', 'gguf'], 'format to write', required=True
@@ -42,11 +50,14 @@ def main() -> None:
         raise InputError(f'--chat: {_TO.value} has no place for a chat template; write huggingface or gguf')
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
         raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
+    first, *others = _paths(_INPUT.value)
     if _TO.value == 'gguf' or _CHAT.value:
-        checkpoint = open_with_tokenizer(_INPUT.value, _TOKENIZER.value)
+        checkpoint = open_with_tokenizer(first, _TOKENIZER.value)
     else:
-        checkpoint = pretrained.open(_INPUT.value)
+        checkpoint = pretrained.open(first)
     source = checkpoint.source
+    if others:
+        source = _mean([checkpoint, *map(pretrained.open, others)], any_tokenizer=bool(_TOKENIZER.value))
     tokenizer = pretrained.load_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else checkpoint.tokenizer
     template, files = checkpoint.template, checkpoint.files
     if _CHAT.value and not template:
@@ -73,6 +84,34 @@ def main() -> None:
     verified = ', read back and found equal' if _VERIFY.value else ''
     without = '' if tokenizer else ', without a tokenizer: there is none in the input'
     print(f'{_OUTPUT.value}: {source.config.num_params:,} weights as {_TO.value}{verified}{without}')
+
+
+def _paths(text: str) -> list[str]:
+    """What --input names: one path, or several with commas between them."""
+    paths = [text] if epath.Path(text).exists() else text.split(',')
+    if '' in paths:
+        raise InputError(
+            f'--input={text} names an empty path; give A, or A,B,C for the mean of their weights'
+        )
+    return paths
+
+
+def _mean(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Source:
+    """The mean of models that read and write the same tokens.
+
+    Raises:
+      InputError: their architectures differ; or their tokenizers, unless any will do.
+    """
+    first, *others = checkpoints
+    source = mean_of([checkpoint.source for checkpoint in checkpoints])
+    for other in others if not any_tokenizer and first.tokenizer else ():
+        for text in comparable_probes(first.tokenizer) if other.tokenizer else ():
+            if (found := other.tokenizer.encode(text)) != (expected := first.tokenizer.encode(text)):
+                raise InputError(
+                    f'{other.path} has another tokenizer than {first.path}: {text[:40]!r} is {found[:8]}, there '
+                    f'{expected[:8]}; if the weights still mean the same tokens, give one for all by --tokenizer'
+                )
+    return source
 
 
 def _progress_bar(source: Source, verb: str) -> tqdm:

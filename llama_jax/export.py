@@ -16,7 +16,7 @@ from etils import epath
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.weights import save_params
 from llama_jax.convert import gguf, huggingface, meta
-from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, leaf_shape, weights_of
+from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, leaf_shape, rounded, weights_of
 from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
 from llama_jax.placement import cast
 from llama_jax.quantize.files import Quantizing
@@ -52,7 +52,8 @@ def save(
       source: of an opened checkpoint, or `native_source` for weights in memory.
       tokenizer: written along; None writes none, but GGUF needs one.
       to: 'orbax', 'meta', 'huggingface' or 'gguf'.
-      dtype: 'float32', 'bfloat16' or 'float16', for GGUF also 'q8_0' or 'q4_0'; '' keeps the source's.
+      dtype: 'float32', 'bfloat16' or 'float16', for GGUF also 'q8_0' or 'q4_0'; '' keeps the source's, of weights
+        that are worked out that of what they are made of.
       model_parallel: number of files of Meta's format.
       chat_template: Jinja, kept in all formats but Meta's, which has no place for it.
       files: to carry along into a Hugging Face folder; see `huggingface.carried_files`.
@@ -65,6 +66,7 @@ def save(
     allowed = GGUF_DTYPES if to == 'gguf' else FLOAT_DTYPES
     if dtype and dtype not in allowed:
         raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
+    source = source if dtype else rounded(source)
     held = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
     if to in ('meta', 'gguf') and not dtype and (wide := held - set(FLOAT_DTYPES)):
         raise InputError(f'{source.origin} holds {min(wide)}, which {to} does not; give dtype float32')
@@ -207,6 +209,7 @@ def verify(
     Raises:
       InputError: a weight differs; it is named.
     """
+    source = source if dtype else rounded(source)
     differing = {
         field.name: (getattr(written.config, field.name), value)
         for field in dataclasses.fields(source.config)

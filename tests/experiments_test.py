@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import llama_jax
@@ -526,9 +527,17 @@ def test_convert_writes_what_generates_the_same_text(commands, run, completed, t
     assert text == completed and text.strip()
 
 
-def test_convert_takes_a_step_of_a_run(commands, run, tmp_path):
-    step, output = run / 'checkpoints/8', tmp_path / 'model.gguf'
-    commands.run('convert', f'--input={step}', f'--output={output}', '--to=gguf', '--verify').succeeded()
+def test_convert_writes_the_mean_of_steps_of_a_run(commands, run, tmp_path):
+    steps, output = [f'{run}/checkpoints/{step}' for step in (8, 12)], tmp_path / 'model.gguf'
+    commands.run(
+        'convert', f'--input={",".join(steps)}', f'--output={output}', '--to=gguf', '--verify'
+    ).succeeded()
+    found, *parts = (
+        pretrained.open(path).source.tensors['blocks/attention/q'][0].read() for path in (output, *steps)
+    )
+    np.testing.assert_allclose(
+        found, (parts[0] + parts[1]) / 2, atol=1e-7
+    )  # fp32's rounding of weights of 0.02
 
 
 def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path):
@@ -546,6 +555,7 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path)
         (f'--input={run}', '--to=meta', '--xla_options=x'): "Unknown command line flag 'xla_options'",
         (f'--input={run}', '--to=torch'): '--to',
         (f'--input={run}/checkpoints/5', '--to=meta'): 'the steps there are [4, 8, 12]',
+        (f'--input={run},', '--to=meta'): 'names an empty path',
     }.items():
         assert message in commands.run('convert', *arguments, output).error()
         assert not any(tmp_path.iterdir())

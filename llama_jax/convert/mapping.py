@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.convert.tensors import ALL, HalfSplit, Tensor, row_blocks
+from llama_jax.convert.tensors import ALL, Computed, HalfSplit, Rounded, Tensor, row_blocks
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast, copy_tiles
 from llama_jax.types import InputError, LazyArray
@@ -136,6 +136,15 @@ class Source:
     def dtype(self) -> np.dtype:
         """Of the embedding, and usually of all."""
         return self.tensors['embed'][0].dtype
+
+
+def rounded(source: Source) -> Source:
+    """The same weights, those that are worked out cast once to the type of what they are made of."""
+    tensors = {
+        path: [Rounded(tensor, path) if isinstance(tensor, Computed) else tensor for tensor in layers]
+        for path, layers in source.tensors.items()
+    }
+    return dataclasses.replace(source, tensors=tensors)
 
 
 def assemble(

@@ -7,13 +7,14 @@ only as long as its piece is used, so that memory stays small however large the 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from llama_jax.placement import cast
 from llama_jax.storage import read_range
 from llama_jax.types import InputError
 
@@ -228,6 +229,47 @@ def to_half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [n * H, D] of whole heads, from half-split to interleaved."""
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Computed:
+    """A vector or matrix that is worked out of others when a piece of it is read, and never as a whole.
+
+    Attributes:
+      shape: one or two sizes.
+      stored_dtype: the type of what it is made of.
+      compute: the block of rows and columns, in float32, or float64 where that is stored.
+    """
+
+    shape: tuple[int, ...]
+    stored_dtype: np.dtype
+    compute: Callable[[slice, slice], np.ndarray]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float64 if self.stored_dtype == np.float64 else np.float32)
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        return self.compute(rows, columns).astype(self.dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rounded:
+    """What was worked out, cast once, to the type of what it was made of."""
+
+    tensor: Computed
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.stored_dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        return cast(self.tensor.read(rows, columns), self.dtype, self.name)
 
 
 def row_blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1, limit: int = 0) -> list[slice]:
