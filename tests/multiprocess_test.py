@@ -6,9 +6,12 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
+import llama_jax
+from llama_jax.models.llama import LlamaForCausalLM
 from tests.command_line import figures, saved_steps, tiny_run
 
 NUM_STEPS, BATCH_SIZE, SEQ_LEN = 6, 8, 64
@@ -305,6 +308,28 @@ def test_what_one_process_cannot_read_ends_all_in_one_line(commands, corpus, sha
     first, second = continue_from(commands, corpus, checkpoint, tmp_path / 'run', 2, damaged=1)
     assert 'process 1: page 5 is torn' in first.error()
     assert 'page 5 is torn' in second.error()
+
+
+@pytest.mark.slow
+def test_two_processes_decode_the_logits_of_one_that_reads_all_at_once(commands, shared_data):
+    """Of a prompt and of each new token, by shards of weights and cache on both, beside one pass without a cache."""
+    stories = shared_data / 'weights/stories260K'
+    processes = commands.run_processes(
+        'generate', f'--checkpoint={stories / "stories260K.pt"}', '--prompt=Once upon a time', '--format=jsonl',
+        '--mesh=fsdp=2,tensor=4', '--max_new_tokens=48', '--logprobs=2', '--echo', num_processes=2, num_devices=4,
+    )  # fmt: skip
+    (line,) = processes[0].succeeded().stdout.splitlines()
+    processes[1].succeeded()
+    told = json.loads(line)
+    config, params, tokenizer = llama_jax.load(stories / 'stories260K.pt')
+    scores = [*told['prompt_scores'], *told['scores']]
+    tokens = [score['token'] for score in scores]
+    assert tokens[: told['prompt_tokens']] == tokenizer.encode('Once upon a time', bos=True)
+    model = LlamaForCausalLM(config, dtype=np.float32)
+    logits, _ = model.apply({'params': params}, jax.numpy.array([tokens], np.int32))
+    wanted = np.asarray(jax.nn.log_softmax(logits[0, :-1]))[np.arange(len(tokens) - 1), tokens[1:]]
+    # Sums of fp32 in another order: logits are of the order of 10.
+    np.testing.assert_allclose([score['log_probability'] for score in scores[1:]], wanted, atol=2e-5)
 
 
 # Kills the process after so many finished prompts.
