@@ -67,6 +67,10 @@ def save(
     if dtype and dtype not in allowed:
         raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
     source = source if dtype else rounded(source)
+    if source.config.scalar_head and to in ('meta', 'gguf'):
+        raise InputError(
+            f'{source.origin} is a reward model, and {to} has no place for its score; write huggingface or orbax'
+        )
     held = {tensor.dtype.name for layers in source.tensors.values() for tensor in layers}
     if to in ('meta', 'gguf') and not dtype and (wide := held - set(FLOAT_DTYPES)):
         raise InputError(f'{source.origin} holds {min(wide)}, which {to} does not; give dtype float32')

@@ -22,7 +22,8 @@ from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c,
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
+from llama_jax.models.llama import abstract_params, param_axes
+from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.placement import BlockArray, GrownTable, place_all
 from llama_jax.quantize.files import dequantized_leaves, open_codes
@@ -75,7 +76,7 @@ def load(
         raise InputError('mesh and partitioner are both given; a partitioner has a mesh of its own')
     checkpoint = path if isinstance(path, Checkpoint) else open(path)
     partitioner = partitioner or Partitioner(mesh or make_mesh({}, jax.devices()[:1]))
-    model = LlamaForCausalLM(checkpoint.config)
+    model = model_of(checkpoint.config)
     shapes = abstract_params(model)
     shardings = partitioner.tree_shardings(shapes, param_axes(model))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)

@@ -1,5 +1,6 @@
 """Hugging Face's format: a folder of `config.json` and safetensors files, as transformers writes and loads it."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -14,7 +15,7 @@ from llama_jax.convert import bitsandbytes
 from llama_jax.convert.huggingface_config import CONFIG_FILE, config_json, read_config, token_ids
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import BFLOAT16, Tensor, tie
+from llama_jax.convert.tensors import ALL, BFLOAT16, Tensor, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.json_file import read_object, show_json
 from llama_jax.placement import cast
@@ -37,7 +38,7 @@ _CARRIED = (
 # fmt: on
 
 _FLOATS = [np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
-_EMBED, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+_EMBED, _HEAD, _SCORE = 'model.embed_tokens.weight', 'lm_head.weight', 'score.weight'
 # Those of LlamaModel, the trunk alone, which lack `model.`.
 _BASE_NAME = re.compile(r'(embed_tokens|norm|layers\.\d+)\..*')
 # Buffers that models make themselves: of RoPE, and of masks in the first uploads.
@@ -64,6 +65,13 @@ def open_source(folder: epath.Path) -> Source:
         if full_name in found:
             raise InputError(f'{folder} holds both {name} and {full_name}; one of them must go')
         found[full_name] = tensor
+    if config.scalar_head and (score := found.get(_SCORE)) is not None:
+        if tuple(score.shape) != (1, config.embed_dim):
+            raise InputError(
+                f'{folder}: {_SCORE} has shape {tuple(score.shape)}; a reward model gives one score, so it must be '
+                f'{(1, config.embed_dim)}'
+            )
+        found[_SCORE] = _OneRow(score)
     head = found.pop(_HEAD, None) if config.tie_embeddings else None
     if head is not None:
         # transformers 4 drops a head of its own, 5 unties it: no reading would be right for both.
@@ -79,6 +87,25 @@ def open_source(folder: epath.Path) -> Source:
 
 
 # Weights.
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneRow:
+    """A matrix of one row as a vector."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.matrix.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.matrix.dtype
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        del columns
+        return self.matrix.read(ALL, rows)[0]
 
 
 def _open_weights(folder: epath.Path) -> Mapping[str, Tensor]:
@@ -199,12 +226,19 @@ def _entries(source: Source, dtype: np.dtype | None) -> list[Entry]:
         tensor, name = source.tensors[weight.path][layer], weight.name('huggingface', layer)
         chosen = np.dtype(dtype or tensor.dtype)
         read = functools.partial(_read, tensor, chosen, name)
-        entries.append(Entry(name, tuple(tensor.shape), chosen, read))
+        shape = tuple(tensor.shape)
+        if name == _SCORE:
+            shape, read = (1, *shape), functools.partial(_read_row, read)
+        entries.append(Entry(name, shape, chosen, read))
     return entries
 
 
 def _read(tensor: Tensor, dtype: np.dtype, name: str, rows: slice) -> np.ndarray:
     return cast(tensor.read(rows), dtype, name)
+
+
+def _read_row(read: Callable[[slice], np.ndarray], rows: slice) -> np.ndarray:
+    return read(ALL)[None][rows]
 
 
 def _shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:

@@ -15,7 +15,9 @@ from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.types import InputError, refusals_of
 
 CONFIG_FILE = 'config.json'
-_ARCHITECTURES = {'LlamaForCausalLM', 'LLaMAForCausalLM', 'LlamaModel'}  # the second in uploads of March 2023
+_REWARD_MODEL = 'LlamaForSequenceClassification'
+# The second in uploads of March 2023.
+_ARCHITECTURES = {'LlamaForCausalLM', 'LLaMAForCausalLM', 'LlamaModel', _REWARD_MODEL}
 _MAX_SIZE = 2**31 - 1
 
 
@@ -52,6 +54,7 @@ def read_config(folder: epath.Path) -> LlamaConfig:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_embeddings=_flag(values, 'tie_word_embeddings', path),
+        scalar_head=_is_reward_model(values, path),
     )
     with refusals_of(path):  # of how the fields go together
         return config()
@@ -62,8 +65,8 @@ def _refuse_others(values: dict, path: epath.Path) -> None:
     architectures = values.get('architectures') or ['LlamaForCausalLM']
     if not isinstance(architectures, list) or not set(map(str, architectures)) <= _ARCHITECTURES:
         raise InputError(
-            f'{path}: architectures is {show_json(architectures)}, but only a Llama language model can be read '
-            f'({", ".join(sorted(_ARCHITECTURES))})'
+            f'{path}: architectures is {show_json(architectures)}, but only a Llama language or reward model can '
+            f'be read ({", ".join(sorted(_ARCHITECTURES))})'
         )
     if (kind := values.get('model_type', 'llama')) != 'llama':
         raise InputError(f'{path}: model_type is {show_json(kind)}, but only llama can be read')
@@ -82,6 +85,19 @@ def _refuse_others(values: dict, path: epath.Path) -> None:
     for key in ('attention_bias', 'mlp_bias'):
         if _flag(values, key, path):
             raise InputError(f'{path}: {key} is true; a Llama has no biases')
+
+
+def _is_reward_model(values: dict, path: epath.Path) -> bool:
+    """Whether it classifies sequences, by one number: with several it is a classifier, which has no place here."""
+    if _REWARD_MODEL not in (values.get('architectures') or ()):
+        return False
+    labels = values.get('id2label')
+    number = values.get('num_labels', len(labels) if isinstance(labels, dict) else 2)
+    if number != 1:
+        raise InputError(
+            f'{path}: num_labels is {show_json(number)}: a classifier; a reward model gives one score, so it must be 1'
+        )
+    return True
 
 
 def _rope(values: dict, path: epath.Path) -> tuple[float, RopeScaling | None, int]:
@@ -207,8 +223,10 @@ def config_json(config: LlamaConfig, dtype: np.dtype, bos_id: int | None, eos_id
       eos_ids: the tokens that end a text.
     """
     scaling, context = _rope_json(config)
+    # Which of a row's tokens is the last one transformers finds by the padding: an id that ends no sequence.
+    padding = next(number for number in range(len(eos_ids) + 1) if number not in eos_ids)
     return {
-        'architectures': ['LlamaForCausalLM'],
+        'architectures': [_REWARD_MODEL if config.scalar_head else 'LlamaForCausalLM'],
         'model_type': 'llama',
         'vocab_size': config.vocab_size,
         'hidden_size': config.embed_dim,
@@ -230,6 +248,11 @@ def config_json(config: LlamaConfig, dtype: np.dtype, bos_id: int | None, eos_id
         'pretraining_tp': 1,
         'use_cache': True,
         **token_ids(bos_id, eos_ids),
+        **(
+            {'id2label': {'0': 'score'}, 'label2id': {'score': 0}, 'pad_token_id': padding}
+            if config.scalar_head
+            else {}
+        ),
         'torch_dtype': dtype.name,
     }
 

@@ -96,13 +96,16 @@ WEIGHTS: tuple[Weight, ...] = (
            'blk.{}.ffn_down.weight', ('embed', 'mlp'), num_in=1, meta_axis=1),
     Weight('final_norm', 'norm.weight', 'model.norm.weight', 'output_norm.weight', ('embed',)),
     Weight('head', 'output.weight', 'lm_head.weight', 'output.weight', ('vocab', 'embed'), meta_axis=0),
+    # Of a reward model, in the head's place; a name in Hugging Face alone, where it is one row.
+    Weight('score', '', 'score.weight', '', ('embed',)),
 )
 # fmt: on
 
 
 def weights_of(config: LlamaConfig) -> tuple[Weight, ...]:
-    """The rows that a model of this config has: no head where it is tied to the embedding."""
-    return tuple(w for w in WEIGHTS if not (w.path == 'head' and config.tie_embeddings))
+    """The rows that a model of this config has: no head where it is tied to the embedding, or is a score."""
+    left_out = {'head'} if config.scalar_head else {'head', 'score'} if config.tie_embeddings else {'score'}
+    return tuple(w for w in WEIGHTS if w.path not in left_out)
 
 
 def layers_of(weight: Weight, config: LlamaConfig) -> range:
@@ -113,7 +116,12 @@ def layers_of(weight: Weight, config: LlamaConfig) -> range:
 def in_file_order(config: LlamaConfig) -> list[tuple[Weight, int]]:
     """Every matrix and its layer in the order of all formats: embedding, layer by layer, final norm, head."""
     rows = [(weight, layer) for weight in weights_of(config) for layer in layers_of(weight, config)]
-    place = {'embed': -1, 'final_norm': config.num_layers, 'head': config.num_layers + 1}
+    place = {
+        'embed': -1,
+        'final_norm': config.num_layers,
+        'head': config.num_layers + 1,
+        'score': config.num_layers + 1,
+    }
     # Stable: within a layer as in the table.
     return sorted(rows, key=lambda row: place.get(row[0].path, row[1]))
 

@@ -87,7 +87,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of one Llama; a field `x_dim` or `num_x` is the size of the logical axis `x`."""
+    """Sizes and constants of one Llama; a field `x_dim` or `num_x` is the size of the logical axis `x`.
+
+    With `scalar_head` it is a reward model: the head gives a score in the place of the next token's logits.
+    """
 
     vocab_size: int
     embed_dim: int
@@ -101,6 +104,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    scalar_head: bool = False
 
     def __post_init__(self):
         _check_ranges(type(self), vars(self))
@@ -121,12 +125,15 @@ class LlamaConfig:
     @property
     def num_params(self) -> int:
         """All weights; a tied embedding counts once."""
-        tables = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
-        return self.num_block_params + self.embed_dim + tables
+        table = self.vocab_size * self.embed_dim
+        head = self.embed_dim if self.scalar_head else 0 if self.tie_embeddings else table
+        return self.num_block_params + self.embed_dim + table + head
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
+        if not self.scalar_head:  # as before there were others
+            del values['scalar_head']
         if self.rope_scaling and self.rope_scaling.kind == 'llama3':  # as before there were others
             values['rope_scaling'] = {name: values['rope_scaling'][name] for name in _LLAMA3_FIELDS}
         return values

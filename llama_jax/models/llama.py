@@ -310,6 +310,8 @@ class LlamaForCausalLM(Transformer):
 
     def setup(self):
         super().setup()
+        if self.config.scalar_head:
+            raise InputError('this is a reward model, which gives scores and no text; give a language model')
         if not self.config.tie_embeddings:
             V, D = self.config.vocab_size, self.config.embed_dim
             self.head = weight(self, 'head', (V, D), ('vocab', 'embed'), _normal)

@@ -1,11 +1,15 @@
 """The reward model: the trunk with a head that scores what was read so far (Llama 2 paper, section 3.2.2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.models.llama import Transformer, weight
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM, Transformer, weight
 from llama_jax.ops.linear import einsum
+from llama_jax.types import InputError
 
 
 class LlamaForRewardModel(Transformer):
@@ -13,6 +17,8 @@ class LlamaForRewardModel(Transformer):
 
     def setup(self):
         super().setup()
+        if not self.config.scalar_head:
+            raise InputError('this is a language model, which gives no scores; train a reward model from it')
         D = self.config.embed_dim
         # So that the first scores have a variance near 1 (Huang et al. 2024, detail 8).
         self.score = weight(self, 'score', (D,), ('embed',), nn.initializers.normal((D + 1) ** -0.5))
@@ -32,3 +38,8 @@ class LlamaForRewardModel(Transformer):
         """
         hidden, _ = self.hidden(tokens, positions, segment_ids)
         return einsum('btd,d->bt', hidden, self.score, jnp.float32)
+
+
+def model_of(config: LlamaConfig, **knobs: Any) -> LlamaForCausalLM | LlamaForRewardModel:
+    """The model that an architecture is of, with the knobs of `Transformer`."""
+    return (LlamaForRewardModel if config.scalar_head else LlamaForCausalLM)(config, **knobs)

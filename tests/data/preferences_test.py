@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ from llama_jax.tokenizer.chat_format import Llama2ChatFormat, Llama3ChatFormat, 
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 from tests import toy
+
+SCORED = dataclasses.replace(toy.CONFIG, scalar_head=True)
 
 
 def random_pairs(number: int, seed: int, num_prompts: int = 0, alone: bool = False) -> list[EncodedPair]:
@@ -101,7 +105,7 @@ def test_best_fit_fills_bins_and_loses_nothing(number):
 def test_log_probabilities_and_scores_are_those_of_each_answer_alone(share):
     """Whatever stands before, behind or beside it."""
     kernel = 'shared_prefix' if share else 'auto'
-    policy, judge = toy.make_model(), LlamaForRewardModel(toy.CONFIG, dtype=jnp.float32)
+    policy, judge = toy.make_model(), LlamaForRewardModel(SCORED, dtype=jnp.float32)
     params, judging = toy.make_params(policy), toy.make_params(judge, seed=1)
     pairs = random_pairs(9, seed=1, num_prompts=4)
     rows = PreferenceRows(pairs, 48, share_prompt=share)
