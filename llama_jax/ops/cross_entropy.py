@@ -1,5 +1,6 @@
 """Next-token cross-entropy, with the head's product folded in so that [B, T, V] logits need never exist."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.ops.linear import Weight, einsum, materialize
+from llama_jax.ops.lora import LoraArray
 from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
@@ -45,17 +47,30 @@ def token_log_probabilities(
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    weight = _gathered(materialize(head).astype(hidden.dtype), partitioner)
+    return -_losses_by_chunk(hidden, head, targets, num_chunks, 0.0, partitioner)[0]
+
+
+def _losses_by_chunk(hidden, head, targets, num_chunks, z_loss, partitioner):
+    """[B, T] of each of `_weights`, with gradients into all that the head is made of."""
+    weight = _gathered_parts(head, hidden.dtype, partitioner)
 
     @jax.checkpoint
     def of_chunk(x, target):
-        return -token_losses(einsum('btd,vd->btv', x, weight, jnp.float32), target)
+        logits = einsum('btd,vd->btv', x, weight, jnp.float32)
+        return [token_losses(logits, target, z) for z in _weights(z_loss)]
 
     def body(_, chunk):
         return None, of_chunk(*chunk)
 
     _, by_chunk = jax.lax.scan(body, None, _chunks((hidden, targets), num_chunks))
-    return jnp.moveaxis(by_chunk, 0, 2).reshape(targets.shape)
+    return [jnp.moveaxis(losses, 0, 2).reshape(targets.shape) for losses in by_chunk]
+
+
+def _gathered_parts(head, dtype, partitioner):
+    """The head gathered: as one array, or as that of the base with its adapter beside it."""
+    if not isinstance(head, LoraArray):
+        return _gathered(materialize(head).astype(dtype), partitioner)
+    return dataclasses.replace(head, base=_gathered(materialize(head.base).astype(dtype), partitioner))
 
 
 def head_cross_entropy(
@@ -70,9 +85,10 @@ def head_cross_entropy(
     """Sum over unmasked tokens of the loss of logits = hidden @ head.T, the sequence taken in `num_chunks` pieces.
 
     Peak memory is one chunk's logits. The backward pass recomputes nothing: as the loss is the end of the line, each
-    chunk's gradient is taken while its logits are at hand (three products in all, as many as the plain loss costs) and
-    only scaled later. With a partitioner the head is gathered, and its gradient summed over devices, once whatever the
-    number of chunks.
+    chunk's gradient is taken while its logits are at hand (three products in all, as many as the plain loss costs; two
+    where the head is frozen) and only scaled later. With a partitioner the head is gathered, and its gradient summed
+    over devices, once whatever the number of chunks. Of a head with an adapter, whose gradient is the adapter's alone,
+    the backward pass does compute each chunk's logits again.
 
     Returns:
       The loss, to minimise, and what of it is negative log-likelihood, to read: it has no gradient.
@@ -80,7 +96,11 @@ def head_cross_entropy(
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    sums: Any = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
+    if isinstance(head, LoraArray):  # its parts are small, and the gradient of what they add up to is not
+        by_token = _losses_by_chunk(hidden, head, targets, num_chunks, z_loss, partitioner)
+        sums: Any = [jnp.sum(losses, where=mask) for losses in by_token]
+        return sums[0], jax.lax.stop_gradient(sums[-1])
+    sums = _head_cross_entropy(hidden, materialize(head), targets, mask, num_chunks, z_loss, partitioner)
     return sums[0], jax.lax.stop_gradient(sums[-1])
 
 
@@ -128,6 +148,8 @@ def _chunks(arrays, num_chunks):
 
 
 def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
+    hidden, targets, mask = hidden.value, targets.value, mask.value
+    head, is_trained = head.value, head.perturbed
     weight = _gathered(head.astype(hidden.dtype), partitioner)
     parts = _token_parts(hidden.shape[0], hidden.shape[1] // num_chunks, partitioner)
 
@@ -145,7 +167,8 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
         logits_gradient = probabilities * scale - jnp.where(is_target & keep[:, :, None], 1.0, 0.0)
         logits_gradient = logits_gradient.astype(hidden.dtype)
         x_gradient = einsum('btv,vd->btd', logits_gradient, weight)
-        head_gradient = place(head_gradient + product(x, logits_gradient))
+        if is_trained:
+            head_gradient = place(head_gradient + product(x, logits_gradient))
         return (_add(sums, losses, keep), head_gradient), x_gradient
 
     def product(x, logits_gradient):
@@ -165,11 +188,13 @@ def _forward(hidden, head, targets, mask, num_chunks, z_loss, partitioner):
     # Summed as [D, V] and turned once: the other way round XLA would turn the far larger logits of every chunk.
     start = (
         (jnp.float32(0.0),) * len(_weights(z_loss)),
-        place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)),
+        place(jnp.zeros((*parts, *head.shape[::-1]), jnp.float32)) if is_trained else None,
     )
     (sums, head_gradient), x_gradients = jax.lax.scan(
         chunk_gradients, start, _chunks((hidden, targets, mask), num_chunks)
     )
+    if head_gradient is None:
+        return sums, (jnp.moveaxis(x_gradients, 0, 2).reshape(hidden.shape), None)
     if parts:
         head_gradient = _sum_over_devices(head_gradient, partitioner)
         # The sum over devices comes before the layers' backward pass: after it, the parts would be held all along.
@@ -220,10 +245,11 @@ def _backward(num_chunks, z_loss, partitioner, residuals, cotangents):
     hidden_gradient, head_gradient = residuals
     return (
         (hidden_gradient * cotangent).astype(hidden_gradient.dtype),
-        (head_gradient * cotangent).astype(head_gradient.dtype),
+        None if head_gradient is None else (head_gradient * cotangent).astype(head_gradient.dtype),
         None,
         None,
     )
 
 
-_head_cross_entropy.defvjp(_forward, _backward)
+# With them, `_forward` is told whether there is a gradient to be taken of the head: of a frozen one it makes none.
+_head_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

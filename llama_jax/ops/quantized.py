@@ -11,6 +11,7 @@ product. XLA's CPU would convert it one value at a time; there a matrix is first
 half a byte a weight, and taken apart by shifts. Of a loop of steps XLA makes the copies of all matrices before it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,20 +65,23 @@ class QuantizedArray:
         summed = tuple(axis for axis, letter in enumerate(of_weight) if letter not in out)
         others = [letter for letter in of_x if letter in out]
         assert out == ''.join([*others, *(letter for letter in of_weight if letter in out)]), equation
-        dtype = x.dtype if output_dtype is None else output_dtype
+        dtype = jnp.dtype(x.dtype if output_dtype is None else output_dtype)
 
-        def fused(x, qvalue, scale):
-            return _fused_product(equation, x, qvalue, scale, summed).astype(dtype)
+        def product(x, qvalue, scale):
+            def fused(x, qvalue, scale):
+                return _fused_product(equation, x, qvalue, scale, summed).astype(dtype)
 
-        def tiled(x, qvalue, scale):
-            return _tiled_product(x, qvalue, scale, summed, len(others)).astype(dtype)
+            def tiled(x, qvalue, scale):
+                return _tiled_product(x, qvalue, scale, summed, len(others)).astype(dtype)
 
-        def on_gpu(x, qvalue, scale):
-            # XLA would gather what several devices have, as it does not look into the kernel.
-            y = None if jax.device_count() > 1 else few_rows(x, qvalue, scale, summed, len(others))
-            return fused(x, qvalue, scale) if y is None else y.astype(dtype)
+            def on_gpu(x, qvalue, scale):
+                # XLA would gather what several devices have, as it does not look into the kernel.
+                y = None if jax.device_count() > 1 else few_rows(x, qvalue, scale, summed, len(others))
+                return fused(x, qvalue, scale) if y is None else y.astype(dtype)
 
-        return jax.lax.platform_dependent(x, self.qvalue, self.scale, cpu=tiled, cuda=on_gpu, default=fused)
+            return jax.lax.platform_dependent(x, qvalue, scale, cpu=tiled, cuda=on_gpu, default=fused)
+
+        return frozen_product(equation, product, _dequantized, x, (self.qvalue, self.scale))
 
     def take(
         self, rows: Int[Array, 'B T'], dtype: jax.typing.DTypeLike, partitioner: Partitioner | None
@@ -88,6 +92,43 @@ class QuantizedArray:
         if partitioner is not None:  # as there
             qvalue, scale = (partitioner.shard(x, ('vocab', 'act_embed'), 'embed') for x in (qvalue, scale))
         return _dequantized(*(jnp.take(x, rows, axis=0) for x in (qvalue, scale))).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def frozen_product(
+    equation: str,
+    product: Callable[..., Array],
+    dequantized: Callable[..., Array],
+    x: Float[Array, '...'],
+    parts: tuple[Array, ...],
+) -> Float[Array, '...']:
+    """`product(x, *parts)`, with the gradient of x alone: by the weight that the parts stand for, made anew for it.
+
+    Args:
+      equation: of activations and weight.
+      product: of x and the weight.
+      dequantized: the weight, of its parts.
+      x: activations.
+      parts: of the weight, which has no gradient.
+    """
+    return product(x, *parts)
+
+
+def _forward(equation, product, dequantized, x, parts):
+    del equation, dequantized
+    return product(x, *parts), (parts, jnp.zeros(0, x.dtype))
+
+
+def _backward(equation, product, dequantized, residuals, gradient):
+    del product
+    parts, like = residuals
+    operands, out = equation.split('->')
+    of_x, of_weight = operands.split(',')
+    weight = dequantized(*parts).astype(like.dtype)
+    return jnp.einsum(f'{out},{of_weight}->{of_x}', gradient.astype(like.dtype), weight), None
+
+
+frozen_product.defvjp(_forward, _backward)
 
 
 def scale_shape(shape: Sequence[int], summed: Sequence[int], group: int) -> tuple[int, ...] | None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
+from llama_jax.ops.lora import LoraArray
 from llama_jax.types import InputError
+from tests import toy
 
 BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40
 
@@ -134,3 +136,35 @@ def test_log_probabilities_by_token_are_those_of_the_logits(num_chunks):
     chunked = total(lambda h, w: token_log_probabilities(h, w, targets, num_chunks))
     whole = total(lambda h, w: -token_losses(jnp.einsum('btd,vd->btv', h, w), targets))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, whole)
+
+
+@pytest.mark.parametrize('z_loss', [0.0, 1e-2])
+def test_of_a_frozen_head_no_gradient_is_made(z_loss):
+    hidden, head, targets, mask = map(jnp.asarray, random_inputs())
+
+    def loss(hidden, head):
+        return head_cross_entropy(hidden, head, targets, mask, 3, z_loss)[0]
+
+    frozen, trained = jax.grad(loss), jax.grad(loss, argnums=(0, 1))
+    np.testing.assert_array_equal(frozen(hidden, head), trained(hidden, head)[0])
+    of_head = f'f32[{EMBED_DIM},{VOCAB_SIZE}]'
+    shown = [str(jax.make_jaxpr(fn)(hidden, head)) for fn in (frozen, trained)]
+    assert [of_head in text for text in shown] == [False, True]
+
+
+@pytest.mark.parametrize('axes', [(-1,), (-2,)])  # of a head, and of an embedding that is the head
+def test_a_head_with_an_adapter(axes):
+    hidden, head, targets, mask = map(jnp.asarray, random_inputs())
+    sizes = {(-1,): (EMBED_DIM, VOCAB_SIZE), (-2,): (VOCAB_SIZE, EMBED_DIM)}[axes]
+    rng = np.random.default_rng(1)
+    a, b = (jnp.float32(rng.normal(size=size)) for size in ((sizes[0], 3), (3, sizes[1])))
+
+    def loss(parts, whole):
+        weight = LoraArray(head, *parts, scale=0.3, axes=axes)
+        weight = weight.materialize() if whole else weight
+        losses = head_cross_entropy(hidden, weight, targets, mask, 3, 1e-2)
+        return losses[0] + 0.5 * token_log_probabilities(hidden, weight, targets, 3).sum()
+
+    found, wanted = (jax.value_and_grad(loss)((a, b), whole) for whole in (False, True))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    toy.assert_same_gradients(*(dict(zip('ab', gradients, strict=True)) for _, gradients in (found, wanted)))
