@@ -95,13 +95,7 @@ class QuantizedArray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def frozen_product(
-    equation: str,
-    product: Callable[..., Array],
-    dequantized: Callable[..., Array],
-    x: Float[Array, '...'],
-    parts: tuple[Array, ...],
-) -> Float[Array, '...']:
+def frozen_product(equation, product, dequantized, x, parts):
     """`product(x, *parts)`, with the gradient of x alone: by the weight that the parts stand for, made anew for it.
 
     Args:
@@ -109,7 +103,7 @@ def frozen_product(
       product: of x and the weight.
       dequantized: the weight, of its parts.
       x: activations.
-      parts: of the weight, which has no gradient.
+      parts: of the weight, arrays or None; they have no gradient.
     """
     return product(x, *parts)
 
