@@ -9,9 +9,10 @@ The first token of a document is never one: segment ids tell where documents mee
 targets.
 """
 
+import bisect
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -229,3 +230,23 @@ def lm_batch(
         segment_ids=inputs,
         loss_mask=(inputs == ahead) & (ahead != 0),
     )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of what stands together in a bin: the longest first, each where it leaves least room.
+
+    Args:
+      lengths: none above the capacity.
+      capacity: of a bin.
+    """
+    rooms: list[tuple[int, int]] = []  # (what a bin has left, its number), in order
+    bins: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect.bisect_left(rooms, (lengths[number], -1))
+        room, index = rooms.pop(place) if place < len(rooms) else (capacity, len(bins))
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(number)
+        if left := room - lengths[number]:
+            bisect.insort(rooms, (left, index))
+    return bins

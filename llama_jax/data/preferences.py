@@ -8,7 +8,6 @@ first, and sees its prompt (`ops.attention_shared_prefix`), with positions that 
 is compared and where it is scored is made together with the ids; nothing is found out from the rows later.
 """
 
-import bisect
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int
 
-from llama_jax.data.packing import Row
+from llama_jax.data.packing import Row, best_fit
 from llama_jax.ops.attention_shared_prefix import SHARED, segment_of
 from llama_jax.tokenizer.chat_format import ChatFormat, Message
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -209,26 +208,6 @@ class PreferenceRows:
 def collate_preferences(rows: Sequence[Row]) -> PreferenceBatch:
     """Rows as a batch."""
     return PreferenceBatch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of what stands together in a bin: the longest first, each where it leaves least room.
-
-    Args:
-      lengths: none above the capacity.
-      capacity: of a bin.
-    """
-    rooms: list[tuple[int, int]] = []  # (what a bin has left, its number), in order
-    bins: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect.bisect_left(rooms, (lengths[number], -1))
-        room, index = rooms.pop(place) if place < len(rooms) else (capacity, len(bins))
-        if index == len(bins):
-            bins.append([])
-        bins[index].append(number)
-        if left := room - lengths[number]:
-            bisect.insort(rooms, (left, index))
-    return bins
 
 
 def _write(row: dict[str, Any], slot: int, tokens: np.ndarray, position: int, segment: int) -> int:
