@@ -2,14 +2,9 @@
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
-import importlib.util
 import logging
-import os
-import pathlib
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +21,16 @@ from llama_jax.models.llama import abstract_params, param_axes
 from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.placement import BlockArray, GrownTable, place_all
+from llama_jax.pretrained.hub import resolve
 from llama_jax.quantize.files import dequantized_leaves, open_codes
 from llama_jax.quantize.forms import Form, parse_forms, represent_all
 from llama_jax.runtime import refused_by_all
-from llama_jax.storage import enable_bucket, read_range
+from llama_jax.storage import read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.chat_template import template_beside
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, error_line, refusals_of
+from llama_jax.types import InputError, Params, refusals_of
 
 logger = logging.getLogger(__name__)
 
@@ -258,100 +254,6 @@ class Checkpoint:
     @functools.cached_property
     def _gguf_header(self) -> gguf_file.Header:
         return gguf_file.read_header(self.place)
-
-
-def resolve(path: epath.PathLike) -> epath.Path:
-    """The local or `gs://` place of a checkpoint: downloads it where it is `hf://ORGANISATION/MODEL[@REVISION][/FILE]`."""
-    text = os.fspath(path)
-    if not text.startswith('hf://'):
-        enable_bucket(text)
-        return epath.Path(text)
-    match = re.fullmatch(r'hf://([^/@\s]+/[^/@\s]+)(?:@([^/\s]+))?(?:/([^\s]+))?', text)
-    if not match:
-        raise InputError(
-            f'{text} is not hf://ORGANISATION/MODEL, hf://ORGANISATION/MODEL@REVISION or either with /FILE behind it'
-        )
-    if importlib.util.find_spec('huggingface_hub') is None:
-        raise InputError(f"{text} needs the package huggingface_hub: pip install 'llama_jax[hf]'")
-    return _downloaded(text, match[1], match[2], (match[3] or '').strip('/'))
-
-
-def _downloaded(text: str, repository: str, revision: str | None, part: str) -> epath.Path:
-    """The folder or file of a repository in the hub's cache, which goes on where it was interrupted."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    page = f'https://huggingface.co/{repository}'
-    fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision)
-    try:
-        try:
-            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
-            patterns, place = _wanted_of(names, text, part)
-            folder = epath.Path(fetch(allow_patterns=patterns))
-        except (
-            InputError, errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
-        ):  # fmt: skip
-            raise
-        except Exception as error:  # without a network, what was fetched before will do
-            try:
-                folder = epath.Path(fetch(local_files_only=True))
-            except Exception:
-                raise error from None
-            logger.info('%s is read from the cache: %s', text, error_line(error))
-            local = pathlib.Path(folder)
-            names = [str(f.relative_to(local)) for f in local.rglob('*') if f.is_file()]
-            _, place = _wanted_of(names, text, part)
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f'{text} cannot be downloaded: it is gated; accept its licence at {page}, then log in by `hf auth login`, '
-            f'or set HF_TOKEN ({error_line(error)})'
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f'{text} cannot be downloaded: there is no {page}, or it is private; if it is yours, log in by '
-            f'`hf auth login`, or set HF_TOKEN ({error_line(error)})'
-        ) from error
-    except InputError:
-        raise
-    except (
-        Exception
-    ) as error:  # the hub's own, of several lines each, and those of the HTTP client of its release
-        raise InputError(f'{text} cannot be downloaded: {" ".join(str(error).split())}') from error
-    return folder / place if place else folder
-
-
-def _wanted_of(names: Collection[str], text: str, part: str) -> tuple[list[str], str]:
-    """(patterns of the files of a repository that are needed, the place of the checkpoint in it)."""
-    beside = ['*.json', 'tokenizer.model', '*.jinja']
-    if part:
-        if part in names and part.endswith('.gguf'):
-            return [part], part
-        inside = [name for name in names if name.startswith(f'{part}/')]
-        if not inside:
-            raise InputError(f'{text}: the repository has no {part}; it holds {", ".join(sorted(names)[:8])}')
-        patterns, place = _wanted_of([name.removeprefix(f'{part}/') for name in inside], text, '')
-        return [f'{part}/{pattern}' for pattern in patterns], f'{part}/{place}'.rstrip('/')
-    at_top = [name for name in names if '/' not in name]
-    for ending in ('safetensors', 'bin'):
-        if any(re.fullmatch(rf'(pytorch_)?model[\w.-]*\.{ending}', name) for name in at_top):
-            kept = [name for name in at_top if name.endswith(f'.{ending}')]
-            return [name for name in at_top if any(fnmatch.fnmatch(name, p) for p in beside)] + kept, ''
-    if 'params.json' in at_top:
-        return ['params.json', 'tokenizer.model', 'consolidated.*.pth'], ''
-    if 'original/params.json' in names:
-        return ['original/*'], 'original'
-    models = sorted(name for name in names if name.endswith('.gguf'))
-    if len(models) == 1:
-        return models, models[0]
-    if models:
-        raise InputError(
-            f'{text} holds several GGUF files; give one of them: {text}/{models[0]}, {", ".join(models[1:8])}'
-        )
-    if 'adapter_config.json' in at_top:
-        raise InputError(
-            f'{text} is an adapter, not a model; merge it into its base model with peft, and give that'
-        )
-    raise InputError(f'{text} holds no weights of a Llama: {", ".join(sorted(names)[:8])}')
 
 
 def _run_of(path: epath.Path) -> epath.Path:
