@@ -21,6 +21,21 @@ def all_of(preset: str) -> ConfigDict:
     return config
 
 
+def fine_tuning(preset: str) -> ConfigDict:
+    """A configuration of runs on records (`llama_jax/data/records.py`), which are short and begin with a checkpoint."""
+    config = all_of(preset)
+    for name in ('weights', 'text_key', 'separator', 'vocab_size'):
+        del config.data[name]
+    for name in ('prompt', 'max_rows', 'tasks_every'):
+        del config.eval[name]
+    del config.train.z_loss
+    config.data.update(records())
+    config.train.num_steps = 0  # those of `num_epochs`
+    config.train.num_epochs = 2.0  # passes over the data; 0: `num_steps` updates
+    config.data.tokenizer = ''  # the checkpoint's
+    return config
+
+
 def model(preset: str) -> ConfigDict:
     """The architecture and how it is computed."""
     section = ConfigDict()
@@ -45,6 +60,16 @@ def data() -> ConfigDict:
     section.tokenizer = 'data/tokenizer.model'  # sentencepiece or tiktoken; '': train one
     section.vocab_size = 32_000  # of the tokenizer, where one is trained
     section.seq_len = 2048  # tokens in a row
+    return section
+
+
+def records() -> ConfigDict:
+    """How records become rows."""
+    section = ConfigDict()
+    section.format = ''  # llama2, llama3, alpaca, tulu, vicuna, hh, plain; '': of the tokenizer's family
+    section.key_map = ''  # where records have other keys: instruction=question,output=answer
+    section.on_error = 'stop'  # at the first bad record; skip: leave them out, count and name them
+    section.too_long = 'drop'  # what no row holds; oldest: it loses its first turns, cut: its end
     return section
 
 

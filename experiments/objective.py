@@ -36,6 +36,16 @@ class Objective:
         return self.view(state.params, self.frozen)
 
 
+def objective_of(
+    config: ConfigDict,
+    model: LlamaForCausalLM,
+    partitioner: Partitioner,
+    base: pretrained.Checkpoint | None = None,
+) -> Objective:
+    """What a configuration describes, told by its sections: what a command trains, and preflight compiles."""
+    return language_modelling(config, model, partitioner, base)
+
+
 def language_modelling(
     config: ConfigDict,
     model: LlamaForCausalLM,
@@ -47,7 +57,9 @@ def language_modelling(
     return Objective(
         *abstract_params_and_axes(model),
         first_params=functools.partial(first_params, model, base, config.seed),
-        loss_fn=language_model_loss(model, z_loss=config.train.z_loss, num_chunks=config.train.loss_chunks),
+        loss_fn=language_model_loss(
+            model, z_loss=config.train.get('z_loss', 0.0), num_chunks=config.train.loss_chunks
+        ),
         batch=LMBatch.abstract(*shape, partitioner.batch_sharding(*shape)),
     )
 

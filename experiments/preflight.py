@@ -2,8 +2,8 @@
 
     python -m experiments.preflight --config=configs/pretrain.py:llama2_70b --topology=v5p:4x4x8 [--json=FILE]
 
-Compiles the very step that `experiments.pretrain` would run with the same --config keys. Where it does not fit, tries
-changes that leave what is learnt as it is, and names those that help. With --decode_batch, a step of generation too.
+Compiles the very step that a command would run with the same --config keys. Where it does not fit, tries changes that
+leave what is learnt as it is, and names those that help. With --decode_batch, a step of generation too.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments import launch, settings
 from experiments.config_file import flatten
-from experiments.objective import compile_step, language_modelling
+from experiments.objective import compile_step, objective_of
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
@@ -137,13 +137,13 @@ def main() -> None:
 def compile_training(
     config: ConfigDict, llama: LlamaConfig, devices: list[Any], xla_options: str
 ) -> tuple[ahead.Compiled, Work, Partitioner]:
-    """The train step of `experiments.pretrain`, compiled for these devices, and what it is to do."""
+    """The train step of a configuration's objective, compiled for these devices, and what it is to do."""
     partitioner = settings.make_partitioner(config, devices)
     settings.check_sizes(config, llama.max_seq_len, partitioner)
     model = settings.make_model(config, llama, partitioner)
     optimizer = settings.make_optimizer_config(config)
-    tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps))
-    objective = language_modelling(config, model, partitioner)
+    tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps or 1))
+    objective = objective_of(config, model, partitioner)
     options = settings.compiler_options(xla_options, partitioner)
     target, step_fn = compile_step(objective, tx, partitioner, config.train.num_microbatches, options)
     rng = jax.eval_shape(lambda: jax.random.key(0))

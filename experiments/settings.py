@@ -42,12 +42,18 @@ def check_settings(config: ConfigDict) -> None:
             or key.startswith(_CHECKED_ELSEWHERE)
         ):
             continue
-        least, end = int(key in _POSITIVE), _BELOW.get(key, math.inf)
+        by_epochs = key == 'train.num_steps' and config.train.get('num_epochs')
+        least, end = int(key in _POSITIVE and not by_epochs), _BELOW.get(key, math.inf)
         if not least <= value < end:  # a NaN is in no range
             above = '' if end == math.inf else f' and below {end}'
             raise InputError(f'--config.{key}={value} is out of range: it must be at least {least}{above}')
+    if config.train.num_steps and config.train.get('num_epochs'):
+        raise InputError(
+            f'--config.train.num_steps={config.train.num_steps} and --config.train.num_epochs='
+            f'{config.train.num_epochs} are both given; set one of them to 0'
+        )
     start, steps = config.log.profile_start, config.log.profile_steps
-    if steps and start >= config.train.num_steps:
+    if steps and 0 < config.train.num_steps <= start:
         raise InputError(
             f'--config.log.profile_start={start} is not before the last of --config.train.num_steps='
             f'{config.train.num_steps}: nothing would be traced'
@@ -61,7 +67,7 @@ def check_settings(config: ConfigDict) -> None:
 
 def check_prompt(config: ConfigDict, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """What is completed at the end of the run must fit then."""
-    if config.eval.sample_tokens:
+    if config.eval.sample_tokens and 'prompt' in config.eval:
         with flags_named('--config.eval.prompt'):
             length = len(tokenizer.encode(config.eval.prompt, bos=True))
             if length >= max_seq_len:
@@ -173,6 +179,8 @@ def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:
 
 def parse_weights(config: ConfigDict) -> list[float] | None:
     """`data.weights` as numbers; None weighs the sources by their size."""
+    if 'weights' not in config.data:
+        return None
     given = f'--config.data.weights={config.data.weights!r}'
     try:
         weights = [float(weight) for weight in split_list(config.data.weights)] or None

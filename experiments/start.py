@@ -87,6 +87,11 @@ def find_tokenizer(
                     files = own_files(pretrained.load_tokenizer(given))
             elif base and base.tokenizer:
                 files = own_files(base.tokenizer)
+            elif 'vocab_size' not in config.data:
+                raise InputError(
+                    'there is no tokenizer: give the model to start from by --checkpoint, or the file by '
+                    '--config.data.tokenizer'
+                )
             else:
                 logger.info('training a tokenizer of %d ids', config.data.vocab_size)
                 with tempfile.TemporaryDirectory() as folder, flags_named('--config.data.vocab_size'):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,9 +92,19 @@ class Run:
 
 
 def plan(
-    config: ConfigDict, *, workdir: str, checkpoint: str, fork: str, override: str, xla_options: str
+    config: ConfigDict,
+    *,
+    workdir: str,
+    checkpoint: str,
+    fork: str,
+    override: str,
+    xla_options: str,
+    check_data: Callable[[Sequence[str]], None] = check_sources,
 ) -> Plan:
-    """Checks and opens what a command names (`launch.define_run`); writes nothing."""
+    """Checks and opens what a command names; writes nothing.
+
+    All but `config` and `check_data`, which refuses sources that cannot be read, are flags of `launch.define_run`.
+    """
     runtime.enable_compilation_cache(config.log.compilation_cache)
     folder, overrides = epath.Path(workdir), split_list(override)
     with runtime.refused_by_all():
@@ -110,14 +121,14 @@ def plan(
         compiler_options = settings.compiler_options(xla_options, partitioner)
         settings.parse_weights(config)
         optimizer = settings.make_optimizer_config(config)
-        schedule = make_schedule(optimizer, config.train.num_steps)
+        schedule = make_schedule(optimizer, config.train.num_steps or 1)
         tx = make_optimizer(optimizer, schedule)
         eval_tasks = settings.prepare_tasks(config)
         # Unknown names in `model`, and weights that do not divide over the mesh, show in the shapes alone.
         shapes_and_axes = abstract_params_and_axes(settings.make_model(config, preset, partitioner))
         abstract_state(*shapes_and_axes, tx, partitioner)
         with flags_named('--config.data.train', '--config.data.validation'):
-            check_sources(split_list(f'{config.data.train},{config.data.validation}'))
+            check_data(split_list(f'{config.data.train},{config.data.validation}'))
     held = hold_folder(folder, only_existing=True)
     tokenizer = find_tokenizer('' if origin else config.data.tokenizer, config, folder, base)
     llama = settings.fit_vocabulary(config, preset, tokenizer.vocab_size)
@@ -129,13 +140,32 @@ def plan(
     )  # fmt: skip
 
 
-def begin(plan: Plan, objective: Objective, fingerprint: str) -> Run:
+def in_epochs(plan: Plan, num_rows: int) -> Plan:
+    """The run with as many updates as so many rows take in `train.num_epochs`; the last one may begin a pass anew."""
+    if not plan.config.train.num_epochs:
+        return plan
+    config = plan.config.copy_and_resolve_references()
+    passes = config.train.num_epochs * num_rows / config.train.batch_size
+    config.train.num_steps = max(1, math.ceil(round(passes, 6)))
+    logger.info(
+        '%g passes over %s rows are %d steps',
+        config.train.num_epochs,
+        f'{num_rows:,}',
+        config.train.num_steps,
+    )
+    optimizer = settings.make_optimizer_config(config)
+    schedule = make_schedule(optimizer, config.train.num_steps)
+    return dataclasses.replace(plan, config=config, schedule=schedule, tx=make_optimizer(optimizer, schedule))
+
+
+def begin(plan: Plan, objective: Objective, fingerprint: str, template: str | None = None) -> Run:
     """Takes the workdir, records the run in it, and has the state that training goes on from.
 
     Args:
       plan: what was asked for.
       objective: what is minimised.
       fingerprint: of the data, which must be what they were when the run was begun, and the same on all hosts.
+      template: how the model is talked to from now on, in Jinja; None: as its checkpoint is.
     """
     config, workdir, llama, fork = plan.config, plan.workdir, plan.model.config, plan.fork
     with runtime.refused_by_all():
@@ -157,8 +187,9 @@ def begin(plan: Plan, objective: Objective, fingerprint: str) -> Run:
         changes = check_workdir(workdir, config, plan.checkpoint, plan.overrides)
         changes += check_data(workdir, fingerprint, plan.overrides)
     if runtime.is_main_process():
-        own_template = plan.base.template if plan.base and not config.data.tokenizer else ''
-        for name, data in own_files(plan.tokenizer, own_template).items():
+        if template is None:
+            template = plan.base.template if plan.base and not config.data.tokenizer else ''
+        for name, data in own_files(plan.tokenizer, template).items():
             storage.write_atomically(workdir / name, data)
         save_config(workdir, llama, base_checkpoint=plan.checkpoint or (str(fork.step) if fork else ''))
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
@@ -268,7 +299,7 @@ def evaluate_tasks(plan: Plan, objective: Objective) -> Measurement:
     names = tuple(
         f'{prepared.task.name}/{metric}' for prepared in eval_tasks for metric in prepared.task.metrics
     )
-    return Measurement(config.eval.tasks_every or config.train.num_steps, measure, names)
+    return Measurement(config.eval.get('tasks_every') or config.train.num_steps, measure, names)
 
 
 def _figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:

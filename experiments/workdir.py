@@ -27,8 +27,8 @@ logger = logging.getLogger('llama_jax.workdir')
 # What may change between launches: mesh, lengths, measuring, logging. All else is in a workdir's checkpoints, whatever
 # they are trained for.
 _FREE = (
-    'model.remat', 'model.unroll', 'model.attention', 'train.num_steps', 'train.num_microbatches', 'train.loss_chunks',
-    'mesh.', 'checkpoint.', 'eval.', 'log.',
+    'model.remat', 'model.unroll', 'model.attention', 'train.num_steps', 'train.num_epochs', 'train.num_microbatches',
+    'train.loss_chunks', 'mesh.', 'checkpoint.', 'eval.', 'log.',
 )  # fmt: skip
 
 _ORDER = 'rows come in another order than in an unbroken run: some may be read twice or not at all'
@@ -45,6 +45,10 @@ _OVERRIDABLE = {
     'data.validation_fraction': 'other documents validate than before, which may have been trained on',
     'data.text_key': _ORDER,
     'data.separator': _ORDER,
+    'data.key_map': _ORDER,
+    'data.on_error': _ORDER,
+    'data.too_long': _ORDER,
+    'data.loss_on': _NUMBERS,
     'data.seq_len': 'rows are of another length: those that are counted as consumed were of the old one',
     'train.batch_size': 'rows are counted on from those consumed, but steps of before had another number of them',
     'train.z_loss': _NUMBERS,

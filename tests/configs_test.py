@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from configs import pretrain, sections
+from configs import pretrain, sections, sft
 from experiments import config_file, settings
 from llama_jax.models.presets import PRESETS
 from llama_jax.train.optimizer import make_schedule
+from llama_jax.types import InputError
 
 CONFIGS = pathlib.Path(pretrain.__file__).parent
 
@@ -78,8 +79,38 @@ def test_every_key_is_explained():
     """Of what all configurations share; what a task sets otherwise is the recipe's."""
     explained = set()
     for line in pathlib.Path(sections.__file__).read_text().splitlines():
-        if key := re.match(r'    section\.(\w+) = ', line):
+        if key := re.match(r'    (?:section|config\.\w+)\.(\w+) = (?!\w+\()', line):
             # A name that is the usual symbol of its paper needs no more words.
             assert '#' in line or key[1] in ('beta1', 'beta2', 'tensorboard'), f'{key[1]} is not explained'
             explained.add(key[1])
-    assert explained == {key.partition('.')[2] for key in flat(sections.all_of('tiny'))} - {''}
+    known = flat(sections.all_of('tiny')) | flat(sections.fine_tuning('tiny'))
+    assert explained == {key.partition('.')[2] for key in known} - {''}
+
+
+def test_recipes_of_fine_tuning_are_the_papers():
+    """Llama 2 paper, section 3.1; Stanford Alpaca, README; Tulu 2 paper."""
+    published = {
+        'llama2_7b': {
+            'optimizer.learning_rate': 2e-5, 'optimizer.weight_decay': 0.1, 'train.batch_size': 64,
+            'data.seq_len': 4096, 'train.num_epochs': 2,
+        },
+        'llama2_7b,alpaca': {
+            'optimizer.learning_rate': 2e-5, 'optimizer.weight_decay': 0, 'train.batch_size': 128, 'data.seq_len': 512,
+            'train.num_epochs': 3,
+        },
+        'llama2_70b,tulu2': {'optimizer.learning_rate': 1e-5, 'train.batch_size': 128, 'train.num_epochs': 2},
+    }  # fmt: skip
+    for argument, values in published.items():
+        config = sft.get_config(argument)
+        settings.check_settings(config)
+        settings.check_sizes(
+            config, PRESETS[config.model.preset].max_seq_len, settings.make_partitioner(config)
+        )
+        found = flat(config)
+        assert {key: found[key] for key in values} == values
+    config.train.num_steps = 10
+    with pytest.raises(InputError, match='num_steps=10 and --config.train.num_epochs=2.0 are both given'):
+        settings.check_settings(config)
+    config.train.num_steps, config.train.num_epochs = 0, 0
+    with pytest.raises(InputError, match='--config.train.num_steps=0 is out of range'):
+        settings.check_settings(config)
