@@ -36,6 +36,9 @@ for _name, _value in {
     'JAX_COMPILATION_CACHE_DIR': str(_cache_dir()),
     'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**30),  # also makes its reads and writes hold a lock
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    # Of NumPy and of torch: threads that wait for products of such a size spin for twenty times what these take.
+    'OPENBLAS_NUM_THREADS': '1',
+    'OMP_NUM_THREADS': '1',
     'MPLBACKEND': 'agg',
     'HF_HUB_OFFLINE': '1',  # a test never reaches for the network
 }.items():

@@ -249,13 +249,14 @@ def test_without_segments_or_from_hopper_on_cudnn_takes_long_and_odd_rows(choice
 
 def test_documents_are_found():
     rng = np.random.default_rng(0)
+    found = jax.jit(attention_cudnn.documents, static_argnums=1)
     for _ in range(50):
         counts = rng.integers(1, 9, size=2)
         rows = [np.sort(rng.choice(np.arange(1, 40), size=n - 1, replace=False)) for n in counts]
         ids = np.stack([np.searchsorted(row, np.arange(40), side='right') + 1 for row in rows])
         if rng.random() < 0.5:  # the last is padding
             ids[0, ids[0] == ids[0, -1]] = 0
-        lengths, starts, fits = attention_cudnn.documents(jnp.asarray(ids, jnp.int32), 6)
+        lengths, starts, fits = found(jnp.asarray(ids, jnp.int32), 6)
         assert fits == (counts.max() <= 6)
         for row, found_lengths, found_starts in zip(rows, lengths, starts, strict=True):
             expected = np.array([0, *row])[:6]
@@ -269,7 +270,7 @@ def test_documents_are_found():
                 )
     for pieces in ([1, 2, 1], [0, 1, 0], [0, 1, 1], [2, 1, 0]):
         ids = jnp.repeat(jnp.asarray([pieces], jnp.int32), 4, axis=1)
-        assert not attention_cudnn.documents(ids, 6)[2]
+        assert not found(ids, 6)[2]
 
 
 @pytest.mark.parametrize(
@@ -336,14 +337,14 @@ def test_queries_that_continue_a_cache(num_queries, num_heads, num_kv_heads):
         k[b, slots[b, -1] + 1 :] = v[b, slots[b, -1] + 1 :] = 1e30
     want = reference(q, k, v, mask, np.zeros_like(q))[0]
     arguments = jnp.asarray(q), *(jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)), jnp.asarray(start)
-    for out in (cached_attention(*arguments), attend_by_tiles(*arguments, max_block=16)):
-        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    for attend in (cached_attention, functools.partial(attend_by_tiles, max_block=16)):
+        np.testing.assert_allclose(jax.jit(attend)(*arguments), want, rtol=1e-5, atol=1e-5)
 
 
 def codes_of_cache(k, v):
     """int8 of keys and values [B, T, K, H], heads first, and what they stand for."""
-    k, v = keys_as_codes(jnp.asarray(k)), values_as_codes(jnp.asarray(v))
-    held = keys_of_codes(k), v.materialize()
+    k, v = jax.jit(keys_as_codes)(k), jax.jit(values_as_codes)(v)
+    held = jax.jit(keys_of_codes)(k), v.materialize()
     return jax.tree.map(lambda x: x.swapaxes(1, 2), (k, v)), held
 
 
@@ -358,13 +359,13 @@ def test_a_cache_of_int8_is_attended_to_as_what_it_stands_for(num_queries, num_h
     for b in range(BATCH):  # rubbish behind what was read
         cache = jax.tree.map(lambda x: x.at[b, :, slots[b, -1] + 1 :].set(100), cache)  # noqa: B023
     arguments = jnp.asarray(q), *cache, jnp.asarray(start)
-    for out in (
-        cached_attention(*arguments), attend_at_once(*arguments), attend_by_tiles(*arguments, max_block=16),
-        attend_row_by_row(*arguments, max_bytes=4 * 8 * num_kv_heads * HEAD_DIM),
+    for attend in (
+        cached_attention, attend_at_once, functools.partial(attend_by_tiles, max_block=16),
+        functools.partial(attend_row_by_row, max_bytes=4 * 8 * num_kv_heads * HEAD_DIM),
     ):  # fmt: skip
-        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(attend)(*arguments), want, rtol=1e-5, atol=1e-5)
     # bfloat16 rounds the result, and the queries to begin with, by 2^-9.
-    out = cached_attention(arguments[0].astype(jnp.bfloat16), *arguments[1:])
+    out = jax.jit(cached_attention)(arguments[0].astype(jnp.bfloat16), *arguments[1:])
     np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 
 
@@ -388,7 +389,7 @@ def test_a_cache_that_is_split_over_devices_is_attended_to_as_a_whole_one(num_qu
     cache = [jnp.asarray(a.swapaxes(1, 2)) for a in (k, v)] if dtype == 'float32' else codes_of_cache(k, v)[0]
     arguments = jnp.asarray(q), *cache, jnp.array([3, 17])
     found = jax.jit(functools.partial(cached_attention, partitioner=partitioner))(*arguments)
-    np.testing.assert_allclose(found, cached_attention(*arguments), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, jax.jit(cached_attention)(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_piece_behind_a_cache_takes_memory_of_its_length():
@@ -412,7 +413,7 @@ def test_gradients_show_who_sees_whom(packed):
     def project(*qkv):
         return jnp.einsum('btnh,nh->bt', attention(*qkv, **segments), direction).sum(0)
 
-    jacobians = jax.jacrev(project, argnums=(0, 1, 2))(q, k, v)
+    jacobians = jax.jit(jax.jacrev(project, argnums=(0, 1, 2)))(q, k, v)
 
     by_q, by_k, by_v = (np.abs(j).max((-1, -2)).transpose(1, 0, 2) for j in jacobians)  # [B, T, S]
     seen = np.tril(np.ones((LENGTH, LENGTH), bool))[None].repeat(BATCH, 0)
@@ -433,7 +434,7 @@ def test_a_query_that_sees_no_key_poisons_nothing():
         out = attention(*qkv, q_segment_ids=jnp.asarray(nobody), kv_segment_ids=jnp.asarray(SEGMENT_IDS))
         return jnp.sum(out[:, :4] ** 2) + 0.0 * jnp.sum(out)
 
-    value, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
     assert all(np.isfinite(a).all() for a in (value, *gradients))
 
