@@ -6,6 +6,7 @@ takes either. It is a representation for as long as a program runs, never writte
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from llama_jax.types import Array, Params
 
 # Axes of a layer's matrix that a product sums over, where they are not the first one alone.
 _NUM_SUMMED = {'o': 2}
+# Values of a layer's matrix from which on a CPU multiplies several rows with it faster by outputs.
+_LEAST_BY_OUTPUTS = 1 << 20
 
 
 def is_unstacked(params: Params) -> bool:
@@ -32,8 +35,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
       params: as a checkpoint has them, in any representation whose arrays have the layers as their first axis; abstract
         ones too. Those of layers apart are given back.
       dtype: of the computation: arrays of matrices in a wider floating-point type are rounded to it once, as they would
-        be in each of their products; on one CPU those of the layers in float32 become `OutputMajorArray`. None: nothing
-        is changed.
+        be in each of their products; on one CPU large ones of the layers in float32 become `OutputMajorArray`. None:
+        nothing is changed.
       delete: the given arrays are deleted one after the other, as soon as they are unstacked or rounded, so that one
         weight at a time is in memory twice. Otherwise they stay, beside these.
 
@@ -66,7 +69,8 @@ def _layers(name: str, weight: Any, dtype: jax.typing.DTypeLike | None, delete: 
         columns = [_split(leaf, leaf.dtype, delete) for leaf in leaves]
         return tuple(structure.unflatten(row) for row in zip(*columns, strict=True))
     own_dtype = _narrower(weight, weight.ndim - 1, dtype)
-    if dtype is None or weight.ndim < 3 or own_dtype != jnp.float32 or not _is_on_one_cpu(weight):
+    is_small = weight.ndim < 3 or math.prod(weight.shape[1:]) < _LEAST_BY_OUTPUTS
+    if dtype is None or is_small or own_dtype != jnp.float32 or not _is_on_one_cpu(weight):
         return _split(weight, own_dtype, delete)
     num_summed = _NUM_SUMMED.get(name, 1)
     return tuple(OutputMajorArray(leaf, num_summed) for leaf in _split(weight, own_dtype, delete, num_summed))

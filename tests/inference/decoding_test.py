@@ -12,6 +12,7 @@ from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler, SamplerRows
+from llama_jax.models import unstacked
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
@@ -139,8 +140,9 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
 
 
 @pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
-def test_unstacked_weights_are_the_same_model(model, params, rows, mesh):
+def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, mesh):
     """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
+    monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', params['blocks']['mlp']['up'][0].size)
     tokens, want = rows[0], None
     if mesh is not None:
         partitioner = Partitioner(make_mesh(mesh))
@@ -150,7 +152,9 @@ def test_unstacked_weights_are_the_same_model(model, params, rows, mesh):
     apply = jax.jit(lambda params, tokens, cache: model.apply({'params': params}, tokens, cache=cache))
     weights = unstack(params, jnp.float32)
     for layer in weights['blocks']:
-        assert isinstance(layer['attention']['q'], OutputMajorArray) == (mesh is None)
+        for part, name in ('mlp', 'down'), ('attention', 'o'):
+            assert isinstance(layer[part][name], OutputMajorArray) == (mesh is None)
+        assert not isinstance(layer['attention']['k'], OutputMajorArray)  # it is small
         if mesh is not None:
             q = params['blocks']['attention']['q']
             assert layer['attention']['q'].sharding.spec == PartitionSpec(*q.sharding.spec[1:])
