@@ -87,7 +87,7 @@ def quantize_nf4(
     """
     weight = weight.astype(jnp.float32)
     absmax = absmax_of(weight, counts)
-    codes = codes_of(weight, absmax).astype(jnp.uint4)
+    codes = codes_of(weight, spread(absmax, weight.shape)).astype(jnp.uint4)
     return Nf4Array(codes, *(quantize_absmax(absmax, weight.shape, num_stacked) if double else (absmax,)))
 
 
@@ -98,10 +98,14 @@ def absmax_of(weight: Any, counts: Sequence[int]) -> Any:
 
 
 def codes_of(weight: Any, absmax: Any) -> Any:
-    """uint8 codes of float32 weights in NumPy or JAX: of the nearest levels, of two as near the lower one's."""
+    """uint8 codes of float32 weights in NumPy or JAX: of the nearest levels, of two as near the lower one's.
+
+    Args:
+      weight: float32.
+      absmax: of its blocks, spread to the weight's shape.
+    """
     xp = weight.__array_namespace__()
-    inverse = np.float32(1) / xp.maximum(absmax, np.finfo(np.float32).tiny)
-    scaled = xp.clip(weight * spread(inverse, weight.shape), -1, 1)
+    scaled = xp.clip(weight * (np.float32(1) / xp.maximum(absmax, np.finfo(np.float32).tiny)), -1, 1)
     if isinstance(weight, np.ndarray):
         return np.searchsorted(_BOUNDS, scaled).astype(np.uint8)
     return sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -66,8 +66,17 @@ class Quantizing:
             count = [
                 values.shape[a] if counts[a] == self.leaf.shape[a] else counts[a] for a in range(len(counts))
             ]
-            found[tuple(place)] = scales_of(values, self.form.dtype, count)
+            found[tuple(place)] = self._find_scales(values, count)
         return found
+
+    def _find_scales(self, values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        return scales_of(values, self.form.dtype, counts)
+
+    def _find_codes(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return codes_of(values, scale, self.form.dtype)
+
+    def _values(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return codes * scale.astype(self.scale.dtype).astype(np.float32)
 
     def _scales_for(self, layer: int) -> np.ndarray:
         with self._lock:
@@ -96,8 +105,8 @@ class Quantizing:
         stacked = len(self.leaf.shape) > 2
         within = (slice(0, 1), *index[1:]) if stacked else index
         scale = spread(scale, (1, *self.leaf.shape[1:]) if stacked else self.leaf.shape, within)
-        codes = codes_of(values, scale, self.form.dtype)
-        lost = codes * scale.astype(self.scale.dtype).astype(np.float32) - values
+        codes = self._find_codes(values, scale)
+        lost = self._values(codes, scale) - values
         squares = [float(np.square(x, dtype=np.float64).sum()) for x in (lost, values)]
         with self._lock:
             self._squares += squares

@@ -1,7 +1,8 @@
 """Which weights of a model are quantised, each in which form, and what stands for one where it is placed.
 
 int8 has one scale for each output channel. int4 has one for every 32 weights of the layers' matrices; the embedding and
-the head stay int8, a scale for each token. Norms are not quantised. Arithmetic and fields: `ops.quantized`.
+the head stay int8, a scale for each token. nf4, for bases that adapters are trained beside, is of the layers' matrices
+alone. Norms are not quantised. Arithmetic and fields: `ops.quantized`, `ops.nf4`.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.ops.nf4 import BLOCK, Nf4Array
 from llama_jax.ops.quantized import CODE_MAX, QuantizedArray, scale_shape
 from llama_jax.types import InputError, Params
 
-DTYPES = tuple(CODE_MAX)
+DTYPES = tuple(CODE_MAX)  # of checkpoints
+NF4 = 'nf4'
 _GROUP = 32  # of int4 where no other is asked for: as GGUF's
 # The axes of a weight that a product sums over, from the last; layers may be stacked in front of them.
 _SUMMED: dict[str, tuple[int, ...]] = {
@@ -31,7 +34,7 @@ class Form:
     """How one weight is quantised.
 
     Attributes:
-      dtype: of its codes, one of `DTYPES`.
+      dtype: of its codes, one of `DTYPES`, or `NF4`.
       group: how many weights along what a product sums over share a scale; 0: all, one scale an output channel.
     """
 
@@ -54,13 +57,16 @@ def choose_forms(
 
     Args:
       shapes: of all weights by path.
-      dtype: one of `DTYPES`.
+      dtype: one of `DTYPES`, or `NF4`.
       group: of the matrices of the layers: weights that share a scale, 0 for one an output channel; None: 0 for int8,
-        32 for int4, and a matrix that 32 does not divide is int8 by output channel.
+        32 for int4, and a matrix that 32 does not divide is int8 by output channel. It is not for nf4, whose blocks are
+        of 64, or of the most below that divide a matrix.
 
     Raises:
       InputError: an unknown dtype, or a group that does not divide a weight, which is named.
     """
+    if dtype == NF4:
+        return _nf4_forms(shapes)
     if dtype not in DTYPES:
         raise InputError(f'weights cannot be quantised to {dtype!r}; there are {" and ".join(DTYPES)}')
     if group is not None and group < 0:
@@ -82,6 +88,19 @@ def choose_forms(
                     f'group {group} does not divide weight {path}: {why}; choose one that divides, or 0'
                 )
             forms[path], reasons[path] = Form('int8'), f'{Form("int8")}, for {why}'
+    return forms, reasons
+
+
+def _nf4_forms(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Form], dict[str, str]]:
+    forms, reasons = {}, {}
+    for path, shape in shapes.items():
+        if path in _TABLES or not (summed := summed_axes(path, len(shape))):
+            continue
+        block = next(size for size in range(BLOCK, 0, -1) if scale_shape(shape, summed, size))
+        forms[path] = Form(NF4, block)
+        if block != BLOCK:
+            total = math.prod(shape[axis] for axis in summed)
+            reasons[path] = f'{forms[path]}, for {BLOCK} do not divide the {total} that a product sums over'
     return forms, reasons
 
 
@@ -111,24 +130,35 @@ def parse_forms(description: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return forms
 
 
-def represent(path: str, wanted: jax.ShapeDtypeStruct, form: Form) -> QuantizedArray:
+def represent(path: str, wanted: jax.ShapeDtypeStruct, form: Form) -> QuantizedArray | Nf4Array:
     """What stands for an abstract weight: its codes placed as it was, and scales where theirs are."""
-    counts = scale_shape(wanted.shape, summed_axes(path, len(wanted.shape)), form.group)
+    summed = summed_axes(path, len(wanted.shape))
+    counts = scale_shape(wanted.shape, summed, form.group)
     assert counts is not None, path
-    sharding = wanted.sharding
-    if isinstance(sharding, NamedSharding):
-        axes = [*sharding.spec, *[None] * (len(counts) - len(sharding.spec))]
-        axes = [
-            axis if _divides(count, axis, sharding) else None
-            for axis, count in zip(axes, counts, strict=True)
-        ]
-        of_scale = NamedSharding(sharding.mesh, PartitionSpec(*axes))
-    else:
-        of_scale = sharding
-    return QuantizedArray(  # pyright: ignore[reportCallIssue] - abstract leaves
-        jax.ShapeDtypeStruct(wanted.shape, jnp.dtype(form.dtype), sharding=sharding),  # pyright: ignore
-        jax.ShapeDtypeStruct(counts, jnp.float16 if form.group else jnp.float32, sharding=of_scale),  # pyright: ignore
-    )
+
+    def placed(counts: tuple[int, ...], dtype: Any) -> Any:
+        sharding = wanted.sharding
+        if isinstance(sharding, NamedSharding):
+            axes = [*sharding.spec, *[None] * (len(counts) - len(sharding.spec))]
+            axes = [a if _divides(n, a, sharding) else None for a, n in zip(axes, counts, strict=True)]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(counts, dtype, sharding=sharding)
+
+    if form.dtype != NF4:
+        codes = placed(wanted.shape, jnp.dtype(form.dtype))
+        return QuantizedArray(codes, placed(counts, jnp.float16 if form.group else jnp.float32))
+    nested = tuple(1 if axis in summed else count for axis, count in enumerate(counts))
+    offset = tuple(n if axis < num_stacked(path, len(counts)) else 1 for axis, n in enumerate(counts))
+    return Nf4Array(
+        placed(wanted.shape, jnp.uint4), placed(counts, jnp.int8), placed(nested, jnp.float32),
+        placed(offset, jnp.float32),
+    )  # fmt: skip
+
+
+def num_stacked(path: str, num_axes: int) -> int:
+    """The first axes of a weight that are of layers."""
+    own = {'q': 3, 'k': 3, 'v': 3, 'o': 3}.get(path.rpartition('/')[2], 2)
+    return num_axes - own
 
 
 def _divides(count: int, axis: Any, sharding: NamedSharding) -> bool:

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from llama_jax.ops.nf4 import Nf4Array, quantize_nf4
 from llama_jax.ops.output_major import OutputMajorArray
-from llama_jax.ops.quantized import QuantizedArray, quantize_array
-from llama_jax.quantize.forms import Form, choose_forms, name_of, represent, summed_axes
+from llama_jax.ops.quantized import QuantizedArray, quantize_array, scale_shape
+from llama_jax.quantize.forms import NF4, Form, choose_forms, name_of, num_stacked, represent, summed_axes
 from llama_jax.types import InputError, Params
 
 
@@ -30,7 +31,9 @@ def quantize(params: Params, dtype: str, group: int | None = None) -> Params:
     params = jax.tree.map(lambda w: w.materialize() if is_by_outputs(w) else w, params, is_leaf=is_by_outputs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     named = {name_of(keys): leaf for keys, leaf in leaves}
-    if done := [f'{path} ({leaf.qvalue.dtype})' for path, leaf in named.items() if is_quantized(leaf)]:
+    if done := [
+        f'{path} ({jax.tree.leaves(leaf)[0].dtype})' for path, leaf in named.items() if is_quantized(leaf)
+    ]:
         raise InputError(f'the weights are quantised already: {done[0]}; give those in floating point')
     forms, _ = choose_forms({path: leaf.shape for path, leaf in named.items()}, dtype, group)
     return jax.tree.unflatten(
@@ -45,7 +48,7 @@ def dequantize(params: Params) -> Params:
 
 def is_quantized(weight: Any) -> bool:
     """Whether it is integers with scales; where trees of weights are walked, such a one is a leaf."""
-    return isinstance(weight, QuantizedArray)
+    return isinstance(weight, QuantizedArray | Nf4Array)
 
 
 def _quantized(path: str, weight: jax.Array, form: Form | None) -> Any:
@@ -57,12 +60,17 @@ def _quantized(path: str, weight: jax.Array, form: Form | None) -> Any:
             path, jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=weight.sharding), form
         )
         placed = jax.tree.map(lambda leaf: leaf.sharding, target)
-    return _compiled(summed_axes(path, weight.ndim), form, placed)(weight)
+    return _compiled(path, form, placed)(weight)
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(summed: tuple[int, ...], form: Form, placed: QuantizedArray | None) -> Any:
+def _compiled(path: str, form: Form, placed: QuantizedArray | Nf4Array | None) -> Any:
     def run(weight):
-        return quantize_array(weight, form.dtype, summed, form.group)
+        summed = summed_axes(path, weight.ndim)
+        if form.dtype != NF4:
+            return quantize_array(weight, form.dtype, summed, form.group)
+        counts = scale_shape(weight.shape, summed, form.group)
+        assert counts is not None, path
+        return quantize_nf4(weight, counts, num_stacked=num_stacked(path, weight.ndim))
 
     return jax.jit(run, out_shardings=placed)

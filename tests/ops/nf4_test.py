@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.ops import linear
 from llama_jax.ops.nf4 import LEVELS, absmax_of, codes_of, dequantize_absmax, quantize_absmax, quantize_nf4
-from llama_jax.ops.quantized import scale_shape
+from llama_jax.ops.quantized import scale_shape, spread
 
 # Equation, shape of the weight, axes that are summed over, weights in a block, whether absmax is quantised too.
 PRODUCTS = [
@@ -80,7 +80,7 @@ def test_codes_and_values_are_those_of_bitsandbytes():
     theirs = np.stack([packed >> 4, packed & 15], -1).reshape(matrix.shape)
     ours = np.ascontiguousarray(matrix.T)
     absmax = absmax_of(ours, (4, 96))
-    np.testing.assert_array_equal(codes_of(ours, absmax), theirs.T)
+    np.testing.assert_array_equal(codes_of(ours, spread(absmax, ours.shape)), theirs.T)
     np.testing.assert_array_equal(absmax.T.reshape(-1), state.absmax.numpy())
     array = jax.jit(lambda w: quantize_nf4(w, (4, 96), double=False))(jnp.asarray(ours))
     np.testing.assert_array_equal(np.asarray(array.codes.astype(jnp.uint8)), theirs.T)
