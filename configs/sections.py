@@ -48,6 +48,25 @@ def model(preset: str) -> ConfigDict:
     return section
 
 
+def add_adapters(config: ConfigDict) -> None:
+    """The keys of runs that may train adapters in the place of all weights."""
+    config.model.weights = 'bfloat16'  # of a base beside adapters: float32, bfloat16, int8, int4, nf4
+    config.lora = lora()
+
+
+def lora() -> ConfigDict:
+    """Adapters, and what else is trained beside a frozen base."""
+    section = ConfigDict()
+    section.rank = 0  # 0: all weights are trained
+    section.alpha = 16.0  # their weight is alpha / rank
+    section.dropout = 0.0  # share of activations that adapters do not see
+    section.targets = 'all'  # q,k,v,o,gate,up,down (all of these), embed, head
+    section.rslora = False  # their weight is alpha / sqrt(rank)
+    section.layers = ''  # those with adapters, as in 0-15,31; '': all
+    section.train_whole = ''  # weights trained as they are: embed, head, norms, score
+    return section
+
+
 def data() -> ConfigDict:
     """What is read, and the tokenizer that reads it."""
     section = ConfigDict()

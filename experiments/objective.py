@@ -30,6 +30,7 @@ class Objective:
     frozen: PyTree = dataclasses.field(default_factory=dict)  # what the loss reads and nothing changes
     # (params, frozen) -> the model's whole weights, which are validated, examined and sampled from.
     view: Callable[[Params, PyTree], Params] = lambda params, frozen: params
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what model.json says of them
 
     def weights(self, state: TrainState) -> Params:
         """The whole weights as they are in `state`."""

@@ -191,7 +191,8 @@ def begin(plan: Plan, objective: Objective, fingerprint: str, template: str | No
             template = plan.base.template if plan.base and not config.data.tokenizer else ''
         for name, data in own_files(plan.tokenizer, template).items():
             storage.write_atomically(workdir / name, data)
-        save_config(workdir, llama, base_checkpoint=plan.checkpoint or (str(fork.step) if fork else ''))
+        origin = plan.checkpoint or (str(fork.step) if fork else '')
+        save_config(workdir, llama, base_checkpoint=origin, **objective.provenance)
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
     if restored := checkpointer.restore_latest(target):
         step, state, metadata = restored

@@ -8,15 +8,18 @@ summed over its rows. Weights that are trained whole are arrays at their own pat
 import dataclasses
 import functools
 import math
+import string
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraArray
+from llama_jax.placement import BlockArray, Index
 from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PyTree, did_you_mean
 
 # The axes of a weight that an adapter's `a` has, counted from the weight's last.
@@ -214,6 +217,83 @@ def merge(adapters: Params, base: Params, scale: float) -> Params:
         return made.astype(weight.base.dtype) if isinstance(weight.base, jax.Array) else made
 
     return jax.tree.map(whole, combine(adapters, base, scale), is_leaf=_is_weight)
+
+
+def merged_leaves(
+    base: Mapping[str, BlockArray],
+    trained: Mapping[str, BlockArray],
+    shapes: Mapping[str, tuple[int, ...]],
+    scale: float,
+) -> dict[str, BlockArray]:
+    """What `merge` makes, of weights in files: float32 where there is an adapter.
+
+    Args:
+      base: by path of the params.
+      trained: PATH/a and PATH/b of weights with an adapter, PATH of those that were trained whole.
+      shapes: of the model's weights.
+      scale: of all adapters.
+
+    Raises:
+      InputError: what was trained is no adapter of this model; it is named.
+    """
+    left, merged = dict(trained), {}
+    for path, shape in shapes.items():
+        leaf = left.pop(path, None) or base.get(path)
+        a, b = left.pop(f'{path}/a', None), left.pop(f'{path}/b', None)
+        if leaf is None or tuple(leaf.shape) != shape:
+            raise InputError(f'weight {path} has shape {leaf and tuple(leaf.shape)}, the model {shape}')
+        if a is None and b is None:
+            merged[path] = leaf
+            continue
+        keys, rank = tuple(path.split('/')), None if a is None else a.shape[-1]
+        wanted = _parts(keys, shape, rank) if keys[-1] in ADAPTED_AXES else {'a': None, 'b': None}
+        for part, array in (('a', a), ('b', b)):
+            if array is None or tuple(array.shape) != wanted[part]:
+                found = None if array is None else tuple(array.shape)
+                raise InputError(
+                    f'adapter {path}/{part} has shape {found}, for its weight it must be {wanted[part]}'
+                )
+        assert a is not None and b is not None
+        a, b = (array.read(tuple(slice(0, size) for size in array.shape)) for array in (a, b))
+        merged[path] = _Merged(leaf, a, b, scale, ADAPTED_AXES[keys[-1]], int(keys[0] == 'blocks'))
+    if left:
+        raise InputError(f'{min(left)} is no weight or adapter of this model')
+    return merged
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Merged:
+    """A weight in a file with its adapter added in float32, block by block."""
+
+    base: BlockArray
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    axes: tuple[int, ...]
+    num_stacked: int
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def rows_axis(self) -> int | None:
+        return self.base.rows_axis
+
+    def blocks(self) -> Iterable[Index]:
+        return self.base.blocks()
+
+    def read(self, index: Index) -> np.ndarray:
+        stacked, summed = index[: self.num_stacked], [axis % len(index) for axis in self.axes]
+        others = [axis for axis in range(self.num_stacked, len(index)) if axis not in summed]
+        a = self.a[(*stacked, *(index[axis] for axis in summed))]
+        b = self.b[(*stacked, slice(None), *(index[axis] for axis in others))]
+        letters = string.ascii_lowercase[: len(index)]
+        of_stacked = letters[: self.num_stacked]
+        of_a, of_b = (''.join(letters[axis] for axis in axes) for axes in (summed, others))
+        added = np.einsum(f'{of_stacked}{of_a}R,{of_stacked}R{of_b}->{letters}', a, b, optimize=True)
+        return self.base.read(index).astype(np.float32) + np.float32(self.scale) * added
 
 
 def with_base(loss_fn: LossFn, config: LoraConfig) -> LossFn:

@@ -32,6 +32,26 @@ def read_quantization(folder: epath.Path) -> Any:
     return read_object(folder / MODEL_FILE).get('quantization')
 
 
+def read_adapters(folder: epath.Path) -> dict[str, Any]:
+    """What a workdir's weights are beside, where they are adapters; {} where they are a whole model.
+
+    Returns:
+      `base` its path, its `fingerprint`, `weights` how it was kept; `scale` and what else was trained.
+
+    Raises:
+      InputError: it is no description of adapters.
+    """
+    found = read_object(folder / MODEL_FILE).get('adapters') or {}
+    kinds = {'base': str, 'fingerprint': str, 'weights': str, 'scale': float, 'targets': list, 'layers': list}
+    for key, kind in kinds.items() if found else ():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            raise InputError(
+                f'{folder / MODEL_FILE} does not describe adapters: {key} is '
+                f'{str(found.get(key) if isinstance(found, dict) else found)[:60]!r}, not {kind.__name__}'
+            )
+    return found
+
+
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
     """Writes `model.json`: the architecture, and where the weights started from."""
     text = json.dumps({'config': config.to_dict(), **provenance}, indent=2)

@@ -136,7 +136,7 @@ def dequantize_absmax(absmax: Any, nested: Any, offset: Any) -> Any:
 def _dequantized(
     codes: Array, absmax: Array, nested: Array | None, offset: Array | None
 ) -> Float[Array, '...']:
-    if nested is not None:
+    if nested is not None and offset is not None:
         nested, offset = (jnp.broadcast_to(x, absmax.shape) for x in (nested, offset))
     absmax = dequantize_absmax(absmax, nested, offset)
     values = jax.lax.platform_dependent(codes, cpu=_levels_of_bytes, default=_levels)

@@ -4,14 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.model_file import CHECKPOINTS, MODEL_FILE, read_config, read_quantization
+from llama_jax.checkpoint.model_file import (
+    CHECKPOINTS,
+    MODEL_FILE,
+    read_adapters,
+    read_config,
+    read_quantization,
+)
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params
 from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta
 from llama_jax.convert.detect import Format, detect
@@ -21,9 +28,11 @@ from llama_jax.models.llama import abstract_params, param_axes
 from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.placement import BlockArray, GrownTable, place_all
+from llama_jax.pretrained.adapters import check_fingerprint, fingerprint_of, whole_leaves
 from llama_jax.pretrained.hub import resolve
+from llama_jax.quantize.base import base_leaves, base_target
 from llama_jax.quantize.files import dequantized_leaves, open_codes
-from llama_jax.quantize.forms import Form, parse_forms, represent_all
+from llama_jax.quantize.forms import Form, name_of, parse_forms, represent_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
@@ -121,6 +130,34 @@ class Checkpoint:
         return read_config(self.place) if self.format == 'orbax' else self.source.config
 
     @functools.cached_property
+    def adapters(self) -> dict[str, Any]:
+        """Of a workdir that holds adapters alone: what `read_adapters` says of them; else {}."""
+        return read_adapters(self.place) if self.format == 'orbax' else {}
+
+    @functools.cached_property
+    def base(self) -> 'Checkpoint':
+        """What the adapters are of.
+
+        Raises:
+          InputError: it is not where it was, or is another.
+        """
+        given = self.adapters['base']
+        try:
+            opened = open(given)
+        except InputError as error:
+            raise InputError(
+                f'{self.path} holds adapters of {given}, which cannot be opened: {error}; put it back there, or write '
+                f'its new place into {self.place / MODEL_FILE}'
+            ) from error
+        check_fingerprint(opened.fingerprint, given, self.adapters['fingerprint'], self.path)
+        return opened
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of its values: a few rows of each weight. Those of another model differ, and those of a copy do not."""
+        return fingerprint_of(self.source)
+
+    @functools.cached_property
     def forms(self) -> dict[str, Form]:
         """Of the weights that it holds in integers, by path: all that ours has so, and Q8_0 and Q4_0 of GGUF."""
         if self.format == 'gguf':
@@ -194,7 +231,7 @@ class Checkpoint:
         """The weights, cast and placed as `target` says; every process of its shardings calls this.
 
         Args:
-          target: abstract params with shardings.
+          target: abstract params with shardings; some of the model's weights, or all.
           grow_vocabulary: tables may have more rows than the checkpoint's; these are the mean of those.
 
         Raises:
@@ -205,20 +242,41 @@ class Checkpoint:
                 f'{self.path}: model.json says that the head is the embedding (tie_embeddings), but the weights hold a '
                 'head of their own; one of them is not what was trained'
             )
+        return self._placed(target, lambda: self._find(target, grow_vocabulary))
+
+    def base_params(self, target: Params, dtype: str, *, grow_vocabulary: bool = False) -> Params:
+        """The weights as a base of adapters is kept, quantised block by block as they are read.
+
+        Args:
+          target: abstract params with shardings, each weight as one array.
+          dtype: one of `quantize.base.BASE_DTYPES`.
+          grow_vocabulary: as for `params`.
+
+        Raises:
+          InputError: as `params`; or it has weights that no integers stand for.
+        """
+
+        def find() -> dict[str, BlockArray]:
+            return base_leaves(self._find(target, grow_vocabulary), dtype)
+
+        return self._placed(base_target(target, dtype), find)
+
+    def _placed(self, target: Params, find: Callable[[], dict[str, BlockArray]]) -> Params:
         wanted, structure = jax.tree_util.tree_flatten_with_path(target)
         alone = all(leaf.sharding.is_fully_addressable for _, leaf in wanted)
         together = contextlib.nullcontext if alone else refused_by_all
         with together():
-            arrays = list(self._find(wanted, grow_vocabulary))
+            found = find()
         with together():
-            return jax.tree.unflatten(structure, place_all(arrays))
+            return jax.tree.unflatten(
+                structure, place_all([(name_of(keys), found[name_of(keys)], leaf) for keys, leaf in wanted])
+            )
 
-    def _find(
-        self, wanted: list[tuple], grow_vocabulary: bool
-    ) -> Iterator[tuple[str, BlockArray, jax.ShapeDtypeStruct]]:
+    def _find(self, target: Params, grow_vocabulary: bool) -> dict[str, BlockArray]:
         """Every weight that is wanted, by its name."""
-        for keys, leaf in wanted:
-            name, shape = jax.tree_util.keystr(keys, simple=True, separator='/'), tuple(leaf.shape)
+        found = {}
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(target):
+            name, shape = name_of(keys), tuple(leaf.shape)
             array = self._leaves.get(name)
             if array is not None and grow_vocabulary and name in _TABLES and shape[0] > array.shape[0]:
                 added = shape[0] - array.shape[0]
@@ -232,18 +290,25 @@ class Checkpoint:
                     'orbax first, which writes what the integers stand for'
                 )
             if array is None or tuple(array.shape) != shape:
-                found = tuple(array.shape) if array is not None else None
-                raise InputError(f'{self.path}: weight {name} has shape {found}, the model {shape}')
-            yield name, array, leaf
+                has = tuple(array.shape) if array is not None else None
+                raise InputError(f'{self.path}: weight {name} has shape {has}, the model {shape}')
+            found[name] = array
+        return found
 
     @functools.cached_property
     def _leaves(self) -> Mapping[str, BlockArray]:
         """The leaves of our params by path."""
         if self.format == 'orbax':
             with refusals_of(self.path):
-                return open_codes(open_params(self._step), self.forms)
+                stored = open_codes(open_params(self._step), self.forms)
+            return self._beside_base(stored) if self.adapters else stored
         plain: dict[str, BlockArray] = {w.path: Leaf(self.source, w) for w in weights_of(self.source.config)}
         return plain | gguf_codes.stored_codes(self.source) if self.format == 'gguf' else plain
+
+    def _beside_base(self, trained: Mapping[str, BlockArray]) -> dict[str, BlockArray]:
+        """The whole model's leaves: the base as it was kept, with what was trained."""
+        with refusals_of(self.path):
+            return whole_leaves(self.config, self.base.source, trained, self.adapters)
 
     @functools.cached_property
     def _step(self) -> epath.Path:

@@ -71,7 +71,7 @@ def test_a_base_is_what_is_made_in_memory_on_any_mesh_and_stands_for_what_is_kep
         part = tuple(slice(size // 2, size) for size in array.shape)  # not at the edges of blocks
         np.testing.assert_array_equal(array.read(part), read[part])
     error = np.abs(np.float32(whole['blocks']['mlp']['up']) - params['blocks']['mlp']['up']).max()
-    assert error <= {'float32': 0, 'bfloat16': 5e-3, 'int8': 6e-3, 'int4': 0.1, 'nf4': 0.12}[dtype] * float(
+    assert error <= {'float32': 0, 'bfloat16': 5e-3, 'int8': 6e-3, 'int4': 0.2, 'nf4': 0.12}[dtype] * float(
         jnp.abs(params['blocks']['mlp']['up']).max()
     )
 

@@ -1,0 +1,150 @@
+"""Any objective with adapters trained beside a frozen base, as `config.lora` says: SFT, rewards, preferences alike."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments.config_file import split_list
+from experiments.launch import flags_named
+from experiments.objective import Objective
+from llama_jax import pretrained
+from llama_jax.checkpoint.model_file import MODEL_FILE, read_adapters
+from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters, with_base
+from llama_jax.partitioning import Partitioner
+from llama_jax.pretrained.adapters import check_fingerprint
+from llama_jax.quantize.base import base_target
+from llama_jax.train.state import shardings_of
+from llama_jax.types import InputError, Params
+
+logger = logging.getLogger('llama_jax.adapters')
+
+
+def lora_of(config: ConfigDict) -> LoraConfig | None:
+    """`config.lora` as the dataclass that the library takes; None where all weights are trained."""
+    if 'lora' not in config or not config.lora.rank:
+        return None
+    section = config.lora
+    with flags_named(*(f'--config.lora.{name}' for name in section)):
+        return LoraConfig(
+            rank=section.rank, alpha=float(section.alpha), dropout=float(section.dropout),
+            targets=tuple(split_list(section.targets)), rslora=section.rslora, layers=_layers(section.layers),
+            train_whole=tuple(split_list(section.train_whole)),
+        )  # fmt: skip
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """'0-3,8' as the numbers of the layers."""
+    try:
+        spans = [[int(end) for end in part.split('-')] for part in split_list(text)]
+        return tuple(layer for first, *last in spans for layer in range(first, (*last, first)[0] + 1))
+    except ValueError:
+        raise InputError(
+            f'layers is {text!r}; write numbers of layers, or spans of them, as in 0-15,31'
+        ) from None
+
+
+def adapted(
+    objective: Objective,
+    config: ConfigDict,
+    partitioner: Partitioner,
+    base: pretrained.Checkpoint | None,
+    workdir: epath.Path | None = None,
+) -> Objective:
+    """The objective with `config.lora`'s adapters in the place of all weights; as it is where there are none.
+
+    Its loss is given the base as what is frozen: the reference of a loss that has one.
+
+    Args:
+      objective: of whole weights.
+      config: all keys.
+      partitioner: places the base and the adapters.
+      base: whose weights are frozen; they are read here, as `config.model.weights` says. None: they stay abstract, for
+        a step that is compiled and not run.
+      workdir: of the run; adapters that are in it must be of this base.
+
+    Raises:
+      InputError: a setting is wrong, the model has no such weights, or the adapters in the workdir are another base's.
+    """
+    if (lora := lora_of(config)) is None:
+        return objective
+    with flags_named(*(f'--config.lora.{name}' for name in config.lora)):
+        params, axes = abstract_adapters(lora, objective.params, objective.axes)
+    placed = _placed(objective.params, partitioner.tree_shardings(objective.params, objective.axes))
+    # What the base does not have, a score, is trained whole.
+    placed = {
+        name: leaf for name, leaf in placed.items() if name != 'score' or 'score' not in lora.train_whole
+    }
+    record: dict[str, Any] = {}
+    with flags_named('--config.model.weights'):
+        frozen: Params = base_target(placed, config.model.weights)
+    if base is not None:
+        with flags_named('--checkpoint'):
+            record = _record(lora, config.model.weights, base)
+            if workdir is not None and (workdir / MODEL_FILE).exists() and (held := read_adapters(workdir)):
+                check_fingerprint(record['fingerprint'], base.path, held['fingerprint'], workdir)
+            frozen = base.base_params(placed, config.model.weights, grow_vocabulary=True)
+    size, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, objective.params))
+    logger.info(
+        'adapters of rank %d: %s weights are trained beside %s in %s', lora.rank, f'{size:,}', f'{whole:,}',
+        config.model.weights,
+    )  # fmt: skip
+
+    def first_params(target: Params) -> Params:
+        return _first_params(lora, objective, target, config.seed)
+
+    return dataclasses.replace(
+        objective, params=params, axes=axes, first_params=first_params, loss_fn=with_base(objective.loss_fn, lora),
+        frozen=frozen, view=lambda params, frozen: combine(params, frozen, lora.scale),
+        provenance={**objective.provenance, **({'adapters': record} if record else {})},
+    )  # fmt: skip
+
+
+def _placed(shapes: Params, shardings: Params) -> Params:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _record(lora: LoraConfig, weights: str, base: pretrained.Checkpoint) -> dict[str, Any]:
+    """What model.json says of the adapters: enough to find their base, and to make the whole model."""
+    path = str(base.path)
+    if '://' not in path:
+        path = str(epath.Path(path).resolve())
+    settings = dataclasses.asdict(lora) | {'targets': lora.adapted, 'scale': float(lora.scale)}
+    return {'base': path, 'fingerprint': base.fingerprint, 'weights': weights, **settings}
+
+
+def _first_params(lora: LoraConfig, objective: Objective, target: Params, seed: int) -> Params:
+    """Fresh adapters, and the weights that are trained whole as they begin; born sharded as `target`."""
+    whole = _whole(target)
+    begun = objective.first_params(whole) if whole else {}
+
+    def start(begun: Params) -> Params:
+        return init_adapters(lora, _with(objective.params, begun), jax.random.key(seed))
+
+    return jax.jit(start, out_shardings=shardings_of(target))(begun)
+
+
+def _whole(target: Params) -> Params:
+    """Of what is trained, the weights that are no adapters."""
+    kept = {}
+    for name, node in target.items():
+        if not isinstance(node, dict):
+            kept[name] = node
+        elif node.keys() != {'a', 'b'} and (inner := _whole(node)):
+            kept[name] = inner
+    return kept
+
+
+def _with(weights: Params, some: Params) -> Params:
+    """The tree with some of its leaves replaced."""
+    made = dict(weights)
+    for name, node in some.items():
+        made[name] = _with(weights[name], node) if isinstance(node, dict) else node
+    return made

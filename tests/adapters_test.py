@@ -1,0 +1,188 @@
+"""Runs that train adapters beside a frozen base: what changes, what is saved, and what is opened again."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import sections
+from experiments.adapters import adapted, lora_of
+from experiments.objective import compile_step, language_modelling
+from llama_jax import export, pretrained
+from llama_jax.checkpoint.model_file import save_config
+from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.convert.mapping import native_source
+from llama_jax.lora import merge
+from llama_jax.models.config import LlamaConfig
+from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.quantize.base import BASE_DTYPES
+from llama_jax.quantize.forms import name_of
+from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llama_jax.train.state import new_state, shardings_of
+from llama_jax.types import InputError
+from tests import toy
+from tests.convert.in_memory import InMemory
+
+CONFIG = LlamaConfig(
+    vocab_size=64, embed_dim=64, mlp_dim=128, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, max_seq_len=64
+)  # fmt: skip
+TX = make_optimizer(OptimizerConfig(weight_decay=0.0), 1e-2)
+
+
+def source_of(params, config=CONFIG):
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return native_source(
+        config, {name_of(keys): InMemory(np.asarray(leaf)) for keys, leaf in found}, 'memory'
+    )
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('base') / 'model'
+    params = toy.make_params(LlamaForCausalLM(CONFIG))
+    export.save(folder, source_of(params), None, to='orbax')
+    return folder
+
+
+def config_of(weights='float32', **lora):
+    config = sections.all_of('tiny')
+    sections.add_adapters(config)
+    config.lora.update({'rank': 4, 'alpha': 8.0} | lora)
+    config.model.weights = weights
+    config.train.batch_size, config.train.loss_chunks, config.data.seq_len = 8, 2, 16
+    return config
+
+
+def begin(config, base, axes=None, remat='none', unroll=1, llama=CONFIG, workdir=None):
+    """(objective, state, step, batch) of a run on a mesh of these axes; None: on one device."""
+    devices = jax.devices() if axes else jax.devices()[:1]
+    partitioner = Partitioner(make_mesh(axes or {}, devices))
+    model = LlamaForCausalLM(llama, dtype=jnp.float32, partitioner=partitioner, remat=remat, unroll=unroll)
+    opened = pretrained.open(base)
+    objective = language_modelling(config, model, partitioner, opened)
+    objective = adapted(objective, config, partitioner, opened, workdir)
+    target, step = compile_step(objective, TX, partitioner, 1, {})
+    start = jax.jit(lambda params: new_state(params, TX), out_shardings=shardings_of(target))
+    batch = jax.device_put(toy.packed_batch(8, 16), partitioner.batch_sharding(8, 16))
+    return objective, start(objective.first_params(target.params)), step, batch
+
+
+def losses_of(run, number=3):
+    objective, state, step, batch = run
+    losses = []
+    with jax.set_mesh(objective.batch.tokens.sharding.mesh):
+        for _ in range(number):
+            state, metrics = step(state, objective.frozen, batch, jax.random.key(0))
+            losses.append(float(metrics['loss']))
+    return losses, state
+
+
+@pytest.mark.parametrize(
+    'weights', [name if name == 'nf4' else pytest.param(name, marks=pytest.mark.slow) for name in BASE_DTYPES]
+)
+def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_path):
+    config = config_of(weights, train_whole='norms')
+    run = objective, _, _, _ = begin(config, base)
+    before = jax.device_get(objective.frozen)
+    losses, state = losses_of(run)
+    assert losses == sorted(losses, reverse=True)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(objective.frozen))
+    names = {name_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert names == {
+        *(f'blocks/attention/{name}/{part}' for name in 'qkvo' for part in 'ab'),
+        *(f'blocks/mlp/{name}/{part}' for name in ('gate', 'up', 'down') for part in 'ab'),
+        *('final_norm', 'blocks/attention_norm', 'blocks/mlp_norm'),
+    }
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) <= 8 * size + 16
+    with contextlib.closing(Checkpointer(tmp_path / 'checkpoints')) as checkpointer:
+        checkpointer.save(3, state, {})
+    save_config(epath.Path(tmp_path), CONFIG, base_checkpoint=str(base), **objective.provenance)
+    files = (tmp_path / 'checkpoints').rglob('*')
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 12 * size + 200_000
+    whole = merge(state.params, objective.frozen, lora_of(config).scale)
+    opened = pretrained.open(tmp_path)
+    _, found, _ = pretrained.load(opened)
+    for (keys, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(whole), strict=True
+    ):
+        if weights == 'bfloat16' and wanted.dtype == jnp.bfloat16:  # cast again, where the file is not
+            leaf = leaf.astype(jnp.bfloat16)
+        np.testing.assert_allclose(
+            np.float32(leaf), np.float32(wanted), atol=1e-6, rtol=1e-6, err_msg=name_of(keys)
+        )
+    # A model as any other: another run's base, and written in any format.
+    assert pretrained.open(tmp_path).source.tensors['blocks/attention/q'][0].shape == (64, 64)
+    again, _, _, _ = begin(config_of(weights), tmp_path)
+    assert again.provenance['adapters']['base'] == str(tmp_path)
+    # The base is looked at again.
+    other = jax.tree.map(lambda w: w * 1.01, toy.make_params(LlamaForCausalLM(CONFIG)))
+    export.save(tmp_path / 'other', source_of(other), None, to='orbax')
+    moved = dict(objective.provenance['adapters'], base=str(tmp_path / 'other'))
+    save_config(epath.Path(tmp_path), CONFIG, base_checkpoint=str(base), adapters=moved)
+    with pytest.raises(
+        InputError, match='holds adapters of another model than is now in .*other: its fingerprint is'
+    ):
+        pretrained.load(tmp_path)
+    with pytest.raises(InputError, match='holds adapters of another model'):
+        begin(config, tmp_path / 'other', workdir=epath.Path(tmp_path))
+    save_config(epath.Path(tmp_path), CONFIG, adapters=dict(moved, base=str(tmp_path / 'gone')))
+    with pytest.raises(
+        InputError, match='holds adapters of .*gone, which cannot be opened: no checkpoint at'
+    ):
+        pretrained.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('weights', 'remat', 'unroll'),
+    [
+        ('nf4', 'attention', 1),
+        ('float32', 'none', 2),
+        ('int8', 'full', 1),
+        ('int4', 'projections', 2),
+        ('bfloat16', 'none', 1),
+    ],
+)
+def test_eight_devices_train_as_one(weights, remat, unroll, base):
+    config = config_of(weights, targets='all,head', dropout=0.1, train_whole='embed')
+    meshes = (None, {'data': 2, 'fsdp': 2, 'tensor': 2})
+    alone, on_mesh = (losses_of(begin(config, base, axes, remat, unroll))[0] for axes in meshes)
+    np.testing.assert_allclose(on_mesh, alone, rtol=1e-5)
+
+
+def test_a_larger_vocabulary_grows_the_base(base):
+    grown = dataclasses.replace(CONFIG, vocab_size=72)
+    objective, state, _, _ = begin(config_of('nf4', train_whole='embed'), base, llama=grown)
+    rows = state.params['embed']
+    assert rows.shape == (72, 64) and objective.frozen['head'].shape == (72, 64)
+    np.testing.assert_allclose(rows[70], rows[:64].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'line'),
+    [
+        (
+            {'rank': 4, 'targets': 'qq'},
+            r"--config.lora.targets has 'qq', which is no such weight; did you mean q",
+        ),
+        ({'layers': '0-x'}, r"--config.lora.layers is '0-x'; write numbers of layers, or spans"),
+        ({'layers': '0-7'}, r'--config.lora.layers has 2; the model has the layers 0 to 1'),
+        ({'train_whole': 'score'}, r"--config.lora.train_whole has 'score', which the model does not have"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, line, base):
+    with pytest.raises(InputError, match=line):
+        begin(config_of(**settings), base)
+
+
+def test_a_type_that_no_base_has_is_named(base):
+    with pytest.raises(
+        InputError, match=r"a base is not kept as 'fp8'; .* \(set by --config.model.weights\)"
+    ):
+        begin(config_of('fp8'), base)
