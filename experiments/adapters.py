@@ -2,15 +2,15 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.config_file import split_list
 from experiments.launch import flags_named
-from experiments.objective import Objective
+from experiments.settings import make_lora_config
 from llama_jax import pretrained
 from llama_jax.checkpoint.model_file import MODEL_FILE, read_adapters
 from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters, with_base
@@ -18,43 +18,15 @@ from llama_jax.partitioning import Partitioner
 from llama_jax.pretrained.adapters import check_fingerprint
 from llama_jax.quantize.base import base_target
 from llama_jax.train.state import shardings_of
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 logger = logging.getLogger('llama_jax.adapters')
 
 
-def lora_of(config: ConfigDict) -> LoraConfig | None:
-    """`config.lora` as the dataclass that the library takes; None where all weights are trained."""
-    if 'lora' not in config or not config.lora.rank:
-        return None
-    section = config.lora
-    with flags_named(*(f'--config.lora.{name}' for name in section)):
-        return LoraConfig(
-            rank=section.rank, alpha=float(section.alpha), dropout=float(section.dropout),
-            targets=tuple(split_list(section.targets)), rslora=section.rslora, layers=_layers(section.layers),
-            train_whole=tuple(split_list(section.train_whole)),
-        )  # fmt: skip
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """'0-3,8' as the numbers of the layers."""
-    try:
-        spans = [[int(end) for end in part.split('-')] for part in split_list(text)]
-        return tuple(layer for first, *last in spans for layer in range(first, (*last, first)[0] + 1))
-    except ValueError:
-        raise InputError(
-            f'layers is {text!r}; write numbers of layers, or spans of them, as in 0-15,31'
-        ) from None
-
-
 def adapted(
-    objective: Objective,
-    config: ConfigDict,
-    partitioner: Partitioner,
-    base: pretrained.Checkpoint | None,
-    workdir: epath.Path | None = None,
-) -> Objective:
-    """The objective with `config.lora`'s adapters in the place of all weights; as it is where there are none.
+    objective: Any, config: ConfigDict, partitioner: Partitioner, base: pretrained.Checkpoint | None
+) -> Any:
+    """The `Objective` with `config.lora`'s adapters in the place of all weights; as it is where there are none.
 
     Its loss is given the base as what is frozen: the reference of a loss that has one.
 
@@ -64,12 +36,11 @@ def adapted(
       partitioner: places the base and the adapters.
       base: whose weights are frozen; they are read here, as `config.model.weights` says. None: they stay abstract, for
         a step that is compiled and not run.
-      workdir: of the run; adapters that are in it must be of this base.
 
     Raises:
-      InputError: a setting is wrong, the model has no such weights, or the adapters in the workdir are another base's.
+      InputError: a setting is wrong, or the model has no such weights.
     """
-    if (lora := lora_of(config)) is None:
+    if (lora := make_lora_config(config)) is None:
         return objective
     with flags_named(*(f'--config.lora.{name}' for name in config.lora)):
         params, axes = abstract_adapters(lora, objective.params, objective.axes)
@@ -84,8 +55,6 @@ def adapted(
     if base is not None:
         with flags_named('--checkpoint'):
             record = _record(lora, config.model.weights, base)
-            if workdir is not None and (workdir / MODEL_FILE).exists() and (held := read_adapters(workdir)):
-                check_fingerprint(record['fingerprint'], base.path, held['fingerprint'], workdir)
             frozen = base.base_params(placed, config.model.weights, grow_vocabulary=True)
     size, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, objective.params))
     logger.info(
@@ -98,9 +67,16 @@ def adapted(
 
     return dataclasses.replace(
         objective, params=params, axes=axes, first_params=first_params, loss_fn=with_base(objective.loss_fn, lora),
-        frozen=frozen, view=lambda params, frozen: combine(params, frozen, lora.scale),
+        frozen=frozen, beside_base=True, view=lambda params, frozen: combine(params, frozen, lora.scale),
         provenance={**objective.provenance, **({'adapters': record} if record else {})},
     )  # fmt: skip
+
+
+def check_base(workdir: epath.Path, provenance: Mapping[str, Any]) -> None:
+    """Refuses adapters in a workdir that are of another base than a run's."""
+    held = read_adapters(workdir) if (workdir / MODEL_FILE).exists() else {}
+    if held and (own := provenance.get('adapters')):
+        check_fingerprint(own['fingerprint'], own['base'], held['fingerprint'], workdir)
 
 
 def _placed(shapes: Params, shardings: Params) -> Params:
@@ -120,7 +96,7 @@ def _record(lora: LoraConfig, weights: str, base: pretrained.Checkpoint) -> dict
     return {'base': path, 'fingerprint': base.fingerprint, 'weights': weights, **settings}
 
 
-def _first_params(lora: LoraConfig, objective: Objective, target: Params, seed: int) -> Params:
+def _first_params(lora: LoraConfig, objective: Any, target: Params, seed: int) -> Params:
     """Fresh adapters, and the weights that are trained whole as they begin; born sharded as `target`."""
     whole = _whole(target)
     begun = objective.first_params(whole) if whole else {}

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
+from experiments.adapters import adapted
 from experiments.start import first_params
 from llama_jax import pretrained
 from llama_jax.losses.language_model import language_model_loss
@@ -30,6 +31,7 @@ class Objective:
     frozen: PyTree = dataclasses.field(default_factory=dict)  # what the loss reads and nothing changes
     # (params, frozen) -> the model's whole weights, which are validated, examined and sampled from.
     view: Callable[[Params, PyTree], Params] = lambda params, frozen: params
+    beside_base: bool = False  # what is trained stands beside frozen weights, whose gradient nobody takes
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what model.json says of them
 
     def weights(self, state: TrainState) -> Params:
@@ -44,7 +46,7 @@ def objective_of(
     base: pretrained.Checkpoint | None = None,
 ) -> Objective:
     """What a configuration describes, told by its sections: what a command trains, and preflight compiles."""
-    return language_modelling(config, model, partitioner, base)
+    return adapted(language_modelling(config, model, partitioner, base), config, partitioner, base)
 
 
 def language_modelling(

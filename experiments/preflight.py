@@ -147,15 +147,15 @@ def compile_training(
     options = settings.compiler_options(xla_options, partitioner)
     target, step_fn = compile_step(objective, tx, partitioner, config.train.num_microbatches, options)
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    parameters = device_bytes(target.params)
+    gradients = device_bytes(target.params)
     tokens = config.train.batch_size * config.data.seq_len
-    causal, full = training_flops_per_token(llama, config.data.seq_len)
+    causal, full = training_flops_per_token(llama, config.data.seq_len, objective.beside_base)
     work = Work(
         tokens=tokens,
         flops=(causal * tokens, full * tokens),
-        parameters=parameters,
+        parameters=gradients + device_bytes(objective.frozen),
         optimizer=device_bytes(target.opt_state),
-        gradients=parameters,
+        gradients=gradients,
         num_layers=llama.num_layers,
         weight_shapes=stacked_weight_shapes(model),
     )
@@ -209,6 +209,8 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
         'model.attention', 'model.dtype', 'model.unroll', 'optimizer.name', 'mesh.axis_rules',
     )  # fmt: skip
     flat = flatten(config)
+    if flat.get('lora.rank'):
+        keys += ('model.weights', *(f'lora.{name}' for name in config.lora))
     return {key: flat[key] for key in keys}
 
 
@@ -217,6 +219,7 @@ def settings_line(values: dict[str, Any]) -> str:
     return (
         f'{values["train.batch_size"]} x {values["data.seq_len"]} tokens in {values["train.num_microbatches"]} '
         f'microbatches, remat {values["model.remat"]}'
+        + (f', adapters beside {values["model.weights"]}' if 'lora.rank' in values else '')
     )
 
 

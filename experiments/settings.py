@@ -15,6 +15,7 @@ from llama_jax import xla_options
 from llama_jax.eval.harness import PreparedTask, prepare
 from llama_jax.eval.task import Graders
 from llama_jax.eval.tasks import find_task
+from llama_jax.lora import LoraConfig
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
@@ -63,6 +64,7 @@ def check_settings(config: ConfigDict) -> None:
             f"--config.log.wandb={config.log.wandb} needs the package wandb: pip install 'llama_jax[wandb]'"
         )
     make_optimizer_config(config)
+    make_lora_config(config)
 
 
 def check_prompt(config: ConfigDict, tokenizer: Tokenizer, max_seq_len: int) -> None:
@@ -156,6 +158,30 @@ def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """`config.optimizer` as the dataclass that the library takes."""
     with flags_named(*(f'--config.optimizer.{name}' for name in config.optimizer)):
         return OptimizerConfig(**config.optimizer)
+
+
+def make_lora_config(config: ConfigDict) -> LoraConfig | None:
+    """`config.lora` as the dataclass that the library takes; None where all weights are trained."""
+    if 'lora' not in config or not config.lora.rank:
+        return None
+    section = config.lora
+    with flags_named(*(f'--config.lora.{name}' for name in section)):
+        return LoraConfig(
+            rank=section.rank, alpha=float(section.alpha), dropout=float(section.dropout),
+            targets=tuple(split_list(section.targets)), rslora=section.rslora, layers=_layers(section.layers),
+            train_whole=tuple(split_list(section.train_whole)),
+        )  # fmt: skip
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """'0-3,8' as the numbers of the layers."""
+    try:
+        spans = [[int(end) for end in part.split('-')] for part in split_list(text)]
+        return tuple(layer for first, *last in spans for layer in range(first, (*last, first)[0] + 1))
+    except ValueError:
+        raise InputError(
+            f'layers is {text!r}; write numbers of layers, or spans of them, as in 0-15,31'
+        ) from None
 
 
 def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:

@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import settings
+from experiments.adapters import check_base
 from experiments.config_file import split_list
 from experiments.launch import flags_named
 from experiments.objective import Objective, compile_step
@@ -48,7 +49,7 @@ from llama_jax.train.loop import LoopConfig, Measurement, Trained, train
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.types import PyTree
+from llama_jax.types import InputError, PyTree
 
 METRICS_FILE = 'metrics.jsonl'
 
@@ -115,6 +116,11 @@ def plan(
     begun = has_checkpoint(folder)
     with runtime.refused_by_all():
         base, origin = open_origin(config, folder, checkpoint, fork, begun)
+        if settings.make_lora_config(config) and (origin or not base):
+            raise InputError(
+                f'--config.lora.rank={config.lora.rank} trains adapters beside the weights of --checkpoint; give it'
+                + (', and no --fork' if origin else '')
+            )
         preset = starting_architecture(config, base)
         partitioner = settings.make_partitioner(config)
         settings.check_sizes(config, preset.max_seq_len, partitioner)
@@ -170,6 +176,7 @@ def begin(plan: Plan, objective: Objective, fingerprint: str, template: str | No
     config, workdir, llama, fork = plan.config, plan.workdir, plan.model.config, plan.fork
     with runtime.refused_by_all():
         check_data(workdir, fingerprint, plan.overrides)
+        check_base(workdir, objective.provenance)
     check_same_data(fingerprint)
     check_same_fork(fork)
     axes = ', '.join(f'{name} {size}' for name, size in plan.partitioner.mesh.shape.items())
@@ -257,7 +264,8 @@ def fit(
     loop = LoopConfig(
         num_steps=config.train.num_steps, batch_size=config.train.batch_size,
         tokens_per_step=config.train.batch_size * config.data.seq_len,
-        flops_per_token=training_flops_per_token(llama, config.data.seq_len), peak_flops=peak_flops_per_device(),
+        flops_per_token=training_flops_per_token(llama, config.data.seq_len, objective.beside_base),
+        peak_flops=peak_flops_per_device(),
         log_every=config.log.every, checkpoint_every=config.checkpoint.every,
         profile=(config.log.profile_start, config.log.profile_steps), profile_dir=str(plan.workdir / 'profile'),
     )  # fmt: skip

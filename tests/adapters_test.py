@@ -10,8 +10,9 @@ import pytest
 from etils import epath
 
 from configs import sections
-from experiments.adapters import adapted, lora_of
-from experiments.objective import compile_step, language_modelling
+from experiments.adapters import check_base
+from experiments.objective import compile_step, objective_of
+from experiments.settings import make_lora_config
 from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
@@ -58,14 +59,13 @@ def config_of(weights='float32', **lora):
     return config
 
 
-def begin(config, base, axes=None, remat='none', unroll=1, llama=CONFIG, workdir=None):
+def begin(config, base, axes=None, remat='none', unroll=1, llama=CONFIG):
     """(objective, state, step, batch) of a run on a mesh of these axes; None: on one device."""
     devices = jax.devices() if axes else jax.devices()[:1]
     partitioner = Partitioner(make_mesh(axes or {}, devices))
     model = LlamaForCausalLM(llama, dtype=jnp.float32, partitioner=partitioner, remat=remat, unroll=unroll)
     opened = pretrained.open(base)
-    objective = language_modelling(config, model, partitioner, opened)
-    objective = adapted(objective, config, partitioner, opened, workdir)
+    objective = objective_of(config, model, partitioner, opened)
     target, step = compile_step(objective, TX, partitioner, 1, {})
     start = jax.jit(lambda params: new_state(params, TX), out_shardings=shardings_of(target))
     batch = jax.device_put(toy.packed_batch(8, 16), partitioner.batch_sharding(8, 16))
@@ -105,7 +105,7 @@ def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_
     save_config(epath.Path(tmp_path), CONFIG, base_checkpoint=str(base), **objective.provenance)
     files = (tmp_path / 'checkpoints').rglob('*')
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 12 * size + 200_000
-    whole = merge(state.params, objective.frozen, lora_of(config).scale)
+    whole = merge(state.params, objective.frozen, make_lora_config(config).scale)
     opened = pretrained.open(tmp_path)
     _, found, _ = pretrained.load(opened)
     for (keys, leaf), wanted in zip(
@@ -130,7 +130,7 @@ def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_
     ):
         pretrained.load(tmp_path)
     with pytest.raises(InputError, match='holds adapters of another model'):
-        begin(config, tmp_path / 'other', workdir=epath.Path(tmp_path))
+        check_base(epath.Path(tmp_path), begin(config, tmp_path / 'other')[0].provenance)
     save_config(epath.Path(tmp_path), CONFIG, adapters=dict(moved, base=str(tmp_path / 'gone')))
     with pytest.raises(
         InputError, match='holds adapters of .*gone, which cannot be opened: no checkpoint at'

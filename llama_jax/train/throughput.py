@@ -9,16 +9,19 @@ from llama_jax import chips
 from llama_jax.models.config import LlamaConfig
 
 
-def training_flops_per_token(config: LlamaConfig, seq_len: int) -> tuple[float, float]:
+def training_flops_per_token(config: LlamaConfig, seq_len: int, frozen: bool = False) -> tuple[float, float]:
     """FLOPs of one token's forward and backward pass, matrix products only: (causal, full).
 
     6 per weight of the layers and the head (2 forward, 4 backward), and 12 L N H T for scores and values against all T
     positions, of which a causal mask leaves half. The embedding's look-up costs nothing; recomputation does not count.
+    Of frozen weights there is no gradient to be taken, which leaves 4; of adapters beside them, a hundredth, nothing is
+    counted.
     """
     norms = config.num_layers * 2 * config.embed_dim
     weights = config.num_block_params - norms + config.vocab_size * config.embed_dim
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len
-    return 6.0 * weights + attention / 2, 6.0 * weights + attention
+    of_weights = (4.0 if frozen else 6.0) * weights
+    return of_weights + attention / 2, of_weights + attention
 
 
 def peak_flops_per_device() -> float:
