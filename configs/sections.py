@@ -33,6 +33,7 @@ def fine_tuning(preset: str) -> ConfigDict:
     config.train.num_steps = 0  # those of `num_epochs`
     config.train.num_epochs = 2.0  # passes over the data; 0: `num_steps` updates
     config.data.tokenizer = ''  # the checkpoint's
+    add_adapters(config)
     return config
 
 
