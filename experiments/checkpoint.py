@@ -21,8 +21,13 @@ def open_with_tokenizer(checkpoint: str, tokenizer: str) -> pretrained.Checkpoin
       InputError: it has no tokenizer, and --tokenizer gives none; or as `pretrained.open`.
     """
     opened = pretrained.open(checkpoint)
+    check_tokenizer(opened, tokenizer)
+    return opened
+
+
+def check_tokenizer(opened: pretrained.Checkpoint, tokenizer: str) -> None:
+    """Raises InputError where a checkpoint has no tokenizer, and --tokenizer gives none."""
     if not tokenizer and opened.tokenizer is None:
         raise InputError(
-            f'{checkpoint} has no tokenizer; give the one that the weights were trained with by --tokenizer'
+            f'{opened.path} has no tokenizer; give the one that the weights were trained with by --tokenizer'
         )
-    return opened

@@ -2,7 +2,8 @@
 
     python -m experiments.convert --input=CKPT --output=PATH --to=huggingface
 
-CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, or hf://ORGANISATION/MODEL.
+CKPT is a run's workdir, a folder of Meta or Hugging Face, a .gguf, a .pt or .bin of llama2.c, hf://ORGANISATION/MODEL,
+or a folder of PEFT, whose adapter is merged into its base.
 Several, `--input=A,B,C`, become one model whose weights are the mean of theirs.
 """
 
@@ -13,7 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from experiments.checkpoint import open_with_tokenizer
+from experiments.checkpoint import check_tokenizer
 from experiments.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
@@ -28,6 +29,9 @@ _INPUT = launch.define_path(
     None,
     'checkpoint of any format, or several of one model: the mean of their weights',
     required=True,
+)
+_BASE = launch.define_path(
+    'base', '', 'of an adapter: what to merge it into, instead of the base that it names'
 )
 _OUTPUT = launch.define_path('output', None, 'folder to make; for gguf, the file', required=True)
 _TO = flags.DEFINE_enum(
@@ -51,10 +55,9 @@ def main() -> None:
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
         raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
     first, *others = _paths(_INPUT.value)
+    checkpoint = pretrained.open(first, _BASE.value)
     if _TO.value == 'gguf' or _CHAT.value:
-        checkpoint = open_with_tokenizer(first, _TOKENIZER.value)
-    else:
-        checkpoint = pretrained.open(first)
+        check_tokenizer(checkpoint, _TOKENIZER.value)
     source = checkpoint.source
     if others:
         source = _mean([checkpoint, *map(pretrained.open, others)], any_tokenizer=bool(_TOKENIZER.value))
@@ -104,9 +107,12 @@ def _mean(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Sour
     """
     first, *others = checkpoints
     source = mean_of([checkpoint.source for checkpoint in checkpoints])
-    for other in others if not any_tokenizer and first.tokenizer else ():
-        for text in comparable_probes(first.tokenizer) if other.tokenizer else ():
-            if (found := other.tokenizer.encode(text)) != (expected := first.tokenizer.encode(text)):
+    reference = None if any_tokenizer else first.tokenizer
+    for other in others:
+        if reference is None or (tokenizer := other.tokenizer) is None:
+            continue
+        for text in comparable_probes(reference):
+            if (found := tokenizer.encode(text)) != (expected := reference.encode(text)):
                 raise InputError(
                     f'{other.path} has another tokenizer than {first.path}: {text[:40]!r} is {found[:8]}, there '
                     f'{expected[:8]}; if the weights still mean the same tokens, give one for all by --tokenizer'

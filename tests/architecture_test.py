@@ -42,7 +42,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         {
             *('optax', 'orbax', 'tensorstore', 'google_crc32c', 'ml_dtypes', 'flax.traverse_util'),
             *('grain', 'tensorflow_datasets', 'pyarrow', 'array_record', 'zstandard'),
-            'gguf',
+            *('gguf', 'regex'),
         },
     ),
     ({'pretrained', 'export'}, {'huggingface_hub'}),

@@ -254,7 +254,7 @@ def test_the_format_that_a_repository_has_is_taken(hub, params):
     )  # each weight once
     assert 'give one of them: hf://someone/several/a.gguf, b.gguf' in refused('hf://someone/several')
     assert 'the repository has no c.gguf; it holds a.gguf, b.gguf' in refused('hf://someone/several/c.gguf')
-    assert 'is an adapter, not a model; merge it' in refused('hf://someone/adapter')
+    assert 'adapter_config.json: peft_type is None; only LORA' in refused('hf://someone/adapter')
 
 
 def test_without_a_network_the_cache_will_do_and_a_gate_says_what_to_do(hub, params):

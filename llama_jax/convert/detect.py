@@ -10,11 +10,12 @@ from llama_jax.convert.llama2c import HEADER_BYTES, MAGIC
 from llama_jax.storage import read_range
 from llama_jax.types import InputError
 
-Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c']
+Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c', 'peft']
 # What stands beside a file that is part of a folder, the folder's format, and the file's name.
 _PARTS: tuple[tuple[str, Format, str], ...] = (
     ('model.json', 'orbax', r'model\.json|tokenizer\.\w+'),
     ('params.json', 'meta', r'params\.json|consolidated\..*\.pth|tokenizer\.model'),
+    ('adapter_config.json', 'peft', r'adapter_.*'),
     ('config.json', 'huggingface', r'.*\.safetensors|pytorch_model.*\.bin|.*\.json|tokenizer\.model'),
 )
 
@@ -34,6 +35,9 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
         return 'orbax', path
     if 'params.json' in names or any(name.startswith('consolidated.') for name in names):
         return 'meta', path
+    # Some save the base's config.json beside an adapter.
+    if 'adapter_config.json' in names and not any(re.match(r'(pytorch_)?model\b', name) for name in names):
+        return 'peft', path
     if 'config.json' in names:
         return 'huggingface', path
     if adapters := sorted(name for name in names if name.startswith('adapter_')):
@@ -70,7 +74,7 @@ def _snapshot(path: epath.Path) -> epath.Path | None:
 
 def _checkpoints_in(path: epath.Path, names: Collection[str]) -> list[epath.Path]:
     """Folders and files just below that are checkpoints by their look."""
-    marks = ('model.json', 'params.json', 'config.json', 'snapshots')
+    marks = ('model.json', 'params.json', 'config.json', 'adapter_config.json', 'snapshots')
     found = []
     for name in sorted(names)[:1000]:
         place = path / name
@@ -81,17 +85,17 @@ def _checkpoints_in(path: epath.Path, names: Collection[str]) -> list[epath.Path
 
 def _adapter(path: epath.Path, name: str) -> str:
     return (
-        f'{path} is a LoRA adapter ({name}), not a model; merge it into its base model with peft '
-        '(merge_and_unload, save_pretrained) and give the merged folder'
+        f'{path} is a part of a LoRA adapter ({name}), without the adapter_config.json that says how it is meant; copy '
+        'that beside it, and give the folder'
     )
 
 
 def _detect_file(path: epath.Path) -> tuple[Format, epath.Path]:
-    if path.name.startswith('adapter_'):
-        raise InputError(_adapter(path, path.name))
     for mark, form, pattern in _PARTS:
         if re.fullmatch(pattern, path.name) and (path.parent / mark).exists():
             return form, path.parent  # a part of the folder, which is meant
+    if path.name.startswith('adapter_'):
+        raise InputError(_adapter(path, path.name))
     head = read_range(path, 0, HEADER_BYTES[0])
     if head[:4] == b'GGUF':
         return 'gguf', path

@@ -115,10 +115,10 @@ def _open_weights(folder: epath.Path) -> Mapping[str, Tensor]:
             return open_file(folder / name)
         if (folder / _INDEX.format(name)).exists():
             return _open_shards(folder / _INDEX.format(name), open_file)
-    hint = 'copy its safetensors files there'
-    if (folder / 'adapter_model.safetensors').exists():
-        hint = 'it is a LoRA adapter: merge it into its base model with peft first'
-    raise InputError(f'{folder} holds no weights ({_WEIGHTS_FILE} or {_INDEX.format(_WEIGHTS_FILE)}); {hint}')
+    raise InputError(
+        f'{folder} holds no weights ({_WEIGHTS_FILE} or {_INDEX.format(_WEIGHTS_FILE)}); '
+        'copy its safetensors files there'
+    )
 
 
 def _open_torch(path: epath.Path) -> Mapping[str, Tensor]:

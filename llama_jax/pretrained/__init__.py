@@ -20,7 +20,7 @@ from llama_jax.checkpoint.model_file import (
     read_quantization,
 )
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params
-from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta
+from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta, peft
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.models.config import LlamaConfig
@@ -61,8 +61,8 @@ def load(
 
     Args:
       path: a run's workdir, or one step in it (`WORKDIR/checkpoints/STEP`); a folder of Meta or Hugging Face; a
-        `.gguf`; a `.pt` or `.bin` of llama2.c; `hf://ORGANISATION/MODEL` (with `@REVISION` if need be). Local or
-        `gs://...`. Or what `open` returned.
+        `.gguf`; a `.pt` or `.bin` of llama2.c; a folder of PEFT, whose adapter is merged into its base;
+        `hf://ORGANISATION/MODEL` (with `@REVISION` if need be). Local or `gs://...`. Or what `open` returned.
       mesh: where the weights are placed, by `partitioning.DEFAULT_RULES`; by default whole on the first device.
       partitioner: in the place of `mesh`, where other rules place them.
       dtype: that floating-point weights are cast to.
@@ -96,18 +96,22 @@ def load(
     return checkpoint.config, checkpoint.params(target), vocabulary
 
 
-def open(path: epath.PathLike) -> 'Checkpoint':
+def open(path: epath.PathLike, base: epath.PathLike = '') -> 'Checkpoint':
     """A checkpoint of any format, whose weights stay in their files.
 
     Args:
       path: see `load`.
+      base: of an adapter, the checkpoint of any format to merge it into; by default the one that it names.
 
     Raises:
       InputError: there is nothing at the path, or nothing that is a Llama.
     """
     given = resolve(path)
     kind, place = detect(_run_of(given))
-    return Checkpoint(given, kind, place)
+    opened = Checkpoint(given, kind, place, str(base))
+    if base and not opened.is_adapter:
+        raise InputError(f'{path} is no adapter; a base, {base}, is of an adapter alone')
+    return opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +122,13 @@ class Checkpoint:
       path: where it was looked for.
       format: told from what is there.
       place: the folder or file that is it: of a step, the run's workdir.
+      base_path: of an adapter, where its base is; '': where it says.
     """
 
     path: epath.Path
     format: Format
     place: epath.Path
+    base_path: str = ''
 
     @functools.cached_property
     def config(self) -> LlamaConfig:
@@ -134,6 +140,11 @@ class Checkpoint:
         """Of a workdir that holds adapters alone: what `read_adapters` says of them; else {}."""
         return read_adapters(self.place) if self.format == 'orbax' else {}
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds what was trained beside a base, and becomes a model with that alone."""
+        return self.format == 'peft' or bool(self.adapters)
+
     @functools.cached_property
     def base(self) -> 'Checkpoint':
         """What the adapters are of.
@@ -141,15 +152,22 @@ class Checkpoint:
         Raises:
           InputError: it is not where it was, or is another.
         """
-        given = self.adapters['base']
+        is_peft = self.format == 'peft'
+        given = self.base_path or (peft.base_of(self.place) if is_peft else self.adapters['base'])
         try:
             opened = open(given)
         except InputError as error:
+            file = self.place / (peft.CONFIG_FILE if is_peft else MODEL_FILE)
             raise InputError(
                 f'{self.path} holds adapters of {given}, which cannot be opened: {error}; put it back there, or write '
-                f'its new place into {self.place / MODEL_FILE}'
+                f'its new place into {file}'
             ) from error
-        check_fingerprint(opened.fingerprint, given, self.adapters['fingerprint'], self.path)
+        if is_peft and opened.format == 'peft':
+            raise InputError(
+                f'{self.path}: its base {given} is an adapter too; convert that to a model first'
+            )
+        if not is_peft and not self.base_path:
+            check_fingerprint(opened.fingerprint, given, self.adapters['fingerprint'], self.path)
         return opened
 
     @functools.cached_property
@@ -198,6 +216,8 @@ class Checkpoint:
                 return gguf.open_source(self.place, self._gguf_header)
             case 'llama2c':
                 return llama2c.open_source(self.place)
+            case 'peft':
+                return peft.open_merged(self.place, self.base.source)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -212,11 +232,15 @@ class Checkpoint:
                 return None
             return tokenizer_from_gguf(metadata, str(self.place))
         folder = _folder_of_tokenizer(self.place if self.place.is_dir() else self.place.parent)
-        return tokenizers.load_tokenizer(folder) if _has_tokenizer(folder) else None
+        if _has_tokenizer(folder):
+            return tokenizers.load_tokenizer(folder)
+        return self.base.tokenizer if self.format == 'peft' else None
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
         """What goes along into a folder of Hugging Face, as it stands in this one; empty for other formats."""
+        if self.format == 'peft':
+            return huggingface.carried_files(self.place) if _has_tokenizer(self.place) else self.base.files
         return huggingface.carried_files(self.place) if self.format == 'huggingface' else {}
 
     @functools.cached_property
@@ -225,6 +249,8 @@ class Checkpoint:
         if self.format == 'gguf':
             template = self._gguf_header[0].get('tokenizer.chat_template')
             return template if isinstance(template, str) else ''
+        if self.format == 'peft':
+            return template_beside(self.place) or self.base.template
         return template_beside(self.place) if self.format in ('huggingface', 'orbax') else ''
 
     def params(self, target: Params, *, grow_vocabulary: bool = False) -> Params:
@@ -308,7 +334,9 @@ class Checkpoint:
     def _beside_base(self, trained: Mapping[str, BlockArray]) -> dict[str, BlockArray]:
         """The whole model's leaves: the base as it was kept, with what was trained."""
         with refusals_of(self.path):
-            return whole_leaves(self.config, self.base.source, trained, self.adapters)
+            # A base that is given is taken as it stands, whatever the one in training was kept as.
+            kept = self.adapters | ({'weights': 'float32'} if self.base_path else {})
+            return whole_leaves(self.config, self.base.source, trained, kept)
 
     @functools.cached_property
     def _step(self) -> epath.Path:

@@ -105,7 +105,6 @@ def _wanted_of(names: Collection[str], text: str, part: str) -> tuple[list[str],
             f'{text} holds several GGUF files; give one of them: {text}/{models[0]}, {", ".join(models[1:8])}'
         )
     if 'adapter_config.json' in at_top:
-        raise InputError(
-            f'{text} is an adapter, not a model; merge it into its base model with peft, and give that'
-        )
+        kept = [name for name in at_top if re.fullmatch(r'adapter_model\.(safetensors|bin)', name)]
+        return [name for name in at_top if any(fnmatch.fnmatch(name, p) for p in beside)] + kept, ''
     raise InputError(f'{text} holds no weights of a Llama: {", ".join(sorted(names)[:8])}')
