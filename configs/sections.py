@@ -40,7 +40,7 @@ def fine_tuning(preset: str) -> ConfigDict:
 def model(preset: str) -> ConfigDict:
     """The architecture and how it is computed."""
     section = ConfigDict()
-    section.preset = preset  # a name in llama_jax.PRESETS
+    section.preset = preset  # a name in llama_jax.PRESETS; checkpoint: the sizes of the one that is given
     section.vocab_size = 0  # 0: the preset's, or the tokenizer's where that is larger
     section.dtype = 'bfloat16'  # of the computation; weights stay float32
     section.remat = 'full'  # full, attention, projections (or NAME_offload), none: docs/preflight.md

@@ -31,9 +31,16 @@ logger = logging.getLogger('llama_jax.start')
 def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same.
 
+    The preset `checkpoint` has the sizes of whatever Llama is given.
+
     A context that no preset has, stretched by another way than Llama 3.1's, is the checkpoint's.
     """
-    preset = find_preset(config.model.preset)
+    if config.model.preset == 'checkpoint':
+        if not base:
+            raise InputError('--config.model.preset=checkpoint needs --checkpoint, whose sizes it takes')
+        preset = base.config
+    else:
+        preset = find_preset(config.model.preset)
     if not base:
         return preset
     found = base.config

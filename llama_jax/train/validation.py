@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from llama_jax.data.loader import PaddedRows, batches
-from llama_jax.data.packing import Rows
+from llama_jax.data.examples import ExampleRows
+from llama_jax.data.loader import PaddedRows, batches, collate_lm
+from llama_jax.data.packing import Row, Rows
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.train.loop import Measurement
@@ -37,8 +38,9 @@ class Perplexity:
 
 
 def bits_per_byte(nats_per_token: float, rows: Rows) -> float:
-    """A token's nats as a byte's bits: each document's tokens but its BOS are predicted, each byte belongs to one."""
-    predicted = rows.num_tokens - rows.num_documents
+    """A token's nats as a byte's bits: of all tokens but each document's BOS, or of those of answers alone."""
+    examples = isinstance(rows, ExampleRows)
+    predicted = rows.num_counted if examples else rows.num_tokens - rows.num_documents
     return nats_per_token * predicted / rows.num_bytes / math.log(2)
 
 
@@ -49,6 +51,7 @@ def evaluate_rows(
     *,
     target: LMBatch,
     max_rows: int = 0,
+    collate: Callable[[Sequence[Row]], LMBatch] = collate_lm,
     pause: Callable[[], None] = lambda: None,
 ) -> Perplexity:
     """Perplexity over the first `max_rows` rows (0: all), however the last batch falls.
@@ -59,11 +62,12 @@ def evaluate_rows(
       rows: packed text.
       target: an abstract batch with its shardings.
       max_rows: 0 for all.
+      collate: makes a batch of rows.
       pause: called after each batch; may raise.
     """
     padded = PaddedRows(rows, target.tokens.shape[0], max_rows)
     losses, weights = [], []
-    for batch in batches(padded, target):
+    for batch in batches(padded, target, collate=collate):
         loss, weight = loss_step(params, batch)
         losses.append(loss)
         weights.append(weight)
@@ -96,6 +100,7 @@ def make_validation(
     view: Callable[[TrainState], Params] = lambda state: state.params,
     max_rows: int = 0,
     num_chunks: int = 1,
+    collate: Callable[[Sequence[Row]], LMBatch] = collate_lm,
 ) -> Measurement:
     """Validation as the loop makes it, after every so many updates.
 
@@ -107,11 +112,14 @@ def make_validation(
       view: state -> the model's weights, which are trained whole or in part.
       max_rows: 0 for all.
       num_chunks: see `make_loss_step`.
+      collate: see `evaluate_rows`.
     """
     loss_step = make_loss_step(model, num_chunks)
 
     def measure(state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:
-        found = evaluate_rows(loss_step, view(state), rows, target=target, max_rows=max_rows, pause=pause)
+        found = evaluate_rows(
+            loss_step, view(state), rows, target=target, max_rows=max_rows, collate=collate, pause=pause
+        )
         nats, bits = found.nats_per_token, found.bits_per_byte
         _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
         return dict(zip(FIGURES, (nats, bits), strict=True))
