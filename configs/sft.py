@@ -1,7 +1,8 @@
 """Supervised fine-tuning, model and recipe as argument: --config=configs/sft.py:llama2_7b, :llama2_7b,alpaca, ...
 
 Without a recipe as Llama 2-Chat was trained (Llama 2 paper, section 3.1). The others: `alpaca` (Stanford Alpaca),
-`tulu2` (arxiv.org/abs/2311.10702). A batch is so many rows, each of which holds as many examples as fit.
+`alpaca_lora`, `guanaco` (QLoRA, arxiv.org/abs/2305.14314), `tulu2` (arxiv.org/abs/2311.10702). A batch is so many rows,
+each of which holds as many examples as fit.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +25,8 @@ def get_config(argument: str = 'llama2_7b') -> ConfigDict:
     config.eval.every = 100
     if model in ('tiny', 'nano') or model.startswith('stories'):
         _small(config)
+    if recipe and recipe not in _RECIPES:
+        raise ValueError(f'no recipe {recipe!r}; there are {", ".join(_RECIPES)}')
     if recipe:
         _RECIPES[recipe](config)
     return config
@@ -42,6 +45,40 @@ def _alpaca(config: ConfigDict) -> None:
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 37  # 3 % of the 1,219 steps that 52,002 examples took
     config.optimizer.final_fraction = 0.0
+
+
+def _alpaca_lora(config: ConfigDict) -> None:
+    """alpaca-lora's defaults: adapters of queries and values."""
+    _alpaca(config)
+    config.data.seq_len = 256
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 100
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    config.lora.dropout = 0.05
+    config.lora.targets = 'q,v'
+
+
+def _guanaco(config: ConfigDict) -> None:
+    """QLoRA's script for 7B: adapters of all linears beside a base in nf4; 65B took 1e-4 and dropout 0.05."""
+    config.data.train = 'data/openassistant_guanaco.jsonl'
+    config.data.format = 'vicuna'
+    config.data.seq_len = 512
+    config.data.too_long = 'cut'
+    config.train.batch_size = 16
+    config.train.num_epochs = 0.0
+    config.train.num_steps = 1875
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.beta2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 0.3
+    config.optimizer.warmup_steps = 56
+    config.optimizer.final_fraction = 1.0
+    config.model.weights = 'nf4'
+    config.lora.rank = 64
+    config.lora.alpha = 16.0
+    config.lora.dropout = 0.1
 
 
 def _tulu2(config: ConfigDict) -> None:
@@ -68,4 +105,4 @@ def _small(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 1e-3
 
 
-_RECIPES = {'alpaca': _alpaca, 'tulu2': _tulu2}
+_RECIPES = {'alpaca': _alpaca, 'alpaca_lora': _alpaca_lora, 'guanaco': _guanaco, 'tulu2': _tulu2}

@@ -7,10 +7,12 @@ format that was trained on; report.json has one sampled answer for each of some 
 """
 
 import logging
+
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import answers, launch, training
+from experiments import held_out_answers as answers
+from experiments import launch, training
 from experiments.config_file import split_list
 from experiments.objective import objective_of
 from experiments.row_inspection import describe_rows, plot_lengths

@@ -98,6 +98,15 @@ def test_recipes_of_fine_tuning_are_the_papers():
             'optimizer.learning_rate': 2e-5, 'optimizer.weight_decay': 0, 'train.batch_size': 128, 'data.seq_len': 512,
             'train.num_epochs': 3,
         },
+        'llama2_7b,alpaca_lora': {
+            'lora.rank': 8, 'lora.alpha': 16, 'lora.dropout': 0.05, 'lora.targets': 'q,v', 'train.batch_size': 128,
+            'optimizer.learning_rate': 3e-4, 'train.num_epochs': 3, 'data.seq_len': 256,
+        },
+        'llama2_7b,guanaco': {
+            'lora.rank': 64, 'lora.alpha': 16, 'lora.dropout': 0.1, 'lora.targets': 'all', 'model.weights': 'nf4',
+            'train.num_steps': 1875, 'train.batch_size': 16, 'optimizer.learning_rate': 2e-4,
+            'optimizer.clip_norm': 0.3,
+        },
         'llama2_70b,tulu2': {'optimizer.learning_rate': 1e-5, 'train.batch_size': 128, 'train.num_epochs': 2},
     }  # fmt: skip
     for argument, values in published.items():
