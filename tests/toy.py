@@ -31,7 +31,12 @@ def make_model(**knobs) -> LlamaForCausalLM:
 
 def make_params(model: Transformer, seed: int = 0) -> Params:
     """Fresh weights made 8 times larger, so that scores have unit variance and attention is far from uniform."""
-    params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
+    return _larger_params(model, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _larger_params(model: Transformer, key: jax.Array) -> Params:
+    params = init_params(model, key)
     return jax.tree.map(lambda w, is_matrix: 8 * w if is_matrix else w, params, decayed(params))
 
 

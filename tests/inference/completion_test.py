@@ -1,8 +1,6 @@
 import functools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,29 +16,6 @@ from tests import toy
 from tests.inference.generate_test import PROMPTS, Letters, Spelled
 
 CONTEXT = toy.CONFIG.max_seq_len
-
-
-@pytest.fixture(scope='module')
-def model():
-    return toy.make_model()
-
-
-@pytest.fixture(scope='module')
-def params(model):
-    return toy.make_params(model)
-
-
-@pytest.fixture(scope='module')
-def logits_of(model, params):
-    """Logits behind each of some tokens, by reading all of them."""
-    read = jax.jit(lambda row: model.apply({'params': params}, row)[0])
-
-    def logits(tokens):
-        # Padding comes after all that is read, so one shape serves.
-        row = jnp.array([[*tokens, *[0] * (CONTEXT - len(tokens))]], jnp.int32)
-        return np.asarray(read(row)[0, : len(tokens)], np.float64)
-
-    return logits
 
 
 @pytest.fixture(scope='module')

@@ -27,16 +27,6 @@ SAME = 1e-5
 
 
 @pytest.fixture(scope='module')
-def model():
-    return toy.make_model()
-
-
-@pytest.fixture(scope='module')
-def params(model):
-    return toy.make_params(model)
-
-
-@pytest.fixture(scope='module')
 def rows():
     """Tokens of rows of any length, padded on the right, and how many each has."""
     lengths = np.array([21, 3, 16, 1], np.int32)
@@ -45,11 +35,15 @@ def rows():
 
 
 @pytest.fixture(scope='module')
-def uncached(model, params, rows):
+def uncached(logits_of, rows):
     """Logits of each row's last token, from one pass without a cache."""
-    tokens, lengths = rows
-    logits, _ = jax.jit(lambda params, tokens: model.apply({'params': params}, tokens))(params, tokens)
-    return np.asarray(logits)[np.arange(4), lengths - 1]
+    return np.stack([logits_of(row[:length])[-1] for row, length in zip(*rows, strict=True)])
+
+
+@pytest.fixture(scope='module')
+def weights(params):
+    """Layer by layer."""
+    return unstack(params)
 
 
 def read_prompts(model, weights, rows, width, num_slots=None, order=None):
@@ -72,23 +66,23 @@ def read_prompts(model, weights, rows, width, num_slots=None, order=None):
 
 
 @pytest.mark.parametrize('width', [4, 16, 32])
-def test_prompts_are_read_in_pieces_as_at_once(model, params, rows, uncached, width):
-    logits, cache = read_prompts(model, unstack(params), rows, width)
+def test_prompts_are_read_in_pieces_as_at_once(model, weights, rows, uncached, width):
+    logits, cache = read_prompts(model, weights, rows, width)
     np.testing.assert_allclose(logits, uncached, atol=SAME)
     assert cache.length.tolist() == rows[1].tolist()
 
 
 @pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
-def test_rows_are_read_into_any_slots(model, params, rows, uncached, mesh):
+def test_rows_are_read_into_any_slots(model, params, weights, rows, uncached, mesh):
     """The others keep what they have, and a row that only fills up the shape is nowhere."""
+    _, alone = read_prompts(model, weights, rows, 16)
     if mesh is not None:
         partitioner = Partitioner(make_mesh(mesh))
         model = decoding.with_whole_rows(model.clone(partitioner=partitioner))
-        params = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
-    logits, cache = read_prompts(model, unstack(params), rows, 8, 8, [6, 8, 0, 3])
+        weights = unstack(jax.device_put(params, partitioner.tree_shardings(params, param_axes(model))))
+    logits, cache = read_prompts(model, weights, rows, 16, 8, [6, 8, 0, 3])
     np.testing.assert_allclose(np.delete(logits, 1, 0), np.delete(uncached, 1, 0), atol=SAME)
     assert cache.length.tolist() == [16, 0, 0, 1, 0, 0, 21, 0]
-    _, alone = read_prompts(model, unstack(params), rows, 8)
     for slot, row in ((6, 0), (0, 2), (3, 3)):
         length = rows[1][row]
         np.testing.assert_allclose(cache.keys[1][slot, :, :length], alone.keys[1][row, :, :length], atol=SAME)
@@ -140,10 +134,10 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
 
 
 @pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
-def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, mesh):
+def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, logits_of, mesh):
     """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
     monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', params['blocks']['mlp']['up'][0].size)
-    tokens, want = rows[0], None
+    tokens, want = rows[0], np.stack([logits_of(row) for row in rows[0]])
     if mesh is not None:
         partitioner = Partitioner(make_mesh(mesh))
         model = model.clone(partitioner=partitioner)
@@ -158,14 +152,14 @@ def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, 
         if mesh is not None:
             q = params['blocks']['attention']['q']
             assert layer['attention']['q'].sharding.spec == PartitionSpec(*q.sharding.spec[1:])
-    want, _ = apply(params, tokens, None)
     assert np.std(want) > 0.5  # so that `SAME` means something
     np.testing.assert_allclose(apply(weights, tokens, None)[0], want, atol=SAME)
-    for given in (weights, params):
-        cache = KVCache.create(toy.CONFIG, 4, 32, jnp.float32)
-        first, cache = apply(given, tokens[:, :18], cache)
-        second, cache = apply(given, tokens[:, 18:], cache)
-        np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), want, atol=SAME)
+    cache = KVCache.create(toy.CONFIG, 4, 32, jnp.float32)
+    first, cache = apply(weights, tokens[:, :18], cache)
+    second, _ = apply(weights, tokens[:, 18:], cache)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), want, atol=SAME)
+    first, _ = apply(params, tokens[:, :18], KVCache.create(toy.CONFIG, 4, 32, jnp.float32))
+    np.testing.assert_allclose(first, want[:, :18], atol=SAME)
 
 
 @pytest.mark.parametrize(

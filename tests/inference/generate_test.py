@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,16 +34,6 @@ class Letters:
         return text[:1] + ''.join(f' {letter}' if letter.isupper() else letter for letter in text[1:])
 
 
-@pytest.fixture(scope='module')
-def model():
-    return toy.make_model()
-
-
-@pytest.fixture(scope='module')
-def params(model):
-    return toy.make_params(model)
-
-
 def complete(model, params, prompts, max_new_tokens=8, sampler=None, stop_ids=()):
     return generate_tokens(
         model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler or Sampler(), stop_ids=stop_ids
@@ -52,25 +41,13 @@ def complete(model, params, prompts, max_new_tokens=8, sampler=None, stop_ids=()
 
 
 @pytest.fixture(scope='module')
-def next_logits(model, params):
-    """What may follow some tokens, by reading all of them."""
-    read = jax.jit(lambda row: model.apply({'params': params}, row)[0])
-
-    def logits(tokens):
-        # Padding comes after all that is read, so one shape serves.
-        return np.asarray(read(jnp.array([tokens + [0] * (24 - len(tokens))], jnp.int32))[0, len(tokens) - 1])
-
-    return logits
-
-
-@pytest.fixture(scope='module')
-def greedy(next_logits):
+def greedy(logits_of):
     """The most likely continuations, by reading everything anew for each token."""
     continuations = []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(8):
-            tokens.append(int(np.argmax(next_logits(tokens))))
+            tokens.append(int(np.argmax(logits_of(tokens)[-1])))
         continuations.append(tokens[len(prompt) :])
     return continuations
 
@@ -141,7 +118,7 @@ def test_a_row_of_its_own_settings_is_what_it_is_alone(model, params, greedy):
     assert complete(model, params, [[4, 4, 4], *PROMPTS[::-1]], sampler=company)[:0:-1] == rows
 
 
-def test_penalties_see_the_prompt_and_what_was_drawn(model, params, next_logits):
+def test_penalties_see_the_prompt_and_what_was_drawn(model, params, logits_of):
     """As reading everything anew for each token, and CTRL's and OpenAI's formulas."""
     sampler = Sampler(
         repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={7: 1.0, 30: -2.0}
@@ -150,9 +127,7 @@ def test_penalties_see_the_prompt_and_what_was_drawn(model, params, next_logits)
     for prompt, row in zip(PROMPTS, found, strict=True):
         tokens = list(prompt)
         for _ in range(12):
-            adjusted = next_logits(tokens).astype(np.float64) + [
-                {7: 1.0, 30: -2.0}.get(i, 0.0) for i in range(64)
-            ]
+            adjusted = logits_of(tokens)[-1] + [{7: 1.0, 30: -2.0}.get(i, 0.0) for i in range(64)]
             for token in set(tokens):
                 adjusted[token] *= 1.5 if adjusted[token] < 0 else 1 / 1.5
             for token in tokens[len(prompt) :]:

@@ -14,16 +14,6 @@ from tests.inference.generate_test import PROMPTS, Spelled
 VOCAB = toy.CONFIG.vocab_size
 
 
-@pytest.fixture(scope='module')
-def model():
-    return toy.make_model()
-
-
-@pytest.fixture(scope='module')
-def params(model):
-    return toy.make_params(model)
-
-
 def no_token_again(logits, tokens, lengths):
     """Of what a row has, prompt included, nothing comes again; the host says so, at every token."""
 
@@ -52,15 +42,12 @@ class Cycle:
         return {'next': (tokens + 1) % 3}
 
 
-def test_a_function_of_all_tokens_so_far_changes_what_is_drawn(model, params):
-    read = jax.jit(lambda row: model.apply({'params': params}, row)[0])
+def test_a_function_of_all_tokens_so_far_changes_what_is_drawn(model, params, logits_of):
     found = complete(model, params, None, PROMPTS, max_new_tokens=8, logits_processor=no_token_again)
     for (one,), prompt in zip(found, PROMPTS, strict=True):
         tokens = list(prompt)
         for _ in range(8):
-            logits = np.array(
-                read(jnp.array([tokens + [0] * (24 - len(tokens))], jnp.int32))[0, len(tokens) - 1]
-            )
+            logits = logits_of(tokens)[-1]
             logits[tokens] = -np.inf
             tokens.append(int(logits.argmax()))
         assert [*one.prompt_tokens, *one.tokens] == tokens

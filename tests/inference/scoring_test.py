@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,27 +26,16 @@ def random_pairs(seed=0, num_contexts=12):
     return [tuple(map(tuple, pair)) for pair in pairs]
 
 
-@pytest.fixture(scope='module')
-def model():
-    return toy.make_model()
+def log_softmax(logits):
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 @pytest.fixture(scope='module')
-def params(model):
-    return toy.make_params(model)
-
-
-@pytest.fixture(scope='module')
-def expected(model, params):
+def expected(logits_of):
     """Each pair read alone: (log-probability, is greedy)."""
-    apply = jax.jit(lambda params, tokens: model.apply({'params': params}, tokens)[0])
     found = []
     for context, continuation in random_pairs():
-        row = np.zeros((1, toy.CONFIG.max_seq_len), np.int32)  # padding comes after all that is read
-        path = (context + continuation)[:-1]
-        row[0, : len(path)] = path
-        logits = apply(params, row)[0, len(context) - 1 : len(path)]
-        log_probs = np.asarray(jax.nn.log_softmax(logits))
+        log_probs = log_softmax(logits_of((context + continuation)[:-1])[len(context) - 1 :])
         total = log_probs[np.arange(len(continuation)), list(continuation)].sum()
         found.append((total, bool((log_probs.argmax(-1) == continuation).all())))
     return found
@@ -66,13 +54,11 @@ def test_pairs_that_share_rows_score_as_if_read_alone(model, params, expected):
     check(dict(score(model, params, random_pairs(), batch_tokens=64)), expected)
 
 
-def test_most_likely_tokens_are_greedy(model, params):
+def test_most_likely_tokens_are_greedy(model, params, logits_of):
     context = (3, 9, 27)
     path = list(context)
     for _ in range(4):
-        row = np.zeros((1, 16), np.int32)
-        row[0, : len(path)] = path
-        path.append(int(jnp.argmax(model.apply({'params': params}, jnp.asarray(row))[0][0, len(path) - 1])))
+        path.append(int(logits_of(path)[-1].argmax()))
     best = tuple(path[3:])
     other = (*best[:3], (best[3] + 1) % 64)
     found = dict(score(model, params, [(context, best), (context, other), (context, best[:1])]))
@@ -125,12 +111,10 @@ def test_what_cannot_be_scored_is_refused_in_one_line(model, params, pairs, batc
         list(score(model, params, pairs, batch_tokens=batch_tokens))
 
 
-def test_each_token_of_a_text_is_scored_beside_the_likeliest(model, params):
+def test_each_token_of_a_text_is_scored_beside_the_likeliest(model, params, logits_of):
     rng = np.random.default_rng(3)
     texts = [tuple(rng.integers(3, 64, size=n).tolist()) for n in (1, 2, 40, 33, 7, 64)]
-    read = jax.jit(lambda params, tokens: jax.nn.log_softmax(model.apply({'params': params}, tokens)[0]))
-    padded = np.array([[*text, *[0] * (64 - len(text))] for text in texts], np.int32)
-    wanted = np.asarray(read(params, padded))
+    wanted = [log_softmax(logits_of(text)) for text in texts]
     found = score_tokens(model, params, texts, num_candidates=5)
     for text, scores, log_probabilities in zip(texts, found, wanted, strict=True):
         assert [each.token for each in scores] == list(text)
