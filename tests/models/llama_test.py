@@ -194,11 +194,11 @@ def test_policies_save_and_offload_what_they_say(split):
     assert 0 < sent['full_offload'] < sent['attention_offload'] < sent['projections_offload']
 
 
-def test_bf16_stays_near_fp32(model, params):
+def test_bf16_stays_near_fp32(apply, params):
     batch = toy.packed_batch(2, 12)
-    want, _ = model.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
-    low = toy.make_model(dtype=jnp.bfloat16)
-    found, _ = low.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
+    want, _ = apply(params, batch.tokens, batch.positions, batch.segment_ids)
+    low = jax.jit(toy.make_model(dtype=jnp.bfloat16).apply)
+    found, _ = low({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
     assert found.dtype == jnp.float32
     # bf16 rounds by 2^-9 = 0.002; three layers add up to about 1 % of the logits' deviation. Equal they are not.
     difference = np.std(found - want) / np.std(want)
@@ -232,8 +232,9 @@ def test_a_tied_head_is_the_embedding():
     tied = toy.make_model().clone(config=dataclasses.replace(toy.CONFIG, tie_embeddings=True))
     params = toy.make_params(tied)
     assert 'head' not in params and head_weight(params) is params['embed']
-    untied, _ = toy.make_model().apply({'params': params | {'head': params['embed']}}, jnp.arange(4)[None, :])
-    np.testing.assert_array_equal(tied.apply({'params': params}, jnp.arange(4)[None, :])[0], untied)
+    tokens = jnp.arange(4)[None, :]
+    untied, _ = jax.jit(toy.make_model().apply)({'params': params | {'head': params['embed']}}, tokens)
+    np.testing.assert_array_equal(jax.jit(tied.apply)({'params': params}, tokens)[0], untied)
 
 
 def test_init_is_normal_and_scaled_down_where_it_writes_to_the_residual_stream():

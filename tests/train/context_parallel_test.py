@@ -34,7 +34,7 @@ def updates(size: int, **knobs):
     found = []
     with jax.set_mesh(partitioner.mesh):
         for batch in (packed, whole):
-            state = jax.device_put(start(toy.make_params(model)), shardings_of(target))
+            state = jax.device_put(start(toy.make_params(toy.make_model())), shardings_of(target))
             batch = jax.device_put(batch, partitioner.batch_sharding(ROWS, LENGTH))
             state, metrics = step(state, {}, batch, jax.random.key(0))
             found.append(jax.device_get((metrics, state.opt_state)))

@@ -36,7 +36,7 @@ def update(sizes, *, remat='none', num_chunks=1, num_microbatches=1):
     model = toy.make_model(remat=remat, partitioner=partitioner)
     target = abstract_state(*abstract_params_and_axes(model), toy.KEEP_GRADIENTS, partitioner)
     start = functools.partial(new_state, tx=toy.KEEP_GRADIENTS)
-    state = jax.device_put(start(toy.make_params(model)), shardings_of(target))
+    state = jax.device_put(start(toy.make_params(toy.make_model())), shardings_of(target))
     batch = jax.device_put(toy.packed_batch(ROWS, LENGTH), partitioner.batch_sharding(ROWS, LENGTH))
     step = compile_train_step(
         target,

@@ -22,18 +22,29 @@ def params(model):
     return toy.make_params(model)
 
 
-def run(loss_fn, params, batch, num_microbatches=1, step=0):
+@pytest.fixture(scope='module')
+def batch():
+    return toy.packed_batch(8, 12)
+
+
+@pytest.fixture(scope='module')
+def whole(model, params, batch):
+    """State and metrics after a step of the whole batch."""
+    return run(language_model_loss(model), params, batch)
+
+
+def run(loss_fn, params, batch, num_microbatches=1, step=0, how=jax.jit):
     state = new_state(params, toy.KEEP_GRADIENTS).replace(step=jnp.int32(step))
     update = functools.partial(
         train_step, loss_fn=loss_fn, tx=toy.KEEP_GRADIENTS, num_microbatches=num_microbatches
     )
-    return jax.jit(update)(state, {}, batch, jax.random.key(0))
+    return how(update)(state, {}, batch, jax.random.key(0))
 
 
-def test_the_loss_is_the_mean_over_counted_tokens(model, params):
-    batch = toy.packed_batch(8, 12)
-    state, metrics = run(language_model_loss(model), params, batch)
-    logits, _ = model.apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
+def test_the_loss_is_the_mean_over_counted_tokens(model, params, batch, whole):
+    state, metrics = whole
+    apply = jax.jit(model.apply)
+    logits, _ = apply({'params': params}, batch.tokens, batch.positions, batch.segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     assert metrics['weight'] == np.sum(batch.loss_mask) < batch.tokens.size
     assert metrics['loss'] == pytest.approx(
@@ -44,14 +55,14 @@ def test_the_loss_is_the_mean_over_counted_tokens(model, params):
 
 
 @pytest.mark.parametrize('num_microbatches', [2, 4])
-def test_microbatches_are_the_whole_batch_however_the_tokens_fall(model, params, num_microbatches):
-    batch = toy.packed_batch(8, 12)
+def test_microbatches_are_the_whole_batch_however_the_tokens_fall(
+    model, params, batch, whole, num_microbatches
+):
     # Row r is in microbatch r % n; odd rows are padded, so a mean of the microbatches' means would be another loss.
     counts = np.array([np.sum(batch.loss_mask[i::num_microbatches]) for i in range(num_microbatches)])
     assert counts.max() > 1.1 * counts.min()
-    loss_fn = language_model_loss(model)
-    want_state, want = run(loss_fn, params, batch)
-    state, found = run(loss_fn, params, batch, num_microbatches)
+    want_state, want = whole
+    state, found = run(language_model_loss(model), params, batch, num_microbatches)
     # Sums in another order: fp32 rounds each term by 6e-8, and a gradient has thousands.
     for name in want:
         assert found[name] == pytest.approx(float(want[name]), rel=1e-5), name
@@ -62,7 +73,7 @@ def test_microbatches_are_the_whole_batch_however_the_tokens_fall(model, params,
 
 
 @pytest.mark.parametrize('num_microbatches', [1, 2, 4])
-def test_the_gradient_program_is_traced_once(model, params, num_microbatches):
+def test_the_gradient_program_is_traced_once(model, params, batch, num_microbatches):
     """And so compiled once: a second copy for the first microbatch doubles the seconds of both."""
     traces = []
     language_model = language_model_loss(model)
@@ -71,7 +82,9 @@ def test_the_gradient_program_is_traced_once(model, params, num_microbatches):
         traces.append(arguments)
         return language_model(*arguments)
 
-    run(loss_fn, params, toy.packed_batch(8, 12), num_microbatches)
+    run(
+        loss_fn, params, batch, num_microbatches, how=lambda update: functools.partial(jax.eval_shape, update)
+    )
     assert len(traces) == 1
 
 

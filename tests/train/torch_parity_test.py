@@ -17,6 +17,7 @@ from tests.models.parity_test import RELEASES, VOCAB_SIZE, random_params, small_
 from tests.reference import huggingface_llama, numpy_llama
 
 NUM_STEPS, BATCH, LENGTH = 50, 4, 64
+NAME = 'llama3_2_1b'
 LEARNING_RATE = 1e-3  # the decay of 0.1 then takes 0.5 % off the weights: enough to see what it applies to
 # Large embeddings keep training from being chaotic: at the 0.01 of released weights a step changes one by a tenth, and
 # two torch runs whose weights differ by an ulp part by up to 1e-2. Here by less than 1e-5.
@@ -107,22 +108,30 @@ def torch_losses(
     return np.array(losses)
 
 
+def random_weights(name: str) -> dict:
+    return random_params(RELEASES[name], np.random.default_rng(0), RESIDUAL_SCALE)
+
+
+@functools.cache
+def plain_torch_losses(name: str) -> np.ndarray:
+    return torch_losses(name, random_weights(name), make_batches())
+
+
 @pytest.mark.parametrize(
     ('name', 'num_microbatches', 'num_chunks'),
     [
-        ('llama3_2_1b', 2, 4),
+        (NAME, 2, 4),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [('llama2_7b', 1, 1), ('llama3_8b', 4, 1)]),
     ],
 )
 def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
-    release, batches = RELEASES[name], make_batches()
-    params = random_params(release, np.random.default_rng(0), RESIDUAL_SCALE)
+    release, batches, params = RELEASES[name], make_batches(), random_weights(name)
 
     ours = our_losses(name, params, batches, num_microbatches, num_chunks)
 
-    np.testing.assert_allclose(ours, torch_losses(name, params, batches), rtol=TOLERANCE)
+    np.testing.assert_allclose(ours, plain_torch_losses(name), rtol=TOLERANCE)
     b = batches[0]
     logits = numpy_llama.forward(release.hparams, params, b.tokens, b.positions, b.segment_ids)
     np.testing.assert_allclose(ours[0], numpy_llama.loss(logits, b.targets, b.loss_mask), rtol=1e-6)
@@ -143,9 +152,6 @@ def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
 def test_another_optimiser_is_seen(mutation):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
     pytest.importorskip('transformers', reason='needs transformers: the extra `parity`')
-    name, batches = 'llama3_8b', make_batches()
-    params = random_params(RELEASES[name], np.random.default_rng(0), RESIDUAL_SCALE)
-
-    plain, mutated = (torch_losses(name, params, batches, **kwargs) for kwargs in ({}, mutation))
-
+    mutated = torch_losses(NAME, random_weights(NAME), make_batches(), **mutation)
+    plain = plain_torch_losses(NAME)
     assert np.abs(mutated / plain - 1).max() > 5 * TOLERANCE
