@@ -37,6 +37,27 @@ def fine_tuning(preset: str) -> ConfigDict:
     return config
 
 
+def preferences(preset: str) -> ConfigDict:
+    """A configuration of runs on pairs of answers (`llama_jax/data/preferences.py`)."""
+    config = fine_tuning(preset)
+    config.data.weights = ''  # of the sources; '': by size
+    config.data.share_prompt = False  # a prompt stands once in a row, with all its answers behind it
+    config.data.update(seq_len=4096, validation_fraction=0.01)
+    config.train.update(num_epochs=1.0)
+    for name in ('sample_tokens', 'tasks', 'data_dir', 'limit'):
+        del config.eval[name]
+    if preset in ('tiny', 'nano') or preset.startswith('stories'):
+        _small(config)
+    return config
+
+
+def _small(config: ConfigDict) -> None:
+    """For one small machine."""
+    config.data.update(seq_len=256, validation_fraction=0.05)
+    config.model.update(dtype='float32', remat='none')
+    config.train.update(loss_chunks=1, batch_size=16)
+
+
 def model(preset: str) -> ConfigDict:
     """The architecture and how it is computed."""
     section = ConfigDict()

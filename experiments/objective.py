@@ -5,18 +5,25 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
 from experiments.adapters import adapted
-from experiments.start import first_params
+from experiments.config_file import split_list
+from experiments.launch import flags_named
+from experiments.start import first_params, first_scores
 from llama_jax import pretrained
+from llama_jax.losses.dpo import PreferenceLoss, preference_loss
 from llama_jax.losses.language_model import language_model_loss
+from llama_jax.losses.reward import reward_loss
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner
+from llama_jax.train.optimizer import decayed
 from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import LMBatch, LossFn, Params, PyTree
+from llama_jax.types import InputError, LMBatch, LossFn, Params, PreferenceBatch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +51,28 @@ def objective_of(
     model: LlamaForCausalLM,
     partitioner: Partitioner,
     base: pretrained.Checkpoint | None = None,
+    *,
+    num_pairs: int = 0,
+    reference: Params | None = None,
 ) -> Objective:
-    """What a configuration describes, told by its sections: what a command trains, and preflight compiles."""
-    return adapted(language_modelling(config, model, partitioner, base), config, partitioner, base)
+    """What a configuration describes, told by its sections: what a command trains, and preflight compiles.
+
+    Args:
+      config: all keys.
+      model: of the policy, with the knobs that any objective has.
+      partitioner: places weights and batches.
+      base: whose weights it starts with.
+      num_pairs: of answers in a row, where it is trained on such; 0: one for 512 tokens.
+      reference: the weights of a live one; None: their shapes.
+    """
+    num_pairs = num_pairs or max(1, config.data.seq_len // 512)
+    if 'reward' in config:
+        objective = scoring(config, scored(model), partitioner, num_pairs, base)
+    elif 'loss' in config:
+        objective = preferring(config, model, partitioner, num_pairs, base, reference)
+    else:
+        objective = language_modelling(config, model, partitioner, base)
+    return adapted(objective, config, partitioner, base)
 
 
 def language_modelling(
@@ -64,6 +90,112 @@ def language_modelling(
             model, z_loss=config.train.get('z_loss', 0.0), num_chunks=config.train.loss_chunks
         ),
         batch=LMBatch.abstract(*shape, partitioner.batch_sharding(*shape)),
+    )
+
+
+def scoring(
+    config: ConfigDict,
+    model: LlamaForRewardModel,
+    partitioner: Partitioner,
+    num_pairs: int,
+    base: pretrained.Checkpoint | None = None,
+) -> Objective:
+    """A reward model with all weights."""
+    return Objective(
+        *abstract_params_and_axes(model),
+        first_params=functools.partial(first_scores, model, base, config.seed),
+        loss_fn=pair_loss(config, model),
+        batch=_pairs_batch(config, partitioner, num_pairs),
+    )
+
+
+def preferring(
+    config: ConfigDict,
+    model: LlamaForCausalLM,
+    partitioner: Partitioner,
+    num_pairs: int,
+    base: pretrained.Checkpoint | None = None,
+    reference: Params | None = None,
+) -> Objective:
+    """A policy with all weights, and a reference that is frozen, or whose log-probabilities are in the batch."""
+    if reference is None:
+        is_live = loss_of(config).has_reference and config.loss.reference == 'live'
+        reference = abstract_reference(model, partitioner) if is_live else {}
+    return Objective(
+        *abstract_params_and_axes(model),
+        first_params=functools.partial(first_params, model, base, config.seed),
+        loss_fn=pair_loss(config, model),
+        batch=_pairs_batch(config, partitioner, num_pairs),
+        frozen=reference,
+    )
+
+
+def pair_loss(config: ConfigDict, model: Any) -> LossFn:
+    """The loss of a model's whole weights on rows of pairs."""
+    read = reading_model(config, model)
+    if 'reward' in config:
+        return reward_loss(read, **config.reward)
+    kept = config.loss.reference == 'kept'
+    return preference_loss(read, loss_of(config), kept=kept, num_chunks=config.train.loss_chunks)
+
+
+def loss_of(config: ConfigDict) -> PreferenceLoss:
+    """`config.loss` as the dataclass that the library takes."""
+    if config.loss.reference not in ('live', 'kept'):
+        raise InputError(f'--config.loss.reference={config.loss.reference} is neither live nor kept')
+    if config.loss.kind == 'kto':
+        raise InputError(
+            '--config.loss.kind=kto compares with answers to other prompts, which rows of pairs do not hold; choose '
+            'another loss'
+        )
+    given = {name: value for name, value in config.loss.items() if name not in ('reference', 'constants')}
+    with flags_named(*(f'--config.loss.{name}' for name in config.loss)):
+        return PreferenceLoss(**given, **_constants(config.loss.constants))
+
+
+def _constants(text: str) -> dict[str, Any]:
+    """'label_smoothing=0.1' as {'label_smoothing': 0.1}."""
+    names = ('label_smoothing', 'margin')
+    try:
+        pairs = [
+            (name.strip(), float(value)) for name, value in (part.split('=') for part in split_list(text))
+        ]
+    except ValueError:
+        pairs = [('', 0.0)]
+    if not all(name in names for name, _ in pairs):
+        raise InputError(
+            f'constants is {text!r}; write them as in label_smoothing=0.1; there are {", ".join(names)}'
+        )
+    return dict(pairs)
+
+
+def reading_model(config: ConfigDict, model: Any) -> Any:
+    """The model as it reads rows of pairs."""
+    return model.clone(attention_implementation='shared_prefix') if config.data.share_prompt else model
+
+
+def abstract_reference(model: LlamaForCausalLM, partitioner: Partitioner) -> Params:
+    """A policy's weights as they are held to be compared with: matrices in the type that they are computed with."""
+    shapes, axes = abstract_params_and_axes(model)
+    return jax.tree.map(
+        lambda leaf, sharding, is_matrix: jax.ShapeDtypeStruct(
+            leaf.shape, model.dtype if is_matrix else leaf.dtype, sharding=sharding
+        ),
+        shapes, partitioner.tree_shardings(shapes, axes), decayed(shapes),
+    )  # fmt: skip
+
+
+def scored(model: LlamaForCausalLM) -> LlamaForRewardModel:
+    """A language model's architecture and knobs with a score in the place of its head."""
+    knobs = {name: getattr(model, name) for name in ('dtype', 'remat', 'unroll', 'attention_implementation')}
+    config = dataclasses.replace(model.config, scalar_head=True)
+    return LlamaForRewardModel(config, partitioner=model.partitioner, **knobs)
+
+
+def _pairs_batch(config: ConfigDict, partitioner: Partitioner, num_pairs: int) -> PreferenceBatch:
+    shape = config.train.batch_size, config.data.seq_len
+    return PreferenceBatch.abstract(
+        *shape, num_pairs, partitioner.batch_sharding(*shape), partitioner.sharding(('batch',))
     )
 
 

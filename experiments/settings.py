@@ -69,7 +69,7 @@ def check_settings(config: ConfigDict) -> None:
 
 def check_prompt(config: ConfigDict, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """What is completed at the end of the run must fit then."""
-    if config.eval.sample_tokens and 'prompt' in config.eval:
+    if 'prompt' in config.eval and config.eval.sample_tokens:
         with flags_named('--config.eval.prompt'):
             length = len(tokenizer.encode(config.eval.prompt, bos=True))
             if length >= max_seq_len:
@@ -168,7 +168,8 @@ def make_lora_config(config: ConfigDict) -> LoraConfig | None:
     with flags_named(*(f'--config.lora.{name}' for name in section)):
         return LoraConfig(
             rank=section.rank, alpha=float(section.alpha), dropout=float(section.dropout),
-            targets=tuple(split_list(section.targets)), rslora=section.rslora, layers=_layers(section.layers),
+            targets=tuple(split_list(section.targets)), rslora=section.get('rslora', False),
+            layers=_layers(section.get('layers', '')),
             train_whole=tuple(split_list(section.train_whole)),
         )  # fmt: skip
 
@@ -187,7 +188,7 @@ def _layers(text: str) -> tuple[int, ...]:
 def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:
     """The benchmarks that `config.eval` names, read before anything is trained."""
     prepared_tasks = []
-    for name in split_list(config.eval.tasks):
+    for name in split_list(config.eval.get('tasks', '')):
         with flags_named('--config.eval.tasks'):
             task = find_task(name)
             if task.executes_code:

@@ -18,8 +18,9 @@ from experiments.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, r
 from llama_jax import pretrained, runtime
 from llama_jax.data.datasets import train_tokenizer
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.llama import Transformer, init_params
 from llama_jax.models.presets import with_vocab_size
+from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.tokenizer.conversion import own_files
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_files
 from llama_jax.train.state import shardings_of
@@ -28,7 +29,9 @@ from llama_jax.types import InputError, Params
 logger = logging.getLogger('llama_jax.start')
 
 
-def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None) -> LlamaConfig:
+def starting_architecture(
+    config: ConfigDict, base: pretrained.Checkpoint | None, from_scores: bool = False
+) -> LlamaConfig:
     """The preset, with the vocabulary of --checkpoint where there is one; all other sizes must be the same.
 
     The preset `checkpoint` has the sizes of whatever Llama is given.
@@ -44,10 +47,15 @@ def starting_architecture(config: ConfigDict, base: pretrained.Checkpoint | None
     if not base:
         return preset
     found = base.config
+    if found.scalar_head and not from_scores:
+        raise InputError(
+            f'--checkpoint={base.path} is a reward model, which gives scores and no text; give the language model that '
+            'it was trained from (base_checkpoint in its model.json)'
+        )
     # What changes no weight may change: this is how a context is lengthened.
     of_rope = ('max_seq_len', 'rope_theta', 'rope_scaling')
     for name, value in vars(found).items():
-        if name not in ('vocab_size', *of_rope) and value != getattr(preset, name):
+        if name not in ('vocab_size', 'scalar_head', *of_rope) and value != getattr(preset, name):
             raise InputError(
                 f'the checkpoint {base.path} has {name} {value}, {config.model.preset} has '
                 f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
@@ -131,9 +139,7 @@ def open_origin(
     return None, None
 
 
-def first_params(
-    model: LlamaForCausalLM, base: pretrained.Checkpoint | None, seed: int, target: Params
-) -> Params:
+def first_params(model: Transformer, base: pretrained.Checkpoint | None, seed: int, target: Params) -> Params:
     """A checkpoint's weights or fresh ones; born sharded as `target`."""
     if base:
         with flags_named('--checkpoint'):
@@ -141,3 +147,14 @@ def first_params(
     return jax.jit(functools.partial(init_params, model), out_shardings=shardings_of(target))(
         jax.random.key(seed)
     )
+
+
+def first_scores(
+    model: LlamaForRewardModel, base: pretrained.Checkpoint | None, seed: int, target: Params
+) -> Params:
+    """As `first_params`, of a reward model: the trunk of a language model with a fresh score, or another's with its."""
+    if base is None or base.config.scalar_head:
+        return first_params(model, base, seed, target)
+    trunk = {name: leaf for name, leaf in target.items() if name != 'score'}
+    draw = jax.jit(lambda key: init_params(model, key)['score'], out_shardings=target['score'].sharding)
+    return first_params(model, base, seed, trunk) | {'score': draw(jax.random.key(seed))}

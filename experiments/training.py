@@ -101,10 +101,12 @@ def plan(
     override: str,
     xla_options: str,
     check_data: Callable[[Sequence[str]], None] = check_sources,
+    from_scores: bool = False,
 ) -> Plan:
     """Checks and opens what a command names; writes nothing.
 
-    All but `config` and `check_data`, which refuses sources that cannot be read, are flags of `launch.define_run`.
+    All are flags of `launch.define_run`, but for `config`, `check_data`, which refuses sources that cannot be read, and
+    `from_scores`: whether the checkpoint may be a reward model.
     """
     runtime.enable_compilation_cache(config.log.compilation_cache)
     folder, overrides = epath.Path(workdir), split_list(override)
@@ -121,7 +123,7 @@ def plan(
                 f'--config.lora.rank={config.lora.rank} trains adapters beside the weights of --checkpoint; give it'
                 + (', and no --fork' if origin else '')
             )
-        preset = starting_architecture(config, base)
+        preset = starting_architecture(config, base, from_scores)
         partitioner = settings.make_partitioner(config)
         settings.check_sizes(config, preset.max_seq_len, partitioner)
         compiler_options = settings.compiler_options(xla_options, partitioner)

@@ -83,7 +83,11 @@ def test_every_key_is_explained():
             # A name that is the usual symbol of its paper needs no more words.
             assert '#' in line or key[1] in ('beta1', 'beta2', 'tensorboard'), f'{key[1]} is not explained'
             explained.add(key[1])
-    known = flat(sections.all_of('tiny')) | flat(sections.fine_tuning('tiny'))
+    known = (
+        flat(sections.all_of('tiny'))
+        | flat(sections.fine_tuning('tiny'))
+        | flat(sections.preferences('tiny'))
+    )
     assert explained == {key.partition('.')[2] for key in known} - {''}
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from configs import pretrain, sft
+from configs import dpo, pretrain, reward_model, sft
 from experiments import config_file
 from llama_jax.models.presets import PRESETS
 
@@ -18,7 +18,9 @@ CODE = sorted(
     file for room in ('llama_jax', 'experiments', 'configs', 'tests') for file in (ROOT / room).rglob('*.py')
 )
 PLACES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # of docstrings
-SETTINGS = frozenset(key for task in (pretrain, sft) for key in config_file.flatten(task.get_config()))
+SETTINGS = frozenset(
+    key for task in (dpo, pretrain, reward_model, sft) for key in config_file.flatten(task.get_config())
+)
 
 # Of others: pip, srun, xpk, gcloud, pytest, XLA's environment variables.
 FOREIGN_FLAGS = {

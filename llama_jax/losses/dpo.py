@@ -15,6 +15,7 @@ training starts from), |y| its number of tokens; h = log pi - log ref. w is the 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,33 +162,67 @@ def preference_loss(
         params: Params, frozen: PyTree, batch: PreferenceBatch, rng: Array
     ) -> tuple[Array, Array, Metrics]:
         del rng
-        counted = batch.loss_mask & ~batch.format_mask if loss.mask_format else batch.loss_mask
-
-        def sums(values, mask):
-            return answer_sums(jnp.where(mask, values, 0.0), batch.segment_ids, batch.pairs)
-
-        by_token = log_probabilities(model, params, batch, num_chunks)
-        policy = sums(by_token, counted)
-        lengths = sums(jnp.ones_like(by_token), counted)
-        if not loss.has_reference:
-            reference = jnp.zeros_like(policy)
-        elif kept:
-            reference = batch.reference
-        else:
-            under = log_probabilities(model, jax.lax.stop_gradient(frozen), batch, num_chunks)
-            reference = jax.lax.stop_gradient(sums(under, counted))
+        policy, reference, lengths, nll = _compare(model, loss, kept, num_chunks, params, frozen, batch)
         present = batch.pairs > 0
         baseline = jnp.broadcast_to(batch.baseline[:, None], batch.weights.shape)
         losses = pair_losses(loss, policy, reference, lengths, present=present, baseline=baseline)
         figures = _figures(loss, policy, reference, lengths, present)
         if loss.nll:
-            tokens = jnp.maximum(sums(jnp.ones_like(by_token), batch.loss_mask)[..., 0], 1.0)
-            figures['nll'] = -sums(by_token, batch.loss_mask)[..., 0] / tokens
-            losses = losses + loss.nll * figures['nll']
+            figures['nll'] = nll
+            losses = losses + loss.nll * nll
         totals = {name: jnp.sum(batch.weights * figure) for name, figure in figures.items()}
         return jnp.sum(batch.weights * losses), jnp.sum(batch.weights), jax.lax.stop_gradient(totals)
 
     return loss_fn
+
+
+def answer_rewards(
+    model: LlamaForCausalLM, loss: PreferenceLoss, *, kept: bool = False, num_chunks: int = 1
+) -> Callable[[Params, PyTree, PreferenceBatch], Float[Array, 'B P 2']]:
+    """(params, frozen, batch) -> the reward of each answer that the policy stands for; as `preference_loss`."""
+
+    def rewards(params: Params, frozen: PyTree, batch: PreferenceBatch) -> Float[Array, 'B P 2']:
+        return _rewards(loss, *_compare(model, loss, kept, num_chunks, params, frozen, batch)[:3])
+
+    return rewards
+
+
+def answer_log_probabilities(
+    model: LlamaForCausalLM, loss: PreferenceLoss, *, num_chunks: int = 1
+) -> Callable[[Params, PreferenceBatch], Float[Array, 'B P 2']]:
+    """(params, batch) -> the log-probability of each answer, as that of a reference is kept; as `preference_loss`."""
+
+    def sums(params: Params, batch: PreferenceBatch) -> Float[Array, 'B P 2']:
+        by_token = log_probabilities(model, params, batch, num_chunks)
+        return answer_sums(jnp.where(_compared(loss, batch), by_token, 0.0), batch.segment_ids, batch.pairs)
+
+    return sums
+
+
+def _compared(loss: PreferenceLoss, batch: PreferenceBatch) -> Bool[Array, 'B T']:
+    """The targets whose log-probabilities are compared."""
+    return batch.loss_mask & ~batch.format_mask if loss.mask_format else batch.loss_mask
+
+
+def _compare(model, loss, kept, num_chunks, params, frozen, batch):
+    """(log-probabilities of the answers, under the reference, their tokens, -log pi_w / |w| of all its tokens)."""
+    compared = _compared(loss, batch)
+
+    def sums(values, mask):
+        return answer_sums(jnp.where(mask, values, 0.0), batch.segment_ids, batch.pairs)
+
+    by_token = log_probabilities(model, params, batch, num_chunks)
+    ones = jnp.ones_like(by_token)
+    policy = sums(by_token, compared)
+    if not loss.has_reference:
+        reference = jnp.zeros_like(policy)
+    elif kept:
+        reference = batch.reference
+    else:
+        under = log_probabilities(model, jax.lax.stop_gradient(frozen), batch, num_chunks)
+        reference = jax.lax.stop_gradient(sums(under, compared))
+    tokens = jnp.maximum(sums(ones, batch.loss_mask)[..., 0], 1.0)
+    return policy, reference, sums(ones, compared), -sums(by_token, batch.loss_mask)[..., 0] / tokens
 
 
 def log_probabilities(
@@ -200,15 +235,20 @@ def log_probabilities(
     return token_log_probabilities(hidden, head_weight(params), batch.targets, num_chunks, model.partitioner)
 
 
+def _rewards(loss, policy, reference, lengths) -> Float[Array, 'B P 2']:
+    ratios = policy - reference
+    by_length = loss.kind in ('ipo', 'sigmoid_norm', 'simpo', 'orpo')
+    return loss.beta * (ratios / jnp.maximum(lengths, 1.0) if by_length else ratios)
+
+
 def _figures(loss, policy, reference, lengths, present) -> dict[str, Float[Array, 'B P']]:
     """What is logged of each pair: rewards as the loss implies them, and how far the policy is from its reference.
 
     k1 and k3 are Schulman's estimators, by answer: of d = (log pi - log ref) / |y| they are d and exp(-d) - 1 + d. The
     answers are the data's, not the policy's own, so that neither is a divergence.
     """
-    by_length = loss.kind in ('ipo', 'sigmoid_norm', 'simpo', 'orpo')
     means = (policy - reference) / jnp.maximum(lengths, 1.0)
-    rewards = loss.beta * (means if by_length else policy - reference)
+    rewards = _rewards(loss, policy, reference, lengths)
     better, worse = rewards[..., 0], rewards[..., 1]
     figures = {
         'reward_chosen': better,

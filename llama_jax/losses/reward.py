@@ -41,6 +41,17 @@ def safety_losses(scores: Float[Array, 'B P 2'], safe: Int[Array, 'B P 2']) -> F
     return jnp.mean(jnp.where(safe >= 0, losses, 0.0), axis=-1)
 
 
+def margin_scale(name: str) -> float:
+    """What is multiplied with the margins of the data.
+
+    Raises:
+      InputError: there is no such way.
+    """
+    if name not in MARGINS:
+        raise InputError(f'unknown margin {name!r}; choose from {", ".join(MARGINS)}')
+    return MARGINS[name]
+
+
 def reward_loss(
     model: LlamaForRewardModel, *, margin: str = 'none', centering: float = 0.0, safety: float = 0.0
 ) -> LossFn:
@@ -57,15 +68,14 @@ def reward_loss(
     Raises:
       InputError: `margin` is unknown.
     """
-    if margin not in MARGINS:
-        raise InputError(f'unknown margin {margin!r}; choose from {", ".join(MARGINS)}')
+    scale = margin_scale(margin)
 
     def loss_fn(
         params: Params, frozen: PyTree, batch: PreferenceBatch, rng: Array
     ) -> tuple[Array, Array, Metrics]:
         del frozen, rng
         scores = pair_scores(model, params, batch)
-        ranking = ranking_losses(scores, MARGINS[margin] * batch.margins, centering)
+        ranking = ranking_losses(scores, scale * batch.margins, centering)
         losses = ranking + (safety * safety_losses(scores, batch.safe) if safety else 0.0)
         better, worse = scores[..., 0], scores[..., 1]
         figures = {

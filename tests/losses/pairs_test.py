@@ -1,0 +1,147 @@
+"""The losses of pairs through a model and a train step: what a batch gives, whatever it is cut into."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.data.preferences import PreferenceRows, collate_preferences
+from llama_jax.lora import LoraConfig, init_adapters, with_base
+from llama_jax.losses.dpo import (
+    LOSSES,
+    PreferenceLoss,
+    answer_log_probabilities,
+    pair_losses,
+    preference_loss,
+)
+from llama_jax.losses.reward import reward_loss
+from llama_jax.models.reward import LlamaForRewardModel
+from llama_jax.train.state import new_state
+from llama_jax.train.step import train_step
+from tests import toy
+from tests.data.preferences_test import random_pairs
+
+FORM = (7,)  # a token that is form
+REWARD = LlamaForRewardModel(dataclasses.replace(toy.CONFIG, scalar_head=True), dtype=jnp.float32)
+
+
+@pytest.fixture(scope='module')
+def policy():
+    return toy.make_model()
+
+
+@pytest.fixture(scope='module')
+def params(policy):
+    return toy.make_params(policy)
+
+
+@pytest.fixture(scope='module')
+def batch():
+    """Eight rows, of one to three pairs; answers of 1 to 8 tokens that count."""
+    rows = PreferenceRows(random_pairs(28, seed=5), 48, format_ids=FORM)
+    assert len(rows) >= 8
+    return jax.tree.map(jnp.asarray, collate_preferences([rows[i] for i in range(8)]))
+
+
+def update(loss_fn, params, frozen, batch, num_microbatches=1):
+    step = functools.partial(
+        train_step, loss_fn=loss_fn, tx=toy.KEEP_GRADIENTS, num_microbatches=num_microbatches
+    )
+    return jax.jit(step)(new_state(params, toy.KEEP_GRADIENTS), frozen, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_the_first_loss_is_log_2(policy, params, batch, kept):
+    loss = PreferenceLoss(mask_format=True)
+    if kept:
+        reference = jax.jit(answer_log_probabilities(policy, loss))(params, batch)
+        batch = batch.replace(reference=reference)
+    _, found = update(preference_loss(policy, loss, kept=kept), params, {} if kept else params, batch)
+    assert found['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert found['k1'] == pytest.approx(0, abs=1e-6) and found['k3'] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_first_loss_is_log_2_beside_adapters_whose_dropout_the_reference_never_sees(
+    policy, params, batch
+):
+    lora = LoraConfig(rank=2, dropout=0.5, targets=('q', 'v'))
+    adapters = init_adapters(lora, params, jax.random.key(1))
+    loss_fn = with_base(preference_loss(policy, PreferenceLoss()), lora)
+    _, found = update(loss_fn, adapters, params, batch)
+    assert found['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    # Trained, the policy is another, and the reference the base still.
+    moved = jax.tree.map(lambda leaf: leaf + 0.3, adapters)
+    _, found = update(loss_fn, moved, params, batch)
+    without = preference_loss(policy, PreferenceLoss())
+    reference = jax.jit(answer_log_probabilities(policy, PreferenceLoss()))(params, batch)
+    kept = with_base(preference_loss(policy, PreferenceLoss(), kept=True), lora)
+    _, wanted = update(kept, moved, params, batch.replace(reference=reference))
+    assert (
+        found['loss'] == pytest.approx(float(wanted['loss']), rel=1e-5) != pytest.approx(np.log(2), abs=1e-2)
+    )
+    assert without is not kept
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'sigmoid',
+        'reward',
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in LOSSES if kind != 'sigmoid'),
+    ],
+)
+def test_four_microbatches_are_the_batch(policy, params, batch, kind):
+    if kind == 'reward':
+        loss_fn = reward_loss(REWARD, margin='small', centering=0.01, safety=0.5)
+        params, frozen = toy.make_params(REWARD), {}
+    else:
+        loss_fn = preference_loss(policy, PreferenceLoss(kind, nll=0.2), num_chunks=2)
+        frozen = toy.make_params(policy, seed=1)
+    # Odd rows hold less: a mean of the parts' means would be another.
+    batch = batch.replace(weights=batch.weights * jnp.where(jnp.arange(8) % 4 == 1, 0.25, 1.0)[:, None])
+    want_state, want = update(loss_fn, params, frozen, batch)
+    state, found = update(loss_fn, params, frozen, batch, 4)
+    for name in want:  # fp32 sums in another order
+        assert found[name] == pytest.approx(float(want[name]), rel=2e-5, abs=1e-6), name
+    toy.assert_same_gradients(state.opt_state, want_state.opt_state)
+
+
+@pytest.mark.parametrize('mask_format', [False, True])
+def test_a_batch_is_the_formula_over_its_pairs(policy, params, batch, mask_format):
+    """Log-probabilities summed and counted in NumPy: the answers' alone, form left out where it is to be."""
+    loss = PreferenceLoss('ipo', beta=0.3, nll=0.2, mask_format=mask_format)
+    frozen = toy.make_params(policy, seed=1)
+    assert np.any(batch.format_mask)
+    _, found = update(preference_loss(policy, loss), params, frozen, batch)
+
+    def by_token(weights):
+        logits, _ = jax.jit(
+            lambda w: policy.apply({'params': w}, batch.tokens, batch.positions, batch.segment_ids)
+        )(weights)
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        return np.take_along_axis(log_p, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
+
+    ours, theirs = by_token(params), by_token(frozen)
+    policy_sums, reference, lengths, nll = [], [], [], []
+    for row, place in np.argwhere(np.asarray(batch.weights) > 0):
+        of_sides = []
+        for side in range(2):
+            of_answer = np.asarray(batch.segment_ids[row] == batch.pairs[row, place, side])
+            counted = of_answer & np.asarray(batch.loss_mask[row])
+            whole = ours[row][counted].sum() / max(1, counted.sum())
+            if mask_format:
+                counted &= ~np.asarray(batch.format_mask[row])
+            of_sides.append((ours[row][counted].sum(), theirs[row][counted].sum(), counted.sum(), whole))
+        for values, column in zip((policy_sums, reference, lengths), range(3), strict=True):
+            values.append([side[column] for side in of_sides])
+        nll.append(-of_sides[0][3])
+    p, r, n = (
+        jnp.asarray(np.array(values)[None], jnp.float32) for values in (policy_sums, reference, lengths)
+    )
+    wanted = np.mean(np.asarray(pair_losses(loss, p, r, n), np.float64)) + 0.2 * np.mean(nll)
+    assert found['loss'] == pytest.approx(wanted, rel=1e-5)
+    assert found['nll'] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert found['weight'] == len(nll)

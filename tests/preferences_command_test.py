@@ -1,0 +1,136 @@
+"""Reward models and policies trained on pairs by the commands: files, resuming, what is refused."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests.command_line import tiny_run
+
+WORDS = ('bad', 'ban', 'balla', 'dio', 'dun', 'fa', 'farst', 'gen', 'gilly', 'ku')
+
+
+@pytest.fixture(scope='module')
+def base(commands, folder, corpus) -> pathlib.Path:
+    """A language model of a few steps."""
+    commands.run('pretrain', *tiny_run(folder / 'base', corpus, train__num_steps=2)).succeeded()
+    return folder / 'base'
+
+
+@pytest.fixture(scope='module')
+def pairs(folder) -> pathlib.Path:
+    """Preferred are answers of the first words."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(60):
+        better, worse = (
+            ' '.join(rng.choice(half, size=rng.integers(2, 5))) for half in (WORDS[:5], WORDS[5:])
+        )
+        rating = ('significantly better', 'slightly better')[number % 2]
+        lines.append(
+            {'prompt': f'{number} {rng.choice(WORDS)}', 'chosen': better, 'rejected': worse, 'rating': rating}
+        )
+    file = folder / 'pairs.jsonl'
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return file
+
+
+def arguments(command: str, recipe: str, workdir, base, pairs, **overrides) -> list[str]:
+    config = {
+        'data__train': pairs, 'data__format': 'plain', 'data__seq_len': 128, 'data__validation_fraction': 0.2,
+        'train__batch_size': 4, 'train__num_steps': 4, 'train__num_epochs': 0,
+        'model__dtype': 'float32',
+        'optimizer__learning_rate': 1e-3, 'optimizer__warmup_steps': 1, 'checkpoint__every': 2, 'log__every': 1,
+        'log__tensorboard': False, 'model__vocab_size': 320,
+    } | overrides  # fmt: skip
+    config |= {'data__weights': ''} if command == 'reward_model' else {}
+    return [
+        command, f'--config=configs/{command}.py:{recipe}', f'--workdir={workdir}', f'--checkpoint={base}',
+        *(f'--config.{key.replace("__", ".")}={value}' for key, value in config.items()),
+    ]  # fmt: skip
+
+
+def logged(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_trained_resumed_and_read_again(commands, folder, base, pairs):
+    workdir = folder / 'reward'
+    run = arguments('reward_model', 'nano,helpfulness', workdir, base, pairs)
+    commands.run(*run, '--config.train.num_steps=2').succeeded()
+    shown = commands.run(*run).succeeded()
+    steps = logged(workdir)
+    assert [item['step'] for item in steps] == [1, 2, 3, 4]
+    assert {'accuracy', 'margin', 'validation_accuracy'} <= steps[-1].keys()
+    report, model = (json.loads((workdir / name).read_text()) for name in ('report.json', 'model.json'))
+    assert report['accuracy_by_margin'].keys() == {'1', '3'} and 0 <= report['bag_of_words'] <= 1
+    assert (
+        model['scores'] == {'mean': report['mean'], 'std': report['std']} and model['config']['scalar_head']
+    )
+    assert (workdir / 'preferences.png').stat().st_size and 'the longer is better' in shown.stdout
+    assert 'Anthropic Harmless' in shown.stdout
+
+    # It is what it is: no model of text, but a start for another reward model; and transformers reads it.
+    assert 'is a reward model' in commands.run(
+        'generate', f'--checkpoint={workdir}', '--prompt=ba', '--max_new_tokens=2'
+    ).error()  # fmt: skip
+    refused = commands.run(*arguments('dpo', 'nano', folder / 'no', workdir, pairs)).error()
+    assert 'is a reward model, which gives scores and no text; give the language model' in refused
+    assert not (folder / 'no').exists()
+    commands.run(
+        'convert', f'--input={workdir}', f'--output={folder / "hf"}', '--to=huggingface', '--verify'
+    ).succeeded()  # fmt: skip
+    again = arguments(
+        'reward_model', 'nano,safety', folder / 'again', folder / 'hf', pairs, train__num_steps=1
+    )
+    commands.run(*again).succeeded()
+    # The first accuracy of the second is what the first ended with: the score was kept.
+    first = logged(folder / 'again')[0]
+    assert first['step'] == 1 and np.isfinite(first['ranking_loss'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('reference', ['live', 'kept'])
+def test_a_policy_begins_at_log_2_and_resumes(commands, folder, base, pairs, reference):
+    workdir = folder / f'dpo_{reference}'
+    run = arguments(
+        'dpo', 'nano', workdir, base, pairs, loss__reference=reference, loss__nll=0.0,
+        data__share_prompt=reference == 'kept',
+    )  # fmt: skip
+    commands.run(*run, '--config.train.num_steps=2').succeeded()
+    kept = workdir / 'reference.npz'
+    before = kept.stat().st_mtime_ns if reference == 'kept' else None
+    commands.run(*run).succeeded()
+    steps = logged(workdir)
+    assert [item['step'] for item in steps] == [1, 2, 3, 4]
+    assert steps[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert steps[-1]['loss'] < steps[0]['loss'] and steps[-1]['accuracy'] > 0.5
+    if reference == 'kept':
+        assert kept.stat().st_mtime_ns == before  # computed once
+    refused = commands.run(*run, '--config.loss.beta=0.2').error()
+    assert '--config.loss.beta was 0.1 and is 0.2' in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('command', 'overrides', 'message'),
+    [
+        ('reward_model', {'reward__margin': 'big'}, "unknown margin 'big'; choose from none, small, large"),
+        ('dpo', {'loss__kind': 'sigmod'}, "unknown loss 'sigmod'; did you mean sigmoid"),
+        ('dpo', {'loss__reference': 'old'}, '--config.loss.reference=old is neither live nor kept'),
+        ('dpo', {'data__too_long': 'cut'}, "too_long is 'cut'; of pairs it is drop or oldest"),
+        (
+            'dpo',
+            {'data__seq_len': 8, 'train__loss_chunks': 1},
+            'none fits into a row of 8 tokens: the longest takes',
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_written(
+    commands, folder, base, pairs, command, overrides, message
+):
+    run = arguments(command, 'nano', folder / 'refused', base, pairs, **overrides)
+    assert message in commands.run(*run).error()
+    assert not (folder / 'refused').exists()
