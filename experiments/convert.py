@@ -8,6 +8,7 @@ Several, `--input=A,B,C`, become one model whose weights are the mean of theirs.
 """
 
 import importlib.util
+from collections.abc import Mapping
 
 from absl import flags
 from etils import epath
@@ -21,6 +22,7 @@ from llama_jax.convert.mapping import Source
 from llama_jax.convert.weight_mean import mean_of
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.conversion import comparable_probes
+from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
@@ -35,7 +37,11 @@ _BASE = launch.define_path(
 )
 _OUTPUT = launch.define_path('output', None, 'folder to make; for gguf, the file', required=True)
 _TO = flags.DEFINE_enum(
-    'to', None, ['orbax', 'meta', 'huggingface', 'gguf'], 'format to write', required=True
+    'to',
+    None,
+    ['orbax', 'meta', 'huggingface', 'gguf', 'peft', 'gguf_adapter'],
+    'format to write',
+    required=True,
 )
 _DTYPE = flags.DEFINE_enum('dtype', '', ['', *export.GGUF_DTYPES], "type to write; '' keeps the input's")
 _MODEL_PARALLEL = flags.DEFINE_integer('model_parallel', 1, "number of files of Meta's format")
@@ -49,7 +55,7 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and com
 def main() -> None:
     """Opens, writes, verifies."""
     runtime.free_memory_at_once()
-    storage.check_place(_OUTPUT.value, folder=_TO.value != 'gguf')
+    storage.check_place(_OUTPUT.value, folder=_TO.value not in ('gguf', 'gguf_adapter'))
     if _CHAT.value and _TO.value not in ('huggingface', 'gguf'):
         raise InputError(f'--chat: {_TO.value} has no place for a chat template; write huggingface or gguf')
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
@@ -58,9 +64,15 @@ def main() -> None:
     checkpoint = pretrained.open(first, _BASE.value)
     if _TO.value == 'gguf' or _CHAT.value:
         check_tokenizer(checkpoint, _TOKENIZER.value)
-    source = checkpoint.source
-    if others:
-        source = _mean([checkpoint, *map(pretrained.open, others)], any_tokenizer=bool(_TOKENIZER.value))
+    is_apart = _TO.value in ('peft', 'gguf_adapter')
+    if is_apart and (others or _VERIFY.value):
+        raise InputError(f'--to={_TO.value} writes the adapters of one input, and has no --verify')
+    if is_apart and not checkpoint.is_adapter:
+        raise InputError(
+            f'--to={_TO.value}: {first} is a whole model; adapters are written so, of a run that trained some, or of a '
+            'folder of PEFT'
+        )
+    source = _source_of([checkpoint, *map(pretrained.open, others)], any_tokenizer=bool(_TOKENIZER.value))
     tokenizer = pretrained.load_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else checkpoint.tokenizer
     template, files = checkpoint.template, checkpoint.files
     if _CHAT.value and not template:
@@ -68,6 +80,14 @@ def main() -> None:
     if _TOKENIZER.value:  # another one's files would contradict it
         files = {}
     hold_folder(epath.Path(_OUTPUT.value), beside=True)
+    if is_apart:
+        beside = files
+        if tokenizer and not files:
+            beside = huggingface_files(
+                tokenizer, chat_template=template, max_seq_len=source.config.max_seq_len
+            )
+        _write_adapter(checkpoint, _OUTPUT.value, _TO.value, _DTYPE.value, beside)
+        return
     with _progress_bar(source, 'writing') as bar:
         export.save(
             _OUTPUT.value, source, tokenizer, to=_TO.value, dtype=_DTYPE.value, files=files,
@@ -99,13 +119,15 @@ def _paths(text: str) -> list[str]:
     return paths
 
 
-def _mean(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Source:
-    """The mean of models that read and write the same tokens.
+def _source_of(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Source:
+    """The weights of one, or the mean of models that read and write the same tokens.
 
     Raises:
       InputError: their architectures differ; or their tokenizers, unless any will do.
     """
     first, *others = checkpoints
+    if not others:
+        return first.source
     source = mean_of([checkpoint.source for checkpoint in checkpoints])
     reference = None if any_tokenizer else first.tokenizer
     for other in others:
@@ -118,6 +140,26 @@ def _mean(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Sour
                     f'{expected[:8]}; if the weights still mean the same tokens, give one for all by --tokenizer'
                 )
     return source
+
+
+def _write_adapter(
+    checkpoint: pretrained.Checkpoint, output: str, to: str, dtype: str, files: Mapping[str, bytes]
+) -> None:
+    """Writes what a checkpoint of adapters holds beside its base.
+
+    Raises:
+      InputError: the format cannot say what was trained.
+    """
+    adapter, base = checkpoint.adapter, checkpoint.base
+    if base.config.vocab_size < checkpoint.config.vocab_size:
+        raise InputError(
+            f'--to={to}: the vocabulary grew from {base.config.vocab_size} to {checkpoint.config.vocab_size} beside '
+            'the adapters; write the whole model, --to=huggingface'
+        )
+    export.save_adapter(
+        output, adapter, base.config, to=to, base=str(base.path), dtype=dtype, files=files,
+    )  # fmt: skip
+    print(f'{output}: adapters of {len(adapter.low_rank)} matrices as {to}, of the base {base.path}')
 
 
 def _progress_bar(source: Source, verb: str) -> tqdm:

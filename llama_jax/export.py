@@ -15,9 +15,11 @@ from etils import epath
 
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.weights import save_params
-from llama_jax.convert import gguf, huggingface, meta
+from llama_jax.convert import gguf, gguf_adapter, huggingface, meta, peft
+from llama_jax.convert.adapter import Adapter
 from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, leaf_shape, rounded, weights_of
 from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
+from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
 from llama_jax.quantize.files import Quantizing
 from llama_jax.quantize.forms import choose_forms
@@ -105,6 +107,49 @@ def save(
         leaves = {w.path: Leaf(source, w, float_dtype) for w in weights_of(source.config)}
         save_params(target / CHECKPOINTS, leaves, progress)
         save_config(target, source.config, base_checkpoint='', converted_from=source.origin)
+
+
+def save_adapter(
+    path: epath.PathLike,
+    adapter: Adapter,
+    config: LlamaConfig,
+    *,
+    to: str,
+    base: str,
+    dtype: str = '',
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    progress: Callable[[int], Any] = lambda _: None,
+) -> None:
+    """Writes an adapter without its base; it appears whole or not at all.
+
+    Args:
+      path: the folder to make (for GGUF the file), on a local disk.
+      adapter: what was trained.
+      config: of its base.
+      to: 'peft' or 'gguf_adapter'.
+      base: the base's place, which PEFT's folder names.
+      dtype: 'float32', 'bfloat16' or 'float16', in GGUF not bfloat16; '' keeps the adapter's, in GGUF float32.
+      files: to carry along into a folder of PEFT, such as the tokenizer's.
+      progress: called with the bytes of each block written.
+
+    Raises:
+      InputError: something is at the path already, it cannot be written, or the format cannot say what was trained.
+    """
+    place = epath.Path(path)
+    allowed = gguf_adapter.DTYPES if to == 'gguf_adapter' else FLOAT_DTYPES
+    if dtype and dtype not in allowed:
+        raise InputError(f'dtype {dtype} is not one that {to} holds: {", ".join(allowed)}')
+    if '://' in os.fspath(path):
+        raise InputError(f'{path} is not on a local disk; write {to} to one, then copy it')
+    if to == 'gguf_adapter':
+        if place.exists():
+            raise InputError(f'{place} exists; give a new file, or remove it first')
+        with _refused_in_one_line(path), parents_made(place):
+            gguf_adapter.write(adapter, config, place, dtype=dtype, name=place.stem)
+        return
+    with _refused_in_one_line(path), new_folder(place) as target:
+        wanted = jnp.dtype(dtype) if dtype else None
+        peft.write(adapter, config, target, base=base, dtype=wanted, files=files, progress=progress)
 
 
 def save_quantized(

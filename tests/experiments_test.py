@@ -11,12 +11,15 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
+from safetensors.numpy import load_file, save_file
 
 import llama_jax
 from llama_jax import pretrained
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
 from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run, xla_flags
+from tests.convert.peft_test import ours as adapter_by_hand
 
 SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba'}
 
@@ -540,6 +543,35 @@ def test_convert_writes_the_mean_of_steps_of_a_run(commands, run, tmp_path):
     )  # fp32's rounding of weights of 0.02
 
 
+@pytest.mark.slow
+def test_convert_writes_adapters_and_what_they_make_of_their_base(commands, run, tmp_path):
+    config = pretrained.open(run).config
+    adapter_by_hand(
+        tmp_path / 'a', {'modules_to_save': ['model.norm']}, config=config, base=tmp_path / 'gone'
+    )
+    tensors = load_file(tmp_path / 'a/adapter_model.safetensors')
+    norm = np.full(config.embed_dim, 2, np.float32)
+    save_file(
+        tensors | {'base_model.model.model.norm.weight': norm}, tmp_path / 'a/adapter_model.safetensors'
+    )
+    options = [f'--input={tmp_path}/a', f'--base={run}']
+    line = commands.run('convert', *options[:1], f'--output={tmp_path}/x', '--to=meta').error()
+    assert 'gone, which is no path here' in line
+    line = commands.run('convert', *options, f'--output={tmp_path}/x', '--to=gguf_adapter').error()
+    assert 'final_norm was trained whole' in line and not (tmp_path / 'x').exists()
+    commands.run('convert', *options, f'--output={tmp_path}/again', '--to=peft').succeeded()
+    commands.run(
+        'convert', *options, f'--output={tmp_path}/whole', '--to=huggingface', '--verify'
+    ).succeeded()
+    again, whole = (pretrained.open(tmp_path / name) for name in ('again', 'whole'))
+    assert again.base.path == epath.Path(run) and again.tokenizer.encode('def f') == whole.tokenizer.encode(
+        'def f'
+    )
+    for path in ('blocks/attention/q', 'final_norm', 'embed'):
+        found, wanted = (checkpoint.source.tensors[path][0].read() for checkpoint in (again, whole))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path):
     output = f'--output={tmp_path}/a/out'
     for arguments, message in {
@@ -556,6 +588,8 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path)
         (f'--input={run}', '--to=torch'): '--to',
         (f'--input={run}/checkpoints/5', '--to=meta'): 'the steps there are [4, 8, 12]',
         (f'--input={run},', '--to=meta'): 'names an empty path',
+        (f'--input={run}', '--to=peft'): 'is a whole model; adapters are written so',
+        (f'--input={run}', '--to=meta', f'--base={run}'): 'is no adapter; a base',
     }.items():
         assert message in commands.run('convert', *arguments, output).error()
         assert not any(tmp_path.iterdir())

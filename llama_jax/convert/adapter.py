@@ -7,6 +7,7 @@ Of a weight's matrix [out, in], q and k half-split, an adapter has a [r, in] and
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,21 +58,20 @@ class Adapter:
 
 
 def native_adapter(
-    config: LlamaConfig,
-    leaves: Mapping[str, LazyArray],
-    scale: float,
-    layers: Sequence[int],
-    origin: str,
+    config: LlamaConfig, leaves: Mapping[str, LazyArray], adapters: Mapping[str, Any], origin: str
 ) -> Adapter:
     """Trained adapters by path of our params, as `llama_jax.lora` has them.
 
     Args:
       config: of the model.
       leaves: `PATH/a` and `PATH/b` of weights with an adapter, PATH of those that were trained whole.
-      scale: of all adapters.
-      layers: those with adapters; (): all.
+      adapters: what model.json says of them: `scale`, and `layers` with adapters, where not all have one.
       origin: where they are from.
+
+    Raises:
+      InputError: a leaf is of no weight of the model.
     """
+    scale, layers = adapters['scale'], adapters['layers']
     low_rank, whole, left = {}, {}, set(leaves)
     for weight in weights_of(config):
         names = {part: f'{weight.path}/{part}' for part in ('a', 'b')}
@@ -86,7 +86,7 @@ def native_adapter(
                 low_rank[weight.path, layer] = LowRank(a, b, scale, name=weight.path)
         left -= {weight.path, *names.values()}
     if left:
-        raise InputError(f'{origin} holds {min(left)}, which is no adapter of this model')
+        raise InputError(f'{origin}: {min(left)} is no weight or adapter of this model')
     return Adapter(low_rank, whole, origin, ties=True)
 
 
@@ -197,3 +197,18 @@ def _with_rows(table: Tensor, ids: Sequence[int], values: Tensor) -> Computed:
         return block
 
     return Computed(tuple(table.shape), _stored(table), compute)
+
+
+def check_written_apart(adapter: Adapter, config: LlamaConfig, to: str) -> None:
+    """Raises InputError where a format of adapters cannot say what was trained."""
+    touched = {path for path, _ in (*adapter.low_rank, *adapter.whole)}
+    if config.tie_embeddings and (side := touched & {'embed', 'head'}):
+        raise InputError(
+            f'{adapter.origin}: {min(side)} was trained, which is tied to its other side; {to} cannot say what '
+            'becomes of that, write the merged model'
+        )
+    if adapter.rows is not None or any(added.magnitude is not None for added in adapter.low_rank.values()):
+        what = 'rows of the embedding' if adapter.rows is not None else 'DoRA'
+        raise InputError(f'{adapter.origin} has {what}, which is not written as {to}; write the merged model')
+    if not adapter.low_rank:
+        raise InputError(f'{adapter.origin} has no low-rank adapter; write the merged model')

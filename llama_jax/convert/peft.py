@@ -4,18 +4,23 @@ Names of tensors are `base_model.model.` and the module's name in transformers, 
 `.lora_B.weight` [out, r]; of the embedding `.lora_embedding_A` [r, V] and `.lora_embedding_B` [D, r].
 """
 
+import collections
+import json
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 from etils import epath
 
-from llama_jax.convert.adapter import Adapter, LowRank, Place, merged
+from llama_jax.convert.adapter import Adapter, LowRank, Place, check_written_apart, merged
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.peft_config import CONFIG_FILE, PeftConfig, read_config
-from llama_jax.convert.safetensors_file import open_safetensors
+from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
 from llama_jax.convert.tensors import Computed, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
+from llama_jax.placement import cast
 from llama_jax.types import InputError, did_you_mean
 
 WEIGHTS_FILE, TORCH_FILE = 'adapter_model.safetensors', 'adapter_model.bin'
@@ -177,3 +182,101 @@ def _trained_rows(
             f'for trainable_token_indices of {settings.path.name} it must be {shape}, and ids below {config.vocab_size}'
         )
     return settings.tokens, rows
+
+
+# Writing.
+
+
+def write(
+    adapter: Adapter,
+    config: LlamaConfig,
+    folder: epath.Path,
+    *,
+    base: str,
+    dtype: np.dtype | None = None,
+    files: Mapping[str, bytes] = types.MappingProxyType({}),
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes an adapter as a folder that PEFT loads.
+
+    Args:
+      adapter: what was trained.
+      config: of its base.
+      folder: local, exists and is empty.
+      base: the base's place, as `adapter_config.json` names it.
+      dtype: float32, float16 or bfloat16; None keeps each tensor's own.
+      files: written beside, by name, such as the tokenizer's.
+      progress: called with the number of bytes written since the last call.
+
+    Raises:
+      InputError: PEFT has no place for what was trained; or a value is beyond the type.
+    """
+    check_written_apart(adapter, config, 'peft')
+    entries, ranks, alphas = [], {}, {}
+    for module, place in modules_of(config).items():
+        added = adapter.low_rank.get(place)
+        if (
+            tensor := adapter.whole.get(place)
+        ) is not None:  # PEFT's own way where there is an adapter as well
+            name = f'{module}.weight' if added is None else f'{module}.base_layer.weight'
+            entries.append(_entry(f'{PREFIX}{name}', tensor, dtype))
+        if added is None:
+            continue
+        is_embed = module == _EMBED
+        a, b = (_turned(added.b), _turned(added.a)) if is_embed else (added.a, added.b)
+        ending = '' if is_embed else '.weight'
+        for part, tensor in zip(_PARTS[2:4] if is_embed else _PARTS[:2], (a, b), strict=True):
+            entries.append(_entry(f'{PREFIX}{module}.{part}{ending}', tensor, dtype))
+        ranks[module] = added.a.shape[0]
+        alphas[module] = float(f'{added.scale * ranks[module]:.15g}')  # 16, not 15.999999999999998
+    write_safetensors(folder / WEIGHTS_FILE, entries, progress)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    rank, alpha = _usual(ranks), _usual(alphas)
+    settings = {
+        'peft_type': 'LORA',
+        'task_type': 'SEQ_CLS' if config.scalar_head else 'CAUSAL_LM',
+        'base_model_name_or_path': base,
+        'r': rank,
+        'lora_alpha': alpha,
+        'rank_pattern': {module: own for module, own in ranks.items() if own != rank},
+        'alpha_pattern': {module: own for module, own in alphas.items() if own != alpha},
+        'target_modules': _named(ranks, config),
+        'modules_to_save': [
+            m for m, place in modules_of(config).items() if place in adapter.whole and m not in ranks
+        ]
+        or None,
+        'lora_dropout': 0.0,
+        'bias': 'none',
+        'fan_in_fan_out': False,
+        'init_lora_weights': True,
+        'use_rslora': False,
+        'use_dora': False,
+        'inference_mode': True,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + '\n')
+
+
+def _entry(name: str, tensor: Tensor, dtype: np.dtype | None) -> Entry:
+    chosen = np.dtype(dtype or tensor.dtype)
+    is_score = name == f'{PREFIX}score.weight'  # a matrix of one row
+
+    def read(rows: slice) -> np.ndarray:
+        return cast(tensor.read()[None] if is_score else tensor.read(rows), chosen, name)
+
+    return Entry(name, (1, *tensor.shape) if is_score else tuple(tensor.shape), chosen, read)
+
+
+def _usual(values: Mapping[str, int | float]) -> int | float:
+    """The most frequent one."""
+    return collections.Counter(values.values()).most_common(1)[0][0]
+
+
+def _named(modules: Iterable[str], config: LlamaConfig) -> list[str]:
+    """The modules by the ends of their names where all layers have one, else each by its own."""
+    chosen, names = set(modules), set()
+    for module in chosen:
+        kind = module.rpartition('.')[2]
+        alike = {m for m in modules_of(config) if m.rpartition('.')[2] == kind}
+        names.add(kind if alike <= chosen else module)
+    return sorted(names)

@@ -21,6 +21,7 @@ from llama_jax.checkpoint.model_file import (
 )
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params
 from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta, peft
+from llama_jax.convert.adapter import Adapter, native_adapter
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
 from llama_jax.models.config import LlamaConfig
@@ -157,10 +158,9 @@ class Checkpoint:
         try:
             opened = open(given)
         except InputError as error:
-            file = self.place / (peft.CONFIG_FILE if is_peft else MODEL_FILE)
             raise InputError(
                 f'{self.path} holds adapters of {given}, which cannot be opened: {error}; put it back there, or write '
-                f'its new place into {file}'
+                f'its new place into {self.place / (peft.CONFIG_FILE if is_peft else MODEL_FILE)}'
             ) from error
         if is_peft and opened.format == 'peft':
             raise InputError(
@@ -169,6 +169,13 @@ class Checkpoint:
         if not is_peft and not self.base_path:
             check_fingerprint(opened.fingerprint, given, self.adapters['fingerprint'], self.path)
         return opened
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """What was trained beside `base`, as matrices, to be written as an adapter again."""
+        if self.format == 'peft':
+            return peft.open_adapter(self.place, self.base.config)
+        return native_adapter(self.config, open_params(self._step), self.adapters, str(self.path))
 
     @functools.cached_property
     def fingerprint(self) -> str:
