@@ -123,6 +123,18 @@ def test_dropout_is_for_training_alone_and_new_at_every_step(base):
     assert len(np.unique(drawn, axis=0)) == 6  # one for each weight and layer
 
 
+def test_a_loss_with_a_reference_is_given_the_base_without_adapters(base):
+    config = LoraConfig(rank=2, dropout=0.5, targets=('up',))
+    adapters, x = random_adapters(config, base), jnp.ones((1, 2, 32))
+
+    def beside_reference(params, frozen, batch, rng):
+        policy, reference = (one_product(weights, {}, batch, rng)[0] for weights in (params, frozen))
+        return policy - reference, reference, {}
+
+    difference, reference, _ = with_base(beside_reference, config)(adapters, base, x, jax.random.key(0))
+    assert float(reference) == float(one_product(base, {}, x, None)[0]) and float(difference) != 0
+
+
 def test_layers_without_adapter_keep_theirs_at_0(base):
     config = LoraConfig(rank=2, layers=(1,), targets=('up',))
     adapters, x = init_adapters(config, base, jax.random.key(0)), jnp.ones((1, 2, 32))

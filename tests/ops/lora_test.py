@@ -66,13 +66,16 @@ def test_an_adapter_whose_b_is_0_changes_no_bit(quantized, dtype):
 
 
 def test_dropout_keeps_the_mean_and_leaves_the_base_alone():
-    x = jnp.ones((4000, 8))
+    x, base = jnp.ones((4000, 8)), jnp.ones((8, 3))
     a, b = jnp.ones((8, 1)) / 8, jnp.ones((1, 3))
-    weight = LoraArray(jnp.zeros((8, 3)), a, b, key=jax.random.key(0), axes=(-2,), dropout=0.25)
-    y = linear.einsum('td,df->tf', x, weight)
+
+    def products(a, key):
+        weight = LoraArray(base, a, b, key=key, axes=(-2,), dropout=0.25)
+        return linear.einsum('td,df->tf', x, weight)
+
+    y = products(a, jax.random.key(0)) - 8
     assert float(y.std()) > 0.1
     # the mean of 32,000 draws of 0 or 4/3: standard error 0.0032
     assert abs(float(y.mean()) - 1) < 0.013
-    np.testing.assert_array_equal(
-        linear.einsum('td,df->tf', x, LoraArray(weight.base, a, b, axes=(-2,))), np.ones((4000, 3))
-    )
+    np.testing.assert_array_equal(products(a, None), jnp.full((4000, 3), 9))
+    np.testing.assert_array_equal(products(0 * a, jax.random.key(0)), jnp.full((4000, 3), 8))

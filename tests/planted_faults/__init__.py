@@ -1,6 +1,6 @@
 """The faults that `tests.mutations` plants, of every part of the house; the tests are quick ones of the default run."""
 
-from tests.planted_faults import data, evaluation, formats, model, speculation, training
+from tests.planted_faults import adapters, data, evaluation, formats, model, speculation, training
 
 FAULTS = (
     *model.FAULTS,
@@ -9,4 +9,5 @@ FAULTS = (
     *data.FAULTS,
     *formats.FAULTS,
     *evaluation.FAULTS,
+    *adapters.FAULTS,
 )

@@ -39,7 +39,7 @@ def leaves(params):
 
 
 @pytest.mark.parametrize('dtype', BASE_DTYPES)
-def test_a_base_is_what_is_made_in_memory_on_any_mesh_and_stands_for_what_is_kept(dtype, params, leaves):
+def test_a_base_is_what_is_made_in_memory_and_stands_for_what_is_kept(dtype, params, leaves):
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4]))
     model = LlamaForCausalLM(CONFIG)
     shardings = partitioner.tree_shardings(params, param_axes(model))

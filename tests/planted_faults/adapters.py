@@ -1,0 +1,48 @@
+"""Of adapters, and of the bases that they are trained beside."""
+
+from tests.planted_faults.fault import Fault, faults_in
+
+# fmt: off
+FAULTS: tuple[Fault, ...] = (
+    *faults_in('llama_jax/lora.py',
+        ("LoRA: rslora's scale dropped", 'lora_test.py::test_scale',
+         '(math.sqrt(self.rank) if self.rslora else self.rank)', 'self.rank'),
+        ('LoRA: the adapter is kept in the reference',
+         'lora_test.py::test_a_loss_with_a_reference_is_given_the_base_without_adapters',
+         'return loss_fn(weights, frozen, batch, rng)', 'return loss_fn(weights, weights, batch, rng)'),
+        ('LoRA: layers without an adapter are trained', 'lora_test.py::test_layers_without_adapter_keep_theirs_at_0',
+         'adapters = only_layers(params, config.layers)', 'adapters = params'),
+        ('LoRA: all weights drop the same activations',
+         'lora_test.py::test_dropout_is_for_training_alone_and_new_at_every_step',
+         'keys = _key_of(key, (*path, name))', 'keys = key')),
+    *faults_in('llama_jax/ops/lora.py',
+        ('LoRA: merged in bf16', 'lora_test.py::test_merged_is_the_adapter_beside_the_base',
+         'linear.materialize(self.base).astype(jnp.float32) + self.scale * added',
+         'linear.materialize(self.base) + (self.scale * added).astype(linear.materialize(self.base).dtype)'),
+        ('LoRA: what is dropped does not raise what is kept',
+         'ops/lora_test.py::test_dropout_keeps_the_mean_and_leaves_the_base_alone',
+         'jnp.where(kept, x / (1 - self.dropout), 0)', 'jnp.where(kept, x, 0)'),
+        ('LoRA: the base sees what is dropped too',
+         'ops/lora_test.py::test_dropout_keeps_the_mean_and_leaves_the_base_alone',
+         'y = linear.product(equation, x, self.base, output_dtype)',
+         'y = linear.product(equation, self._dropped(x), self.base, output_dtype)')),
+    *faults_in('llama_jax/ops/cross_entropy.py',
+        ('cross-entropy: a frozen head has its gradient taken',
+         'ops/cross_entropy_test.py::test_of_a_frozen_head_no_gradient_is_made',
+         'head, is_trained = head.value, head.perturbed', 'head, is_trained = head.value, True')),
+    *faults_in('llama_jax/ops/nf4.py',
+        ('nf4: half way between two levels is the upper one',
+         'ops/nf4_test.py::test_codes_and_values_are_those_of_bitsandbytes',
+         '(scaled > bound)', '(scaled >= bound)'),
+        ('nf4: the codes of a byte are exchanged',
+         'ops/nf4_test.py::test_products_and_gradients_are_those_of_the_weight',
+         '[_levels(pairs & 15), _levels(pairs >> 4)]', '[_levels(pairs >> 4), _levels(pairs & 15)]')),
+    *faults_in('llama_jax/quantize/base.py',
+        ('base: norms in bf16', 'quantize/base_test.py::test_a_base_is_what_is_made_in_memory_and_stands_for_what_is_kept',
+         "dtype in ('bfloat16', NF4) and summed_axes(path, len(shape))", "dtype in ('bfloat16', NF4)")),
+    *faults_in('llama_jax/pretrained/adapters.py',
+        ("adapters: another base's are taken",
+         'adapters_test.py::test_what_is_trained_saved_and_opened_again_are_adapters[nf4]',
+         'if found != fingerprint:', 'if not found:')),
+)
+# fmt: on
