@@ -190,9 +190,8 @@ def test_a_type_that_no_base_has_is_named(base):
         begin(config_of('fp8'), base)
 
 
-@pytest.mark.parametrize(
-    ('remat', 'most'), [('none', 0.75), pytest.param('full', 0.82, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('remat', 'most'), [('none', 0.75), ('full', 0.82)])
 def test_frozen_weights_have_no_gradients(remat, most):
     """Of Llama 2 7B's proportions: 0.67 and 0.75 of the weights' FLOPs, attention and adapters beside them."""
     llama = dataclasses.replace(

@@ -12,7 +12,7 @@ from llama_jax.ops.quantized import scale_shape, spread
 # Equation, shape of the weight, axes that are summed over, weights in a block, whether absmax is quantised too.
 PRODUCTS = [
     ('btd,dnh->btnh', (128, 6, 8), (0,), 64, True),
-    ('btnh,nhd->btd', (6, 32, 40), (0, 1), 64, True),
+    pytest.param('btnh,nhd->btd', (6, 32, 40), (0, 1), 64, True, marks=pytest.mark.slow),
     (
         'btd,df->btf',
         (86, 55),

@@ -116,7 +116,7 @@ def test_codes_and_scales_are_those_of_qwix(dtype, group):
         assert chosen.all()
 
 
-@pytest.mark.parametrize(('product', 'form'), list(zip(PRODUCTS, FORMS, strict=True)))
+@pytest.mark.parametrize(('product', 'form'), [(PRODUCTS[0], FORMS[0]), (PRODUCTS[1], FORMS[3])])
 def test_what_is_multiplied_has_the_gradient_of_the_weight_that_the_integers_stand_for(product, form):
     (equation, shape, summed), (dtype, group) = product, form
     ours = quantize_array(jnp.asarray(normal(*shape)), dtype, summed, group)

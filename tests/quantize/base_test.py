@@ -38,7 +38,9 @@ def leaves(params):
     return {w.path: Leaf(source, w) for w in weights_of(CONFIG)}
 
 
-@pytest.mark.parametrize('dtype', BASE_DTYPES)
+@pytest.mark.parametrize(
+    'dtype', [name if name == 'nf4' else pytest.param(name, marks=pytest.mark.slow) for name in BASE_DTYPES]
+)
 def test_a_base_is_what_is_made_in_memory_and_stands_for_what_is_kept(dtype, params, leaves):
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4]))
     model = LlamaForCausalLM(CONFIG)
