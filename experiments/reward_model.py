@@ -21,6 +21,7 @@ from llama_jax.data.preferences import collate_preferences
 from llama_jax.data.records import check_records
 from llama_jax.losses.reward import margin_scale, pair_scores
 from llama_jax.train.loop import Trained
+from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _RUN = launch.define_run()
@@ -34,6 +35,11 @@ def main() -> None:
     plan = training.plan(config, **flags, check_data=check_records, from_scores=True)
     with runtime.refused_by_all():
         data = preferences.read_data(plan)
+        if config.reward.safety and not data.says_what_is_safe:
+            raise InputError(
+                f'--config.reward.safety={config.reward.safety}, and no answer of --config.data.train says whether it '
+                'is safe: give chosen_safe and rejected_safe, or set it to 0'
+            )
     plan = training.in_epochs(plan, data.num_rows)
     objective = objective_of(config, plan.model, plan.partitioner, plan.base, num_pairs=data.num_pairs)
     model: Any = scored(plan.model)

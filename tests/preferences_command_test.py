@@ -29,7 +29,13 @@ def pairs(folder) -> pathlib.Path:
         )
         rating = ('significantly better', 'slightly better')[number % 2]
         lines.append(
-            {'prompt': f'{number} {rng.choice(WORDS)}', 'chosen': better, 'rejected': worse, 'rating': rating}
+            {
+                'prompt': f'{number} {rng.choice(WORDS)}',
+                'chosen': better,
+                'rejected': worse,
+                'rating': rating,
+                'chosen_safe': True,
+            }
         )
     file = folder / 'pairs.jsonl'
     file.write_text(''.join(json.dumps(line) + '\n' for line in lines))

@@ -36,6 +36,12 @@ class PreferenceData:
     fingerprint: str
 
     @property
+    def says_what_is_safe(self) -> bool:
+        """Whether any answer to train on is known to be safe, or not."""
+        answers = (answer for rows in self.train_rows for pair in rows.pairs for answer in pair.answers)
+        return any(answer is not None and answer.safe >= 0 for answer in answers)
+
+    @property
     def num_rows(self) -> int:
         """Of all training sources."""
         return sum(map(len, self.train_rows))
@@ -133,8 +139,9 @@ class Reading:
         return answers + (len(pair.prompt) + 1 if self.share_prompt else 2 * len(pair.prompt))
 
     def _encode_pair(self, record: Preference) -> EncodedPair:
-        prompt, chosen = encode_answer(self.chat_format, record.prompt, record.chosen)
-        _, rejected = encode_answer(self.chat_format, record.prompt, record.rejected)
+        safe = [-1 if one is None else int(one) for one in record.safe]
+        prompt, chosen = encode_answer(self.chat_format, record.prompt, record.chosen, safe[0])
+        _, rejected = encode_answer(self.chat_format, record.prompt, record.rejected, safe[1])
         if chosen.key == rejected.key:
             raise InputError('chosen and rejected have the same tokens')
         return EncodedPair(prompt, (chosen, rejected), record.margin or 0.0)

@@ -71,6 +71,7 @@ class Preference:
       chosen: the better answer; one message, or several where tools are called.
       rejected: the other.
       margin: by how much, in the unit of the data: a rating's (`RATINGS`), a difference of scores; None: not said.
+      safe: whether each of the two is safe (`chosen_safe`, `rejected_safe`); None: not said.
       place: the file and record that it is from.
     """
 
@@ -78,6 +79,7 @@ class Preference:
     chosen: Messages
     rejected: Messages
     margin: float | None = None
+    safe: tuple[bool | None, bool | None] = (None, None)
     place: str = dataclasses.field(default='', compare=False)
 
 
@@ -321,7 +323,10 @@ def _preference(item: Mapping[str, Any]) -> Preference:
         raise InputError(f'chosen and rejected are the same answer, {show_json(chosen[-1].content)}')
     if prompt[-1].role not in ('user', 'tool'):
         raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with the user')
-    return Preference(prompt, chosen, rejected, _margin(item))
+    safe = item.get('chosen_safe'), item.get('rejected_safe')
+    if not all(one is None or isinstance(one, bool) for one in safe):
+        raise InputError(f'chosen_safe and rejected_safe are {show_json(safe)}; they are true or false')
+    return Preference(prompt, chosen, rejected, _margin(item), safe)
 
 
 def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:

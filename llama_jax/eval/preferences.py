@@ -10,13 +10,13 @@ from jaxtyping import Float, Integer
 
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.preferences import EncodedPair, PreferenceRows, collate_preferences
-from llama_jax.types import Array, PreferenceBatch
+from llama_jax.types import PreferenceBatch
 
 _MAX_WORDS, _MAX_PAIRS = 2000, 20_000
 
 
 def answer_figures(
-    step: Callable[[PreferenceBatch], Array],
+    step: Callable[[PreferenceBatch], Any],
     rows: PreferenceRows,
     target: PreferenceBatch,
     pause: Callable[[], None] = lambda: None,

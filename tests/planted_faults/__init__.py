@@ -1,6 +1,15 @@
 """The faults that `tests.mutations` plants, of every part of the house; the tests are quick ones of the default run."""
 
-from tests.planted_faults import adapters, data, evaluation, formats, model, speculation, training
+from tests.planted_faults import (
+    adapters,
+    data,
+    evaluation,
+    formats,
+    model,
+    preferences,
+    speculation,
+    training,
+)
 
 FAULTS = (
     *model.FAULTS,
@@ -10,4 +19,5 @@ FAULTS = (
     *formats.FAULTS,
     *evaluation.FAULTS,
     *adapters.FAULTS,
+    *preferences.FAULTS,
 )
