@@ -156,8 +156,9 @@ def _write_adapter(
             f'--to={to}: the vocabulary grew from {base.config.vocab_size} to {checkpoint.config.vocab_size} beside '
             'the adapters; write the whole model, --to=huggingface'
         )
+    config = checkpoint.config if checkpoint.config.scalar_head else base.config
     export.save_adapter(
-        output, adapter, base.config, to=to, base=str(base.path), dtype=dtype, files=files,
+        output, adapter, config, to=to, base=str(base.path), dtype=dtype, files=files,
     )  # fmt: skip
     print(f'{output}: adapters of {len(adapter.low_rank)} matrices as {to}, of the base {base.path}')
 

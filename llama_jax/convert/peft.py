@@ -5,6 +5,7 @@ Names of tensors are `base_model.model.` and the module's name in transformers, 
 """
 
 import collections
+import dataclasses
 import json
 import re
 import types
@@ -17,7 +18,7 @@ from llama_jax.convert.adapter import Adapter, LowRank, Place, check_written_apa
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.peft_config import CONFIG_FILE, PeftConfig, read_config
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import Computed, Tensor
+from llama_jax.convert.tensors import ALL, Computed, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
@@ -60,7 +61,16 @@ def open_merged(folder: epath.Path, base: Source) -> Source:
     Raises:
       InputError: the adapter is damaged, or not of this base.
     """
-    return merged(base, open_adapter(folder, base.config))
+    adapter = open_adapter(folder, base.config)
+    if ('score', 0) in adapter.whole and not base.config.scalar_head:  # its head gives way to the adapter's
+        tensors = {path: layers for path, layers in base.tensors.items() if path != 'head'}
+        tensors['score'] = [adapter.whole['score', 0]]
+        base = Source(_scoring(base.config), tensors, base.origin)
+    return merged(base, adapter)
+
+
+def _scoring(config: LlamaConfig) -> LlamaConfig:
+    return dataclasses.replace(config, scalar_head=True, tie_embeddings=False)
 
 
 def open_adapter(folder: epath.Path, config: LlamaConfig) -> Adapter:
@@ -70,6 +80,9 @@ def open_adapter(folder: epath.Path, config: LlamaConfig) -> Adapter:
       InputError: a file is missing or damaged; a tensor is missing, surplus, misnamed, or not as is configured.
     """
     settings = read_config(folder)
+    if config.scalar_head and not settings.scores:
+        raise InputError(f'{folder} is an adapter of a language model, and its base is a reward model')
+    config = _scoring(config) if settings.scores else config
     modules = modules_of(config)
     parts, whole, rows = _sorted_tensors(_open_weights(folder), modules, str(folder))
     low_rank = {}
@@ -77,7 +90,7 @@ def open_adapter(folder: epath.Path, config: LlamaConfig) -> Adapter:
         found = parts.pop(module, {})
         if settings.selects(module) or found:
             low_rank[place] = _low_rank(module, found, settings, str(folder))
-        elif settings.saves(module) and place not in whole:
+        elif (settings.saves(module) or module == 'score') and place not in whole:
             raise InputError(
                 f'{folder} has no tensor {PREFIX}{module}.weight, which {settings.path.name} says was trained'
             )
@@ -90,7 +103,7 @@ def modules_of(config: LlamaConfig) -> dict[str, Place]:
     """Every module of transformers' model, with its weight and layer in ours."""
     places = [(w, layer) for w in weights_of(config) for layer in layers_of(w, config)]
     modules = {w.name('huggingface', layer).removesuffix('.weight'): (w.path, layer) for w, layer in places}
-    return modules if 'lm_head' in modules else modules | {'lm_head': ('head', 0)}
+    return modules if 'lm_head' in modules or config.scalar_head else modules | {'lm_head': ('head', 0)}
 
 
 def _open_weights(folder: epath.Path) -> Mapping[str, Tensor]:
@@ -128,10 +141,21 @@ def _sorted_tensors(
         elif match['whole']:
             if modules[module] in whole:
                 raise InputError(f'{folder}: {name} and another tensor are both the weight of {module}')
-            whole[modules[module]] = tensor
+            whole[modules[module]] = (
+                _one_row(tensor, f'{folder}: tensor {name}') if module == 'score' else tensor
+            )
         else:
             parts.setdefault(module, {})[match['part']] = tensor
     return parts, whole, rows
+
+
+def _one_row(tensor: Tensor, where: str) -> Computed:
+    """A score's matrix as the vector that it is."""
+    if len(tensor.shape) != 2 or tensor.shape[0] != 1:
+        raise InputError(
+            f'{where} has shape {list(tensor.shape)}; a reward model gives one score, it must be [1, D]'
+        )
+    return Computed(tuple(tensor.shape[1:]), tensor.dtype, lambda rows, _: tensor.read(ALL, rows)[0])
 
 
 def _low_rank(module: str, found: Mapping[str, Tensor], settings: PeftConfig, folder: str) -> LowRank:

@@ -36,6 +36,7 @@ class PeftConfig:
 
     Attributes:
       base: where the base is, a path or a name on the hub; '' where it is not said.
+      scores: whether it makes a reward model of its base.
       rank: of adapters without a pattern of their own.
       alpha: likewise.
       rslora: `scale` is alpha / sqrt(rank), not alpha / rank.
@@ -52,6 +53,7 @@ class PeftConfig:
     """
 
     base: str
+    scores: bool
     rank: int
     alpha: float
     rslora: bool
@@ -137,9 +139,10 @@ def read_config(folder: epath.Path) -> PeftConfig:
             raise InputError(
                 f'{path}: {key} is {show_json(values[key])}, which is not read; merge it by PEFT'
             )
-    if (task := values.get('task_type')) not in (None, 'CAUSAL_LM'):
+    if (task := values.get('task_type')) not in (None, 'CAUSAL_LM', 'SEQ_CLS'):
         raise InputError(
-            f'{path}: task_type is {show_json(task)}; adapters of language models, CAUSAL_LM, are read'
+            f'{path}: task_type is {show_json(task)}; those of language models, CAUSAL_LM, and of '
+            'reward models, SEQ_CLS, are read'
         )
     start = values.get('init_lora_weights', True)
     if start not in _PLAIN_STARTS or isinstance(start, int) and not isinstance(start, bool):
@@ -153,6 +156,7 @@ def read_config(folder: epath.Path) -> PeftConfig:
     read = _Reader(values, path)
     return PeftConfig(
         base=base,
+        scores=task == 'SEQ_CLS',
         rank=read.rank('r', values.get('r', 8)),
         alpha=read.alpha('lora_alpha', values.get('lora_alpha', 8)),
         rslora=read.flag('use_rslora'),

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax import export, pretrained
 from llama_jax.convert import huggingface, peft, peft_config
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.huggingface_test import our_logits
@@ -225,6 +228,12 @@ DAMAGED = {
     'integers': (
         tensors_changed(lambda t: t.update({f'{Q0}.lora_A.weight': np.ones((3, 32), np.int8)})), 'holds int8'
     ),
+    'a classifier': (
+        tensors_changed(lambda t: t.update({'base_model.model.score.weight': np.ones((2, 32), np.float32)})),
+        r'score\.weight has no place',
+    ),
+    'no score': (settings_changed(task_type='SEQ_CLS'), r'has no tensor base_model\.model\.score\.weight'),
+    'another task': (settings_changed(task_type='SEQ_2_SEQ_LM'), "task_type is 'SEQ_2_SEQ_LM'"),
     'not LoRA': (settings_changed(peft_type='IA3'), "peft_type is 'IA3'; only LORA is read"),
     'pissa': (settings_changed(init_lora_weights='pissa'), "init_lora_weights is 'pissa', which changed the base"),
     'replication': (settings_changed(layer_replication=[[0, 2]]), 'layer_replication is .* which is not read'),
@@ -324,6 +333,67 @@ def test_what_peft_saved_gives_its_logits(kind, bases, tmp_path):
         np.testing.assert_allclose(huggingface_llama.forward(beside, *ids()), found, atol=TOLERANCE, rtol=0)
         whole = beside.merge_and_unload()
         np.testing.assert_allclose(huggingface_llama.forward(whole, *ids()), found, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')  # PEFT's own advice
+def test_a_reward_model_of_peft_gives_its_scores(bases, tmp_path):
+    library = pytest.importorskip('peft', reason='needs peft: the extra `parity`')
+    import torch
+    import transformers
+
+    def policy():
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            bases / 'untied', num_labels=1
+        )
+        model.config.pad_token_id = 0
+        return model
+
+    settings = library.LoraConfig(task_type='SEQ_CLS', r=2, target_modules=['q_proj', 'down_proj'])
+    model = library.get_peft_model(policy(), settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / 'a')
+    tokens = np.random.default_rng(1).integers(1, CONFIG.vocab_size, size=(3, 24), dtype=np.int32)
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens.astype(np.int64))).logits[:, 0].numpy()
+    opened = pretrained.open(tmp_path / 'a', base=bases / 'untied')
+    config, params, _ = pretrained.load(opened)
+    scores = LlamaForRewardModel(config).apply({'params': params}, jnp.asarray(tokens))[:, -1]
+    assert config.scalar_head and np.std(wanted) > 0.1
+    np.testing.assert_allclose(scores, wanted, atol=TOLERANCE, rtol=0)
+    export.save_adapter(tmp_path / 'again', opened.adapter, config, to='peft', base='')
+    again = library.PeftModel.from_pretrained(policy(), tmp_path / 'again').eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            again(torch.tensor(tokens.astype(np.int64))).logits[:, 0].numpy(), wanted, atol=TOLERANCE, rtol=0
+        )
+
+
+def test_a_score_is_a_vector_here_and_a_matrix_there(tmp_path):
+    tensors = ours(tmp_path / 'a', {'task_type': 'SEQ_CLS', 'modules_to_save': ['classifier', 'score']})
+    score = np.random.default_rng(4).normal(size=(1, 32)).astype(np.float32)
+    save_file(tensors | {'base_model.model.score.weight': score}, tmp_path / 'a/adapter_model.safetensors')
+    for config in (CONFIG, TIED):
+        source = peft.open_merged(epath.Path(tmp_path / 'a'), random_source(config))
+        assert source.config.scalar_head and 'head' not in source.tensors
+        np.testing.assert_array_equal(source.tensors['score'][0].read(), score[0])
+        again = rewritten(tmp_path / 'a', source.config)
+        written = load_file(again / 'adapter_model.safetensors')
+        np.testing.assert_array_equal(written['base_model.model.score.weight'], score)
+        assert json.loads((again / 'adapter_config.json').read_text())['task_type'] == 'SEQ_CLS'
+        shutil.rmtree(again)
+    ours(tmp_path / 'b', {})
+    with pytest.raises(InputError, match='adapter of a language model, and its base is a reward model'):
+        peft.open_adapter(epath.Path(tmp_path / 'b'), source.config)
+    tensors['base_model.model.score.weight'] = np.ones((2, 32), np.float32)
+    save_file(tensors, tmp_path / 'a/adapter_model.safetensors')
+    with pytest.raises(
+        InputError, match=r'score\.weight has shape \[2, 32\]; a reward model gives one score'
+    ):
+        peft.open_merged(epath.Path(tmp_path / 'a'), random_source(CONFIG))
 
 
 def rewritten(folder, config=CONFIG):
