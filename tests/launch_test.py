@@ -63,7 +63,7 @@ def test_no_flag_is_of_all_commands():
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
     joins = re.compile(r'launch\.define_(processes|run)\(\)')
     joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
-    assert joining == ['evaluate', 'generate', 'pretrain']
+    assert joining == ['dpo', 'evaluate', 'generate', 'pretrain', 'reward_model', 'sft']
 
 
 @pytest.mark.parametrize(

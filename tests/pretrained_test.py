@@ -292,7 +292,7 @@ def test_folders_of_many_shapes_are_found_or_the_line_says_which_path_to_give(tm
     assert 'holds weights alone; put the config.json' in refused(tmp_path / 'alone/model.safetensors')
     for name in ('adapter_model.safetensors', 'adapter_model.bin'):
         (tmp_path / name).write_bytes(b'PK\3\4' + bytes(40))
-        assert 'is a LoRA adapter' in refused(tmp_path / name)
+        assert 'is a part of a LoRA adapter' in refused(tmp_path / name)
 
 
 def test_llama_1_and_2_find_the_tokenizer_above_their_folder(tmp_path, workdir, params):

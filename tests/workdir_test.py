@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from configs import pretrain
+from configs import dpo, pretrain, reward_model, sft
 from configs.pretrain import get_config
 from experiments import config_file, workdir
 from experiments.workdir import CONFIG_FILE, check_data, check_workdir, record_run
@@ -84,16 +84,17 @@ def test_keys_that_cannot_be_overridden_are_refused(key, message):
 
 
 def test_every_key_is_free_or_overridable_or_in_the_weights():
-    keys = set(config_file.flatten(pretrain.get_config())) | {'data_fingerprint'}
+    tasks = pretrain, sft, reward_model, dpo
+    keys = {key for task in tasks for key in config_file.flatten(task.get_config())} | {'data_fingerprint'}
     assert set(workdir._OVERRIDABLE) <= keys
     fixed = {key for key in keys if not key.startswith(workdir._FREE) and key not in workdir._OVERRIDABLE}
-    assert fixed == {
-        'model.preset',
-        'model.vocab_size',
-        'data.tokenizer',
-        'data.vocab_size',
-        'optimizer.name',
-    }
+    # What is trained, what it begins from, and what it is to minimise.
+    assert {key for key in fixed if not key.startswith(('lora.', 'loss.', 'reward.'))} == {
+        'model.preset', 'model.vocab_size', 'model.weights', 'data.tokenizer', 'data.vocab_size', 'data.format',
+        'data.share_prompt', 'optimizer.name',
+    }  # fmt: skip
+    parts = {key.partition('.')[0] for key in keys if key.startswith(('lora.', 'loss.', 'reward.'))}
+    assert parts == {'lora', 'loss', 'reward'}
 
 
 @pytest.mark.parametrize(('key', 'value'), [('optimizer.beta2', 0.9), ('data.train', 'x'), ('seed', 7)])
