@@ -238,7 +238,7 @@ def example_dataset(
     }
     train, held_out = read['train'], read['validation']
     if not validation:
-        chosen = [n > 0 and _share(e.record) < validation_fraction for n, e in enumerate(train)]
+        chosen = [n > 0 and is_held_out(e.record, validation_fraction) for n, e in enumerate(train)]
         held_out = list(itertools.compress(train, chosen))
         train = list(itertools.compress(train, map(lambda out: not out, chosen)))
     bad.log()
@@ -280,8 +280,8 @@ def _read_examples(
             )
 
 
-def _share(record: Conversation) -> float:
-    """A number from 0 to below 1 that depends on what is said alone."""
+def is_held_out(record: Conversation, fraction: float) -> bool:
+    """Whether a conversation is of the part that validates, which depends on what is said alone."""
     said = repr([(message.role, message.content, message.input) for message in record.messages])
     digest = hashlib.sha256(said.encode('utf-8', 'surrogatepass')).digest()
-    return int.from_bytes(digest[:8], 'big') / 2**64
+    return int.from_bytes(digest[:8], 'big') / 2**64 < fraction
