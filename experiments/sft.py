@@ -16,6 +16,7 @@ from experiments import launch, training
 from experiments.config_file import split_list
 from experiments.objective import objective_of
 from experiments.row_inspection import describe_rows, plot_lengths
+from experiments.untrained_tokens import with_trained_tokens
 from llama_jax import runtime
 from llama_jax.data.examples import Encoder, ExampleData, collate_examples, example_dataset
 from llama_jax.data.loader import batches
@@ -49,6 +50,7 @@ def main() -> None:
         return
     plan = training.in_epochs(plan, len(data.rows))
     objective = objective_of(plan.config, plan.model, plan.partitioner, plan.base)
+    objective = with_trained_tokens(objective, chat, plan.tokenizer)
     run = training.begin(plan, objective, data.fingerprint, chat.template)
     rows = batches(data.train, objective.batch, collate=collate_examples, rows_consumed=run.rows_before)
     measurements = []
