@@ -14,7 +14,7 @@ from typing import Any
 from experiments import launch, preferences, training
 from experiments.objective import objective_of, reading_model, scored
 from llama_jax import runtime
-from llama_jax.checkpoint.model_file import save_config
+from llama_jax.checkpoint.model_file import add_to_config
 from llama_jax.data.loader import batches
 from llama_jax.data.preference_dataset import PreferenceData
 from llama_jax.data.preferences import collate_preferences
@@ -67,7 +67,7 @@ def report(run: training.Run, data: PreferenceData, trained: Trained) -> None:
         return
     if data.validation:
         spread = {'mean': found['mean'], 'std': found['std']}
-        save_config(plan.workdir, plan.model.config, base_checkpoint=plan.checkpoint, scores=spread)
+        add_to_config(plan.workdir, scores=spread)
         preferences.plot(plan.workdir, data, scores)
     training.write_report(run, found, {})
     print(preferences.describe(found, plan.workdir))

@@ -120,6 +120,34 @@ def test_a_policy_begins_at_log_2_and_resumes(commands, folder, base, pairs, ref
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('command', ['reward_model', 'dpo'])
+def test_adapters_are_trained_on_pairs_too(commands, folder, base, pairs, command):
+    workdir = folder / f'{command}_lora'
+    settings = {'loss__nll': 0.0} if command == 'dpo' else {}
+    run = arguments(command, 'nano', workdir, base, pairs, lora__rank=2, model__weights='int8', **settings)
+    commands.run(*run, '--config.train.num_steps=2').succeeded()
+    commands.run(*run).succeeded()
+    steps = logged(workdir)
+    assert [item['step'] for item in steps] == [1, 2, 3, 4]
+    if command == 'dpo':  # its reference is the base without adapters
+        assert steps[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    commands.run(
+        'convert', f'--input={workdir}', f'--output={folder / command}', '--to=huggingface'
+    ).succeeded()
+    assert (folder / command / 'model.safetensors').stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['reward_model', 'dpo'])
+def test_preflight_compiles_what_is_trained_on_pairs(commands, command):
+    shown = commands.run(
+        'preflight', f'--config=configs/{command}.py:nano', '--topology=v5e:2x2', '--config.data.seq_len=128',
+        '--config.train.batch_size=4', '--config.data.tokenizer=', '--config.model.vocab_size=512',
+    ).succeeded()  # fmt: skip
+    assert 'fits' in shown.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('command', 'overrides', 'message'),
     [

@@ -54,5 +54,13 @@ def read_adapters(folder: epath.Path) -> dict[str, Any]:
 
 def save_config(folder: epath.Path, config: LlamaConfig, **provenance: Any) -> None:
     """Writes `model.json`: the architecture, and where the weights started from."""
-    text = json.dumps({'config': config.to_dict(), **provenance}, indent=2)
-    write_atomically(folder / MODEL_FILE, text + '\n')
+    _write(folder, {'config': config.to_dict(), **provenance})
+
+
+def add_to_config(folder: epath.Path, **provenance: Any) -> None:
+    """Writes more into a `model.json` that is there; all else that it says stays."""
+    _write(folder, json.loads((folder / MODEL_FILE).read_text()) | provenance)
+
+
+def _write(folder: epath.Path, content: dict[str, Any]) -> None:
+    write_atomically(folder / MODEL_FILE, json.dumps(content, indent=2) + '\n')
