@@ -119,11 +119,12 @@ def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating, monkey
     hold(folder)()
     assert time.monotonic() - start > 1.0
     # Dead on this one, its number given to another process since; at once.
-    monkeypatch.setattr(lock, '_DEAD_SECONDS', 60.0)
-    file.write_text(json.dumps(first | {'started': '1'}))
-    start = time.monotonic()
-    hold(folder)()
-    assert time.monotonic() - start < 30
+    with monkeypatch.context() as patient:
+        patient.setattr(lock, '_DEAD_SECONDS', 60.0)
+        file.write_text(json.dumps(first | {'started': '1'}))
+        start = time.monotonic()
+        hold(folder)()
+        assert time.monotonic() - start < 30
     # Damaged, by nobody.
     file.write_bytes(bytes(100))
     hold(folder)()
