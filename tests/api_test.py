@@ -59,6 +59,7 @@ def test_the_notebook(checkpoint):
     assert ('Once upon a time' + texts[0]).startswith(tokenizer.decode(first).rstrip('\ufffd'))
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_on_a_mesh(checkpoint):
     prompts = ['Once upon', 'a time', 'bears']
     config, params, tokenizer = llama_jax.load(checkpoint)

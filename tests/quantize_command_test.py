@@ -12,6 +12,7 @@ def given(shared_data):
     return shared_data / 'weights/stories260K/stories260K.gguf'
 
 
+@pytest.mark.slow
 def test_what_is_written_is_generated_with_and_told(commands, given, tmp_path):
     text = tmp_path / 'text.txt'
     text.write_text(

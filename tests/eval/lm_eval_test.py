@@ -119,6 +119,7 @@ def huggingface(huggingface_folder):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_harness_with_transformers(ours, tasks, huggingface):
     check_equal(ours, run(huggingface, tasks))
 

@@ -284,6 +284,7 @@ def test_what_cannot_be_continued_is_refused_in_one_line(model, params, prompts,
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_by_the_kernels_of_training(params):
     """Tile by tile: with neither time nor memory of prompt x (prompt + new tokens); the tokens are the formula's."""
     length, new = 1024, 8

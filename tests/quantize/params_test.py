@@ -26,9 +26,8 @@ def logits(params, tokens, model):
     return model.apply({'params': params}, tokens)[0]
 
 
-@pytest.mark.parametrize(
-    ('dtype', 'group'), [pytest.param('int8', None, marks=pytest.mark.slow), ('int4', 16)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('dtype', 'group'), [('int8', None), ('int4', 16)])
 def test_the_same_codes_and_logits_on_a_mesh_by_layers_and_of_what_they_stand_for(params, dtype, group):
     model, tokens = toy.make_model(), toy.packed_batch(8, 16).tokens
     ours = quantize(params, dtype, group)
