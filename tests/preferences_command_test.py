@@ -92,8 +92,7 @@ def test_a_reward_model_is_trained_resumed_and_read_again(commands, folder, base
         'reward_model', 'nano,safety', folder / 'again', folder / 'hf', pairs, train__num_steps=1
     )
     commands.run(*again).succeeded()
-    # The first accuracy of the second is what the first ended with: the score was kept.
-    first = logged(folder / 'again')[0]
+    (first,) = logged(folder / 'again')
     assert first['step'] == 1 and np.isfinite(first['ranking_loss'])
 
 
