@@ -244,7 +244,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         name = str(error).removeprefix('flag --').partition('=')[0]
         if 'must have a value other than None' in str(error):
             _fail(f'--{name} is required', 2)
-        _fail(config_file.describe_error(error, argv) if name.startswith('config.') else str(error), 2)
+        what, _, trace = str(error).partition('Traceback (most recent call last):')
+        reason = trace.strip().rpartition('\n')[2]  # of a configuration file that raised
+        _fail(
+            config_file.describe_error(error, argv) if name.startswith('config.') else f'{what} {reason}', 2
+        )
     except flags.Error as error:
         _fail(str(error), 2)
     except Exception as error:  # a configuration file may raise anything

@@ -117,6 +117,8 @@ def test_what_is_wrong_is_one_line(commands, records, base, tmp_path):
         assert not (tmp_path / 'run').exists()
     error = commands.run('sft', *sizes('', tmp_path / 'run', records), *base[1:]).error()
     assert '--config.model.preset=checkpoint needs --checkpoint' in error
+    error = commands.run('sft', '--config=configs/sft.py:nano,alpac', f'--workdir={tmp_path / "run"}').error()
+    assert "no recipe 'alpac'; there are alpaca" in error and 'Traceback' not in error
 
 
 def commands_of_the_page(name):
