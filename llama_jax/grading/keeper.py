@@ -143,14 +143,11 @@ class _Keeper:
             self._become(lambda: self._serve(channel, folder), channel.fileno())
         channel.close()
         os.read(watched, 1)
-        ended, status = os.waitpid(program, os.WNOHANG)
-        if not ended:
-            _kill(program)
-            os.waitpid(program, 0)
+        ended_by = _end(program)
         if folder is not None:
             _kill_orphans()
             _remove(folder)
-        return max(0, -os.waitstatus_to_exitcode(status)) if ended else 0
+        return ended_by
 
     def _serve(self, channel: socket.socket, folder: str | None) -> int:
         os.setsid()
@@ -167,6 +164,20 @@ class _Keeper:
         sys.argv[:] = sys.orig_argv[:] = ['program.py']
         program_tests.serve(channel)
         return 0
+
+
+def _end(program: int) -> int:
+    """Ends a child and gives the signal that had ended it before; 0 for none.
+
+    One that is on its way out closes its connection a moment before it can be waited for. What it ends by is settled by
+    then, and no later signal changes it.
+    """
+    ended, status = os.waitpid(program, os.WNOHANG)
+    if not ended:
+        _kill(program)
+        _, status = os.waitpid(program, 0)
+    signal_number = max(0, -os.waitstatus_to_exitcode(status))
+    return 0 if not ended and signal_number == signal.SIGKILL else signal_number
 
 
 def _kill(process: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.human_eval import HUMAN_EVAL
 from llama_jax.eval.tasks.mbpp import ALL, MBPP
-from llama_jax.grading import sandbox
+from llama_jax.grading import keeper, sandbox
 from llama_jax.grading.program_tests import ProgramTest
 from llama_jax.grading.sandbox import CodeExecution, Limits
 from llama_jax.types import InputError
@@ -86,6 +87,25 @@ def test_behaviour(run, name):
     assert expected in outcome and '\n' not in outcome
     assert (outcome == 'passed') == (expected == 'passed')
     assert time.perf_counter() - start < 60  # ends, even on a busy machine
+
+
+@pytest.mark.parametrize(
+    ('program', 'signal_number'),
+    [('os.abort()', signal.SIGABRT), ('os._exit(0)', 0), ('print(flush=True); time.sleep(60)', 0)],
+)
+def test_a_program_on_its_way_out_ends_by_its_own_signal(monkeypatch, program, signal_number):
+    child = subprocess.Popen([sys.executable, '-c', f'import os, time; {program}'], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    with child.stdout:
+        child.stdout.read(1)  # it has begun to sleep, or its connections are closed
+    if 'sleep' not in program:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    wait = os.waitpid
+    monkeypatch.setattr(  # as the kernel answers until the last of a process's end
+        os, 'waitpid', lambda pid, flags: (0, 0) if flags & os.WNOHANG else wait(pid, flags)
+    )
+    assert keeper._end(child.pid) == signal_number
+    child.returncode = 0  # it has been waited for
 
 
 @pytest.mark.parametrize(
