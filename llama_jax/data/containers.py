@@ -1,25 +1,63 @@
-"""What files of data are made of: lines, JSON, ArrayRecord, Parquet, TFDS; told apart by suffix, read in order.
+"""What files of data are made of: lines, JSON, ArrayRecord, Parquet, Arrow, TFDS; told apart by suffix, read in order.
 
-`.jsonl` and `.json` hold JSON, `.array_record` and `.arrayrecord` records of bytes, `.parquet` rows; after these there
-may be `.gz` or `.zst`, but behind ArrayRecord and Parquet, which are compressed within.
+`.jsonl` and `.json` hold JSON, `.array_record` and `.arrayrecord` records of bytes, `.parquet`, `.arrow` and `.feather`
+rows; after the first two, and after text, there may be `.gz`, `.zst`, `.bz2` or `.xz`: of several members or frames,
+and of windows of up to 2 GiB.
 """
 
+import bz2
 import contextlib
 import glob
 import gzip
 import io
+import itertools
+import lzma
 import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from llama_jax.json_file import MAX_BYTES, read_array, read_lines
+from llama_jax.json_file import MAX_BYTES, read_array
 from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError, error_line
+
+
+class Place(NamedTuple):
+    """Where a record begins in its file, so that reading can start there.
+
+    Attributes:
+      number: records before it; of JSON lines, lines.
+      offset: bytes before it of the file as it is unpacked; 0 in files that find a record by its number.
+    """
+
+    number: int = 0
+    offset: int = 0
+
+
+START = Place()
+
+
+class Record(NamedTuple):
+    """One record of a file.
+
+    Attributes:
+      where: its name in messages, 'FILE line 3'.
+      place: where it begins.
+      content: JSON text, bytes, a mapping, or what is wrong with this record alone, which others do not suffer from.
+    """
+
+    where: str
+    place: Place
+    content: Any
+
+
+_PACKED = {'.gz': 'gzip', '.zst': 'Zstandard', '.bz2': 'bzip2', '.xz': 'xz'}
+_MAX_WINDOW = 1 << 31  # of Zstandard, what `zstd --long=31` makes
+_PACKED_BYTES = 1 << 12  # of it at a time, which may unpack to 32,768 times as much
 
 
 def find_files(source: str) -> list[epath.Path]:
@@ -57,31 +95,41 @@ def find_files(source: str) -> list[epath.Path]:
 
 
 def kind_of(path: epath.Path) -> str:
-    """The suffix that tells what a file holds: 'jsonl', 'json', 'parquet', 'array_record', or any other."""
+    """The suffix that tells what a file holds: 'jsonl', 'json', 'parquet', 'arrow', 'array_record', or any other."""
     name = os.fspath(path)
     if re.search(r'\.array_?record(-\d+-of-\d+)?$', name):
         return 'array_record'
-    return pathlib.PurePosixPath(name.removesuffix('.gz').removesuffix('.zst')).suffix.removeprefix('.')
+    inner, suffix = os.path.splitext(name)
+    kind = pathlib.PurePosixPath(inner if suffix in _PACKED else name).suffix.removeprefix('.')
+    return 'arrow' if kind == 'feather' else kind
 
 
 @contextlib.contextmanager
-def open_file(path: epath.Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, taken out of gzip or Zstandard; what cannot be read while it is open is refused.
+def open_file(path: epath.Path, offset: int = 0) -> Iterator[Any]:
+    """A file's bytes as they are unpacked, from `offset` on; what cannot be read while it is open is refused.
 
     Raises:
       InputError: names the file.
     """
+    import zstandard
+
     name = os.fspath(path)
-    packed = 'gzip' if name.endswith('.gz') else 'Zstandard' if name.endswith('.zst') else ''
+    packed = _PACKED.get(os.path.splitext(name)[1], '')
     try:
         with path.open('rb') as raw:
-            yield _unpacked(raw, packed)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            file = _unpacked(raw, packed)
+            if not packed:
+                file.seek(offset)
+                offset = 0
+            while offset and (block := file.read(min(offset, 1 << 20))):
+                offset -= len(block)
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise InputError(
             f'{name} is cut short or not {packed} ({error_line(error)}); copy it again'
         ) from error
     except OSError as error:
-        if packed == 'Zstandard' and error.errno is None:  # what pyarrow says of the content
+        if packed and error.errno is None:  # what bz2 says of the content
             raise InputError(
                 f'{name} is cut short or not {packed} ({error_line(error)}); copy it again'
             ) from error
@@ -89,41 +137,86 @@ def open_file(path: epath.Path) -> Iterator[io.BufferedIOBase]:
 
 
 def _unpacked(raw: Any, packed: str) -> Any:
-    if packed == 'gzip':
-        return gzip.GzipFile(fileobj=raw)
-    if packed == 'Zstandard':
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, 'zstd'), 1 << 20)
+    match packed:
+        case 'gzip':
+            return gzip.GzipFile(fileobj=raw)
+        case 'bzip2':
+            return bz2.BZ2File(raw)
+        case 'xz':
+            return lzma.LZMAFile(raw)
+        case 'Zstandard':
+            return io.BufferedReader(_ZstdFile(raw), 1 << 20)
     return io.BufferedReader(raw)
 
 
-def read_json_texts(path: epath.Path) -> Iterator[tuple[str, str]]:
-    """(place, JSON text) of every item: of a line each, or of the array that a `.json` file may be.
+class _ZstdFile(io.RawIOBase):
+    """Frames, one after the other. The package's own reader takes the end of a file within a frame for its end."""
+
+    def __init__(self, raw: Any):
+        self._raw, self._frame, self._packed, self._ready = raw, None, b'', b''
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._packed and not (block := self._raw.read(_PACKED_BYTES)):
+                if self._frame is None:
+                    return 0
+                raise EOFError('it ends within a frame')
+            self._packed, block = b'', self._packed or block
+            if self._frame is None:
+                import zstandard
+
+                self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+            self._ready = self._frame.decompress(block)
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def read_json_texts(path: epath.Path, start: Place = START) -> Iterator[Record]:
+    """The JSON text of every item: of a line each, or of the array that a `.json` file may be.
 
     Raises:
-      InputError: the file cannot be read, is no UTF-8, or a text is too long.
+      InputError: the file cannot be read. A line that is too long or no UTF-8 is a record that says so.
     """
-    name, offset = os.fspath(path), 0
+    name = os.fspath(path)
+    if kind_of(path) == 'json' and _is_array(path):
+        with open_file(path) as file:
+            items = itertools.islice(enumerate(read_array(file, name, MAX_BYTES)), start.number, None)
+            for number, item in items:
+                where = f'{name} record {number}'
+                yield Record(where, Place(number), _decoded(item, where, offset=1))
+        return
+    number, offset = start
+    with open_file(path, offset) as file:
+        while line := file.readline(MAX_BYTES + 1):
+            where, place = f'{name} line {number + 1}', Place(number, offset)
+            number, offset = number + 1, offset + len(line)
+            if len(line) > MAX_BYTES:
+                while not line.endswith(b'\n') and (line := file.readline(1 << 20)):  # the rest of it
+                    offset += len(line)
+                error = InputError(f'{where} has more than {MAX_BYTES >> 20} MiB; cut it into several')
+                yield Record(where, place, error)
+                continue
+            text = _decoded(line, where, place.offset)
+            if isinstance(text, InputError) or text.strip():
+                yield Record(where, place, text)
+
+
+def _is_array(path: epath.Path) -> bool:
     with open_file(path) as file:
-        head = file.peek(64) if kind_of(path) == 'json' else b''  # pyright: ignore[reportAttributeAccessIssue]
-        if head.removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'['):
-            for number, item in enumerate(read_array(file, name, MAX_BYTES)):
-                yield f'{name} record {number}', decode(item, f'{name} record {number}', offset=1)
-            return
-        for number, line in enumerate(read_lines(file, name, MAX_BYTES), start=1):
-            where = f'{name} line {number}'
-            text = decode(line, where, offset)
-            offset += len(line)
-            if text.strip():
-                yield where, text
+        return file.read(64).removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
 
 
-def read_array_record(path: epath.Path) -> Iterator[tuple[str, bytes]]:
-    """(place, record) of an ArrayRecord file.
+def read_array_record(path: epath.Path, start: Place = START) -> Iterator[Record]:
+    """The records of an ArrayRecord file.
 
     Raises:
-      InputError: it is damaged, or a record is too long.
+      InputError: it is damaged.
     """
     from array_record.python import array_record_module
 
@@ -132,43 +225,95 @@ def read_array_record(path: epath.Path) -> Iterator[tuple[str, bytes]]:
     try:
         if not reader.ok():  # a file cut short opens without an error, and with no record
             raise InputError(f'{name} is cut short or not an ArrayRecord file; copy or write it again')
-        for number in range(reader.num_records()):
+        for number in range(start.number, reader.num_records()):
+            where = f'{name} record {number}'
             try:
-                record = reader.read([number])[0]
+                content = reader.read([number])[0]
             except (RuntimeError, IndexError) as error:
-                raise InputError(
-                    f'{name} record {number} is damaged; copy or write the file again'
-                ) from error
-            if len(record) > MAX_BYTES:
-                raise InputError(
-                    f'{name} record {number} has over {MAX_BYTES >> 20} MiB; cut it into several'
-                )
-            yield f'{name} record {number}', record
+                raise InputError(f'{where} is damaged; copy or write the file again') from error
+            if len(content) > MAX_BYTES:
+                content = InputError(f'{where} has over {MAX_BYTES >> 20} MiB; cut it into several')
+            yield Record(where, Place(number), content)
     finally:
         with contextlib.suppress(RuntimeError):  # closing a broken file raises again what is wrong with it
             reader.close()
 
 
-def read_parquet(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a Parquet file; a batch of rows is in memory at a time.
+def read_table(path: epath.Path, start: Place = START, column: str = '') -> Iterator[Record]:
+    """The rows of a Parquet or an Arrow file, as mappings; some rows are in memory at a time.
+
+    Args:
+      path: of the file.
+      start: the row to begin with.
+      column: the only one that is wanted; where the file has no such column, all are read.
 
     Raises:
       InputError: it is damaged or no such file.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    name, number = os.fspath(path), 0
+    name, kind = os.fspath(path), 'a Parquet' if kind_of(path) == 'parquet' else 'an Arrow'
+    number = start.number
     try:
         with path.open('rb') as file:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield f'{name} record {number}', row
-                    number += 1
+            read = _parquet_batches if kind == 'a Parquet' else _arrow_batches
+            for batch in read(file, number, column):
+                for first in range(0, batch.num_rows, _ROWS):
+                    for row in batch.slice(first, _ROWS).to_pylist():
+                        yield Record(f'{name} record {number}', Place(number), row)
+                        number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f'{name} is cut short or not a Parquet file ({error_line(error)}); copy it again'
+            f'{name} is cut short or not {kind} file ({error_line(error)}); copy it again'
         ) from error
+
+
+_ROWS = 64  # made into Python's objects at a time
+
+
+def _parquet_batches(file: Any, start: int, column: str) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    # Without a buffer the whole chunk of a column is read at once, which may be a gigabyte.
+    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+    columns = [column] if column in table.schema_arrow.names else None
+    groups, left = [], start
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if groups or left < rows:
+            groups.append(group)
+        else:
+            left -= rows
+    for batch in table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
+        if left < batch.num_rows:
+            yield batch.slice(left)
+        left = max(0, left - batch.num_rows)
+
+
+def _arrow_batches(file: Any, start: int, column: str) -> Iterator[Any]:
+    """A stream, as Hugging Face's library saves data sets, or a file, which knows where its batches are."""
+    from pyarrow import ipc
+
+    head = file.read(6)
+    file.seek(0)
+    if head == b'ARROW1':
+        reader = ipc.open_file(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        reader = batches = ipc.open_stream(file)
+    for batch in batches:
+        if start < batch.num_rows:
+            yield batch.select([column]).slice(start) if column in batch.schema.names else batch.slice(start)
+        start = max(0, start - batch.num_rows)
+
+
+def look_up(item: Mapping[str, Any], key: str) -> Any:
+    """The value at 'key' or at 'a.b'; None where there is none."""
+    if key in item:
+        return item[key]
+    head, dot, rest = key.partition('.')
+    inner = item.get(head)
+    return look_up(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 
 def check_tfds(source: str) -> tuple[str, str, str | None]:
@@ -215,6 +360,13 @@ def open_tfds(source: str) -> tuple[Sequence[Any], list[str]]:
             f'source {source!r}: cannot read split {split!r} of {", ".join(builder.info.splits)} '
             f'({error_line(error)}); it must be prepared with file_format=array_record'
         ) from error
+
+
+def _decoded(data: bytes, where: str, offset: int) -> str | InputError:
+    try:
+        return decode(data, where, offset)
+    except InputError as error:
+        return error
 
 
 def decode(data: bytes, where: str, offset: int = 0) -> str:

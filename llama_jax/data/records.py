@@ -11,28 +11,28 @@ A text with the turns of hh-rlhf ('\n\nHuman: ... \n\nAssistant: ...') is the me
 
 import dataclasses
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.containers import (
+    Record,
     check_tfds,
     find_files,
     kind_of,
+    look_up,
     open_tfds,
     read_array_record,
     read_json_texts,
-    read_parquet,
+    read_table,
 )
 from llama_jax.data.messages import one_or_more_messages, prompt_messages, read_conversation
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.tokenizer.chat_format import Message
 from llama_jax.types import InputError
-
-_log = logging.getLogger(__name__)
 
 Messages = tuple[Message, ...]
 
@@ -103,36 +103,6 @@ class Judged:
 Kind = TypeVar('Kind', Conversation, Preference, Judged)
 
 
-class BadRecords:
-    """What is done with records that are of no use: the first one stops, or all are counted and left out.
-
-    Attributes:
-      count: those left out.
-      named: what is wrong with the first five.
-    """
-
-    def __init__(self, on_error: str = 'stop'):
-        """Args: on_error: 'stop' or 'skip'. Raises InputError otherwise."""
-        if on_error not in ('stop', 'skip'):
-            raise InputError(f'on_error is {on_error!r}; it is stop, at the first bad record, or skip')
-        self._skip = on_error == 'skip'
-        self.count = 0
-        self.named: list[str] = []
-
-    def add(self, error: InputError) -> None:
-        """Counts one; raises `error` instead where records are not left out."""
-        if not self._skip:
-            raise InputError(f'{error}; mend it, or leave such records out (on_error skip)') from error
-        self.count += 1
-        if self.count <= 5:
-            self.named.append(str(error))
-
-    def log(self) -> None:
-        """Says how many were left out, and names the first."""
-        if self.count:
-            _log.warning('left out %d bad records, the first: %s', self.count, '; '.join(self.named))
-
-
 def read_records(
     sources: Sequence[str],
     *,
@@ -158,11 +128,13 @@ def read_records(
         for place, item in _items(source):
             found += 1
             try:
+                if isinstance(item, InputError):
+                    raise item
                 if isinstance(item, str):
                     item = parse_object(item, place)
                 item = _plain(item)
                 if key_map:
-                    item = {ours: _look_up(item, theirs) for ours, theirs in key_map.items()}
+                    item = {ours: look_up(item, theirs) for ours, theirs in key_map.items()}
                 record = read({key: value for key, value in item.items() if value is not None})
             except InputError as error:
                 line = str(error)
@@ -211,25 +183,29 @@ def _items(source: str) -> Iterator[tuple[str, Any]]:
             yield f'{source} example {number}', examples[number]
         return
     for path in find_files(source):
-        yield from _reader_of(path)(path)
+        for record in _reader_of(path)(path):
+            yield record.where, record.content
 
 
-def _reader_of(path: Any) -> Callable[[Any], Iterator[tuple[str, Any]]]:
+def _reader_of(path: Any) -> Callable[[Any], Iterator[Record]]:
     match kind_of(path):
         case 'json' | 'jsonl':
             return read_json_texts
-        case 'parquet':
-            return read_parquet
+        case 'parquet' | 'arrow':
+            return read_table
         case 'array_record':
             return _json_of_array_record
     raise InputError(
-        f'{os.fspath(path)} is no file of records; they are .json and .jsonl (.gz, .zst), .parquet, .array_record'
+        f'{os.fspath(path)} is no file of records; they are .json and .jsonl (.gz, .zst, .bz2, .xz), .parquet, .arrow, '
+        '.array_record'
     )
 
 
-def _json_of_array_record(path: Any) -> Iterator[tuple[str, Any]]:
-    for place, record in read_array_record(path):
-        yield place, record.decode('utf-8', 'replace')
+def _json_of_array_record(path: Any) -> Iterator[Record]:
+    for record in read_array_record(path):
+        if isinstance(record.content, bytes):
+            record = record._replace(content=record.content.decode('utf-8', 'replace'))
+        yield record
 
 
 def _plain(value: Any) -> Any:
@@ -249,15 +225,6 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(item) for item in value]
     return value
-
-
-def _look_up(item: Mapping[str, Any], key: str) -> Any:
-    """The value at 'key' or at 'a.b'; None where there is none."""
-    if key in item:
-        return item[key]
-    head, dot, rest = key.partition('.')
-    inner = item.get(head)
-    return _look_up(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 
 def _conversation(item: Mapping[str, Any]) -> Conversation:

@@ -108,7 +108,8 @@ def test_documents_between_marks_are_found_wherever_a_block_ends(tmp_path, monke
     for size in range(1, 12):
         file = io.BytesIO(text.encode())
         monkeypatch.setattr(file, 'read', lambda _, read=file.read, size=size: read(size), raising=False)
-        assert list(sources._read_text(file, '', '<|x|>')) == ['één', 'two', '', 'three<|x|']
+        texts = [record.content for record in sources._read_text(file, '', '<|x|>')]
+        assert texts == ['één', 'two', '', 'three<|x|']
 
 
 def test_missing_and_empty_sources_are_named(tmp_path):
