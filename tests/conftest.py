@@ -34,7 +34,6 @@ for _name, _value in {
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUMPY_RANK_PROMOTION': 'raise',
     'JAX_COMPILATION_CACHE_DIR': str(_cache_dir()),
-    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**30),  # also makes its reads and writes hold a lock
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
     # Of NumPy and of torch: threads that wait for products of such a size spin for twenty times what these take.
     'OPENBLAS_NUM_THREADS': '1',
@@ -66,6 +65,20 @@ def _unchecked_struct(cls=None, **kwargs):
 
 flax.struct.dataclass = _unchecked_struct
 jaxtyping.install_import_hook('llama_jax', 'beartype.beartype')
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keeps the cache below 1 GiB: JAX's own limit reads the whole folder, under a lock, for each program it adds."""
+    if hasattr(session.config, 'workerinput'):
+        return
+    folder = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
+    entries = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob('*-cache'))
+    size = sum(size for _, size, _ in entries)
+    for _, entry_size, file in entries:
+        if size <= 2**30:
+            break
+        file.unlink(missing_ok=True)
+        size -= entry_size
 
 
 def pytest_collection_finish() -> None:
