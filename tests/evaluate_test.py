@@ -120,6 +120,7 @@ def test_two_processes_go_on_as_one(given, evaluated, tmp_path):
     assert '| piqa | acc |' in logs[0] and '| piqa' not in logs[1]
 
 
+@pytest.mark.slow
 def test_texts_are_generated_and_rated(commands, given, tmp_path):
     output = tmp_path / 'run'
     text = tmp_path / 'stories.txt'

@@ -95,6 +95,7 @@ def test_generate_prints_the_completion_alone(commands, run, tmp_path):
     assert commands.run('generate', *arguments).succeeded().stdout
 
 
+@pytest.mark.slow
 def test_generate_completes_a_file(commands, run, tmp_path):
     config, params, tokenizer = llama_jax.load(run)
     lines = [{'prompt': text, 'id': n} for n, text in enumerate(('ba', 'dio kurst', 'b'))]
@@ -306,6 +307,7 @@ def test_a_run_goes_on_with_other_settings_where_that_is_allowed(commands, run, 
     assert 'belongs to another run' in commands.run('pretrain', *tiny_run(workdir, corpus)).error()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_state_of_another(commands, run, corpus, tmp_path):
     before = contents(run)
     workdir, fork = tmp_path / 'a/fork', f'--fork={run}@8'

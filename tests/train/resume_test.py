@@ -100,9 +100,9 @@ def kill_and_resume(commands, workdir, command, num_kills, rng):
     return saves
 
 
-def test_killed_runs_end_as_if_left_alone(commands, corpus, uninterrupted, tmp_path):
+def test_a_run_killed_in_a_save_ends_as_if_left_alone(commands, corpus, uninterrupted, tmp_path):
     command = arguments(tmp_path / 'run', corpus)
-    assert kill_and_resume(commands, tmp_path / 'run', command, 3, random.Random(0)) >= 2
+    assert kill_and_resume(commands, tmp_path / 'run', command, 1, random.Random(0)) == 1
     assert figures(tmp_path / 'run') == figures(uninterrupted)
     assert saved_steps(tmp_path / 'run') == [NUM_STEPS - 2, NUM_STEPS - 1, NUM_STEPS]
 

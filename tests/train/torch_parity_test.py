@@ -117,12 +117,9 @@ def plain_torch_losses(name: str) -> np.ndarray:
     return torch_losses(name, random_weights(name), make_batches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'num_microbatches', 'num_chunks'),
-    [
-        (NAME, 2, 4),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [('llama2_7b', 1, 1), ('llama3_8b', 4, 1)]),
-    ],
+    ('name', 'num_microbatches', 'num_chunks'), [(NAME, 2, 4), ('llama2_7b', 1, 1), ('llama3_8b', 4, 1)]
 )
 def test_losses_equal_a_torch_loop(name, num_microbatches, num_chunks):
     pytest.importorskip('torch', reason='needs torch: the extra `parity`')
