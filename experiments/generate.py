@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
-from experiments.draft import make_proposer, open_draft
+from experiments.checkpoint import DTYPES
+from experiments.loading import load_model
 from experiments.prompt_file import (
     Item,
     answer_lines,
@@ -35,22 +34,19 @@ from experiments.prompt_file import (
     write_answers,
 )
 from experiments.settings import partitioner_of_flags
-from llama_jax import pretrained, runtime
+from llama_jax import runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import complete, complete_each, stream
-from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.kv_cache import CACHE_DTYPES
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
-from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
-from llama_jax.types import InputError, Params
+from llama_jax.types import InputError
 
 _CHECKPOINT = launch.define_path(
     'checkpoint',
@@ -202,7 +198,7 @@ def main() -> None:
             )
         elif _AXIS_RULES.value:
             raise InputError('--axis_rules is given without --mesh, whose axes it speaks of')
-    model, params, tokenizer, template, draft = load(
+    model, params, tokenizer, template, draft = load_model(
         _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
         _DRAFT.value, _DRAFT_TOKENS.value,
     )  # fmt: skip
@@ -258,34 +254,6 @@ def main() -> None:
                 )
                 answer = json.dumps({**line, **shown}, allow_nan=False)
                 print(answer if _FORMAT.value == 'jsonl' else completion.text)
-
-
-def load(
-    checkpoint_path: str,
-    tokenizer_file: str,
-    given_dtype: str,
-    partitioner: Partitioner | None,
-    keep_quantized: bool,
-    draft_name: str,
-    draft_tokens: int,
-) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str, Proposer | None]:
-    """The model on its devices, its weights, tokenizer and chat template, and who proposes its tokens."""
-    runtime.enable_compilation_cache()
-    dtype = DTYPES[dtype_name(given_dtype)]
-    with launch.flags_named('--checkpoint', '--tokenizer'):
-        checkpoint = open_with_tokenizer(checkpoint_path, tokenizer_file)
-    draft = open_draft(draft_name, checkpoint, tokenizer_file)
-    model = LlamaForCausalLM(checkpoint.config, dtype=dtype, partitioner=partitioner)
-    if partitioner is not None:
-        with launch.flags_named('--mesh', '--axis_rules'):
-            partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
-    with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
-        _, params, tokenizer = pretrained.load(
-            checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
-            keep_quantized=keep_quantized,
-        )  # fmt: skip
-    proposer = make_proposer(draft_name, draft_tokens, draft, model, params)
-    return model, params, tokenizer, checkpoint.template, proposer
 
 
 def _read_logit_bias(items: Sequence[str]) -> dict[int, float]:

@@ -20,6 +20,7 @@ from experiments import config_file
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
 MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or configurations
+WEB, WEB_ROOM = {'starlette', 'uvicorn', 'sse_starlette', 'pydantic', 'prometheus_client'}, 'serve'
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (
@@ -47,7 +48,13 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({'pretrained', 'export'}, {'huggingface_hub'}),
     ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'tqdm'}),
-    ({'rl', 'eval', 'preflight'}, {'lm_eval', 'datasets'}),
+    (
+        {'rl', 'eval', 'preflight', 'serve'},
+        {
+            *('lm_eval', 'datasets'),
+            *WEB,
+        },
+    ),
 ]
 FLOOR_OF = {room: floor for floor, (rooms, _) in enumerate(FLOORS) for room in rooms}
 LINEN_ROOM = 'models'
@@ -103,6 +110,8 @@ def _import_violation(module: str, imported: str, files: dict[str, pathlib.Path]
         return None
     if _covers({'flax.linen'}, imported) and room != LINEN_ROOM:
         return f'imports {imported}; flax.linen stays in models'
+    if _covers(WEB, imported) and room != WEB_ROOM:
+        return f'imports {imported}; the web stays in serve'
     if not _covers(set().union(*(allowed for _, allowed in FLOORS[: floor + 1])), imported):
         return f'imports {imported}, which {room or "the face"} may not'
     return None
@@ -186,6 +195,7 @@ def test_library_keeps_the_house_rules():
         ('train/step.py', 'import experiments.launch', 'imports experiments.launch, which train may not'),
         ('train/step.py', 'from flax import linen as nn', 'flax.linen stays in models'),
         ('train/step.py', 'import flax.linen as nn', 'flax.linen stays in models'),
+        ('eval/task.py', 'import starlette', 'the web stays in serve'),
         ('train/step.py', 'def f():\n    print(1)', 'prints'),
         ('train/step.py', 'import sys\nsys.stdout.write("x")', 'prints'),
         ('train/step.py', 'def f(c: "x", d=ConfigDict): ...', 'uses ConfigDict'),

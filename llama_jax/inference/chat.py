@@ -1,16 +1,25 @@
 """A conversation as the ids that a model answers: by the checkpoint's own template, or by its family's format.
 
-The family's format reads what people write as plain text, whatever tags it spells; a template is text by itself, so
-that tags within a message count, as in transformers. So the format is taken wherever both give the same ids.
+What people write is plain text, whatever tags it spells: the family's format reads it so, and is taken wherever the
+template gives the same ids; what goes through a template has the names of special tokens hidden from it meanwhile.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llama_jax.json_file import show_json
-from llama_jax.tokenizer.chat_format import ChatFormat, Dialog, chat_format_for, format_with
+from llama_jax.tokenizer.chat_format import (
+    ChatFormat,
+    Dialog,
+    Llama3ChatFormat,
+    chat_format_for,
+    format_with,
+)
 from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.protocol import Tokenizer
+from llama_jax.tokenizer.text_pieces import split_at
 from llama_jax.types import InputError
 
 _PROBES = (
@@ -67,15 +76,29 @@ class Chat:
             pass
         return None
 
-    def encode_prompt(self, messages: Dialog) -> list[int]:
+    @property
+    def is_by_template(self) -> bool:
+        """Whether the checkpoint's own template decides, which has its own words for tools."""
+        return self._format is None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model may have heard of functions that it can call."""
+        return self._format is None or isinstance(self._format, Llama3ChatFormat)
+
+    def encode_prompt(self, messages: Dialog, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation that waits for the assistant, or whose last message, the assistant's, is to go on.
+
+        Args:
+          messages: of the conversation.
+          tools: functions that the model may call, for a template; None: none.
 
         Raises:
           InputError: the messages are none, or not in an order that the checkpoint knows.
         """
         plain = check_messages(messages)
         if self._format is None:
-            return self._by_template(plain)
+            return self._by_template(plain, tools)
         if plain[-1]['role'] == 'assistant':
             if len(plain) == 1:
                 raise InputError(
@@ -84,7 +107,9 @@ class Chat:
             return self._format.encode_prompt(plain[:-1], prefix=plain[-1]['content'])
         return self._format.encode_prompt(plain)
 
-    def _by_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _by_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         assert self._template is not None
         goes_on = messages[-1]['role'] == 'assistant'
         names = _names(self._tokenizer)
@@ -92,10 +117,63 @@ class Chat:
             'bos_token': names.get(self._tokenizer.bos_id, ''),
             'eos_token': names.get(self._tokenizer.eos_id, ''),
         }
+        special: Mapping[str, int] = getattr(self._tokenizer, 'special_tokens', {})
+        hidden = _Hidden(special)
         text = self._template.render(
-            messages, add_generation_prompt=not goes_on, continue_last=goes_on, **ends
-        )
-        return self._tokenizer.encode(text, special=True)
+            hidden.hide(list(messages)), add_generation_prompt=not goes_on, continue_last=goes_on,
+            tools=hidden.hide(tools and list(tools)), **ends,
+        )  # fmt: skip
+        if not hidden:
+            return self._tokenizer.encode(text, special=True)
+        ids = []
+        for piece, id in split_at(text, special):
+            ids += self._tokenizer.encode(hidden.show(piece)) if id is None else [id]
+        return ids
+
+
+class _Hidden:
+    """Names of special tokens in what people write, hidden from a template; marks that no text has stand for them."""
+
+    def __init__(self, names: Collection[str]):
+        longest_first = sorted(names, key=len, reverse=True)
+        # Whole, or begun at the end, or ended at the beginning: a template may put two texts together.
+        begun = {name[:size] for name in longest_first for size in range(1, len(name))}
+        ended = {name[size:] for name in longest_first for size in range(1, len(name))}
+        self._whole = re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
+        self._begun, self._ended = begun, ended
+        self._most = max(map(len, longest_first), default=0)
+        self._mark = f'\ue000{secrets.token_hex(8)}:'
+        self._kept: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def hide(self, value: Any) -> Any:
+        """Plain values with marks in all their texts."""
+        if isinstance(value, str):
+            return self._hide_text(value)
+        if isinstance(value, Mapping):
+            return {key: item if key in ('role', 'type') else self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list) else value
+
+    def _hide_text(self, text: str) -> str:
+        text = self._whole.sub(lambda found: self._keep(found[0]), text)
+        for size in range(min(self._most - 1, len(text)), 0, -1):
+            if text[-size:] in self._begun:
+                text = text[:-size] + self._keep(text[-size:])
+                break
+        for size in range(min(self._most - 1, len(text)), 0, -1):
+            if text[:size] in self._ended:
+                return self._keep(text[:size]) + text[size:]
+        return text
+
+    def _keep(self, text: str) -> str:
+        self._kept.append(text)
+        return f'{self._mark}{len(self._kept) - 1}\ue001'
+
+    def show(self, text: str) -> str:
+        """A text with what the marks stand for."""
+        return re.sub(f'{self._mark}(\\d+)\ue001', lambda found: self._kept[int(found[1])], text)
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,171 @@
+"""From what a client asks to what the model is asked, within the limits of one server."""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from llama_jax.inference.chat import Chat
+from llama_jax.inference.request import CompletionRequest
+from llama_jax.serve.bodies import Sampling
+from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.refusal import Refusal, bad, of_input_error
+from llama_jax.serve.served import Served
+from llama_jax.serve.ticket import Ticket
+from llama_jax.serve.token_texts import TokenTexts
+from llama_jax.serve.worker import Asked, Worker
+from llama_jax.types import InputError
+
+_T = TypeVar('_T')
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of one server.
+
+    Attributes:
+      name: of the model, as clients ask for it.
+      max_queue: rows that may wait for a slot.
+      max_body: bytes of a request.
+      keys: of clients, any of which opens; () where none is needed.
+      cors_origins: of pages that may ask from browsers.
+      hosts: names by which the server may be called; () where that does not matter.
+    """
+
+    name: str
+    max_queue: int = 256
+    max_body: int = 1 << 20
+    keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
+class Service:
+    """One model behind its limits.
+
+    Attributes:
+      created: when the server began, in seconds since 1970.
+      is_draining: nothing new is taken; what runs ends.
+      num_answering: requests whose answers are not whole yet, or not sent.
+    """
+
+    def __init__(self, worker: Worker, limits: Limits, metrics: Metrics):
+        """The worker may still load."""
+        self.worker, self.limits, self.metrics = worker, limits, metrics
+        self.created = int(time.time())
+        self.is_draining = False
+        self.num_answering = 0
+        self._texts: TokenTexts | None = None
+
+    def served(self) -> Served:
+        """What is served.
+
+        Raises:
+          Refusal: it is still being loaded, or no more.
+        """
+        if self.worker.failure is not None:
+            raise Refusal(503, 'the model has failed; the server ends', code='failed')
+        if self.is_draining:
+            raise Refusal(503, 'the server ends; ask another, or later', code='draining')
+        if self.worker.served is None:
+            raise Refusal(503, 'the model is being loaded; ask again soon', code='loading')
+        return self.worker.served
+
+    def texts(self) -> TokenTexts:
+        """How tokens are written."""
+        if self._texts is None:
+            self._texts = TokenTexts(self.served().tokenizer)
+        return self._texts
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a model that is not served."""
+        if name is not None and name != self.limits.name:
+            message = f'the model {name!r} is not served here; there is {self.limits.name!r}'
+            raise Refusal(404, message, 'model', 'model_not_found')
+
+    def chat(self) -> Chat:
+        """How the model is talked to."""
+        chat = self.served().chat
+        if isinstance(chat, str):
+            raise bad(f'this model is not talked to: {chat}', 'messages')
+        return chat
+
+    async def in_thread(self, function: Callable[[], _T], param: str) -> _T:
+        """What takes a while on the host; what the library refuses is a refusal of the parameter."""
+        try:
+            return await asyncio.to_thread(function)
+        except InputError as error:
+            raise of_input_error(error, param) from None
+
+    def asked(
+        self,
+        body: Sampling,
+        ids: Sequence[int],
+        most: int | None,
+        most_named: str,
+        stop_ids: Sequence[int],
+        key: str,
+    ) -> Asked:
+        """What the model is asked for one prompt.
+
+        Args:
+          body: of the request.
+          ids: of the prompt.
+          most: tokens of an answer; None: the rest of the context.
+          most_named: the parameter that says so.
+          stop_ids: that end an answer.
+          key: whose the request is.
+
+        Raises:
+          Refusal: it does not fit.
+        """
+        served = self.served()
+        room = served.context - len(ids)
+        if room < max(1 if most is None else most, 0):
+            wanted = '' if most is None else f' and {most_named}={most}'
+            message = (
+                f'the context has {served.context} tokens; the prompt has {len(ids)}{wanted}, '
+                f'{len(ids) + (1 if most is None else most)} together: shorten the one or the other'
+            )
+            raise bad(
+                message, 'messages' if hasattr(body, 'messages') else 'prompt', 'context_length_exceeded'
+            )
+        most = room if most is None else most
+        if (least := body.min_tokens or 0) > most:
+            raise bad(
+                f'min_tokens is {least}; it must be at most {most}, the most that there can be', 'min_tokens'
+            )
+        try:
+            sampler = body.sampler(secrets.randbits(32))
+        except InputError as error:
+            raise of_input_error(error) from None
+        if '' in body.stops:
+            raise bad("stop holds '', which every text begins with; give at least one character", 'stop')
+        ends = () if body.ignore_eos else tuple(sorted(stop_ids))
+        request = CompletionRequest(ids, most, sampler, ends, key=key)
+        return Asked(request, body.stops, body.n or 1)
+
+    def check_n(self, body: Sampling) -> None:
+        """Refuses more answers to a prompt than there are slots."""
+        if (body.n or 1) > (slots := self.served().num_slots):
+            raise bad(f'n is {body.n}; it must be at most {slots}, the slots of this server', 'n')
+        if body.stream_options is not None and not body.stream:
+            raise bad('stream_options are of a stream; ask for one by stream=true', 'stream_options')
+
+    def submit(self, asked: Sequence[Asked], is_streamed: bool) -> Ticket:
+        """Lets it wait for slots.
+
+        Raises:
+          Refusal: too much waits.
+        """
+        served, new = self.served(), sum(one.num_rows for one in asked)
+        if new > (most := self.limits.max_queue + served.num_slots):
+            raise bad(f'the request asks for {new} answers; this server takes {most} at a time, so divide it')
+        if self.worker.num_rows + new > most:
+            raise Refusal(
+                429, f'{self.limits.max_queue} answers wait already; ask again soon', code='queue_full'
+            )
+        self.metrics.prompt_tokens.inc(sum(len(one.request.tokens) for one in asked))
+        return self.worker.submit(asked, is_streamed)

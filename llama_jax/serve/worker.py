@@ -1,0 +1,257 @@
+"""The thread in which the model runs: requests come in from the web, pieces of their answers go out."""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from llama_jax.inference.completion import Watch
+from llama_jax.inference.generator import Generator
+from llama_jax.inference.request import CompletionRequest, Progress
+from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.refusal import Refusal, of_input_error
+from llama_jax.serve.served import Served
+from llama_jax.serve.ticket import Piece, Ticket
+from llama_jax.types import InputError
+
+_log = logging.getLogger(__name__)
+_T = TypeVar('_T')
+
+# A loop that has not come round for so long is held by something.
+_STALL_SECONDS = 8.0
+# A second failure within so many seconds of the first is no accident.
+_FAILURE_SECONDS = 60.0
+_IDLE_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Rows of one prompt, which is read once.
+
+    Attributes:
+      request: of all rows.
+      stop: texts that end a row.
+      num_rows: drawn apart by their numbers.
+    """
+
+    request: CompletionRequest
+    stop: tuple[str, ...]
+    num_rows: int
+
+
+@dataclasses.dataclass
+class _Row:
+    """That runs, or waits for a slot.
+
+    Attributes:
+      ticket: that it is of.
+      place: among the ticket's rows.
+      watch: makes its text.
+      began: when it was asked for.
+      first: when its first token came; 0 before.
+      tokens: so far.
+    """
+
+    ticket: Ticket
+    place: int
+    watch: Watch
+    began: float
+    first: float = 0.0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+class Worker:
+    """Loads the model, then answers, until it is closed or has failed twice.
+
+    Attributes:
+      served: once all is loaded and compiled; None before.
+      failure: why there will be no more answers; None while there are.
+    """
+
+    def __init__(self, metrics: Metrics):
+        """Nothing is loaded yet."""
+        self.served: Served | None = None
+        self.failure: BaseException | None = None
+        self._metrics = metrics
+        self._orders: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
+        self._wakes, self._lock = threading.Event(), threading.Lock()
+        self._open: dict[Ticket, int] = {}  # and how many of its rows have not ended
+        self._rows: dict[int, _Row] = {}  # by the generator's number
+        self._generator: Generator | None = None
+        self._failures: collections.deque[float] = collections.deque(maxlen=2)
+        self._heartbeat: float | None = None
+        self._is_closing = False
+
+    def start(self, load: Callable[[], Served], on_failure: Callable[[], None] = lambda: None) -> None:
+        """Begins to load; `on_failure` is called, in this thread, where no answers will come (any more)."""
+        self._thread = threading.Thread(target=self._run, args=(load, on_failure), name='model', daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after what it is at."""
+        self._is_closing = True
+        self._wakes.set()
+        self._thread.join(60)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it loads, or comes round."""
+        if self.failure is not None:
+            return False
+        return self._heartbeat is None or time.monotonic() - self._heartbeat < _STALL_SECONDS
+
+    @property
+    def num_rows(self) -> int:
+        """That run or wait."""
+        with self._lock:
+            return sum(self._open.values())
+
+    def submit(self, asked: Sequence[Asked], is_streamed: bool) -> Ticket:
+        """Lets rows of some prompts wait for slots; they are numbered one prompt after the other."""
+        num_rows = sum(one.num_rows for one in asked)
+        ticket = Ticket(num_rows, lambda: self._order(lambda: self._cancel(ticket)), is_streamed)
+        with self._lock:
+            self._open[ticket] = num_rows
+        self._order(lambda: self._submit(ticket, asked))
+        return ticket
+
+    def call(self, function: Callable[[], _T]) -> 'Future[_T]':
+        """Has something else done with the model, one thing between any two dispatches."""
+        future: Future[_T] = Future()
+        self._calls.append((future, function))
+        self._wakes.set()
+        return future
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        self._wakes.set()
+
+    def _run(self, load: Callable[[], Served], on_failure: Callable[[], None]) -> None:
+        try:
+            served = load()
+            self._generator = served.warm_up()
+            with self._metrics.counting_programs():
+                self.served = served
+                while not self._is_closing and self.failure is None:
+                    self._heartbeat = time.monotonic()
+                    try:
+                        self._come_round(served)
+                    except Exception as error:
+                        self._fail(error, served)
+        except BaseException as error:
+            self.failure = error
+        self._end()
+        if self.failure is not None:
+            on_failure()
+
+    def _come_round(self, served: Served) -> None:
+        if not (self._orders or self._calls or self._rows):
+            self._wakes.wait(_IDLE_SECONDS)
+        self._wakes.clear()
+        while self._orders:
+            self._orders.popleft()()
+        if self._calls:
+            _do(*self._calls.popleft())
+        self._metrics.set_rows(len(self._rows), served.num_slots)
+        if self._rows:
+            assert self._generator is not None
+            self._tell([self._told(progress) for progress in self._generator.advance()])
+
+    def _submit(self, ticket: Ticket, asked: Sequence[Asked]) -> None:
+        if ticket not in self._open:
+            return  # nobody wants it any more
+        assert self._generator is not None and self.served is not None
+        place, began = 0, time.perf_counter()
+        try:
+            for one in asked:
+                first = None
+                for stream in range(one.num_rows):
+                    watch = Watch(self.served.tokenizer, one.request.tokens, one.stop)
+                    enough = watch.look if one.stop else None
+                    request = dataclasses.replace(one.request, stream=stream, like=first, is_complete=enough)
+                    number = self._generator.submit(request)
+                    first = number if first is None else first
+                    self._rows[number] = _Row(ticket, place, watch, began)
+                    place += 1
+        except InputError as error:
+            self._cancel(ticket)
+            self._tell([(ticket, of_input_error(error))])
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._open.pop(ticket, None)
+        for number in [number for number, row in self._rows.items() if row.ticket is ticket]:
+            if self._generator is not None:
+                self._generator.cancel(number)
+            del self._rows[number]
+            self._metrics.cancelled.inc()
+
+    def _told(self, progress: Progress) -> tuple[Ticket, Piece]:
+        """What a row was given; one that has ended is forgotten."""
+        row, now, ended = self._rows[progress.number], time.perf_counter(), progress.ended
+        if not row.first:
+            row.first = now
+            self._metrics.first_token_seconds.observe(now - row.began)
+        row.tokens += progress.tokens
+        row.watch.look(row.tokens)
+        text = row.watch.new_text(at_end=ended is not None)
+        piece = Piece(row.place, text, len(progress.tokens), progress.scores)
+        if ended is None:
+            return row.ticket, piece
+        del self._rows[progress.number]
+        with self._lock:
+            self._open[row.ticket] -= 1
+            if not self._open[row.ticket]:
+                del self._open[row.ticket]
+        self._metrics.tell_end(len(row.tokens), ended.cached_tokens, now - row.first)
+        return row.ticket, dataclasses.replace(piece, finish=ended.reason, cached_tokens=ended.cached_tokens)
+
+    def _tell(self, items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:
+        """Hands over, by one call for each event loop."""
+        by_loop: dict[Any, list[tuple[Ticket, Piece | Refusal]]] = {}
+        for ticket, item in items:
+            by_loop.setdefault(ticket.loop, []).append((ticket, item))
+        for loop, own in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, own)
+            except RuntimeError:  # the loop is closed, so nobody listens
+                for ticket, _ in own:
+                    self._cancel(ticket)
+
+    def _fail(self, error: Exception, served: Served) -> None:
+        """Something has raised: all requests get an error, and slots are made anew, unless it is the second time."""
+        _log.error('the model failed at a step', exc_info=error)
+        self._end()
+        self._failures.append(time.monotonic())
+        if len(self._failures) == 2 and self._failures[1] - self._failures[0] < _FAILURE_SECONDS:
+            self.failure = error
+            return
+        self._generator = None  # before another takes as much memory
+        self._generator = served.make_generator()
+
+    def _end(self) -> None:
+        """All that was asked for so far gets an error."""
+        with self._lock:
+            tickets, self._open = list(self._open), {}
+        self._rows = {}
+        self._tell([(ticket, Refusal(500, 'the model failed at this request')) for ticket in tickets])
+        while self._calls:
+            self._calls.popleft()[0].cancel()
+
+
+def _do(future: Future, function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+
+def _put(items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:
+    for ticket, item in items:
+        ticket.put(item)

@@ -1,0 +1,96 @@
+"""The command itself: what it refuses, what it says of the small real model, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+
+import openai
+import pytest
+
+
+@pytest.fixture(scope='module')
+def weights(shared_data):
+    return shared_data / 'weights/stories260K'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--checkpoint=DIR', '--host=0.0.0.0'], '--host=0.0.0.0 is reached by others .* --api_keys=FILE'),
+        (['--checkpoint=DIR', '--api_keys=DIR/keys'], 'keys line 2 is no key'),
+        (['--checkpoint=DIR', '--top_logprobs=21'], '21; there may be from 0'),
+        (['--checkpoint=DIR/nothing', '--port=0'], 'nothing'),
+        (['--checkpoint=DIR', '--port=TAKEN'], '--port .* cannot be listened on: .*; give another'),
+    ],
+)
+def test_what_is_wrong_is_one_line(commands, folder, flags, words):
+    (folder / 'keys').write_text('# of two\nshort\n')
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = commands.run(
+            'serve', *(flag.replace('DIR', str(folder)).replace('TAKEN', port) for flag in flags)
+        )
+    assert done.status == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('error: ') and re.search(words, last) and 'Traceback' not in done.stderr
+
+
+def get(client, path):
+    try:
+        return client._client.get(f'{str(client.base_url).removesuffix("v1/")}{path}').status_code
+    except Exception:
+        return 0
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'it never came about'
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder, weights):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
+    pid = commands.start(
+        'serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', '--slots=2', '--draft=lookup',
+        '--name=stories', '--prefix_mib=0', '--top_logprobs=0',
+    )  # fmt: skip
+    ended = {}
+    waiter = threading.Thread(target=lambda: ended.setdefault('how', commands.wait()))
+    waiter.start()
+    try:
+        wait_for(lambda: get(client, 'health') == 200, 60)
+        wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 300)
+        expected = json.loads((weights / 'expected.json').read_text())
+        asked = {
+            'model': 'stories', 'prompt': expected['prompt'], 'temperature': 0,
+            'max_tokens': expected['max_new_tokens'],
+        }  # fmt: skip
+        whole = client.completions.create(**asked)
+        assert whole.choices[0].text == expected['greedy_text']
+        pieces = client.completions.create(**asked, stream=True)
+        assert ''.join(piece.choices[0].text for piece in pieces) == expected['greedy_text']
+        stream = client.completions.create(
+            **asked | {'max_tokens': 500}, extra_body={'ignore_eos': True}, stream=True
+        )
+        next(iter(stream))
+        os.kill(pid, signal.SIGTERM)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == 'length'
+        waiter.join(60)
+    finally:
+        if waiter.is_alive():
+            os.kill(pid, signal.SIGKILL)
+            waiter.join(60)
+    assert ended['how'].status == 0, ended['how'].stderr
+    assert 'Traceback' not in ended['how'].stderr and expected['greedy_text'][:40] not in ended['how'].stderr
