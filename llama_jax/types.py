@@ -4,7 +4,7 @@ Shapes stand in signatures as jaxtyping strings. One letter means the same thing
 
     B batch      T query length   S key length     D embed      F mlp          V vocab
     N query heads   K kv heads    G = N / K        H head_dim   L layers
-    P pairs of answers in a row
+    P pairs of answers in a row, or answers that were drawn
 
 The annotations are checked (by beartype) in tests only; in production they cost nothing.
 """
@@ -177,6 +177,68 @@ class PreferenceBatch:
         return cls(
             ids, ids, ids, ids, mask, mask, named, named, number, number, named, answers, leaf(np.float32)
         )
+
+
+@flax.struct.dataclass
+class PolicyBatch:
+    """Packed rows of a prompt and an answer that was drawn for it, each pair of them in a segment of its own.
+
+    What an answer was worth, and how much each token counts, are numbers here: so algorithms differ in data.
+
+    Attributes:
+      tokens: what the model reads.
+      targets: `targets[b, t]` is the token that follows `tokens[b, t]`.
+      positions: place of each token in its own prompt and answer, from 0; what RoPE rotates by.
+      segment_ids: which pair of the row a token belongs to, from 1; 0 is padding.
+      weights: of the target in the loss; 0 where it is of no answer.
+      advantages: of the target, in units of reward.
+      old: log-probability of the target under the policy that it was drawn from, at the sampling temperature.
+      reference: the same under the reference.
+      importance: what a token's loss is multiplied by, where the sampler had other probabilities than `old`; else 1.
+      values: what was expected before the target, when it was drawn.
+      returns: what came of it.
+      lengths: targets that count, of each segment from 1.
+      counts: what a row adds to the number that the loss is divided by.
+      reported: what each token that counts weighs in figures: divided by that number they are means over tokens.
+      beta: weight of a divergence from the reference in the loss.
+    """
+
+    tokens: Int[Any, 'B T']
+    targets: Int[Any, 'B T']
+    positions: Int[Any, 'B T']
+    segment_ids: Int[Any, 'B T']
+    weights: Float[Any, 'B T']
+    advantages: Float[Any, 'B T']
+    old: Float[Any, 'B T']
+    reference: Float[Any, 'B T']
+    importance: Float[Any, 'B T']
+    values: Float[Any, 'B T']
+    returns: Float[Any, 'B T']
+    lengths: Int[Any, 'B P']
+    counts: Float[Any, ' B']
+    reported: Float[Any, ' B']
+    beta: Float[Any, ' B']
+
+    @classmethod
+    def abstract(
+        cls, batch_size: int, seq_len: int, num_answers: int, sharding: Any, row_sharding: Any
+    ) -> 'PolicyBatch':
+        """Shapes, dtypes and shardings, without memory.
+
+        Args:
+          batch_size: B.
+          seq_len: T.
+          num_answers: P, the most that a row holds.
+          sharding: of arrays [B, T].
+          row_sharding: of the others, whose first axis alone is split.
+        """
+        ids, number = (
+            jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
+            for dtype in (np.int32, np.float32)
+        )
+        lengths = jax.ShapeDtypeStruct((batch_size, num_answers), np.int32, sharding=row_sharding)
+        of_row = jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=row_sharding)
+        return cls(*[ids] * 4, *[number] * 7, lengths, *[of_row] * 3)
 
 
 Metrics = dict[str, Float[Array, '']]

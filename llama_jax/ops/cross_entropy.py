@@ -32,6 +32,7 @@ def token_log_probabilities(
     targets: Int[Array, 'B T'],
     num_chunks: int = 1,
     partitioner: Partitioner | None = None,
+    temperature: float = 1.0,
 ) -> Float[Array, 'B T']:
     """Log softmax(hidden @ head.T)[target] of every token in nats, fp32; what preferences and policies are scored by.
 
@@ -43,21 +44,53 @@ def token_log_probabilities(
       targets: ids.
       num_chunks: pieces that the sequence is taken in.
       partitioner: as for `head_cross_entropy`.
+      temperature: divides the logits.
 
     Raises:
       InputError: T is not a multiple of `num_chunks`.
     """
-    return -_losses_by_chunk(hidden, head, targets, num_chunks, 0.0, partitioner)[0]
+
+    def measure(logits, target):
+        return [token_losses(logits / temperature, target)]
+
+    return -_by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
+
+
+def token_distributions(
+    hidden: Float[Array, 'B T D'],
+    head: Weight,
+    targets: Int[Array, 'B T'],
+    num_chunks: int = 1,
+    partitioner: Partitioner | None = None,
+    temperature: float = 1.0,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+    """As `token_log_probabilities`, with the entropy of each token's distribution in nats, which has no gradient."""
+
+    def measure(logits, target):
+        logits = logits / temperature
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
+        return [token_losses(logits, target), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)]
+
+    losses, entropies = _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
+    return -losses, jax.lax.stop_gradient(entropies)
 
 
 def _losses_by_chunk(hidden, head, targets, num_chunks, z_loss, partitioner):
     """[B, T] of each of `_weights`, with gradients into all that the head is made of."""
+
+    def measure(logits, target):
+        return [token_losses(logits, target, z) for z in _weights(z_loss)]
+
+    return _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
+
+
+def _by_chunk(hidden, head, targets, num_chunks, partitioner, measure):
+    """[B, T] of each of what `measure` makes of a chunk's logits and targets."""
     weight = _gathered_parts(head, hidden.dtype, partitioner)
 
     @jax.checkpoint
     def of_chunk(x, target):
-        logits = einsum('btd,vd->btv', x, weight, jnp.float32)
-        return [token_losses(logits, target, z) for z in _weights(z_loss)]
+        return measure(einsum('btd,vd->btv', x, weight, jnp.float32), target)
 
     def body(_, chunk):
         return None, of_chunk(*chunk)
