@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ ROWS = [[(1, 3, 5), (2, 2, 1), (3, 4, 9)], [(1, 6, 11), (2, 1, 4)], [(1, 2, 20)]
 LENGTH, PLACES = 24, 3
 
 
-def ragged_batch(rows=ROWS, weights='token', length=LENGTH) -> PolicyBatch:
+def ragged_batch(rows=ROWS, weights='token', length=LENGTH) -> Any:
     """Rows of answers with numbers of a policy that has moved; padding and prompts hold numbers that must not count."""
     shape = len(rows), length
     segments, mask, lengths = (
