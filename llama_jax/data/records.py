@@ -5,6 +5,7 @@ r"""Examples to fine-tune on: conversations, pairs, judged answers; from files o
     preference     prompt or conversations, chosen, rejected | chosen, rejected with the prompt inside both |
                    input, preferred_output, non_preferred_output | prompt, response_1, response_2, preference_strength
     judged         prompt, completion, label
+    prompted       prompt | messages | conversations | instruction (input), with anything else beside it
 
 A text with the turns of hh-rlhf ('\n\nHuman: ... \n\nAssistant: ...') is the messages that it spells.
 """
@@ -100,7 +101,22 @@ class Judged:
     place: str = dataclasses.field(default='', compare=False)
 
 
-Kind = TypeVar('Kind', Conversation, Preference, Judged)
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """What is to be answered.
+
+    Attributes:
+      messages: the last by the user or a tool.
+      fields: the whole record, for what judges an answer.
+      place: the file and record that it is from.
+    """
+
+    messages: Messages
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    place: str = dataclasses.field(default='', compare=False)
+
+
+Kind = TypeVar('Kind', Conversation, Preference, Judged, Prompted)
 
 
 def read_records(
@@ -132,7 +148,7 @@ def read_records(
                     raise item
                 if isinstance(item, str):
                     item = parse_object(item, place)
-                item = _plain(item)
+                item = whole = _plain(item)
                 if key_map:
                     item = {ours: look_up(item, theirs) for ours, theirs in key_map.items()}
                 record = read({key: value for key, value in item.items() if value is not None})
@@ -140,7 +156,8 @@ def read_records(
                 line = str(error)
                 bad.add(error if line.startswith(place) else InputError(f'{place}: {line}'))
                 continue
-            yield dataclasses.replace(record, place=place)
+            kept: dict[str, Any] = {'fields': whole} if isinstance(record, Prompted) else {}
+            yield dataclasses.replace(record, place=place, **kept)
         if not found:
             raise InputError(f'source {source!r} holds no record; give a file that does')
     if bad is not on_error:
@@ -360,8 +377,23 @@ def _judged(item: Mapping[str, Any]) -> Judged:
     return Judged(prompt, completion, bool(label))
 
 
+def _prompted(item: Mapping[str, Any]) -> Prompted:
+    prompt = prompt_messages(item)
+    if not prompt:
+        keys = ', '.join(map(show_json, item))
+        raise InputError(f'it has the keys {keys}; it needs prompt, messages, conversations or instruction')
+    if prompt[-1].role not in ('user', 'tool'):
+        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with the user')
+    if not prompt[-1].content.strip():
+        raise InputError('the prompt is empty; it needs a text')
+    if isinstance(about := item.get('input'), str) and 'instruction' in item and 'prompt' not in item:
+        prompt = (*prompt[:-1], dataclasses.replace(prompt[-1], input=about))
+    return Prompted(prompt)
+
+
 _READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
     Conversation: _conversation,
     Preference: _preference,
     Judged: _judged,
+    Prompted: _prompted,
 }
