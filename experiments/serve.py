@@ -24,6 +24,7 @@ from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import read_bytes
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
+from llama_jax.serve.documents import Documents
 from llama_jax.serve.keys import read_keys
 from llama_jax.serve.served import Served, chat_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
@@ -49,6 +50,7 @@ _CHAT_TEMPLATE = launch.define_path(
     'native',
     "how it is talked to: native (its family's format), checkpoint, or a Jinja FILE",
 )
+_DOCUMENTS = launch.define_path('documents', '', 'folder of texts in which the page finds passages')
 _SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made together', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer('context', 0, 'tokens of prompt and answer; 0: as many as the model has', 0)
 _BUDGET_TOKENS = flags.DEFINE_integer(
@@ -71,10 +73,13 @@ def main() -> None:
         raise InputError(
             f'--host={_HOST.value} is reached by others than this machine; give --api_keys=FILE, whose keys open it'
         )
-    name = _NAME.value or os.path.basename(_CHECKPOINT.value.rstrip('/'))
+    with launch.flags_named('--documents', '--host', '--port'):
+        listener = listen(_HOST.value, _PORT.value)
+        documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
     limits = Limits(
-        name, _MAX_QUEUE.value, _MAX_BODY.value, keys, tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys)
-    )
+        _NAME.value or os.path.basename(_CHECKPOINT.value.rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
+        tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys), documents,
+    )  # fmt: skip
     partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value) if _MESH.value else None
     checkpoint = (
         _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value,
@@ -84,8 +89,6 @@ def main() -> None:
         'num_slots': _SLOTS.value, 'budget_tokens': _BUDGET_TOKENS.value or None, 'max_steps': _STEPS.value,
         'log_probabilities': _TOP_LOGPROBS.value, 'prefix_bytes': (_PREFIX_MIB.value << 20, 0),
     }  # fmt: skip
-    with launch.flags_named('--host', '--port'):
-        listener = listen(_HOST.value, _PORT.value)
     print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
     load = functools.partial(
         _load, checkpoint, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, rows

@@ -20,7 +20,7 @@ from experiments import config_file
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400
 MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or configurations
-WEB, WEB_ROOM = {'starlette', 'uvicorn', 'sse_starlette', 'pydantic', 'prometheus_client'}, 'serve'
+WEB, WEB_ROOM = {'starlette', 'uvicorn', 'sse_starlette', 'pydantic', 'prometheus_client', 'bm25s'}, 'serve'
 FLOORS: list[tuple[set[str], set[str]]] = [
     ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (

@@ -39,6 +39,7 @@ class ChatSession:
     Attributes:
       messages: the conversation so far.
       num_cached: tokens of the last prompt that were not read again.
+      num_made: tokens of the last answer.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ChatSession:
         self._config, self._num_rows = model.config, decoding.rows_of(1, model.partitioner)
         self._slots = Slots(model, params, 0, None)
         self.messages = check_messages(messages) if messages else []
-        self.num_cached = 0
+        self.num_cached = self.num_made = 0
         self._held: list[int] = []  # tokens that the cache holds
         self._answering: Generator[str, None, None] = (piece for piece in ())
 
@@ -104,6 +105,10 @@ class ChatSession:
         self._answering = self._answer(messages, asked, watch)
         return self._answering
 
+    def stop(self) -> None:
+        """Breaks the answer off, if it goes on; what was shown of it stays in the conversation."""
+        self._answering.close()
+
     def _answer(
         self, messages: list[dict[str, Any]], asked: CompletionRequest, watch: Watch
     ) -> Generator[str, None, None]:
@@ -113,6 +118,7 @@ class ChatSession:
             while True:
                 found = jax.device_get(steps)
                 made += found.tokens[0, : found.count[0]].tolist()
+                self.num_made = len(made)
                 # All but the last of them were read.
                 self._held = [*asked.tokens, *made[:-1]]
                 tokens = made[:-1] if made[-1] in asked.stop_ids else made

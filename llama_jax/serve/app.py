@@ -17,7 +17,9 @@ from starlette.routing import Route
 from llama_jax.serve import chats, completions, tokens
 from llama_jax.serve.access import Access, read_body
 from llama_jax.serve.answering import ClientGone
-from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, PassagesBody, TokenizeBody
+from llama_jax.serve.documents import citations, with_passages
+from llama_jax.serve.page import page
 from llama_jax.serve.parameters import check_others
 from llama_jax.serve.refusal import Refusal, of_validation
 from llama_jax.serve.service import Service
@@ -52,6 +54,17 @@ def make_app(service: Service) -> Starlette:
 
     async def detokenize(request: Request) -> Response:
         return JSONResponse(await tokens.detokenize(service, await read(request, DetokenizeBody)))
+
+    async def passages(request: Request) -> Response:
+        body = await read(request, PassagesBody)
+        if (documents := service.limits.documents) is None:
+            raise Refusal(404, 'this server has no documents')
+        found = await service.in_thread(lambda: documents.find(body.prompt), 'prompt')
+        return JSONResponse({'prompt': with_passages(body.prompt, found), 'places': citations(found)})
+
+    async def front(request: Request) -> Response:
+        del request
+        return page()
 
     async def tokenizer_info(request: Request) -> Response:
         del request
@@ -95,6 +108,8 @@ def make_app(service: Service) -> Starlette:
         Route('/v1/completions', _guarded(complete, service), methods=['POST']),
         Route('/v1/models', models),
         Route('/v1/models/{id:path}', one_model),
+        Route('/', front),
+        Route('/passages', _guarded(passages, service), methods=['POST']),
         Route('/tokenize', _guarded(tokenize, service), methods=['POST']),
         Route('/detokenize', _guarded(detokenize, service), methods=['POST']),
         Route('/tokenizer_info', tokenizer_info),

@@ -193,3 +193,9 @@ class DetokenizeBody(Part):
 
     tokens: list[_TokenId]
     model: str | None = None
+
+
+class PassagesBody(Part):
+    """Of /passages: a question to the documents."""
+
+    prompt: str

@@ -56,7 +56,7 @@ class Served:
         """A generator, after every program that requests can need was compiled."""
         generator = self.make_generator()
         generator.warm_up()
-        for width in {_padded(size, self.context) for size in range(1, self.context + 1)}:
+        for width in {_padded(1 << power, self.context) for power in range(self.context.bit_length() + 1)}:
             self.score([0] * width)
         return generator
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from llama_jax.inference.chat import Chat
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.serve.bodies import Sampling
+from llama_jax.serve.documents import Documents
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.refusal import Refusal, bad, of_input_error
 from llama_jax.serve.served import Served
@@ -32,6 +33,7 @@ class Limits:
       keys: of clients, any of which opens; () where none is needed.
       cors_origins: of pages that may ask from browsers.
       hosts: names by which the server may be called; () where that does not matter.
+      documents: in which the page finds passages for questions.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Limits:
     keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    documents: Documents | None = None
 
 
 class Service:
