@@ -6,6 +6,9 @@ The names below are the library's face. They are imported when first used, so th
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
+    from llama_jax import preflight as preflight
+    from llama_jax.data.datasets import pretrain_dataset as pretrain_dataset
+    from llama_jax.export.params import save as save
     from llama_jax.inference.chat_session import ChatSession as ChatSession
     from llama_jax.inference.generate import complete as complete
     from llama_jax.inference.generate import generate as generate
@@ -15,6 +18,9 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax.inference.sampling import Sampler as Sampler
     from llama_jax.models.config import LlamaConfig as LlamaConfig
     from llama_jax.models.config import RopeScaling as RopeScaling
+    from llama_jax.models.description import describe as describe
+    from llama_jax.models.inspect import inspect as inspect
+    from llama_jax.models.inspect import token_log_probabilities as token_log_probabilities
     from llama_jax.models.kv_cache import KVCache as KVCache
     from llama_jax.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from llama_jax.models.llama import init_params as init_params
@@ -24,7 +30,13 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax.partitioning import make_mesh as make_mesh
     from llama_jax.pretrained import load as load
     from llama_jax.pretrained import load_tokenizer as load_tokenizer
+    from llama_jax.train.metrics import metrics as metrics
+    from llama_jax.train.trainer import trainer as trainer
     from llama_jax.types import InputError as InputError
 
-__all__ = [name for name in globals()['__dir__']() if not name.startswith('_')]
+__all__ = sorted({name for name in globals()['__dir__']() if not name.startswith('_')})
 __version__ = '0.1.0'
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.types import Array, InputError, PyTree
+from llama_jax.table import html_of
+from llama_jax.types import Array, InputError, PyTree, did_you_mean
 
 MESH_AXES = ('dcn_data', 'data', 'fsdp', 'context', 'tensor')
 
@@ -48,7 +49,8 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
     sizes = [axis_sizes.get(name, 1) for name in MESH_AXES]
     shown = ', '.join(f'{name}={size}' for name, size in zip(MESH_AXES, sizes, strict=True))
     if unknown := set(axis_sizes) - set(MESH_AXES):
-        raise InputError(f'unknown mesh axes {sorted(unknown)}; the axes are {MESH_AXES}')
+        hint = did_you_mean(min(unknown), MESH_AXES)
+        raise InputError(f'unknown mesh axes {sorted(unknown)}; {hint} The axes are {", ".join(MESH_AXES)}')
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f'impossible mesh ({shown}): sizes are positive, and at most one is -1 (the rest)')
     if -1 in sizes:
@@ -73,6 +75,17 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
         placed = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=axis_types)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
+    """A mesh as it is, or of the sizes of its axes (`make_mesh`); None is the first device alone.
+
+    Raises:
+      InputError: as `make_mesh`.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh
+    return make_mesh({}, jax.devices()[:1]) if mesh is None else make_mesh(mesh)
 
 
 def parse_rules(overrides: str) -> Rules:
@@ -111,6 +124,21 @@ class Partitioner:
 
     mesh: Mesh
     rules: Rules = DEFAULT_RULES
+
+    def __repr__(self) -> str:
+        return f'Partitioner({", ".join(f"{name}: {value}" for name, value in self._shown().items())})'
+
+    def _repr_html_(self) -> str:
+        return html_of('Partitioner', self._shown())
+
+    def _shown(self) -> dict[str, str]:
+        """The devices, the axes that split something, and what each splits."""
+        first = self.mesh.devices.flat[0]
+        split = {name: size for name, size in self.mesh.shape.items() if size > 1}
+        return {'devices': f'{self.mesh.size} {first.platform}'} | {
+            f'{name}={size}': ' '.join(axis for axis, by in self.rules if name in by)
+            for name, size in split.items()
+        }
 
     def spec(
         self, axes: LogicalAxes, shape: Sequence[int] | None = None, name: str = 'array'

@@ -10,8 +10,8 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,10 @@ class BlockArray(LazyArray, Protocol):
         ...
 
 
-def place_all(arrays: Sequence[tuple[str, BlockArray, jax.ShapeDtypeStruct]]) -> list[Array]:
+def place_all(
+    arrays: Sequence[tuple[str, BlockArray, jax.ShapeDtypeStruct]],
+    progress: Callable[[int], Any] = lambda _: None,
+) -> list[Array]:
     """Weights by name, cast and placed as wanted; the processes of a job together read each block once.
 
     What one process alone has devices for, it reads. What several have devices for, one reads and sends to the others:
@@ -66,11 +69,11 @@ def place_all(arrays: Sequence[tuple[str, BlockArray, jax.ShapeDtypeStruct]]) ->
     """
     of_all = all(_processes(wanted) == set(range(jax.process_count())) for _, _, wanted in arrays)
     if jax.process_count() == 1 or not of_all:
-        return list(prefetch(functools.partial(place, *array) for array in arrays))
+        return list(prefetch(functools.partial(place, *array, progress=progress) for array in arrays))
     placed, exchange = [], _Exchange()
     for array in arrays:  # in one order on all processes
         try:
-            placed.append(place(*array, exchange))
+            placed.append(place(*array, exchange, progress))
         except Exception as error:
             if exchange.is_over:
                 raise
@@ -87,7 +90,11 @@ def _processes(wanted: jax.ShapeDtypeStruct) -> set[int]:
 
 
 def place(
-    name: str, array: BlockArray, wanted: jax.ShapeDtypeStruct, exchange: '_Exchange | None' = None
+    name: str,
+    array: BlockArray,
+    wanted: jax.ShapeDtypeStruct,
+    exchange: '_Exchange | None' = None,
+    progress: Callable[[int], Any] = lambda _: None,
 ) -> Array:
     """The array cast and placed as `wanted` says; of each block this process reads what its devices hold, once.
 
@@ -96,6 +103,7 @@ def place(
       array: of the same shape.
       wanted: dtype and sharding.
       exchange: with the other processes, which place their parts of it.
+      progress: called with the bytes of each block placed.
 
     Raises:
       InputError: a value is beyond the range of float16.
@@ -115,6 +123,7 @@ def place(
             values = cast(values, dtype, name)
         for span, part in parts.items():
             _copy(pieces[span][_within(part, span)], values[_within(part, block)])
+        progress(math.prod(stop - start for start, stop in block) * dtype.itemsize)
 
     blocks = list(_spans(array.blocks(), shape))
     shared = _shared(blocks, array, wanted) if exchange else []

@@ -11,8 +11,10 @@ The annotations are checked (by beartype) in tests only; in production they cost
 
 import contextlib
 import difflib
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import flax.struct
 import jax
@@ -58,6 +60,58 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     begun = sorted((n for n in names if name and n.startswith(name)), key=len)
     near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=3, cutoff=0.5)]))[:3]
     return f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(sorted(names))}'
+
+
+P = ParamSpec('P')
+R = TypeVar('R')
+
+
+def checked_names(*others: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function of the face: an argument's name that it does not know is refused with the nearest ones.
+
+    Args:
+      others: functions whose arguments it passes on, where it takes any name.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = _argument_names(function).union(*map(_argument_names, others))
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            if unknown := [name for name in kwargs if name not in known]:
+                raise InputError(
+                    f'{function.__name__} has no argument {unknown[0]!r}; {did_you_mean(unknown[0], known)}'
+                )
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def _argument_names(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+_SHORT_DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The floating-point type of a name ('float32', 'bfloat16', 'float16', or 'fp32', 'bf16', 'fp16'), or as it is.
+
+    Raises:
+      InputError: no such type has that name.
+    """
+    if not isinstance(dtype, str):
+        return np.dtype(dtype)
+    name = _SHORT_DTYPES.get(dtype, dtype)
+    if name not in _SHORT_DTYPES.values():
+        names = [*_SHORT_DTYPES.values(), *_SHORT_DTYPES]
+        raise InputError(
+            f'dtype {dtype!r} is no floating-point type of weights; {did_you_mean(dtype, names)}'
+        )
+    return jax.numpy.dtype(name)
 
 
 def error_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ MAX_LINES = 400
 MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or configurations
 WEB, WEB_ROOM = {'starlette', 'uvicorn', 'sse_starlette', 'pydantic', 'prometheus_client', 'bm25s'}, 'serve'
 FLOORS: list[tuple[set[str], set[str]]] = [
-    ({'types'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
+    ({'types', 'table'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (
         {
             'partitioning',
@@ -46,8 +46,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             *('gguf', 'regex'),
         },
     ),
-    ({'pretrained', 'export'}, {'huggingface_hub'}),
-    ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'tqdm'}),
+    ({'pretrained', 'export'}, {'huggingface_hub', 'tqdm'}),
+    ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib'}),
     (
         {'rl', 'eval', 'preflight', 'serve'},
         {

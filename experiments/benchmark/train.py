@@ -42,7 +42,7 @@ _LAYERS = flags.DEFINE_integer('layers', 0, "of the model; 0: the preset's", low
 _OPTIMIZER_NAME = flags.DEFINE_enum('optimizer', 'adamw', OPTIMIZERS, 'of ours; Hugging Face has AdamW')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns that each contender takes', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 4, 'updates in a turn', lower_bound=1)
-_REMAT = flags.DEFINE_string('remat', 'attention', 'see models.llama.REMAT_POLICIES')
+_REMAT = flags.DEFINE_string('remat', 'attention', 'see models.remat.REMAT_POLICIES')
 _UNROLL = flags.DEFINE_integer('unroll', 1, 'layers per step of the scan', lower_bound=1)
 _LOSS_CHUNKS = flags.DEFINE_integer(
     'loss_chunks', 4, 'parts of the sequence whose logits are held at a time', lower_bound=1

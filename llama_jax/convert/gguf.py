@@ -20,7 +20,7 @@ from etils import epath
 from llama_jax.convert import gguf_file
 from llama_jax.convert.gguf_file import DTYPES, F16, F32, BlockType, TensorInfo, block_type, import_gguf
 from llama_jax.convert.mapping import Source, assemble, in_file_order
-from llama_jax.convert.tensors import Tensor, row_blocks, to_interleaved
+from llama_jax.convert.tensors import Tensor, existing, row_blocks, to_interleaved
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.placement import cast
@@ -35,12 +35,13 @@ _ROPE_DIVISORS = 'rope_freqs.weight'
 _SAME_DIVISORS = 1e-5
 
 
-def open_source(path: epath.Path, header: gguf_file.Header | None = None) -> Source:
+def open_source(path: epath.PathLike, header: gguf_file.Header | None = None) -> Source:
     """Opens a GGUF file of a Llama, reading its header alone, or nothing where `header` is what was read already.
 
     Raises:
       InputError: it is damaged, of another architecture, or a tensor is missing, surplus or of a wrong shape.
     """
+    path = existing(path)
     metadata, infos = header or gguf_file.read_header(path)
     found = {name: gguf_file.open_tensor(path, info) for name, info in infos.items()}
     with refusals_of(path):

@@ -15,7 +15,7 @@ from llama_jax.convert import bitsandbytes
 from llama_jax.convert.huggingface_config import CONFIG_FILE, config_json, read_config, token_ids
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
-from llama_jax.convert.tensors import ALL, BFLOAT16, Tensor, tie
+from llama_jax.convert.tensors import ALL, BFLOAT16, Tensor, existing, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.json_file import read_object, show_json
 from llama_jax.placement import cast
@@ -48,12 +48,13 @@ _BUFFER = re.compile(
 _FILE_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}')  # in an index: of this folder, not above it
 
 
-def open_source(folder: epath.Path) -> Source:
+def open_source(folder: epath.PathLike) -> Source:
     """Opens a folder that transformers saved; reads headers only.
 
     Raises:
       InputError: it is no Llama, a file is missing or damaged, or the weights are not those of `config.json`.
     """
+    folder = existing(folder)
     config = read_config(folder)
     found: dict[str, Tensor] = {}
     for name, tensor in bitsandbytes.with_whole_weights(_open_weights(folder), str(folder)).items():

@@ -15,7 +15,7 @@ from etils import epath
 from llama_jax.convert.mapping import Source, assemble
 from llama_jax.convert.meta import assemble_meta
 from llama_jax.convert.meta_params import parse_params, to_config
-from llama_jax.convert.tensors import ALL, FileTensor, Tensor
+from llama_jax.convert.tensors import ALL, FileTensor, Tensor, existing
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.models.config import LlamaConfig
 from llama_jax.storage import read_range
@@ -27,12 +27,13 @@ _FLOAT32 = np.dtype('<f4')
 _INT8 = np.dtype('i1')
 
 
-def open_source(path: epath.Path) -> Source:
+def open_source(path: epath.PathLike) -> Source:
     """A `.pt` or `.bin` of llama2.c, told apart by their first bytes.
 
     Raises:
       InputError: it is damaged, or another kind of file.
     """
+    path = existing(path)
     header = read_range(path, 0, max(HEADER_BYTES.values()))
     return _open_pt(path) if header.startswith(b'PK') else _open_bin(path, header)
 

@@ -20,6 +20,7 @@ from llama_jax.convert.tensors import (
     Concatenated,
     HalfSplit,
     Tensor,
+    existing,
     row_blocks,
     same_values,
     tie,
@@ -41,12 +42,13 @@ _MAX_FILES = 64
 _LARGE_VOCABULARY = 128_000
 
 
-def open_source(folder: epath.Path) -> Source:
+def open_source(folder: epath.PathLike) -> Source:
     """A folder as Meta releases it, of any number of model-parallel ranks.
 
     Raises:
       InputError: a file or tensor is missing, damaged, left over or of a wrong shape; it is named.
     """
+    folder = existing(folder)
     paths = _shards(folder)
     params = read_params(folder / 'params.json')
     ranks = [weights(open_torch_file(path), str(path), _BUFFERS) for path in paths]

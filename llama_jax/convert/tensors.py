@@ -295,3 +295,15 @@ def same_values(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
         return False
     blocks = [slice(0, rows)] if rows else [slice(0, 1), *row_blocks(a.shape, a.dtype)]
     return all(same_bits(a.read(block), b.read(block)) for block in blocks)
+
+
+def existing(path: epath.PathLike) -> epath.Path:
+    """The place of a checkpoint's file or folder.
+
+    Raises:
+      InputError: nothing is there.
+    """
+    place = epath.Path(path)
+    if not place.exists():
+        raise InputError(f'no checkpoint at {place}: there is no such file or folder')
+    return place

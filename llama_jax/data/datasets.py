@@ -6,19 +6,28 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain
+from jax.sharding import Mesh
 
+from llama_jax.data.loader import batches
 from llama_jax.data.mixture import mix
 from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.sources import check_source, read_documents
+from llama_jax.partitioning import Partitioner, as_mesh
+from llama_jax.table import html_of
+from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
-from llama_jax.types import InputError
+from llama_jax.types import InputError, LMBatch, checked_names
 
 _log = logging.getLogger(__name__)
+
+
+# Source strings or paths, one or several.
+Sources = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +51,48 @@ class PretrainData:
     num_train_bytes: int
     num_train_rows: int
 
+    def __repr__(self) -> str:
+        return f'PretrainData({", ".join(f"{name}: {value}" for name, value in self._shown().items())})'
 
+    def _repr_html_(self) -> str:
+        return html_of('PretrainData', self._shown())
+
+    def _shown(self) -> dict[str, object]:
+        numbers = {
+            'documents': self.num_train_documents, 'bytes': self.num_train_bytes, 'tokens': self.num_train_tokens,
+            'rows': self.num_train_rows, 'validation rows': len(self.validation) if self.validation else 0,
+        }  # fmt: skip
+        return {name: f'{number:,}' for name, number in numbers.items()}
+
+    def batches(
+        self, batch_size: int, mesh: Mesh | Mapping[str, int] | None = None, *, first_row: int = 0
+    ) -> Iterator[LMBatch]:
+        """Endless batches of `train`, in order.
+
+        Args:
+          batch_size: B.
+          mesh: that the rows are spread over, or the sizes of its axes; None: the first device.
+          first_row: where to begin: the rows consumed before.
+
+        Raises:
+          InputError: the batch does not divide over the mesh.
+        """
+        if batch_size < 1:
+            raise InputError(f'batch_size is {batch_size}; it must be at least 1')
+        seq_len = self.train[0]['tokens'].shape[0] - 1
+        sharding = Partitioner(as_mesh(mesh)).batch_sharding(batch_size, seq_len)
+        return batches(self.train, LMBatch.abstract(batch_size, seq_len, sharding), rows_consumed=first_row)
+
+
+@checked_names()
 def pretrain_dataset(
-    train: Sequence[str],
-    tokenizer: Tokenizer,
+    train: Sources,
+    tokenizer: Tokenizer | None,
     seq_len: int,
     *,
+    texts: Iterable[str] | None = None,
     weights: Sequence[float | int] | None = None,
-    validation: Sequence[str] = (),
+    validation: Sources = (),
     validation_fraction: float = 0.01,
     text_key: str = 'text',
     separator: str = '',
@@ -58,10 +101,13 @@ def pretrain_dataset(
 ) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources of a run; folders of prepared rows are just opened.
 
+        data = llama_jax.pretrain_dataset([], tokenizer, seq_len=16, texts=['Once upon a time ...', 'The end ...'])
+
     Args:
-      train: source strings (see `sources`), or folders that `write_prepared` wrote.
+      train: source strings (see `sources`), or folders that `write_prepared` wrote; one of them, or several.
       tokenizer: must be the one that prepared folders were written with.
       seq_len: T; rows have T + 1 tokens.
+      texts: documents in memory, one more training source behind the others; [] for `train` where there are none.
       weights: one for each training source, or None: by size.
       validation: source strings, or one prepared folder. Empty: hold documents out of the training sources
         that are text; which ones depends on their text alone, and the first document of a source always
@@ -75,9 +121,11 @@ def pretrain_dataset(
     Raises:
       InputError: a source cannot be read, or prepared rows do not fit the tokenizer or seq_len.
     """
-    train = _as_sources(train)
-    if not train:
-        raise InputError('no training data: name at least one source')
+    train, tokenizer = _as_sources(train), required(tokenizer)
+    if not train and texts is None:
+        raise InputError('no training data: name at least one source, or give texts')
+    if not 1 <= seq_len <= 2**24:
+        raise InputError(f'seq_len is {seq_len}; it must be at least 1, and no longer than the context')
     if not 0 <= validation_fraction < 1:
         raise InputError(f'validation_fraction is {validation_fraction}; it must be from 0 to below 1')
     validation = _as_sources(validation)
@@ -91,6 +139,9 @@ def pretrain_dataset(
         documents = read_documents(source, text_key=text_key, separator=separator)
         documents = _hold_out(documents, fraction, held_out)
         rows.append(PackedRows(tokenize_documents(documents, tokenizer, progress), seq_len))
+    if texts is not None:
+        documents = _hold_out(_checked_texts(texts), fraction, held_out)
+        rows.append(PackedRows(tokenize_documents(documents, tokenizer, progress), seq_len))
     prepared = [source for source in validation if is_prepared(source)]
     if prepared and len(validation) > 1:
         raise InputError(f'validation mixes the prepared folder {prepared[0]} with others; give it alone')
@@ -98,9 +149,9 @@ def pretrain_dataset(
     if prepared:
         validation_rows = _open_prepared(prepared[0], tokenizer, seq_len)
     elif validation or held_out:
-        texts = (read_documents(source, text_key=text_key, separator=separator) for source in validation)
-        texts = itertools.chain(held_out, *texts)
-        validation_rows = PackedRows(tokenize_documents(texts, tokenizer), seq_len)
+        unseen = (read_documents(source, text_key=text_key, separator=separator) for source in validation)
+        unseen = itertools.chain(held_out, *unseen)
+        validation_rows = PackedRows(tokenize_documents(unseen, tokenizer), seq_len)
     elif fraction:
         _log.warning('no validation: none of the training documents falls in the %g held out', fraction)
     identity = [[r.fingerprint for r in rows], list(map(float, weights or [])), seq_len, tokenizer.sha256]
@@ -128,7 +179,7 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def train_tokenizer(
-    sources: Sequence[str],
+    sources: Sources,
     vocab_size: int,
     path: str | os.PathLike,
     *,
@@ -154,8 +205,25 @@ def train_tokenizer(
     return load_tokenizer(path)
 
 
-def _as_sources(sources: Sequence[str] | str) -> tuple[str, ...]:
-    return (sources,) * bool(sources) if isinstance(sources, str) else tuple(sources)
+def _as_sources(sources: Sources) -> tuple[str, ...]:
+    if isinstance(sources, str | os.PathLike):
+        return (os.fspath(sources),) * bool(os.fspath(sources))
+    return tuple(os.fspath(source) for source in sources)
+
+
+def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise InputError(f'texts are one string, {texts[:40]!r}; give a list of documents, as [text]')
+    number = -1
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f'text {number} is {repr(text)[:60]}, a {type(text).__name__}; it must be a string'
+            )
+        if text:
+            yield text
+    if number < 0:
+        raise InputError('texts hold no document; give at least one')
 
 
 def _hold_out(documents: Iterable[str], fraction: float, held_out: list[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from llama_jax.inference import decoding
 from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.logits_processor import LogitsProcessor, OfTokens, as_processor
-from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
+from llama_jax.inference.prompts import Prompt, Prompts, check_prompts, ids_of
 from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
@@ -18,7 +18,7 @@ from llama_jax.inference.scoring import check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import InputError, Params, checked_names
 
 # Prompts that are completed at a time; others follow as these end.
 MAX_SLOTS = 64
@@ -28,11 +28,12 @@ CHECKED_STEPS = 16
 _STREAMED_STEPS = 4
 
 
+@checked_names()
 def generate(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -46,7 +47,7 @@ def generate(
     min_new_tokens: int = 0,
     seed: int = 0,
     samplers: Sequence[Sampler] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     special_tokens: bool = False,
@@ -62,7 +63,7 @@ def generate(
       params: its weights, as `load` gives them: for as long as they live, a copy that decodes at the memory's speed is
         kept beside them. To have one copy alone, give `unstack(params, model.dtype, delete=True)`.
       tokenizer: that the weights were trained with.
-      prompts: any number of texts, or of token ids; '' starts a document.
+      prompts: any number of texts, or of token ids; a string is one prompt. '' starts a document.
       max_new_tokens: at most this many each; a row ends earlier at a stop id of the tokenizer, or at the context.
       temperature: 0 is greedy.
       top_k: see `Sampler`, also for those up to `logit_bias`.
@@ -96,11 +97,12 @@ def generate(
     return [completion.text for (completion,) in found]
 
 
+@checked_names(generate)
 def complete(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     n: int = 1,
     log_probabilities: int | None = None,
@@ -151,7 +153,7 @@ def complete_each(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     num_slots: int = 16,
     log_probabilities: int | None = None,
@@ -187,6 +189,7 @@ def complete_each(
     return completions()
 
 
+@checked_names(generate)
 def stream(
     model: LlamaForCausalLM, params: Params, tokenizer: Tokenizer | None, prompt: Prompt, **settings: Any
 ) -> Iterator[str]:
@@ -243,13 +246,13 @@ def _asked(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     how: _How,
     is_complete: Callable[[int, list[int]], bool] | None = None,
     *,
     max_new_tokens: int = 256,
     samplers: Sequence[Sampler] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     special_tokens: bool = False,
@@ -262,6 +265,8 @@ def _asked(
     if samplers is not None and sampler != Sampler():
         raise InputError('samplers hold the settings of each prompt; give none beside them')
     ids = ids_of(tokenizer, prompts, special_tokens)
+    check_prompts(ids, model.config)
+    stop = (stop,) * bool(stop) if isinstance(stop, str) else stop
     tokenizer = required(tokenizer) if stop else tokenizer
     own = tokenizer.stop_ids if tokenizer else ()
     watches = [

@@ -10,17 +10,18 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
-from llama_jax.inference.prompts import Prompt, check_prompts, ids_of
+from llama_jax.inference.prompts import Prompts, check_prompts, ids_of
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import InputError, Params, checked_names
 
 
+@checked_names()
 def hidden_states(
     model: LlamaForCausalLM,
     params: Params,
     tokenizer: Tokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     layers: Sequence[int] = (-1,),
 ) -> list[Float[np.ndarray, 'layers T D']]:
@@ -35,7 +36,7 @@ def hidden_states(
       model: see `generate`.
       params: its weights; as in `generate` a copy of each layer's own is kept beside them.
       tokenizer: that the weights were trained with; None where all prompts are ids.
-      prompts: texts, or token ids.
+      prompts: texts, or token ids; a string is one.
       layers: depths, in the order in which they are wanted; negative ones are counted from the end.
 
     Raises:
@@ -52,7 +53,10 @@ def hidden_states(
     if not ids:
         return []
     model = decoding.with_whole_rows(model)
-    shape = decoding.rows_of(len(ids), model.partitioner), decoding.power_of_two(max(map(len, ids)))
+    shape = (
+        decoding.rows_of(len(ids), model.partitioner),
+        min(decoding.power_of_two(max(map(len, ids))), model.config.max_seq_len),
+    )
     tokens = np.zeros(shape, np.int32)
     for row, prompt in zip(tokens, ids, strict=False):
         row[: len(prompt)] = prompt  # padding comes behind, and is not seen

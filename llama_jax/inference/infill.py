@@ -8,9 +8,10 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import Params
+from llama_jax.types import Params, checked_names
 
 
+@checked_names(generate)
 def infill(
     model: LlamaForCausalLM,
     params: Params,

@@ -1,27 +1,52 @@
 """What a model is given to read: prompts, as texts or as token ids."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from llama_jax.models.config import LlamaConfig
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
 from llama_jax.types import InputError
 
 # A text, or its token ids.
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
+# One prompt that is a text, or any number of them.
+Prompts = str | Iterable[Prompt]
 
 
-def ids_of(
-    tokenizer: Tokenizer | None, prompts: Sequence[Prompt], special_tokens: bool = False
-) -> list[list[int]]:
+def ids_of(tokenizer: Tokenizer | None, prompts: Prompts, special_tokens: bool = False) -> list[list[int]]:
     """Token ids of each prompt; see `prompt_ids`.
 
     Raises:
-      InputError: one is a text, and there is no tokenizer.
+      InputError: one is a text, and there is no tokenizer; or one is neither text nor ids.
     """
+    if not isinstance(prompts, Iterable):
+        raise InputError(
+            f'prompts are {repr(prompts)[:60]}; give a text, or a list of texts or of lists of token ids'
+        )
     return [
-        prompt_ids(required(tokenizer), prompt, special_tokens) if isinstance(prompt, str) else list(prompt)
-        for prompt in prompts
+        prompt_ids(required(tokenizer), prompt, special_tokens)
+        if isinstance(prompt, str)
+        else _checked_ids(index, prompt)
+        for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
     ]
+
+
+def _checked_ids(index: int, prompt: Any) -> list[int]:
+    if isinstance(prompt, int | np.integer):
+        raise InputError(
+            f'prompt {index} is the number {prompt}; a prompt is a text or a list of token ids, so give the ids of one '
+            'prompt as [[...]]'
+        )
+    try:
+        ids = list(prompt)
+        return list(map(operator.index, ids))
+    except TypeError:
+        raise InputError(
+            f'prompt {index} is {repr(prompt)[:60]}; a prompt is a text or a list of token ids (whole numbers)'
+        ) from None
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int = 1) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from llama_jax.table import html_of
 from llama_jax.types import InputError
 
 # The largest of each field: many times those of any Llama, and small enough that no product of two overflows memory
@@ -115,6 +116,9 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f'head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even')
+
+    def _repr_html_(self) -> str:
+        return html_of('LlamaConfig', {**dataclasses.asdict(self), 'parameters': f'{self.num_params:,}'})
 
     @property
     def num_block_params(self) -> int:

@@ -14,66 +14,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache, LayerCache
+from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.models.unstacked import layers_of
 from llama_jax.ops.activations import swiglu
 from llama_jax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
-from llama_jax.ops.attention_cudnn import FORWARD_PRIMITIVE as CUDNN_FORWARD
+from llama_jax.ops.attention_reference import attention_probabilities, causal_mask, weighted_values
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import Weight, einsum, take
 from llama_jax.ops.normalization import rms_norm
 from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
-from llama_jax.types import InputError, Params, PyTree
-
-# How a policy is asked about a value that has a name.
-_NAME = jax.make_jaxpr(lambda x: checkpoint_name(x, ''))(0.0).eqns[0].primitive
-
-
-def _with_cudnn(policy: Callable) -> Callable:
-    """The policy, for which what cuDNN's kernel gives, output and unnamed residual, is an 'attention_output'."""
-
-    def decide(primitive, *args, **params):
-        if primitive.name == CUDNN_FORWARD:
-            return policy(_NAME, name='attention_output')
-        return policy(primitive, *args, **params)
-
-    return decide
-
-
-def _save(*names: str) -> Callable:
-    return _with_cudnn(jax.checkpoint_policies.save_only_these_names(*names))
-
-
-def _offload(*names: str) -> Callable:
-    return _with_cudnn(
-        jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=['block_input', *names],
-            offload_src='device',
-            offload_dst='pinned_host',
-        )
-    )
-
-
-# What the backward pass finds saved of a layer, beside its input; all else it recomputes. Numbers of a token and layer
-# are counted in D = embed_dim, F = mlp_dim, N, K heads of H.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    'full': jax.checkpoint_policies.nothing_saveable,  # nothing: D
-    'attention': _save('attention_output'),  # what the attention kernel gives: D + N H
-    # The same and every product with a weight, so that none is done twice: 3 D + 2 (N + K) H + 2 F.
-    'projections': _save('attention_output', 'projection'),
-    'none': None,  # everything there is
-    # As their namesakes, but all that is saved waits in the host's memory, the layer's input too: for TPUs and GPUs
-    # whose own memory is short and whose link to the host has time.
-    'full_offload': _offload(),
-    'attention_offload': _offload('attention_output'),
-    'projections_offload': _offload('attention_output', 'projection'),
-}
+from llama_jax.types import InputError, Params, PyTree, float_dtype
 
 RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
 
@@ -97,6 +55,11 @@ class _Layer(nn.Module):
     dtype: jax.typing.DTypeLike
     attention_implementation: str
     partitioner: Partitioner | None
+    tap: Callable[[str, Array], Array] | None = None
+
+    def seen(self, name: str, value: Array) -> Array:
+        """A value within the layer as somebody who looks on gives it back (`models.inspect`)."""
+        return value if self.tap is None else self.tap(name, value)
 
     def shard(self, x: Array, *axes: str) -> Array:
         return x if self.partitioner is None else self.partitioner.shard(x, axes, f'{self.name} activation')
@@ -136,7 +99,13 @@ class Attention(_Layer):
         if cache is not None:
             cache = cache.write(k, v)
             k, v = cache.as_held(k, v)
-        if cache is None or cache.is_empty:
+        if self.tap is not None:
+            mask = causal_mask(q.shape[1], q.shape[1])
+            if segment_ids is not None:
+                mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+            probabilities = self.seen('attention', attention_probabilities(q, k, mask))
+            attended = self.seen('heads', weighted_values(probabilities, v))
+        elif cache is None or cache.is_empty:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
                 implementation=self.attention_implementation, partitioner=self.partitioner,
@@ -176,14 +145,15 @@ class Block(_Layer):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, 'B T D'], LayerCache | None]:
         x = checkpoint_name(x, 'block_input')
-        knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner)
+        knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner, self.tap)
         attention_norm = weight(self, 'attention_norm', (self.config.embed_dim,), ('norm',), _ones)
         mlp_norm = weight(self, 'mlp_norm', (self.config.embed_dim,), ('norm',), _ones)
         normed = rms_norm(x, attention_norm, self.config.norm_eps)
         attended, cache = Attention(*knobs, name='attention')(normed, rope, segment_ids, cache)
         x = x + attended
-        x = x + MLP(*knobs, name='mlp')(rms_norm(x, mlp_norm, self.config.norm_eps))
-        return x, cache
+        fed_forward = MLP(*knobs, name='mlp')(rms_norm(x, mlp_norm, self.config.norm_eps))
+        x = x + self.seen('mlp', fed_forward)
+        return self.seen('hidden', x), cache
 
 
 def compute_dtype() -> jax.typing.DTypeLike:
@@ -203,6 +173,7 @@ class Transformer(nn.Module):
       attention_implementation: see `ops.attention.attention`.
       partitioner: where activations are constrained to; None leaves placement to the compiler.
       cache_dtype: of what is generated with it, one of `kv_cache.CACHE_DTYPES`.
+      tap: (layer, name, value) -> the value to go on with: `models.inspect` looks into the layers by it.
     """
 
     config: LlamaConfig
@@ -212,6 +183,12 @@ class Transformer(nn.Module):
     attention_implementation: str = 'auto'
     partitioner: Partitioner | None = None
     cache_dtype: str = 'auto'
+    tap: Callable[[int, str, Array], Array] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.dtype, str):
+            self.dtype = float_dtype(self.dtype)
+        super().__post_init__()
 
     def setup(self):
         V, D = self.config.vocab_size, self.config.embed_dim
@@ -248,6 +225,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         """The normalised output of the last layer, and the cache with these tokens written but not yet counted."""
+        _check_tokens(tokens, self.config, may_be_long=positions is not None or cache is not None)
         if segment_ids is not None and cache is not None:
             raise ValueError(
                 'segment_ids with a cache: the cache does not know the segments of the tokens it holds'
@@ -270,7 +248,7 @@ class Transformer(nn.Module):
         rope = rope_tables(positions, inverse_frequencies(c.head_dim, c.rope_theta, **scaling), scale)
         x = self.embed_tokens(tokens)
         blocks = None if self.is_initializing() else self.get_variable('params', 'blocks')
-        if cache is None and not isinstance(blocks, tuple):
+        if cache is None and not isinstance(blocks, tuple) and self.tap is None:
             x, _ = self.blocks(x, rope, segment_ids)
         else:
             x, cache = self._by_layer(blocks, x, rope, segment_ids, cache)
@@ -292,8 +270,10 @@ class Transformer(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         """One layer after the other, each with arrays of its own: no scan, which would copy them."""
-        block, caches = Block(*self._block_knobs, name='block', parent=None), []
+        caches = []
         for layer, weights in enumerate(layers_of(blocks, self.config.num_layers)):
+            tap = None if self.tap is None else functools.partial(self.tap, layer)
+            block = Block(*self._block_knobs, tap=tap, name='block', parent=None)
             self.sow('residual', 'into_layer', x)  # kept where somebody asks: `inference.hidden_states`
             layer_cache = None if cache is None else cache.layer(layer)
             x, layer_cache = block.apply({'params': weights}, x, rope, segment_ids, layer_cache)
@@ -371,7 +351,7 @@ def _plain(model: Transformer) -> Transformer:
     """Without what does not change the weights: one token tells their shapes, and would not divide over a mesh."""
     _check_knobs(model)
     return model.clone(
-        dtype=jnp.float32, partitioner=None, remat='none', unroll=1, attention_implementation='auto'
+        dtype=jnp.float32, partitioner=None, remat='none', unroll=1, attention_implementation='auto', tap=None
     )
 
 
@@ -387,6 +367,25 @@ def _abstract_boxes_of(plain: Transformer) -> PyTree:
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _check_tokens(tokens: Array, config: LlamaConfig, may_be_long: bool) -> None:
+    """Refuses ids that have no row, where they are known, and rows beyond the context."""
+    if not may_be_long and tokens.shape[1] > config.max_seq_len:
+        raise InputError(
+            f'tokens have {tokens.shape[1]} columns, the context of the model is {config.max_seq_len}; give fewer, or '
+            f'ask for a longer one by dataclasses.replace(config, max_seq_len={tokens.shape[1]})'
+        )
+    is_known = not isinstance(tokens, Tracer) and getattr(tokens, 'is_fully_addressable', True)
+    if not is_known or not tokens.size:
+        return
+    known = np.asarray(tokens)  # under a trace, too, where the ids are a constant of it
+    for token in (known.min(), known.max()):
+        if not 0 <= token < config.vocab_size:
+            raise InputError(
+                f'tokens hold the id {token}; the model has ids from 0 to {config.vocab_size - 1}, so give those of '
+                'the tokenizer that its weights were trained with'
+            )
 
 
 def _check_knobs(model: Transformer) -> None:

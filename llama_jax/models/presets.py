@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from llama_jax.models.config import LlamaConfig, RopeScaling
+from llama_jax.types import InputError, did_you_mean
 
 _7B: dict[str, Any] = dict(
     embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128
@@ -49,7 +50,15 @@ _LLAMA_3_1: dict[str, Any] = {**_LLAMA_3, 'max_seq_len': 131_072, 'rope_scaling'
 # Meta's code hard-codes factor 8; 32 is right for these two, as its maintainers confirmed (llama-models issue 241).
 _LLAMA_3_2: dict[str, Any] = {**_LLAMA_3_1, 'rope_scaling': RopeScaling(factor=32.0), 'tie_embeddings': True}
 
-PRESETS: dict[str, LlamaConfig] = {
+
+class _Presets(dict[str, LlamaConfig]):
+    """Architectures by name; a name that is none is refused with the nearest ones."""
+
+    def __missing__(self, name: str) -> LlamaConfig:
+        raise InputError(f'unknown model {name!r}; {did_you_mean(str(name), self)}')
+
+
+PRESETS: dict[str, LlamaConfig] = _Presets({
     'tiny': LlamaConfig(
         vocab_size=2048,
         embed_dim=192,
@@ -102,7 +111,7 @@ PRESETS: dict[str, LlamaConfig] = {
     'llama3_2_1b': LlamaConfig(**_1B, **_LLAMA_3_2),
     'llama3_2_3b': LlamaConfig(**_3B, **_LLAMA_3_2),
     'llama3_3_70b': LlamaConfig(**_70B, **_LLAMA_3_1),
-}
+})  # fmt: skip
 
 
 def with_vocab_size(config: LlamaConfig, vocab_size: int) -> LlamaConfig:

@@ -27,34 +27,38 @@ from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import abstract_params, param_axes
 from llama_jax.models.reward import model_of
-from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.placement import BlockArray, GrownTable, place_all
 from llama_jax.pretrained.adapters import check_fingerprint, fingerprint_of, whole_leaves
-from llama_jax.pretrained.hub import resolve
+from llama_jax.pretrained.beside import folder_of_tokenizer, has_tokenizer, run_of
+from llama_jax.pretrained.beside import load_tokenizer as load_tokenizer
+from llama_jax.pretrained.hub import check_there, resolve
+from llama_jax.pretrained.loading_bar import show_loading
 from llama_jax.quantize.base import base_leaves, base_target
 from llama_jax.quantize.files import dequantized_leaves, open_codes
 from llama_jax.quantize.forms import Form, name_of, parse_forms, represent_all
 from llama_jax.runtime import refused_by_all
-from llama_jax.storage import read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.chat_template import template_beside
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, refusals_of
+from llama_jax.types import InputError, Params, checked_names, float_dtype, refusals_of
 
 logger = logging.getLogger(__name__)
 
 _TABLES = ('embed', 'head')  # a row for every id of the vocabulary
 
 
+@checked_names()
 def load(
     path: 'epath.PathLike | Checkpoint',
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
     partitioner: Partitioner | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    tokenizer: str = '',
+    tokenizer: epath.PathLike = '',
     keep_quantized: bool = False,
+    progress: bool = True,
 ) -> tuple[LlamaConfig, Params, Tokenizer | None]:
     """Reads anything that is a Llama: the weights, the architecture and the tokenizer.
 
@@ -64,12 +68,14 @@ def load(
       path: a run's workdir, or one step in it (`WORKDIR/checkpoints/STEP`); a folder of Meta or Hugging Face; a
         `.gguf`; a `.pt` or `.bin` of llama2.c; a folder of PEFT, whose adapter is merged into its base;
         `hf://ORGANISATION/MODEL` (with `@REVISION` if need be). Local or `gs://...`. Or what `open` returned.
-      mesh: where the weights are placed, by `partitioning.DEFAULT_RULES`; by default whole on the first device.
+      mesh: where the weights are placed, by `partitioning.DEFAULT_RULES`, or the sizes of its axes, as
+        {'fsdp': 4, 'tensor': 2}; by default whole on the first device.
       partitioner: in the place of `mesh`, where other rules place them.
-      dtype: that floating-point weights are cast to.
+      dtype: that floating-point weights are cast to; a name will do, as 'bfloat16' or 'bf16'.
       tokenizer: file or folder to use instead of the checkpoint's own.
       keep_quantized: what a GGUF holds as Q8_0 or Q4_0 stays integers with their scales, else it is cast as all others.
         What our own checkpoints hold in integers stays so either way.
+      progress: from 200 MB on a bar is shown to who looks on, in a notebook or a terminal.
 
     Returns:
       The architecture, the weights, and the tokenizer; None where the checkpoint has none and none is given. Weights in
@@ -81,7 +87,8 @@ def load(
     if mesh is not None and partitioner is not None:
         raise InputError('mesh and partitioner are both given; a partitioner has a mesh of its own')
     checkpoint = path if isinstance(path, Checkpoint) else open(path)
-    partitioner = partitioner or Partitioner(mesh or make_mesh({}, jax.devices()[:1]))
+    dtype = float_dtype(dtype)
+    partitioner = partitioner or Partitioner(as_mesh(mesh))
     model = model_of(checkpoint.config)
     shapes = abstract_params(model)
     shardings = partitioner.tree_shardings(shapes, param_axes(model))
@@ -94,7 +101,8 @@ def load(
             'the tokenizer %s has %d ids, the model %d; texts that need the others are refused',
             vocabulary.path, vocabulary.vocab_size, rows,
         )  # fmt: skip
-    return checkpoint.config, checkpoint.params(target), vocabulary
+    with show_loading(target, progress) as count:
+        return checkpoint.config, checkpoint.params(target, progress=count), vocabulary
 
 
 def open(path: epath.PathLike, base: epath.PathLike = '') -> 'Checkpoint':
@@ -108,7 +116,9 @@ def open(path: epath.PathLike, base: epath.PathLike = '') -> 'Checkpoint':
       InputError: there is nothing at the path, or nothing that is a Llama.
     """
     given = resolve(path)
-    kind, place = detect(_run_of(given))
+    place = run_of(given)
+    check_there(path, place)
+    kind, place = detect(place)
     opened = Checkpoint(given, kind, place, str(base))
     if base and not opened.is_adapter:
         raise InputError(f'{path} is no adapter; a base, {base}, is of an adapter alone')
@@ -238,8 +248,8 @@ class Checkpoint:
             if metadata.get('tokenizer.ggml.model') in (None, 'none', 'no_vocab'):
                 return None
             return tokenizer_from_gguf(metadata, str(self.place))
-        folder = _folder_of_tokenizer(self.place if self.place.is_dir() else self.place.parent)
-        if _has_tokenizer(folder):
+        folder = folder_of_tokenizer(self.place if self.place.is_dir() else self.place.parent)
+        if has_tokenizer(folder):
             return tokenizers.load_tokenizer(folder)
         return self.base.tokenizer if self.format == 'peft' else None
 
@@ -247,7 +257,7 @@ class Checkpoint:
     def files(self) -> dict[str, bytes]:
         """What goes along into a folder of Hugging Face, as it stands in this one; empty for other formats."""
         if self.format == 'peft':
-            return huggingface.carried_files(self.place) if _has_tokenizer(self.place) else self.base.files
+            return huggingface.carried_files(self.place) if has_tokenizer(self.place) else self.base.files
         return huggingface.carried_files(self.place) if self.format == 'huggingface' else {}
 
     @functools.cached_property
@@ -260,12 +270,19 @@ class Checkpoint:
             return template_beside(self.place) or self.base.template
         return template_beside(self.place) if self.format in ('huggingface', 'orbax') else ''
 
-    def params(self, target: Params, *, grow_vocabulary: bool = False) -> Params:
+    def params(
+        self,
+        target: Params,
+        *,
+        grow_vocabulary: bool = False,
+        progress: Callable[[int], Any] = lambda _: None,
+    ) -> Params:
         """The weights, cast and placed as `target` says; every process of its shardings calls this.
 
         Args:
           target: abstract params with shardings; some of the model's weights, or all.
           grow_vocabulary: tables may have more rows than the checkpoint's; these are the mean of those.
+          progress: called with the bytes of each block placed.
 
         Raises:
           InputError: the checkpoint is damaged, or of another shape.
@@ -275,7 +292,7 @@ class Checkpoint:
                 f'{self.path}: model.json says that the head is the embedding (tie_embeddings), but the weights hold a '
                 'head of their own; one of them is not what was trained'
             )
-        return self._placed(target, lambda: self._find(target, grow_vocabulary))
+        return self._placed(target, lambda: self._find(target, grow_vocabulary), progress)
 
     def base_params(self, target: Params, dtype: str, *, grow_vocabulary: bool = False) -> Params:
         """The weights as a base of adapters is kept, quantised block by block as they are read.
@@ -294,16 +311,20 @@ class Checkpoint:
 
         return self._placed(base_target(target, dtype), find)
 
-    def _placed(self, target: Params, find: Callable[[], dict[str, BlockArray]]) -> Params:
+    def _placed(
+        self,
+        target: Params,
+        find: Callable[[], dict[str, BlockArray]],
+        progress: Callable[[int], Any] = lambda _: None,
+    ) -> Params:
         wanted, structure = jax.tree_util.tree_flatten_with_path(target)
         alone = all(leaf.sharding.is_fully_addressable for _, leaf in wanted)
         together = contextlib.nullcontext if alone else refused_by_all
         with together():
             found = find()
         with together():
-            return jax.tree.unflatten(
-                structure, place_all([(name_of(keys), found[name_of(keys)], leaf) for keys, leaf in wanted])
-            )
+            arrays = [(name_of(keys), found[name_of(keys)], leaf) for keys, leaf in wanted]
+            return jax.tree.unflatten(structure, place_all(arrays, progress))
 
     def _find(self, target: Params, grow_vocabulary: bool) -> dict[str, BlockArray]:
         """Every weight that is wanted, by its name."""
@@ -354,47 +375,3 @@ class Checkpoint:
     @functools.cached_property
     def _gguf_header(self) -> gguf_file.Header:
         return gguf_file.read_header(self.place)
-
-
-def _run_of(path: epath.Path) -> epath.Path:
-    """A run's workdir, where the path is WORKDIR/checkpoints[/STEP]; else the path itself."""
-    for folder in (path, path.parent):
-        if folder.name == CHECKPOINTS and (folder.parent / MODEL_FILE).exists():
-            return folder.parent
-    return path
-
-
-def load_tokenizer(path: epath.PathLike) -> Tokenizer:
-    """The tokenizer at a path: its own file, or the one in or beside a checkpoint of any format.
-
-    Raises:
-      InputError: there is none, or several.
-    """
-    place = _run_of(resolve(path))
-    if place.is_dir():
-        return tokenizers.load_tokenizer(_folder_of_tokenizer(place))
-    if not place.exists():
-        raise InputError(f'no tokenizer at {place}: there is no such file or folder')
-    if read_range(place, 0, 4) == b'GGUF':
-        return tokenizer_from_gguf(gguf_file.read_metadata(place), str(place))
-    if place.name.endswith(('.pt', '.bin')):
-        return tokenizers.load_tokenizer(place.parent)
-    return tokenizers.load_tokenizer(place)
-
-
-def _folder_of_tokenizer(folder: epath.Path) -> epath.Path:
-    """Meta's releases before Llama 3 keep one tokenizer above the folders of all their models."""
-    above = folder.parent / 'tokenizer.model'
-    if not _has_tokenizer(folder) and (folder / 'params.json').exists() and above.exists():
-        return above
-    return folder
-
-
-def _has_tokenizer(place: epath.Path) -> bool:
-    """Whether it is one, or a folder that holds some."""
-    if not place.is_dir():
-        return True
-    return any(
-        file.name.endswith('.model') or file.name in ('tokenizer.json', 'tokenizer.bin')
-        for file in place.iterdir()
-    )

@@ -11,8 +11,9 @@ from collections.abc import Collection
 
 from etils import epath
 
+from llama_jax.models.presets import PRESETS
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError, did_you_mean, error_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,26 @@ def resolve(path: epath.PathLike) -> epath.Path:
     if importlib.util.find_spec('huggingface_hub') is None:
         raise InputError(f"{text} needs the package huggingface_hub: pip install 'llama_jax[hf]'")
     return _downloaded(text, match[1], match[2], (match[3] or '').strip('/'))
+
+
+def check_there(path: epath.PathLike, place: epath.Path) -> None:
+    """Refuses what is not there, and says what may have been meant: a preset, a model of the hub, what is beside it."""
+    if place.exists():
+        return
+    text = os.fspath(path)
+    if text in PRESETS:
+        raise InputError(
+            f"{text} is an architecture, PRESETS['{text}'], not weights; load a checkpoint by its path or "
+            'hf://ORGANISATION/MODEL; random ones are init_params(LlamaForCausalLM(PRESETS[...]), jax.random.key(0))'
+        )
+    beside = (
+        [str(f.name) for f in place.parent.iterdir()] if '://' not in text and place.parent.is_dir() else []
+    )
+    near = did_you_mean(place.name, [*beside[:1000], *(() if '/' in text else PRESETS)])
+    hint = near if near.startswith('did you mean') else ''
+    if not hint and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', text):
+        hint = f'of the Hugging Face hub it would be hf://{text}'
+    raise InputError(f'no checkpoint at {place}: there is no such file or folder{"; " if hint else ""}{hint}')
 
 
 def _downloaded(text: str, repository: str, revision: str | None, part: str) -> epath.Path:

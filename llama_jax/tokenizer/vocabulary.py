@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from typing import Literal, TypeVar
 
+from llama_jax.table import html_of
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -53,6 +54,20 @@ class Ended:
     """
 
     ends: Ends
+    vocab_size: int
+    path: str
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}({", ".join(f"{name}: {value}" for name, value in self._shown().items())})'
+        )
+
+    def _repr_html_(self) -> str:
+        return html_of(type(self).__name__, self._shown())
+
+    def _shown(self) -> dict[str, object]:
+        stops = ', '.join(map(str, self.stop_ids))
+        return {'ids': self.vocab_size, 'begins with': self.bos_id, 'stops at': stops, 'from': self.path}
 
     @property
     def bos_id(self) -> int:

@@ -19,12 +19,16 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 from etils import epath
 
 from llama_jax.storage import AppendedFile, write_atomically
 from llama_jax.types import InputError, error_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +164,30 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl."""
     return [values for _, values in _read_lines(epath.Path(path))[0]]
+
+
+def metrics(workdir: epath.PathLike) -> dict[str, np.ndarray]:
+    """What a run has logged, a column for each figure, NaN where a step has none: `pandas.DataFrame` takes it as it is.
+
+        figures = llama_jax.metrics('runs/tiny')
+        figures['step'], figures['loss']
+
+    Args:
+      workdir: of a run, or its metrics.jsonl.
+
+    Raises:
+      InputError: there are no figures.
+    """
+    place = epath.Path(workdir)
+    file = place / 'metrics.jsonl' if place.is_dir() else place
+    lines = read_metrics(file)
+    if not lines:
+        raise InputError(f'no figures of a run at {file}; give the workdir of one that has logged a step')
+    names = dict.fromkeys(
+        name for line in lines for name, value in line.items() if isinstance(value, int | float)
+    )
+    found = {name: np.array([line.get(name, math.nan) for line in lines], float) for name in names}
+    return found | {'step': found['step'].astype(int)}
 
 
 class TensorBoardWriter:
@@ -332,13 +360,23 @@ def _ignoring_errors(call: Callable[[], None]) -> None:
 
 
 def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:
-    """Draws training and validation loss over steps, with horizontal lines to beat, as a PNG."""
-    import matplotlib
+    """Writes `loss_figure` as a PNG."""
+    image = io.BytesIO()
+    loss_figure(metrics, baselines).savefig(image, format='png', dpi=120)
+    write_atomically(epath.Path(path), image.getvalue())
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
+def loss_figure(metrics: list[dict[str, Any]], baselines: dict[str, float]) -> 'Figure':
+    """Training and validation loss over steps, with horizontal lines to beat.
+
+    Args:
+      metrics: as `read_metrics` gives them.
+      baselines: losses by name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout='constrained')  # of no pyplot: whose figures are the caller's
+    axes = figure.subplots()
     # Where the loss is more than likelihood, the likelihood is what compares with validation and baselines.
     trained = 'nll' if any('nll' in item for item in metrics) else 'loss'
     styles: dict[str, dict[str, Any]] = {trained: {'linewidth': 1.0}, 'validation_loss': {'marker': 'o'}}
@@ -352,7 +390,4 @@ def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: di
     axes.set(xlabel='step', ylabel='nats per token', title='Loss')
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
-    write_atomically(epath.Path(path), image.getvalue())
+    return figure

@@ -1,6 +1,7 @@
 """What training changes: step, params, optimiser state; born with its shardings."""
 
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,7 @@ import optax
 from jaxtyping import Int
 
 from llama_jax.partitioning import Partitioner
+from llama_jax.table import html_of
 from llama_jax.types import Array, Params, PyTree
 
 
@@ -26,6 +28,19 @@ class TrainState:
     step: Int[Array, '']
     params: Params
     opt_state: PyTree
+
+    def __repr__(self) -> str:
+        return f'TrainState({", ".join(f"{name}: {value}" for name, value in self._shown().items())})'
+
+    def _repr_html_(self) -> str:
+        return html_of('TrainState', self._shown())
+
+    def _shown(self) -> dict[str, object]:
+        def size(tree: PyTree) -> str:
+            shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'shape')]
+            return f'{sum(map(math.prod, shapes)):,} numbers in {len(shapes)} arrays'
+
+        return {'step': self.step, 'params': size(self.params), 'opt_state': size(self.opt_state)}
 
 
 def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:

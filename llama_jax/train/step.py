@@ -88,12 +88,13 @@ def compile_train_step(
     tx: optax.GradientTransformation,
     num_microbatches: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
+    donate: bool = True,
 ) -> Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]]:
     """`train_step` as one jitted function: the state keeps its shardings and gives its buffers to the next."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, num_microbatches=num_microbatches)
     return jax.jit(
         step,
         out_shardings=(shardings_of(abstract_state), None),
-        donate_argnums=0,
+        donate_argnums=0 if donate else (),
         compiler_options=dict(compiler_options or {}) or None,
     )

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.benchmark import accelerator
 from experiments.benchmark.accelerator import STATE_BYTES, Check, make_checks, run_checks
-from llama_jax.models.llama import REMAT_POLICIES
 from llama_jax.models.presets import PRESETS
+from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.types import InputError
 from llama_jax.xla_options import PRESETS as XLA_PRESETS
 from tests.docs_test import flags_of

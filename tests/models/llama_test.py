@@ -11,7 +11,8 @@ import pytest
 
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.kv_cache import KVCache
-from llama_jax.models.llama import REMAT_POLICIES, abstract_params, abstract_params_and_axes, head_weight
+from llama_jax.models.llama import abstract_params, abstract_params_and_axes, head_weight
+from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.partitioning import DEFAULT_RULES, Partitioner, make_mesh
 from llama_jax.types import InputError
 from tests import toy

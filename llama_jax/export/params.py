@@ -1,0 +1,52 @@
+"""save(): a model that is in memory, written in any format."""
+
+from etils import epath
+
+from llama_jax import export
+from llama_jax.convert.memory import memory_source
+from llama_jax.models.config import LlamaConfig
+from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.types import InputError, Params, checked_names, did_you_mean, float_dtype
+
+FORMATS = ('orbax', 'meta', 'huggingface', 'gguf')
+
+
+@checked_names()
+def save(
+    path: epath.PathLike,
+    config: LlamaConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    *,
+    to: str = 'orbax',
+    dtype: str = '',
+    model_parallel: int = 1,
+    chat_template: str = '',
+) -> None:
+    """Writes a model that is in memory, on one device or a mesh, block by block; it appears whole or not at all.
+
+        llama_jax.save('my_model', config, params, tokenizer, to='huggingface')
+
+    Args:
+      path: see `export.save`, as for all that follows.
+      config: the architecture.
+      params: its weights.
+      tokenizer: written along; None writes none, but GGUF needs one.
+      to: 'orbax', 'meta', 'huggingface' or 'gguf'.
+      dtype: '' keeps the weights' own.
+      model_parallel: number of files of Meta's format.
+      chat_template: Jinja, kept in all formats but Meta's.
+
+    Raises:
+      InputError: something is at the path already, the params are not those of the config, or the format has no place.
+    """
+    if to not in FORMATS:
+        raise InputError(f'to is {to!r}, which is no format; {did_you_mean(to, FORMATS)}')
+    if dtype and dtype not in export.GGUF_DTYPES:
+        dtype = float_dtype(dtype).name
+    if epath.Path(path).exists():
+        raise InputError(f'{path} exists; give a new path, or remove it first')
+    export.save(
+        path, memory_source(config, params), tokenizer, to=to, dtype=dtype, model_parallel=model_parallel,
+        chat_template=chat_template,
+    )  # fmt: skip

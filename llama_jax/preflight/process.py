@@ -1,0 +1,73 @@
+"""Preflight in a process of its own, so that who asks keeps the devices it has."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.types import InputError, checked_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling a step for a topology has told; see docs/preflight.md for the fields.
+
+    Attributes:
+      text: as the command prints it.
+      search: what was tried where the step does not fit; {} where it does.
+    """
+
+    model: str
+    topology: str
+    chips: int
+    devices: int
+    chip: Mapping[str, Any]
+    mesh: Mapping[str, int]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    process_memory: float
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decode: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: str = ''
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@checked_names()
+def run(
+    config: str, topology: str, settings: Mapping[str, Any] | None = None, *, decode_batch: int = 0
+) -> Report:
+    """Compiles a configuration's step for TPUs that are not there, and says what it needs.
+
+        report = llama_jax.preflight.run('configs/pretrain.py:llama2_7b', 'v5p:2x2x4')
+
+    Args:
+      config: a configuration file with its argument, as the commands take it.
+      topology: as 'v5e:4x4', '2xv5p:4x4x8' or 'v5p-256'.
+      settings: keys of the configuration that are set otherwise, as {'train.batch_size': 256}.
+      decode_batch: rows of a step of generation to compile too; 0: none.
+
+    Raises:
+      InputError: as the command refuses it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, 'report.json')
+        given = {'config': config, 'topology': topology, 'json': file, 'decode_batch': decode_batch}
+        given |= {f'config.{key}': value for key, value in (settings or {}).items()}
+        command = [sys.executable, '-m', 'experiments.preflight', *(f'--{k}={v}' for k, v in given.items())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+            raise InputError(lines[-1].removeprefix('error: '))
+        with open(file) as report:
+            values = json.load(report)
+    known = {field.name for field in dataclasses.fields(Report)}
+    return Report(
+        text=done.stdout.strip(), **{name: value for name, value in values.items() if name in known}
+    )
