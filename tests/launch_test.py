@@ -27,6 +27,7 @@ NO_PATHS = {
     'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
     'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
     'decode_model', 'generator_model', 'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
+    'temperatures', 'key_map',
 }  # fmt: skip
 
 
@@ -63,7 +64,9 @@ def test_no_flag_is_of_all_commands():
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
     joins = re.compile(r'launch\.define_(processes|run)\(\)')
     joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
-    assert joining == ['dpo', 'evaluate', 'generate', 'pretrain', 'reward_model', 'sft']
+    assert joining == [
+        'dpo', 'evaluate', 'generate', 'pretrain', 'rejection_sampling', 'reward_model', 'sft',
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

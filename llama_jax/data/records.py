@@ -156,8 +156,10 @@ def read_records(
                 line = str(error)
                 bad.add(error if line.startswith(place) else InputError(f'{place}: {line}'))
                 continue
-            kept: dict[str, Any] = {'fields': whole} if isinstance(record, Prompted) else {}
-            yield dataclasses.replace(record, place=place, **kept)
+            of_record: dict[str, Any] = {'place': place}
+            if kind is Prompted:
+                of_record['fields'] = whole
+            yield dataclasses.replace(record, **of_record)
         if not found:
             raise InputError(f'source {source!r} holds no record; give a file that does')
     if bad is not on_error:
@@ -382,10 +384,8 @@ def _prompted(item: Mapping[str, Any]) -> Prompted:
     if not prompt:
         keys = ', '.join(map(show_json, item))
         raise InputError(f'it has the keys {keys}; it needs prompt, messages, conversations or instruction')
-    if prompt[-1].role not in ('user', 'tool'):
-        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with the user')
-    if not prompt[-1].content.strip():
-        raise InputError('the prompt is empty; it needs a text')
+    if prompt[-1].role not in ('user', 'tool') or not prompt[-1].content.strip():
+        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with a text by the user')
     if isinstance(about := item.get('input'), str) and 'instruction' in item and 'prompt' not in item:
         prompt = (*prompt[:-1], dataclasses.replace(prompt[-1], input=about))
     return Prompted(prompt)

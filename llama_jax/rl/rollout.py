@@ -153,7 +153,7 @@ def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_le
     Raises:
       InputError: says how many there are, and how long the longest is.
     """
-    most = max_seq_len - max_new_tokens
+    most = max(0, max_seq_len - max_new_tokens)
     if long := [len(prompt) for prompt in prompts if len(prompt) > most]:
         raise InputError(
             f'{len(long)} of {len(prompts)} prompts are longer than {most} tokens, which is the context of '
