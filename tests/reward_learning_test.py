@@ -1,0 +1,156 @@
+"""That reward models learn: a score that is known, ratings, which ending is a story's own, what people preferred."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.inference.scoring import score
+from llama_jax.models.llama import LlamaForCausalLM
+from tests.sft_learning_test import OPTIMISED, SEEDS
+
+WORDS = ('dog', 'cat', 'ball', 'cake', 'hat', 'tree', 'boat', 'sun', 'bird', 'car', 'toy', 'bed')
+
+
+def trained(commands, shared_data, workdir, train, validation, seed, **overrides):
+    """The report of a reward model that begins as stories260K."""
+    config = {
+        'data.train': train, 'data.validation': validation, 'data.weights': '', 'data.format': 'plain',
+        'data.share_prompt': True, 'data.seq_len': 128, 'train.batch_size': 8, 'train.loss_chunks': 1,
+        'train.num_epochs': 1.0, 'optimizer.learning_rate': 1e-3, 'optimizer.warmup_steps': 10,
+        'model.dtype': 'float32', 'model.remat': 'none', 'reward.margin': 'none', 'log.tensorboard': False,
+        'seed': seed,
+    } | overrides  # fmt: skip
+    weights = shared_data / 'weights/stories260K'
+    commands.run(
+        'reward_model', '--config=configs/reward_model.py:checkpoint', f'--workdir={workdir}',
+        f'--checkpoint={weights / "stories260K.pt"}', f'--config.data.tokenizer={weights / "tok512.model"}',
+        *(f'--config.{key}={value}' for key, value in config.items()), before=OPTIMISED,
+    ).succeeded()  # fmt: skip
+    return json.loads((workdir / 'report.json').read_text())
+
+
+def write_lines(file, lines):
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return file
+
+
+def drawn_pairs(rng, worth, number, rated=False):
+    """(pairs, how often the better by their scores was preferred): what is liked of three things, by their worth.
+
+    Preferred is a with probability sigmoid(score(a) - score(b)); where rated, always the better one, rated 0 to 3 by
+    the quarter that the difference is in.
+    """
+    picks = [[rng.choice(len(WORDS), size=3, replace=False) for _ in range(2)] for _ in range(2 * number)]
+    picks = [pick for pick in picks if set(pick[0]) != set(pick[1])][:number]
+    differences = np.array([worth[a].sum() - worth[b].sum() for a, b in picks])
+    first = differences > 0 if rated else rng.random(len(picks)) < 1 / (1 + np.exp(-differences))
+    ratings = np.searchsorted(np.quantile(abs(differences), [0.25, 0.5, 0.75]), abs(differences))
+    lines = []
+    for pick, preferred, rating in zip(picks, first, ratings, strict=True):
+        one, other = (f'a {WORDS[i]}, a {WORDS[j]} and a {WORDS[k]}.' for i, j, k in pick)
+        better, worse = (one, other) if preferred else (other, one)
+        more = {'margin': int(rating)} if rated else {}
+        lines.append({'prompt': 'Lily has', 'chosen': better, 'rejected': worse, **more})
+    return lines, np.mean(first == (differences > 0))
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_a_known_score_is_found(commands, shared_data, tmp_path, seed):
+    """As often right as who knows it, and right as often as it says."""
+    rng = np.random.default_rng(seed)
+    worth = rng.normal(size=len(WORDS))
+    lines, _ = drawn_pairs(rng, worth, 3000)
+    held_out, best = drawn_pairs(rng, worth, 2000)
+    files = [
+        write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', lines), ('test', held_out))
+    ]
+    report = trained(
+        commands,
+        shared_data,
+        tmp_path / 'run',
+        *files,
+        seed,
+        **{'data.share_prompt': False, 'train.num_epochs': 2.0},
+    )
+    print(
+        f'seed {seed}: right in {100 * report["accuracy"]:.1f} % of {report["pairs"]}, who knows the score in '
+        f'{100 * best:.1f} %; calibration error {report["calibration_error"]:.3f}'
+    )
+    assert report['accuracy'] >= best - 0.02 and report['calibration_error'] <= 0.05
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_large_margin_widens_gaps_by_rating(commands, shared_data, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    worth = rng.normal(size=len(WORDS))
+    lines, held_out = (drawn_pairs(rng, worth, number, rated=True)[0] for number in (3000, 1000))
+    files = [
+        write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', lines), ('test', held_out))
+    ]
+    gaps = {}
+    for margin in ('none', 'large'):
+        options = {'reward.margin': margin, 'data.share_prompt': False}
+        report = trained(commands, shared_data, tmp_path / margin, *files, seed, **options)
+        gaps[margin] = np.array([report['gap_by_margin'][rating] for rating in '0123'])
+    wider = gaps['large'] - gaps['none']
+    print(f'seed {seed}: gaps by rating ' + ', '.join(f'{name} {gap.round(2)}' for name, gap in gaps.items()))
+    assert (np.diff(gaps['large']) > 0).all() and (np.diff(wider) > 0).all() and wider[0] > 0
+
+
+def endings(shared_data):
+    """(what goes before, the last two sentences) of stories."""
+    text = (shared_data / 'text/tinystories_2MiB_sample.txt').read_text()
+    for story in text.split('<|endoftext|>'):
+        sentences = re.findall(r'.+?[.!?]"?(?=\s|$)\s*', ' '.join(story.split()))
+        if len(sentences) >= 6:
+            yield ''.join(sentences[-10:-2]).rstrip(), ' ' + ''.join(sentences[-2:]).strip()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_path, seed):
+    stories = list(endings(shared_data))
+    rng = np.random.default_rng(seed)
+    rng.shuffle(stories)
+    lines = [
+        {'prompt': before, 'chosen': own, 'rejected': other}
+        for (before, own), (_, other) in zip(stories, [*stories[1:], stories[0]], strict=True)
+    ]
+    lines = [line for line in lines if line['chosen'] != line['rejected']]
+    held_out = lines[:400]
+    files = [
+        write_lines(tmp_path / f'{name}.jsonl', some)
+        for name, some in (('test', held_out), ('train', lines[400:1900]))
+    ]
+    report = trained(
+        commands, shared_data, tmp_path / 'run', *reversed(files), seed,
+        **{'data.seq_len': 512, 'train.num_epochs': 2.0},
+    )  # fmt: skip
+    zero_shot = by_log_probability(shared_data, held_out)
+    print(
+        f'seed {seed}: right in {100 * report["accuracy"]:.1f} % of {report["pairs"]}; zero-shot '
+        + ', '.join(f'{name} {100 * value:.1f} %' for name, value in zero_shot.items())
+        + f'; a bag of words {100 * report["bag_of_words"]:.1f} %, the longer {100 * report["longer_is_better"]:.1f} %'
+    )
+    assert report['pairs'] >= 200 and report['accuracy'] >= 0.75
+
+
+def by_log_probability(shared_data, lines):
+    """How often the preferred answer is the more likely one to the model that nothing was taught, in three ways."""
+    weights = shared_data / 'weights/stories260K'
+    config, params, tokenizer = llama_jax.load(weights / 'stories260K.pt')
+    answers = [[tuple(tokenizer.encode(line[side])) for side in ('chosen', 'rejected')] for line in lines]
+    pairs = []
+    for line, both in zip(lines, answers, strict=True):
+        prompt = tuple(tokenizer.encode(line['prompt'], bos=True))
+        pairs += [(start, answer) for start in (prompt, (tokenizer.bos_id,)) for answer in both]
+    found = score(LlamaForCausalLM(config, dtype=jnp.float32), params, pairs)
+    summed = np.array([one.log_probability for _, one in sorted(found)]).reshape(-1, 2, 2)
+    lengths = np.array([[len(answer) for answer in both] for both in answers])
+    told = {'summed': summed[:, 0], 'mean': summed[:, 0] / lengths, 'relative': summed[:, 0] - summed[:, 1]}
+    return {name: np.mean(figure[:, 0] > figure[:, 1]) for name, figure in told.items()}
