@@ -84,16 +84,20 @@ def losses_of(run, number=3):
     return losses, state
 
 
+def bytes_of(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
 @pytest.mark.parametrize(
     'weights', [name if name == 'nf4' else pytest.param(name, marks=pytest.mark.slow) for name in BASE_DTYPES]
 )
 def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_path):
     config = config_of(weights, train_whole='norms')
     run = objective, _, _, _ = begin(config, base)
-    before = jax.device_get(objective.frozen)
-    losses, state = losses_of(run)
-    assert losses == sorted(losses, reverse=True)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(objective.frozen))
+    before = bytes_of(objective.frozen)
+    losses, state = losses_of(run, 50)
+    assert losses[:3] == sorted(losses[:3], reverse=True) and losses[-1] < 0.8 * losses[0]
+    assert bytes_of(objective.frozen) == before
     names = {name_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert names == {
         *(f'blocks/attention/{name}/{part}' for name in 'qkvo' for part in 'ab'),
