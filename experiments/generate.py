@@ -22,6 +22,7 @@ from etils import epath
 
 from experiments import launch
 from experiments.checkpoint import DTYPES
+from experiments.constraint import read_constraint
 from experiments.loading import load_model
 from experiments.prompt_file import (
     Item,
@@ -115,6 +116,9 @@ _MIN_NEW_TOKENS = flags.DEFINE_integer(
     'min_new_tokens', 0, 'none of the tokens that end a text comes before so many'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
+_SCHEMA = launch.define_path('schema', '', 'JSON file of a schema that completions keep to')
+_REGEX = flags.DEFINE_string('regex', '', 'regular expression that completions match, whole')
+_GRAMMAR = launch.define_path('grammar', '', 'file of a grammar of Lark that completions keep to')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
 _CACHE_DTYPE = flags.DEFINE_enum(
     'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
@@ -177,6 +181,13 @@ def main() -> None:
         raise InputError('--draft_tokens is of --draft, which is not given')
     if not 1 <= _DRAFT_TOKENS.value <= MAX_PROPOSED:
         raise InputError(f'--draft_tokens is {_DRAFT_TOKENS.value}; it must be 1 to {MAX_PROPOSED}')
+    constraint = {'schema': _SCHEMA.value, 'regex': _REGEX.value, 'grammar': _GRAMMAR.value}
+    if any(constraint.values()) and (
+        _DRAFT.value or _MESH.value or _IGNORE_EOS.value or _MIN_NEW_TOKENS.value
+    ):
+        raise InputError(
+            '--schema, --regex and --grammar go without --draft, --mesh, --ignore_eos and --min_new_tokens'
+        )
     if _OUTPUT.value and _FORMAT.present:
         raise InputError('--format is of standard output; what --output holds is JSON Lines')
     with runtime.refused_by_all(), launch.flags_named('--prompts', '--shard', '--output'):
@@ -206,6 +217,8 @@ def main() -> None:
     fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
     params = unstack(params, model.dtype, delete=True)
     prompts, stop_ids = asked.prompts_for(tokenizer, template, items)
+    with launch.flags_named('--schema', '--regex', '--grammar'):
+        processor, rule = read_constraint(constraint, tokenizer, model.config.vocab_size)
     limits: dict[str, Any] = {
         'max_new_tokens': _MAX_NEW_TOKENS.value, 'stop': _STOP.value, 'stop_ids': stop_ids,
         'ignore_eos': _IGNORE_EOS.value, 'special_tokens': _SPECIAL_TOKENS.value,
@@ -215,7 +228,8 @@ def main() -> None:
 
         def texts_of(ids, samplers):
             found = complete_each(
-                model, params, tokenizer, ids, num_slots=_BATCH_SIZE.value, samplers=samplers, draft=draft, **limits
+                model, params, tokenizer, ids, num_slots=_BATCH_SIZE.value, samplers=samplers, draft=draft,
+                logits_processor=processor, **limits,
             )  # fmt: skip
             return ((place, completion.text) for place, completion in found)
 
@@ -223,7 +237,7 @@ def main() -> None:
             'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
             'system': _SYSTEM.value, **settings, 'logit_bias': sorted(map(list, settings['logit_bias'].items())),
             **limits, 'stop_ids': list(stop_ids), 'model': fingerprint, 'draft': _DRAFT.value,
-            'draft_tokens': _DRAFT_TOKENS.value,
+            'draft_tokens': _DRAFT_TOKENS.value, **({'rule': rule} if rule else {}),
         }  # fmt: skip
         with contextlib.ExitStack() as at_exit:
             with launch.flags_named('--output'):
@@ -238,13 +252,22 @@ def main() -> None:
                     print('\n'.join([completions[item.index] for item in items] if as_text else lines))
         return
     if len(prompts) == 1 and _FORMAT.value == 'text' and sys.stdout.isatty() and jax.process_count() == 1:
-        for piece in stream(model, params, tokenizer, prompts[0], draft=draft, **settings, **limits):
+        for piece in stream(
+            model,
+            params,
+            tokenizer,
+            prompts[0],
+            draft=draft,
+            logits_processor=processor,
+            **settings,
+            **limits,
+        ):
             print(piece, end='', flush=True)
         print()
         return
     found = complete(
         model, params, tokenizer, prompts, n=_N.value, log_probabilities=_LOGPROBS.value, echo=_ECHO.value, **settings,
-        draft=draft, **limits,
+        draft=draft, logits_processor=processor, **limits,
     )  # fmt: skip
     if runtime.is_main_process():
         for line, completions in zip(asked.lines(), found, strict=True):

@@ -2,8 +2,7 @@
 
     python -m experiments.serve --checkpoint=DIR --port=8000
 
-It listens at once and loads meanwhile: /health says that it lives, /ready that it answers. SIGTERM lets running answers
-end. docs/serving.md tells what it offers.
+It listens at once and loads meanwhile; docs/serving.md tells what it offers.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
 from llama_jax.serve.documents import Documents
 from llama_jax.serve.keys import read_keys
-from llama_jax.serve.served import Served, chat_of
+from llama_jax.serve.served import Served, chat_of, rules_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
@@ -45,20 +44,15 @@ _PORT = flags.DEFINE_integer('port', 8000, 'to listen on', 0, 65535)
 _API_KEYS = launch.define_path('api_keys', '', 'file of keys, one a line, any of which opens')
 _CORS_ORIGINS = flags.DEFINE_list('cors_origins', [], 'pages that may ask from browsers, as in https://a.org')
 _NAME = flags.DEFINE_string('name', '', "of the model, for clients; '': the checkpoint's")
-_CHAT_TEMPLATE = launch.define_path(
-    'chat_template',
-    'native',
-    "how it is talked to: native (its family's format), checkpoint, or a Jinja FILE",
-)
+_CHAT_TEMPLATE = launch.define_path('chat_template', 'native', 'native, checkpoint, or a FILE of Jinja')
 _DOCUMENTS = launch.define_path('documents', '', 'folder of texts in which the page finds passages')
 _SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made together', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer('context', 0, 'tokens of prompt and answer; 0: as many as the model has', 0)
-_BUDGET_TOKENS = flags.DEFINE_integer(
-    'budget_tokens', 0, 'that the cache may hold, of all rows together; 0: what all slots could need', 0
-)
+_BUDGET_TOKENS = flags.DEFINE_integer('budget_tokens', 0, 'of all rows together; 0: what all could need', 0)
 _PREFIX_MIB = flags.DEFINE_integer('prefix_mib', 256, 'of beginnings of prompts that are read once', 0)
 _STEPS = flags.DEFINE_integer('steps', 4, 'tokens that are made before a stream is told of them', 1, 64)
 _TOP_LOGPROBS = flags.DEFINE_integer('top_logprobs', 20, 'likely tokens that clients may ask for')
+_CONSTRAINTS = flags.DEFINE_bool('constraints', True, 'answers may be held to a schema, regex or grammar')
 _MAX_QUEUE = flags.DEFINE_integer('max_queue', 256, 'answers that may wait for a slot', 0)
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'bytes of a request', 1)
 _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'that running answers have to end', 0.0)
@@ -91,28 +85,32 @@ def main() -> None:
     }  # fmt: skip
     print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
     load = functools.partial(
-        _load, checkpoint, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, rows
+        _load, checkpoint, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, rows
     )
-    failure = serve(load, limits, listener, _DRAIN_SECONDS.value)
-    if failure is not None:
+    if failure := serve(load, limits, listener, _DRAIN_SECONDS.value):
         raise failure
 
 
 def _load(
-    checkpoint: tuple[Any, ...], template_name: str, context: int, cache_dtype: str, rows: dict[str, Any]
+    checkpoint: tuple[Any, ...],
+    template_name: str,
+    context: int,
+    cache_dtype: str,
+    constrains: bool,
+    rows: Any,
 ) -> Served:
     """The model that the flags ask for, in the thread in which it will run."""
     model, params, tokenizer, template, draft = load_model(*checkpoint)
     if context > (most := model.config.max_seq_len):
         raise InputError(f'--context is {context}; the model has {most}')
-    model = model.clone(
-        config=dataclasses.replace(model.config, max_seq_len=context or most), cache_dtype=cache_dtype
-    )
+    config = dataclasses.replace(model.config, max_seq_len=context or most)
+    model = model.clone(config=config, cache_dtype=cache_dtype)
     params, tokenizer = unstack(params, jnp.dtype(model.dtype), delete=True), required(tokenizer)
     if template_name != 'checkpoint':
         is_file = template_name != 'native'
         template = read_bytes(epath.Path(template_name)).decode(errors='replace') if is_file else ''
-    return Served.create(model, params, tokenizer, chat_of(tokenizer, template), draft=draft, **rows)
+    rules = rules_of(tokenizer, model, draft is not None) if constrains else 'the server was started without'
+    return Served.create(model, params, tokenizer, chat_of(tokenizer, template), rules, draft=draft, **rows)
 
 
 if __name__ == '__main__':

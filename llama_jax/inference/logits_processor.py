@@ -39,6 +39,15 @@ class LogitsProcessor(Protocol):
         ...
 
 
+@runtime_checkable
+class RuledProcessor(LogitsProcessor, Protocol):
+    """One that each request may give a rule of its own."""
+
+    def begin_ruled(self, rules: Sequence[Any]) -> Any:
+        """As `begin`, of rows with these rules; None: a row without."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ByTokens:
     """A processor that a function of all tokens so far makes."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llama_jax.inference.batcher import Ended
 from llama_jax.inference.sampling import Sampler
@@ -21,6 +22,7 @@ class CompletionRequest:
       is_complete: the new tokens so far -> whether they are enough, asked at each.
       key: whose it is; keys take turns.
       like: number of a request before it with the same prompt and key, which is read once.
+      rule: of its own, for a processor that takes rules (`RuledProcessor`); None: none.
     """
 
     tokens: Sequence[int]
@@ -31,6 +33,7 @@ class CompletionRequest:
     is_complete: Callable[[list[int]], bool] | None = None
     key: str = ''
     like: int | None = None
+    rule: Any = None
 
 
 # Of a row that only fills up a shape.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
-from llama_jax.inference.logits_processor import LogitsProcessor
+from llama_jax.inference.logits_processor import LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
 from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
 from llama_jax.models.kv_cache import CACHE_AXES
@@ -210,8 +210,11 @@ class Slots:
         )
         if self._processor is None:
             return settings
-        longest = decoding.power_of_two(self._model.config.max_seq_len)
-        state = self._processor.begin([one.tokens for one in asked], longest)
+        if isinstance(self._processor, RuledProcessor):
+            state = self._processor.begin_ruled([one.rule for one in asked])
+        else:
+            longest = decoding.power_of_two(self._model.config.max_seq_len)
+            state = self._processor.begin([one.tokens for one in asked], longest)
         return dataclasses.replace(settings, processor=self._processor, state=state)
 
     def _size(self, number: int) -> int:

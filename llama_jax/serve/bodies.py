@@ -39,6 +39,8 @@ class Sampling(Part):
     logit_bias: dict[str, float] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=_MAX_STOPS)] | None = None
@@ -168,6 +170,21 @@ class NamedTool(Part):
     function: NamedFunction
 
 
+class JsonSchema(Part):
+    """Of an answer's format."""
+
+    name: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias='schema')]
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    """What an answer is to be."""
+
+    type: Literal['text', 'json_object', 'json_schema']
+    json_schema: JsonSchema | None = None
+
+
 class ChatBody(Sampling):
     """Of /v1/chat/completions."""
 
@@ -178,6 +195,7 @@ class ChatBody(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal['none', 'auto', 'required'] | NamedTool | None = None
+    response_format: ResponseFormat | None = None
 
 
 class TokenizeBody(Part):

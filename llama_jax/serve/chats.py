@@ -13,6 +13,7 @@ from llama_jax.inference.scoring import TokenScore
 from llama_jax.serve import log_probabilities
 from llama_jax.serve.answering import stream, unless_gone
 from llama_jax.serve.bodies import ChatBody
+from llama_jax.serve.constraints import rule_of
 from llama_jax.serve.refusal import bad
 from llama_jax.serve.service import Service
 from llama_jax.serve.tools import Words, call_deltas, dialog, offered, plain
@@ -53,8 +54,6 @@ class Answer:
             raise bad('top_logprobs is given without logprobs=true', 'top_logprobs')
         if (number := body.top_logprobs or 0) > (most := service.served().top_logprobs):
             raise bad(f'top_logprobs is {number}; this server tells up to {most}', 'top_logprobs')
-        if body.tool_choice not in (None, 'none', 'auto'):
-            raise bad('tool_choice may be none or auto', 'tool_choice', 'unsupported_parameter')
         if body.messages[-1].role not in ('user', 'tool'):
             raise bad(
                 f'the last message is by {body.messages[-1].role}; it must be by user or tool', 'messages'
@@ -73,7 +72,10 @@ class Answer:
         most, named = body.max_completion_tokens, 'max_completion_tokens'
         if most is None:
             most, named = body.max_tokens, 'max_tokens'
-        return cls(service, body, service.asked(body, ids, most, named, conversation.stop_ids, key), names)
+        rule = await rule_of(service, body)
+        return cls(
+            service, body, service.asked(body, ids, (most, named), conversation.stop_ids, key, rule), names
+        )
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.serve.answering import stream, unless_gone
 from llama_jax.serve.bodies import CompletionBody
+from llama_jax.serve.constraints import rule_of
 from llama_jax.serve.log_probabilities import OfCompletion
 from llama_jax.serve.refusal import bad
 from llama_jax.serve.service import Service
@@ -78,8 +79,10 @@ class _Work:
                 raise bad('prompt holds one without a token; begin it with the BOS token', 'prompt')
             if max(prompt) >= (rows := service.served().vocab_size):
                 raise bad(f'prompt holds token {max(prompt)}; the model has {rows}', 'prompt')
+        rule = await rule_of(service, body)
         asked = [
-            service.asked(body, prompt, body.max_tokens, 'max_tokens', stop_ids, key) for prompt in prompts
+            service.asked(body, prompt, (body.max_tokens, 'max_tokens'), stop_ids, key, rule)
+            for prompt in prompts
         ]
         return cls(service, body, prompts, asked)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_jax.inference.chat import Chat
+from llama_jax.inference.constraint import Constrained, Rules
 from llama_jax.inference.decoding import power_of_two
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore, score_tokens
@@ -27,6 +28,7 @@ class Served:
       context: tokens of a prompt and its answer together, at most.
       vocab_size: tokens that the model has rows for.
       num_slots: rows that are decoded together.
+      rules: what reads constraints of answers; a text: why there are none.
       top_logprobs: likely tokens that are told of a place, at most.
       make_generator: for requests of all kinds; called anew where one has failed.
       score: what the model makes of each token of a text.
@@ -38,17 +40,26 @@ class Served:
     vocab_size: int
     num_slots: int
     top_logprobs: int
+    rules: Rules | str
     make_generator: Callable[[], Generator]
     score: Callable[[Sequence[int]], list[TokenScore]]
 
     @classmethod
     def create(
-        cls, model: LlamaForCausalLM, params: Params, tokenizer: Tokenizer, chat: Chat | str, **rows: Any
+        cls,
+        model: LlamaForCausalLM,
+        params: Params,
+        tokenizer: Tokenizer,
+        chat: Chat | str,
+        rules: Rules | str,
+        **rows: Any,
     ) -> 'Served':
         """Of weights that are loaded; `rows` are options of `Generator`, of which log_probabilities must be one."""
         number = rows['log_probabilities']
+        if isinstance(rules, Rules):
+            rows['processor'] = Constrained(rules)
         return cls(
-            tokenizer, chat, model.config.max_seq_len, model.config.vocab_size, rows['num_slots'], number,
+            tokenizer, chat, model.config.max_seq_len, model.config.vocab_size, rows['num_slots'], number, rules,
             functools.partial(Generator, model, params, **rows), scorer(model, params, number),
         )  # fmt: skip
 
@@ -65,6 +76,18 @@ def chat_of(tokenizer: Tokenizer, template: str) -> Chat | str:
     """How a checkpoint is talked to, or why it cannot be."""
     try:
         return Chat(tokenizer, template)
+    except InputError as error:
+        return str(error)
+
+
+def rules_of(tokenizer: Tokenizer, model: LlamaForCausalLM, with_draft: bool) -> Rules | str:
+    """What reads constraints for a model, or why there are none."""
+    if with_draft:
+        return 'a draft proposes tokens, which knows of no constraint'
+    if model.partitioner is not None:
+        return 'the model is spread over a mesh, whose devices do not ask the host'
+    try:
+        return Rules(tokenizer, model.config.vocab_size)
     except InputError as error:
         return str(error)
 

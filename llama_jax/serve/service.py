@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from llama_jax.inference.chat import Chat
+from llama_jax.inference.constraint import Rule
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.serve.bodies import Sampling
 from llama_jax.serve.documents import Documents
@@ -106,25 +107,26 @@ class Service:
         self,
         body: Sampling,
         ids: Sequence[int],
-        most: int | None,
-        most_named: str,
+        limit: tuple[int | None, str],
         stop_ids: Sequence[int],
         key: str,
+        rule: Rule | None = None,
     ) -> Asked:
         """What the model is asked for one prompt.
 
         Args:
           body: of the request.
           ids: of the prompt.
-          most: tokens of an answer; None: the rest of the context.
-          most_named: the parameter that says so.
+          limit: tokens of an answer, None being the rest of the context; and the parameter that says so.
           stop_ids: that end an answer.
           key: whose the request is.
+          rule: that the answer keeps to.
 
         Raises:
           Refusal: it does not fit.
         """
         served = self.served()
+        most, most_named = limit
         room = served.context - len(ids)
         if room < max(1 if most is None else most, 0):
             wanted = '' if most is None else f' and {most_named}={most}'
@@ -147,7 +149,7 @@ class Service:
         if '' in body.stops:
             raise bad("stop holds '', which every text begins with; give at least one character", 'stop')
         ends = () if body.ignore_eos else tuple(sorted(stop_ids))
-        request = CompletionRequest(ids, most, sampler, ends, key=key)
+        request = CompletionRequest(ids, most, sampler, ends, key=key, rule=rule)
         return Asked(request, body.stops, body.n or 1)
 
     def check_n(self, body: Sampling) -> None:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 
-from llama_jax.tokenizer.protocol import Tokenizer, spelling_of
+from llama_jax.tokenizer.protocol import Tokenizer, bytes_within
 
 
 class TokenTexts:
@@ -21,10 +21,7 @@ class TokenTexts:
             return self._names[id].encode()
         if id >= self._tokenizer.vocab_size:
             return b''
-        if (spelling := spelling_of(self._tokenizer)) is None:
-            return self._tokenizer.decode([id]).encode()
-        spelling.spell(id)  # behind which it is no text's beginning
-        return spelling.spell(id) or b''
+        return bytes_within(self._tokenizer, id)
 
     def text_of(self, id: int) -> str:
         """As OpenAI's service writes it: bytes that are no text by their numbers."""

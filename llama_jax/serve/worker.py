@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from llama_jax.inference.completion import Watch
+from llama_jax.inference.constraint import Rule
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest, Progress
 from llama_jax.serve.metrics import Metrics
@@ -51,6 +52,7 @@ class _Row:
       ticket: that it is of.
       place: among the ticket's rows.
       watch: makes its text.
+      rule: that it keeps to.
       began: when it was asked for.
       first: when its first token came; 0 before.
       tokens: so far.
@@ -59,6 +61,7 @@ class _Row:
     ticket: Ticket
     place: int
     watch: Watch
+    rule: Rule | None
     began: float
     first: float = 0.0
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -160,7 +163,8 @@ class Worker:
         self._metrics.set_rows(len(self._rows), served.num_slots)
         if self._rows:
             assert self._generator is not None
-            self._tell([self._told(progress) for progress in self._generator.advance()])
+            progresses = self._generator.advance()
+            self._tell([self._told(one) for one in progresses if one.number in self._rows])
 
     def _submit(self, ticket: Ticket, asked: Sequence[Asked]) -> None:
         if ticket not in self._open:
@@ -176,7 +180,7 @@ class Worker:
                     request = dataclasses.replace(one.request, stream=stream, like=first, is_complete=enough)
                     number = self._generator.submit(request)
                     first = number if first is None else first
-                    self._rows[number] = _Row(ticket, place, watch, began)
+                    self._rows[number] = _Row(ticket, place, watch, one.request.rule, began)
                     place += 1
         except InputError as error:
             self._cancel(ticket)
@@ -191,12 +195,17 @@ class Worker:
             del self._rows[number]
             self._metrics.cancelled.inc()
 
-    def _told(self, progress: Progress) -> tuple[Ticket, Piece]:
+    def _told(self, progress: Progress) -> tuple[Ticket, Piece | Refusal]:
         """What a row was given; one that has ended is forgotten."""
         row, now, ended = self._rows[progress.number], time.perf_counter(), progress.ended
         if not row.first:
             row.first = now
             self._metrics.first_token_seconds.observe(now - row.began)
+        if row.rule is not None and row.rule.failure:
+            self._cancel(row.ticket)
+            return row.ticket, Refusal(
+                400, f'the constraint cannot be kept: {row.rule.failure}', code='constraint'
+            )
         row.tokens += progress.tokens
         row.watch.look(row.tokens)
         text = row.watch.new_text(at_end=ended is not None)

@@ -90,6 +90,15 @@ def spelling_of(tokenizer: Tokenizer) -> Spelling | None:
     return getattr(tokenizer, 'spelling', lambda: None)()
 
 
+def bytes_within(tokenizer: Tokenizer, id: int) -> bytes:
+    """What a token adds to a text that has begun; b'' for one that stands for no text."""
+    if (spelling := spelling_of(tokenizer)) is None:
+        return tokenizer.decode([id]).encode()
+    for before in tokenizer.encode('a'):  # a text's beginning may lose spaces
+        spelling.spell(before)
+    return spelling.spell(id) or b''
+
+
 def required(tokenizer: Tokenizer | None) -> Tokenizer:
     """The tokenizer of what reads or writes text.
 

@@ -94,3 +94,16 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
             waiter.join(60)
     assert ended['how'].status == 0, ended['how'].stderr
     assert 'Traceback' not in ended['how'].stderr and expected['greedy_text'][:40] not in ended['how'].stderr
+
+
+@pytest.mark.slow
+def test_completions_of_the_command_keep_to_a_rule(commands, folder, weights):
+    (folder / 'schema.json').write_text(json.dumps({'enum': ['cat', 'dog']}))
+    given = [f'--checkpoint={weights}/stories260K.gguf', '--prompt=Once', '--prompt=He', '--temperature=1.5']
+    shown = commands.run('generate', *given, f'--schema={folder}/schema.json').succeeded().stdout
+    assert len(lines := shown.split()) == 2 and set(lines) <= {'"cat"', '"dog"'}
+    for flags, words in (
+        (['--regex=(a'], 'cannot be used'), (['--regex=a', '--draft=lookup'], 'go without --draft'),
+        (['--regex=a', f'--grammar={folder}/schema.json'], 'both given'),
+    ):  # fmt: skip
+        assert words in commands.run('generate', *given, *flags).error()

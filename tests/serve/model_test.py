@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import re
 import threading
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
+import openai
+import pydantic
 import pytest
 
 import llama_jax
 from llama_jax.inference.scoring import score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack
-from llama_jax.serve.served import Served, chat_of
+from llama_jax.serve.served import Served, chat_of, rules_of
 from tests import toy
 from tests.serve.serving import events, make_tokenizer, serving
 
@@ -36,7 +40,11 @@ def wanted(loaded):
 @pytest.fixture(scope='module')
 def server(loaded, wanted):
     model, params, tokenizer = loaded
-    with serving(lambda: Served.create(model, params, tokenizer, chat_of(tokenizer, ''), **ROWS)) as both:
+    with serving(
+        lambda: Served.create(
+            model, params, tokenizer, chat_of(tokenizer, ''), rules_of(tokenizer, model, False), **ROWS
+        )
+    ) as both:
         yield both
 
 
@@ -114,3 +122,128 @@ def test_beginnings_of_prompts_are_read_once(loaded, server):
     assert first['choices'] == again['choices']
     assert again['usage']['prompt_tokens_details']['cached_tokens'] in (0, 32, 48)
     assert b'llama_first_token_seconds_count' in service.metrics.render()
+
+
+class Step(pydantic.BaseModel):
+    kind: Literal['add', 'take']
+    number: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+SIZE = {'enum': ['S', 'M', 'L']}
+SCHEMAS = [
+    {'const': 'yes'},
+    {'type': 'boolean'},
+    {'type': 'integer', 'minimum': -5, 'maximum': 5},
+    SIZE,
+    {'type': 'string', 'maxLength': 4},
+    {'type': 'string', 'pattern': '^[a-f]{2}[0-9]$'},
+    {'type': 'array', 'items': {'type': 'boolean'}, 'minItems': 1, 'maxItems': 2},
+    {'anyOf': [{'type': 'null'}, {'type': 'integer', 'minimum': 0, 'maximum': 9}]},
+    {'type': 'object', 'properties': {'a': SIZE}, 'required': ['a'], 'additionalProperties': False},
+    {'$ref': '#/$defs/size', '$defs': {'size': SIZE}},
+]
+SELL = {
+    'type': 'function',
+    'function': {
+        'name': 'sell',
+        'parameters': {
+            'type': 'object', 'properties': {'size': SIZE}, 'required': ['size'], 'additionalProperties': False,
+        },
+    },
+}  # fmt: skip
+
+
+def fits(value, schema):
+    """Of what the schemas above have."""
+    schema = schema.get('$defs', {}).get('size', schema)
+    of_type = {
+        'boolean': bool, 'integer': int, 'string': str, 'array': list, 'object': dict, 'null': type(None)
+    }  # fmt: skip
+    if 'anyOf' in schema:
+        return any(fits(value, one) for one in schema['anyOf'])
+    if 'enum' in schema or 'const' in schema:
+        return value in schema.get('enum', [schema.get('const')])
+    if (
+        not isinstance(value, of_type[schema['type']])
+        or schema['type'] == 'integer'
+        and isinstance(value, bool)
+    ):
+        return False
+    size = len(value) if isinstance(value, str | list) else 0
+    inside = (
+        schema.get('minimum', 0) <= value <= schema.get('maximum', 0) if schema['type'] == 'integer' else True
+    )
+    return (
+        inside
+        and schema.get('minItems', 0) <= size <= schema.get('maxLength', schema.get('maxItems', 99))
+        and re.search(schema.get('pattern', ''), value if isinstance(value, str) else '') is not None
+        and (not isinstance(value, dict) or value.keys() == {'a'} and value['a'] in SIZE['enum'])
+    )
+
+
+def programs(service):
+    return re.search(rb'llama_programs_compiled_total (\S+)', service.metrics.render())[1]
+
+
+def test_answers_keep_to_schemas_and_calls_to_their_functions(server):
+    client, service = server
+    before = programs(service)
+    official = openai.OpenAI(
+        api_key='any', base_url='http://testserver/v1', http_client=client, max_retries=0
+    )
+    create = official.chat.completions.create
+    hi = {'model': 'toy', 'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 2}
+    for number, schema in enumerate(SCHEMAS):
+        kind = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}
+        answer = create(**hi, response_format=kind, n=4, seed=number)
+        assert {choice.finish_reason for choice in answer.choices} == {'stop'}
+        for choice in answer.choices:
+            assert fits(json.loads(choice.message.content), schema), (schema, choice.message.content)
+    parsed = official.chat.completions.parse(**hi, response_format=Step, seed=1)
+    assert parsed.choices[0].message.parsed.number < 100
+    # Described as Llama 3.1 heard of them, functions take more room than this model has.
+    brief = chat_of(make_tokenizer(), "{{ bos_token + messages[-1]['content'] }}")
+    served = service.worker.served
+    service.worker.served = dataclasses.replace(served, chat=brief)
+    try:
+        for choice in ('required', {'type': 'function', 'function': {'name': 'sell'}}):
+            (answer,) = create(**hi, tools=[SELL], tool_choice=choice).choices
+            assert answer.finish_reason == 'tool_calls'
+            call = answer.message.tool_calls[0].function
+            assert call.name == 'sell' and json.loads(call.arguments)['size'] in SIZE['enum']
+        chunks = create(**hi, tools=[SELL], tool_choice='required', stream=True)
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert json.loads(''.join(delta.function.arguments for delta in deltas)).keys() == {'size'}
+    finally:
+        service.worker.served = served
+    answer = complete(client, prompt='x', temperature=2, regex='[ab]{2,4}', n=4, max_tokens=9).json()
+    assert all(re.fullmatch('[ab]{2,4}', choice['text']) for choice in answer['choices'])
+    streamed = complete(client, prompt='x', temperature=2, grammar='start: "on" | "off"', stream=True).text
+    text = ''.join(json.loads(line)['choices'][0]['text'] for line in events(streamed)[:-1])
+    assert text in ('on', 'off')
+    assert programs(service) == before
+
+
+def test_a_rule_that_is_wrong_or_slow_is_refused_while_others_are_answered(server, monkeypatch):
+    client, service = server
+
+    def refused(**body):
+        response = client.post(
+            '/v1/completions', json={'model': 'toy', 'prompt': 'x', 'max_tokens': 4} | body
+        )
+        assert response.status_code == 400
+        return response.json()['error']
+
+    assert refused(regex='(a')['param'] == 'regex'
+    assert refused(grammar='start: x')['param'] == 'grammar'
+    assert refused(regex='a', min_tokens=2)['param'] == 'min_tokens'
+    assert refused(regex='a' * 70_000)['param'] == 'regex'
+    go = threading.Event()
+    monkeypatch.setattr(service.served().rules, 'of_regex', lambda regex: go.wait(20))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(refused(regex='a')))
+    thread.start()
+    assert complete(client, prompt='x', max_tokens=4).status_code == 200 and not found
+    thread.join()
+    go.set()
+    assert 'takes more than 1.8 s' in found[0]['message']

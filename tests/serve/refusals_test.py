@@ -61,6 +61,10 @@ def refusal(response, status=400):
         ({'logit_bias': {'a': 1}}, 'logit_bias', 'whole number'),
         ({'logit_bias': {'6': 101}}, 'logit_bias', '-100 to 100'),
         ({'stream_options': {}}, 'stream_options', 'of a stream'),
+        ({'regex': 'a', 'grammar': 'b'}, 'grammar', 'keeps to one'),
+        ({'regex': 'a'}, 'regex', 'not offered here: a script'),
+        ({'tools': [TOOL], 'tool_choice': 'required'}, 'tool_choice', 'not offered here'),
+        ({'response_format': {'type': 'json_schema'}}, 'response_format.json_schema', 'without one'),
         ({'audio': {'voice': 'x'}}, 'audio', 'only text'),
         ({'previous_response_id': 'x'}, 'previous_response_id', 'no answers are kept'),
         ({'temprature': 1}, 'temprature', 'did you mean temperature'),
@@ -129,7 +133,7 @@ def test_nothing_is_cut_to_fit_the_context(client):
 def test_every_parameter_of_the_official_client_is_honoured_or_told_of(client, body, method):
     of_transport = {'self', 'extra_headers', 'extra_query', 'extra_body', 'timeout'}
     names = set(inspect.signature(method).parameters) - of_transport
-    unknown = names - body.model_fields.keys() - HARMLESS - REFUSED - {'response_format'}
+    unknown = names - body.model_fields.keys() - HARMLESS - REFUSED
     assert not unknown
     assert not HARMLESS & REFUSED and not (HARMLESS | REFUSED) & body.model_fields.keys()
     page = pathlib.Path('docs/serving.md').read_text()

@@ -85,7 +85,7 @@ class Script(Generator):
         return progress
 
 
-def scripted(script, tokenizer=None, template='', context=1000):
+def scripted(script, tokenizer=None, template='', context=1000, rules='a script'):
     """What is served where the script answers."""
     tokenizer = tokenizer or make_tokenizer()
 
@@ -93,7 +93,7 @@ def scripted(script, tokenizer=None, template='', context=1000):
         return [TokenScore(tokens[0]), *(TokenScore(t, -1.0, None, ((t, -1.0),)) for t in tokens[1:])]
 
     chat = chat_of(tokenizer, template)
-    return Served(tokenizer, chat, context, 512, script.slots, 20, script.anew, score)
+    return Served(tokenizer, chat, context, 512, script.slots, 20, rules, script.anew, score)
 
 
 @contextlib.contextmanager
