@@ -1,5 +1,7 @@
 """A configuration file: its keys by dotted name, the paths among its values, what is wrong with it in one line."""
 
+import functools
+import re
 import runpy
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +16,12 @@ from llama_jax.types import did_you_mean, error_line
 PATH_KEYS = (
     'data.train', 'data.validation', 'data.tokenizer', 'eval.tasks', 'eval.data_dir', 'log.compilation_cache',
 )  # fmt: skip
+_RECIPE_PATHS = re.compile(r'tokenizer|sources\..+\.input')  # those of `configs/prepare_data.py`
+
+
+def is_path(key: str) -> bool:
+    """Whether a key of a configuration names files."""
+    return key in PATH_KEYS or bool(_RECIPE_PATHS.fullmatch(key))
 
 
 def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
@@ -39,11 +47,11 @@ def expand_paths(text: str) -> str:
 
 def expand_user(config: ConfigDict) -> None:
     """'~' in all paths of a configuration, in place."""
-    known = flatten(config)
-    for key in PATH_KEYS:
-        if isinstance(known.get(key), str):
-            section, _, name = key.partition('.')
-            config[section][name] = expand_paths(known[key])
+    for key, value in flatten(config).items():
+        if is_path(key) and isinstance(value, str):
+            *above, name = key.split('.')
+            section = functools.reduce(lambda inner, part: inner[part], above, config)
+            section[name] = expand_paths(value)
 
 
 def describe_error(error: Exception, argv: Sequence[str]) -> str:

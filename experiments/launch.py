@@ -181,7 +181,7 @@ def _is_given(file: str) -> bool:
     ]
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
         known = config_file.flatten(flags.FLAGS.config)
-        given += [known[key] for key in config_file.PATH_KEYS if key in known]
+        given += [value for key, value in known.items() if config_file.is_path(key)]
     file = os.path.abspath(file)
     for text in filter(None, given):
         for part in text.split(','):
@@ -236,7 +236,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     ]
     try:
         rest = flags.FLAGS(argv)
-        if 'config' in flags.FLAGS:
+        if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()  # a file that failed to load says so only when it is looked at
             config_file.expand_user(flags.FLAGS.config)
         return rest

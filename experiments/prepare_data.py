@@ -1,33 +1,52 @@
-"""Tokenises and packs text once, before training: ArrayRecord shards of fixed-length rows, and a manifest.
+"""Tokenises and packs text once, before training: shards of fixed-length rows, and manifests that describe them.
 
     python -m experiments.prepare_data --input=GLOB[,GLOB] --tokenizer=FILE --seq_len=T --output=DIR
+    python -m experiments.prepare_data --config=configs/prepare_data.py:llama --output=data
 
-Point --config.data.train at the folder.
+Point --config.data.train at the folder. Killed, the same command goes on, with any number of workers.
 """
 
-import itertools
 import logging
+import os
 import time
+from typing import Any
 
 import tqdm
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict, config_flags
 
 from experiments import launch
 from experiments.config_file import split_list
+from experiments.data_report import describe_report, draw_report
 from experiments.workdir import hold_folder
 from llama_jax import storage
-from llama_jax.data.prepared import PreparedRows, write_prepared
-from llama_jax.data.sources import check_source, read_documents
+from llama_jax.data.preparation import Advance, Machine, Preparation, TextSource
+from llama_jax.data.prepare import prepare
+from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
+from llama_jax.data.sources import Reading, check_source
+from llama_jax.data.units import UNIT_BYTES
 from llama_jax.pretrained import load_tokenizer
+from llama_jax.types import InputError
 
-_INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME', required=True)
-_TOKENIZER = launch.define_path('tokenizer', None, 'sentencepiece or tiktoken file', required=True)
-_SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row', required=True)
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'recipe of several sources: FILE.py:RECIPE')
+_INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME')
+_TOKENIZER = launch.define_path('tokenizer', None, 'sentencepiece or tiktoken file')
+_SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row')
 _OUTPUT = launch.define_path('output', None, 'folder to write, local or gs://...', required=True)
-_TEXT_KEY = flags.DEFINE_string('text_key', 'text', 'the field of JSONL and TFDS records that holds the text')
+_TEXT_KEY = flags.DEFINE_string(
+    'text_key', 'text', 'the field of records that holds the text; a.b for b within a'
+)
 _SEPARATOR = flags.DEFINE_string('separator', '', 'what divides documents in a text file')
 _VERIFY = flags.DEFINE_bool('verify', False, 'read what was written back and compare it with its hashes')
+_UNIT_BYTES = flags.DEFINE_integer('unit_bytes', None, 'of text that is packed together, into one shard')
+_ON_ERROR = flags.DEFINE_string('on_error', None, 'stop at a record without text, or skip it')
+_MAX_ERRORS = flags.DEFINE_integer('max_errors', None, 'records that may be left out in all; 0: any number')
+_NUM_WORKERS = flags.DEFINE_integer(
+    'num_workers', 0, 'processes on this machine; 0: one a core', lower_bound=0
+)
+_NUM_SHARDS = flags.DEFINE_integer('num_shards', 1, 'machines that write this output together', lower_bound=1)
+_SHARD_INDEX = flags.DEFINE_integer('shard_index', 0, 'which of them this is', lower_bound=0)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -37,37 +56,103 @@ logger = logging.getLogger('llama_jax.prepare_data')
 def main() -> None:
     """Reads, tokenises, packs, writes."""
     storage.check_place(_OUTPUT.value, folder=True)
+    asked = {
+        'seq_len': _SEQ_LEN.value, 'unit_bytes': _UNIT_BYTES.value, 'on_error': _ON_ERROR.value,
+        'max_errors': _MAX_ERRORS.value,
+    }  # fmt: skip
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if _CONFIG.value is None:
+        for name, value in (
+            ('input', _INPUT.value),
+            ('tokenizer', _TOKENIZER.value),
+            ('seq_len', _SEQ_LEN.value),
+        ):
+            if value is None:
+                raise InputError(f'--{name} is required, or --config=configs/prepare_data.py:RECIPE')
+        reading = Reading(_TEXT_KEY.value, _SEPARATOR.value)
+        sources, tokenizer_file = (
+            (TextSource('documents', split_list(_INPUT.value), reading),),
+            _TOKENIZER.value,
+        )
+        asked = {'unit_bytes': UNIT_BYTES} | asked
+    else:
+        if _INPUT.value is not None:
+            raise InputError('--input and --config are both given; set --config.sources.NAME.input instead')
+        sources, of_recipe = read_recipe(_CONFIG.value)
+        asked, tokenizer_file = of_recipe | asked, _TOKENIZER.value or _CONFIG.value.tokenizer
+    with launch.flags_named(*(f'--{name}' for name in asked)):
+        preparation = Preparation(_OUTPUT.value, sources, **asked)
     with launch.flags_named('--tokenizer'):
-        tokenizer = load_tokenizer(_TOKENIZER.value)
-    sources = split_list(_INPUT.value)
+        tokenizer = load_tokenizer(tokenizer_file)
+    with launch.flags_named('--shard_index', '--num_shards'):
+        machine = Machine(_SHARD_INDEX.value, _NUM_SHARDS.value)
     with launch.flags_named('--input'):
-        for source in sources:
-            check_source(source)
-    documents = itertools.chain.from_iterable(
-        read_documents(source, text_key=_TEXT_KEY.value, separator=_SEPARATOR.value) for source in sources
-    )
-    # Without a terminal a bar would be one endless line: there it is a line of the log now and then.
-    hold_folder(epath.Path(_OUTPUT.value), beside=True)
-    with tqdm.tqdm(unit='B', unit_scale=True, disable=None) as bar:
-        said = time.monotonic()
-
-        def progress(num_documents: int, num_bytes: int) -> None:
-            nonlocal said
-            if not bar.disable:
-                bar.set_postfix_str(f'{num_documents:,} documents')
-                bar.update(num_bytes - bar.n)
-            elif time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                logger.info('tokenised %s documents, %.1f MB', f'{num_documents:,}', num_bytes / 1e6)
-
-        manifest = write_prepared(documents, tokenizer, _SEQ_LEN.value, _OUTPUT.value, progress=progress)
+        for source in preparation.sources:
+            for text in source.inputs:
+                check_source(text)
+    output = epath.Path(_OUTPUT.value)
+    mark = '' if machine.count == 1 else f'-{machine.index}-of-{machine.count}'
+    hold_folder(output.parent / f'{output.name}{mark}', beside=True)
+    with (
+        _Progress() as progress,
+        launch.flags_named('--on_error', '--max_errors', '--seq_len', '--unit_bytes'),
+    ):
+        report = prepare(
+            preparation, tokenizer, num_workers=_NUM_WORKERS.value or len(os.sched_getaffinity(0)), machine=machine,
+            advance=progress.advance, draw=draw_report,
+        )  # fmt: skip
     if _VERIFY.value:
-        PreparedRows(_OUTPUT.value).verify()
-    print(
-        f'{_OUTPUT.value}: {manifest["num_rows"]:,} rows of {_SEQ_LEN.value} tokens from '
-        f'{manifest["num_documents"]:,} documents, {manifest["num_bytes"] / 1e6:.1f} MB'
-        + (', read back and found equal' if _VERIFY.value else '')
+        for source in preparation.sources:
+            folder = preparation.folder(source)
+            PreparedRows(folder).verify()
+            if is_prepared(str(folder / VALIDATION)):
+                PreparedRows(folder / VALIDATION).verify()
+    print(describe_report(report, _OUTPUT.value) + (', read back and found equal' if _VERIFY.value else ''))
+
+
+def read_recipe(config: ConfigDict) -> tuple[tuple[TextSource, ...], dict[str, Any]]:
+    """(its sources, what else is prepared as it says)."""
+    sources = tuple(
+        TextSource(name, split_list(section.input), Reading(section.text_key, section.separator))
+        for name, section in config.sources.items()
+        if section.input
     )
+    if not sources:
+        raise InputError('no source has an input; set --config.sources.NAME.input to files')
+    names = ('seq_len', 'unit_bytes', 'on_error', 'max_errors', 'validation_fraction')
+    return sources, {name: config[name] for name in names}
+
+
+class _Progress:
+    """A bar on a terminal; without one it would be one endless line: there it is a line of the log now and then."""
+
+    def __init__(self):
+        self._bar = tqdm.tqdm(unit='B', unit_scale=True, disable=None)
+        self._said = self._begun = time.monotonic()
+        self._stage = ''
+
+    def __enter__(self) -> '_Progress':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def advance(self, state: Advance) -> None:
+        """Says how far it is: bytes of text, documents, tokens, tasks, and when it will be done."""
+        now = time.monotonic()
+        if state.stage != self._stage:
+            self._stage, self._begun = state.stage, now
+            self._bar.reset(state.all_bytes or None)
+        done = f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f'{state.stage}: {done}')
+            self._bar.update(state.num_bytes - self._bar.n)
+        elif now - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = ''
+            if state.all_bytes and state.num_bytes:
+                left = f', {(now - self._begun) * (state.all_bytes / state.num_bytes - 1):.0f} s left'
+            logger.info('%s: %s, %.1f MB%s', state.stage, done, state.num_bytes / 1e6, left)
 
 
 if __name__ == '__main__':

@@ -16,9 +16,11 @@ from experiments import launch, training
 from experiments.config_file import split_list
 from experiments.objective import language_modelling
 from experiments.settings import parse_weights
+from experiments.workdir import unit_bytes_of
 from llama_jax import runtime
 from llama_jax.data.datasets import PretrainData, pretrain_dataset
 from llama_jax.data.loader import batches, read_ahead
+from llama_jax.data.units import UNIT_BYTES
 from llama_jax.eval.baselines import fit_baselines, in_time
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.train.validation import count_predicted, make_validation
@@ -38,7 +40,7 @@ def main() -> None:
     config = _CONFIG.value
     plan = training.plan(config, **_RUN.value)
     with runtime.refused_by_all():
-        data = read_data(config, plan.tokenizer)
+        data = read_data(config, plan.tokenizer, unit_bytes_of(plan.workdir, plan.fork))
     objective = language_modelling(config, plan.model, plan.partitioner, plan.base)
     run = training.begin(plan, objective, data.fingerprint)
     rows = batches(data.train, objective.batch, rows_consumed=run.rows_before)
@@ -64,13 +66,13 @@ def main() -> None:
         print(describe(report, plan.workdir))
 
 
-def read_data(config: ConfigDict, tokenizer: Tokenizer) -> PretrainData:
+def read_data(config: ConfigDict, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources."""
     data = pretrain_dataset(
         split_list(config.data.train), tokenizer, config.data.seq_len,
         weights=parse_weights(config), validation=split_list(config.data.validation),
         validation_fraction=config.data.validation_fraction, text_key=config.data.text_key,
-        separator=config.data.separator, seed=config.seed,
+        separator=config.data.separator, seed=config.seed, unit_bytes=unit_bytes,
         progress=lambda documents, size: logger.info('tokenised %s documents, %.1f MB', f'{documents:,}', size / 1e6),
     )  # fmt: skip
     logger.info(

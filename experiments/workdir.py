@@ -17,6 +17,7 @@ from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.checkpoint.weights import check_step, latest_step
+from llama_jax.data.units import UNIT_BYTES
 from llama_jax.types import InputError, did_you_mean, error_line
 
 CONFIG_FILE = 'config.json'
@@ -132,6 +133,14 @@ def read_record(workdir: epath.Path) -> dict[str, Any] | None:
             f'{file} is damaged ({reason}), and no checkpoint has a copy; restore it, or choose a new --workdir'
         )
     return None
+
+
+def unit_bytes_of(workdir: epath.Path, fork: 'Fork | None' = None) -> int:
+    """How text is cut in memory for a run; 0: not at all, as it was for those that do not say."""
+    for folder in (workdir, fork.workdir if fork else None):
+        if folder and (record := read_record(folder)):
+            return record.get('unit_bytes', 0)
+    return UNIT_BYTES
 
 
 def _parse_record(file: epath.Path) -> tuple[dict[str, Any] | None, str]:
@@ -298,6 +307,7 @@ def record_run(
         'config': json.loads(config.to_json()),
         'base_checkpoint': base_checkpoint,
         'data_fingerprint': fingerprint,
+        'unit_bytes': unit_bytes_of(workdir, fork),
         **({'fork': origin} if origin else {}),
         **({'history': history} if history else {}),
     }

@@ -15,7 +15,8 @@ from etils import epath
 from llama_jax import lock, pretrained
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import latest_step, restore_params
-from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
+from llama_jax.data.prepared import PreparedRows, is_prepared
+from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import read_documents
 from llama_jax.lock import Locked
 from llama_jax.storage import enable_bucket
@@ -187,9 +188,9 @@ def test_prepared_rows_in_a_bucket(run, gcs, corpus, tmp_path):
     tokenizer = load_tokenizer(RUN)
     documents = list(read_documents('gs://bucket/data/*.txt', separator='<|endoftext|>'))
     assert documents == list(read_documents(str(corpus), separator='<|endoftext|>'))
-    here = write_prepared(documents[:40], tokenizer, 64, tmp_path / 'rows', rows_per_shard=20)
+    here = write_prepared(documents[:40], tokenizer, 64, tmp_path / 'rows', unit_bytes=3000)
     assert not is_prepared('gs://bucket/rows')
-    assert write_prepared(documents[:40], tokenizer, 64, 'gs://bucket/rows', rows_per_shard=20) == here
+    assert write_prepared(documents[:40], tokenizer, 64, 'gs://bucket/rows', unit_bytes=3000) == here
     assert is_prepared('gs://bucket/rows')
     wanted, found = PreparedRows(tmp_path / 'rows'), PreparedRows('gs://bucket/rows')
     assert len(found) == len(wanted) > 20

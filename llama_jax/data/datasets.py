@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from llama_jax.data.loader import batches
 from llama_jax.data.mixture import mix
-from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents
+from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents, tokenize_units
 from llama_jax.data.prepared import PreparedRows, is_prepared
-from llama_jax.data.sources import check_source, read_documents
+from llama_jax.data.sources import Reading, check_source, read_documents
+from llama_jax.data.units import UNIT_BYTES, cut_texts, is_held_out, read_units
 from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.table import html_of
 from llama_jax.tokenizer.protocol import required
@@ -97,6 +98,7 @@ def pretrain_dataset(
     text_key: str = 'text',
     separator: str = '',
     seed: int = 0,
+    unit_bytes: int = UNIT_BYTES,
     progress: Progress | None = None,
 ) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources of a run; folders of prepared rows are just opened.
@@ -116,6 +118,7 @@ def pretrain_dataset(
       text_key: field of the text in JSON lines and TFDS.
       separator: where text files are cut into documents.
       seed: of the shuffling.
+      unit_bytes: of the text that is packed together, where a source is text; 0: all of it, as it was once.
       progress: called after each batch of a source, counting from its start.
 
     Raises:
@@ -136,12 +139,12 @@ def pretrain_dataset(
         if is_prepared(source):
             rows.append(_open_prepared(source, tokenizer, seq_len))
             continue
-        documents = read_documents(source, text_key=text_key, separator=separator)
+        documents = read_units(source, Reading(text_key, separator), unit_bytes)
         documents = _hold_out(documents, fraction, held_out)
-        rows.append(PackedRows(tokenize_documents(documents, tokenizer, progress), seq_len))
+        rows.append(PackedRows(tokenize_units(documents, tokenizer, progress), seq_len))
     if texts is not None:
-        documents = _hold_out(_checked_texts(texts), fraction, held_out)
-        rows.append(PackedRows(tokenize_documents(documents, tokenizer, progress), seq_len))
+        documents = _hold_out(cut_texts(_checked_texts(texts), unit_bytes), fraction, held_out)
+        rows.append(PackedRows(tokenize_units(documents, tokenizer, progress), seq_len))
     prepared = [source for source in validation if is_prepared(source)]
     if prepared and len(validation) > 1:
         raise InputError(f'validation mixes the prepared folder {prepared[0]} with others; give it alone')
@@ -226,26 +229,27 @@ def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
         raise InputError('texts hold no document; give at least one')
 
 
-def _hold_out(documents: Iterable[str], fraction: float, held_out: list[str]) -> Iterator[str]:
-    """Passes documents on, but for `fraction` of them by the hash of their text, which go to `held_out`.
+def _hold_out(
+    documents: Iterable[tuple[int, str]], fraction: float, held_out: list[str]
+) -> Iterator[tuple[int, str]]:
+    """Passes (unit, text) on, but for `fraction` of the texts by their hash, which go to `held_out`.
 
     Of a single document, such as one book in a file, it is the end that is held out, from the beginning of a line.
     """
     documents = iter(documents)
     first_two = list(itertools.islice(documents, 2))
     if fraction and len(first_two) == 1:
-        text = first_two[0]
+        unit, text = first_two[0]
         middle = int(len(text) * (1 - fraction))
         cut = text.rfind('\n', 0, middle) + 1 or middle
         if cut:
             held_out.append(text[cut:])
-            first_two = [text[:cut]]
-    for number, text in enumerate(itertools.chain(first_two, documents)):
-        digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
-        if number and int.from_bytes(digest[:8], 'big') < fraction * 2**64:
+            first_two = [(unit, text[:cut])]
+    for number, (unit, text) in enumerate(itertools.chain(first_two, documents)):
+        if number and is_held_out(text, fraction):
             held_out.append(text)
         else:
-            yield text
+            yield unit, text
 
 
 def _open_prepared(directory: str, tokenizer: Tokenizer, seq_len: int) -> PreparedRows:

@@ -1,7 +1,7 @@
-"""Packed rows on disk: ArrayRecord shards and a manifest that is written last.
+"""Packed rows on disk, as training reads them: ArrayRecord shards and their manifest, which `shards` wrote.
 
-A record is the row's tokens in the manifest's dtype, then its segment ids as uint32. The manifest makes the
-folder readable, so a run that was cut off leaves nothing that passes for data.
+Format 2 has a shard for each unit, packed by itself. In format 1, which is read and no longer written, a row may go on
+from one shard to the next.
 """
 
 import bisect
@@ -10,24 +10,22 @@ import errno
 import functools
 import hashlib
 import itertools
-import json
 import os
 import resource
-import tempfile
-from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 import numpy as np
 from etils import epath
 
-from llama_jax.data.packing import Progress, Row, StreamFingerprint, pad_row, token_dtype, tokenized_chunks
+from llama_jax.data.packing import Row, count_rows, pad_row
 from llama_jax.json_file import read_object
-from llama_jax.storage import enable_bucket, new_folder, system_failures, write_atomically
-from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, SystemFailure, error_line
+from llama_jax.storage import enable_bucket
+from llama_jax.types import InputError, error_line
 
 MANIFEST = 'manifest.json'
-_FORMAT = 'llama_jax packed rows 1'
+FORMAT = 'llama_jax packed rows 2'
+_FORMAT_1 = 'llama_jax packed rows 1'
+VALIDATION = 'validation'  # the folder, in that of a source, of what is held out of it
 _KEYS = {
     'seq_len': int,
     'vocab_size': int,
@@ -40,153 +38,29 @@ _KEYS = {
     'tokenizer_sha256': str,
     'shards': list,
 }
+_SHARD_KEYS = {'file': str, 'rows': int, 'bytes': int, 'sha256': str}
+_UNIT_KEYS = {'documents': int, 'tokens': int, 'text_bytes': int, 'fingerprint': str}
 
 
 def is_prepared(source: str) -> bool:
-    """Whether `source` is a folder that `write_prepared` finished."""
+    """Whether `source` is a folder of prepared rows that is finished."""
     if not source or source.startswith(('tfds:', 'python_stdlib')):
         return False
     enable_bucket(source)
     return (epath.Path(source) / MANIFEST).exists()
 
 
-def write_prepared(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    seq_len: int,
-    directory: str | os.PathLike,
-    *,
-    rows_per_shard: int = 1 << 16,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Tokenises, packs and writes documents as they come; memory does not grow with the corpus.
-
-    Args:
-      documents: texts, read once.
-      tokenizer: gives the ids.
-      seq_len: T; a row has T + 1 tokens.
-      directory: made where missing; it appears whole, and in a bucket is whole when its manifest is there.
-      rows_per_shard: rows in each file but the last.
-      progress: called after each batch.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      InputError: there is something in the directory already, or there are fewer than 2 tokens.
-      SystemFailure: the disk is full, or broken.
-    """
-    from array_record.python import array_record_module
-
-    enable_bucket(directory)
-    folder = epath.Path(directory)
-    if seq_len < 1:
-        raise InputError(f'seq_len is {seq_len}; it must be 1 or more')
-    if (folder / MANIFEST).exists():
-        raise InputError(f'{directory} already holds prepared data; delete it or write elsewhere')
-    totals = {'num_rows': 0, 'num_documents': 0, 'num_tokens': 0, 'num_bytes': 0}
-    fingerprint = StreamFingerprint()
-    shards: list[dict[str, Any]] = []
-    writer = None
-    dtype = token_dtype(tokenizer)
-    with contextlib.ExitStack() as at_exit:
-        in_bucket = '://' in os.fspath(folder)
-        if in_bucket:  # ArrayRecord reads them and does not write to them
-            local = epath.Path(at_exit.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            local = at_exit.enter_context(new_folder(folder))
-
-        def finish(shard: dict[str, Any]) -> None:
-            nonlocal writer
-            assert writer is not None
-            writer.close()
-            writer = None
-            file = local / shard['file']
-            with system_failures(f'{folder / file.name} cannot be written'):
-                shard |= {'bytes': file.stat().length, 'sha256': _sha256(file)}
-                if in_bucket:
-                    file.copy(folder / file.name, overwrite=True)
-                    file.unlink()
-
-        try:
-            for row in _stream_rows(documents, tokenizer, seq_len, totals, fingerprint, progress):
-                if writer is None:
-                    file = local / f'rows-{len(shards):05d}.array_record'
-                    writer = array_record_module.ArrayRecordWriter(os.fspath(file), 'group_size:1,zstd:1')
-                    shards.append({'file': file.name, 'rows': 0})
-                writer.write(
-                    row['tokens'].astype(dtype).tobytes() + row['segment_ids'].astype('<u4').tobytes()
-                )
-                totals['num_rows'] += 1
-                shards[-1]['rows'] += 1
-                if shards[-1]['rows'] == rows_per_shard:
-                    finish(shards[-1])
-            if writer is not None:
-                finish(shards[-1])
-        except RuntimeError as error:
-            if '() failed: ' not in str(error):  # how ArrayRecord tells what the system has refused
-                raise
-            raise SystemFailure(f'{folder} cannot be written: {error_line(error)}') from error
-        finally:
-            if writer is not None:
-                with contextlib.suppress(RuntimeError):  # it was told
-                    writer.close()
-        if not shards:
-            raise InputError(
-                f'the corpus has {totals["num_tokens"]} tokens; 2 are the least to train on: give more text'
-            )
-        manifest = {
-            'format': _FORMAT,
-            'seq_len': seq_len,
-            'vocab_size': tokenizer.vocab_size,
-            'dtype': dtype.name,
-            **totals,
-            'fingerprint': fingerprint.hexdigest(),
-            'tokenizer_sha256': tokenizer.sha256,
-            'shards': shards,
-        }
-        place = folder if in_bucket else local
-        for stale in place.glob('rows-*.array_record'):  # of a run that was cut off
-            if stale.name not in {shard['file'] for shard in shards}:
-                stale.unlink()
-        write_atomically(place / MANIFEST, json.dumps(manifest, indent=1).encode())
-    return manifest
-
-
-def _stream_rows(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    seq_len: int,
-    totals: dict[str, int],
-    fingerprint: StreamFingerprint,
-    progress: Progress | None,
-) -> Iterator[Row]:
-    """The rows of `PackedRows`, one after another; adds to `totals` and `fingerprint` on the way."""
-    tokens = np.zeros(0, token_dtype(tokenizer))  # not yet in a row, or shared with the next one
-    numbers = np.zeros(0, np.int64)  # of the documents that they belong to
-    for chunk in tokenized_chunks(documents, tokenizer, progress):
-        fingerprint.update(chunk.tokens, chunk.starts + totals['num_tokens'])
-        is_start = np.zeros(len(chunk.tokens), np.int64)
-        is_start[chunk.starts] = 1
-        tokens = np.concatenate([tokens, chunk.tokens])
-        numbers = np.concatenate([numbers, totals['num_documents'] + np.cumsum(is_start)])
-        totals['num_documents'] += len(chunk.starts)
-        totals['num_tokens'] += len(chunk.tokens)
-        totals['num_bytes'] += chunk.num_bytes
-        begin = 0
-        while begin + seq_len < len(tokens):
-            row = slice(begin, begin + seq_len + 1)
-            yield pad_row(tokens[row], 1 + numbers[row] - numbers[begin], seq_len)
-            begin += seq_len
-        tokens, numbers = tokens[begin:], numbers[begin:]
-    if len(tokens) > 1:
-        yield pad_row(tokens, 1 + numbers - numbers[0], seq_len)
-
-
 def _max_open_shards() -> int:
-    """A quarter of the descriptors that the process may have; an open shard holds one, and some 0.8 MB."""
+    """Half of the descriptors that the process may have, for which it takes all that it can get.
+
+    An open shard holds one, and 13 bytes a row; to open it takes 4 ms.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(limit // 4, 1) if 0 <= limit < 4096 else 1024
+    return max(limit // 2, 1) if 0 <= limit < 1 << 15 else 1 << 14
 
 
 # Of all folders together; a reader that a thread still uses is closed when it is done.
@@ -201,18 +75,20 @@ def _open_shard(file: str, sha256: str) -> Any:
 
 
 class PreparedRows:
-    """Rows that `write_prepared` wrote; the same contract, and the same rows, as `packing.PackedRows`.
+    """Rows of a folder; the same contract, and the same rows, as `packing.PackedRows`.
 
     Attributes:
       tokenizer_sha256: hash of the tokenizer file that made the tokens.
       vocab_size: of that tokenizer.
+      in_units: whether it is of format 2.
+      manifest: what the folder says of itself.
     """
 
     def __init__(self, directory: str | os.PathLike, seq_len: int | None = None):
         """Opens a folder and checks its files against the manifest: presence and size, not content.
 
         Args:
-          directory: what `write_prepared` wrote.
+          directory: prepared, and finished.
           seq_len: T wanted; rows are cut into whole parts, so it must divide the folder's own, which is the
             default.
 
@@ -241,24 +117,34 @@ class PreparedRows:
         self.num_bytes = manifest['num_bytes']
         self.tokenizer_sha256 = manifest['tokenizer_sha256']
         self.vocab_size = manifest['vocab_size']
+        self.manifest = manifest
+        self.in_units = manifest['format'] == FORMAT
         self._shards = manifest['shards']
+        sizes = _list_sizes(self._folder)
         for shard in self._shards:
             file = self._folder / shard['file']
-            if not file.exists():
+            if shard['file'] not in sizes:
                 raise InputError(f'{file} is missing; copy {directory} again or prepare it again')
-            if file.stat().length != shard['bytes']:
+            if sizes[shard['file']] != shard['bytes']:
                 raise InputError(
-                    f'{file} has {file.stat().length} bytes where its manifest says {shard["bytes"]}; '
+                    f'{file} has {sizes[shard["file"]]} bytes where its manifest says {shard["bytes"]}; '
                     'it is cut short or changed: copy or prepare it again'
                 )
-        self._ends = list(itertools.accumulate(shard['rows'] for shard in self._shards))
+        if self.in_units:
+            rows = [count_rows(shard['tokens'], self.seq_len) for shard in self._shards]
+        else:  # one stream: its last row alone may be shorter
+            rows = [shard['rows'] * self._parts for shard in self._shards]
+            rows[-1] += count_rows(self.num_tokens, self.seq_len) - sum(rows)
+        self._ends = list(itertools.accumulate(rows))
 
     def __len__(self) -> int:
-        return -(-(self.num_tokens - 1) // self.seq_len)
+        return self._ends[-1]
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        number, part = divmod(range(len(self))[index], self._parts)
-        record = self._read(number)
+        number = range(len(self))[index]
+        shard, row_of_shard = self.find(number)
+        stored, part = divmod(row_of_shard, self._parts)
+        record = self._read(shard, stored, number)
         width = (self._stored + 1) * self._dtype.itemsize
         if len(record) != width + (self._stored + 1) * 4:
             raise InputError(f'row {number} of {self._folder} has {len(record)} bytes; prepare it again')
@@ -268,13 +154,17 @@ class PreparedRows:
         offset = segment_ids[0] - 1
         return pad_row(tokens, np.where(segment_ids > 0, segment_ids - offset, 0), self.seq_len)
 
-    def _read(self, number: int) -> bytes:
-        """The record of a stored row."""
-        place = bisect.bisect_right(self._ends, number)
+    def find(self, number: int) -> tuple[int, int]:
+        """(shard, row in it) of a row."""
+        shard = bisect.bisect_right(self._ends, number)
+        return shard, number - (self._ends[shard - 1] if shard else 0)
+
+    def _read(self, place: int, stored: int, number: int) -> bytes:
+        """A record of a shard; `number` is that of the row, for messages."""
         shard = self._shards[place]
         file = os.fspath(self._folder / shard['file'])
         try:
-            return _open_shard(file, shard['sha256']).read([number - self._ends[place] + shard['rows']])[0]
+            return _open_shard(file, shard['sha256']).read([stored])[0]
         except (RuntimeError, IndexError) as error:
             _open_shard.cache_clear()  # a reader that failed would fail for ever
             reason = error_line(error)
@@ -296,8 +186,20 @@ class PreparedRows:
         """Compares every shard with its hash; raises InputError naming the first that differs."""
         for shard in self._shards:
             file = self._folder / shard['file']
-            if _sha256(file) != shard['sha256']:
+            if sha256_of(file) != shard['sha256']:
                 raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
+
+
+def _list_sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of the files of a folder, by one listing."""
+    if '://' not in os.fspath(folder):
+        with os.scandir(folder) as found:
+            return {file.name: file.stat().st_size for file in found if file.is_file()}
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(os.fspath(folder))
+    found = system.ls(name, detail=True)
+    return {file['name'].rpartition('/')[2]: file['size'] for file in found if file['type'] == 'file'}
 
 
 def _read_manifest(folder: epath.Path) -> dict[str, Any]:
@@ -310,18 +212,25 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
         raise InputError(
             f'{folder} has no {MANIFEST}: nothing was prepared there, or it was cut off'
         ) from error
-    if manifest.get('format') != _FORMAT:
-        raise InputError(f'{file} is not a manifest of {_FORMAT!r}; prepare it again')
+    if manifest.get('format') not in (FORMAT, _FORMAT_1):
+        raise InputError(f'{file} is not a manifest of {FORMAT!r}; prepare it again')
+    in_units = manifest['format'] == FORMAT
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
     if not wrong:
-        num_rows = -(-(manifest['num_tokens'] - 1) // max(manifest['seq_len'], 1))
+        seq_len, shards = max(manifest['seq_len'], 1), manifest['shards']
+        described = all(_is_shard(shard, in_units) for shard in shards)
+        if in_units and described:
+            described = all(shard['rows'] == count_rows(shard['tokens'], seq_len) for shard in shards)
+            described = described and sum(shard['tokens'] for shard in shards) == manifest['num_tokens']
+        num_rows = sum(shard['rows'] for shard in shards) if described else 0
+        if not in_units:
+            num_rows = count_rows(manifest['num_tokens'], seq_len)
         is_right = {
             'seq_len': 0 < manifest['seq_len'] < 2**31,
             'vocab_size': 0 < manifest['vocab_size'] < 2**31,
             'dtype': manifest['dtype'] in ('uint16', 'uint32'),
-            'num_rows': manifest['num_rows'] == num_rows > 0,
-            'shards': all(map(_is_shard, manifest['shards']))
-            and sum(shard['rows'] for shard in manifest['shards']) == num_rows,
+            'shards': described and sum(shard['rows'] for shard in shards) == num_rows,
+            'num_rows': not described or manifest['num_rows'] == num_rows > 0,
         }
         wrong = [key for key, right in is_right.items() if not right]
     if wrong:
@@ -329,16 +238,17 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_shard(shard: object) -> bool:
+def _is_shard(shard: object, in_units: bool) -> bool:
     """Whether an entry describes a file of the folder itself."""
     if not isinstance(shard, dict):
         return False
-    kinds = {'file': str, 'rows': int, 'bytes': int, 'sha256': str}
+    kinds = _SHARD_KEYS | (_UNIT_KEYS if in_units else {})
     is_typed = all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
     return is_typed and '/' not in shard['file'] and min(shard['rows'], shard['bytes']) >= 0
 
 
-def _sha256(file: epath.Path) -> str:
+def sha256_of(file: epath.Path) -> str:
+    """Of a file's content."""
     digest = hashlib.sha256()
     with file.open('rb') as stream:
         while block := stream.read(1 << 24):

@@ -87,16 +87,22 @@ def read_documents(
     """
     empty, reading = True, Reading(text_key, separator)
     for file in list_files(source):
-        for record in read_file(file, reading):
-            if isinstance(record.content, InputError):
-                if bad is None:
-                    raise record.content
-                bad.add(record.content)
-            elif record.content:
-                empty = False
-                yield record.content
+        for text in read_texts(file, reading, bad):
+            empty = False
+            yield text
     if empty:
         raise InputError(f'source {source!r} holds no text: every document is empty')
+
+
+def read_texts(file: str, reading: Reading, bad: BadRecords | None = None) -> Iterator[str]:
+    """The texts of one of `list_files` that are not empty; see `read_documents`."""
+    for record in read_file(file, reading):
+        if isinstance(record.content, InputError):
+            if bad is None:
+                raise record.content
+            bad.add(record.content)
+        elif record.content:
+            yield record.content
 
 
 def list_files(source: str) -> list[str]:

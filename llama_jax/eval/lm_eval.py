@@ -256,7 +256,7 @@ class _TemplatedTokenizer:
             ids = ids[1:]
         return [self._tokenizer.bos_id] * bos + ids + [self._tokenizer.eos_id] * eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
         """Ids of many texts."""
         plain = [text for text in texts if not self._split.search(text)]
         found = dict(zip(plain, self._tokenizer.encode_batch(plain), strict=True)) if plain else {}

@@ -134,8 +134,9 @@ class HuggingFaceTokenizer(Ended):
             ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts, without BOS and EOS, on all cores."""
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, on all cores but where RAYON_NUM_THREADS says otherwise."""
+        del num_threads
         texts = [without_surrogates(text) for text in texts]
         with refused(f'{self.path} cannot encode one of {len(texts)} texts'):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -56,8 +56,8 @@ class Tokenizer(Protocol):
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts (int32 or uint32, no BOS, no EOS), on all cores."""
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
+        """Ids of many texts (int32 or uint32, no BOS, no EOS), in so many threads; 0: as many as there are cores."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

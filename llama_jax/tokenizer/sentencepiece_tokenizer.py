@@ -75,10 +75,12 @@ class SentencePieceTokenizer(Ended):
             ids += self._processor.Encode(part) if id is None else [id]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts, without BOS and EOS, on all cores."""
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, in so many threads; 0: as many as there are cores."""
         texts = [without_surrogates(text) for text in texts]
-        return self._processor.Encode(texts, return_type='numpy', num_threads=os.cpu_count() or 1)
+        return self._processor.Encode(
+            texts, return_type='numpy', num_threads=num_threads or os.cpu_count() or 1
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without control tokens and the dummy-prefix space, as in Meta's wrapper."""

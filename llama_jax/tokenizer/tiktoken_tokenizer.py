@@ -73,9 +73,9 @@ class TiktokenTokenizer(Ended):
             ids += self._encode(part).tolist() if id is None else [id]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts, without BOS and EOS, on all cores."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # tiktoken lets go of the GIL
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
+        """Ids of many texts, without BOS and EOS, in so many threads; 0: as many as there are cores."""
+        with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:  # tiktoken lets go of the GIL
             return list(pool.map(self._encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.datasets import pretrain_dataset, train_tokenizer
-from llama_jax.data.prepared import write_prepared
+from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import read_documents
 from llama_jax.types import InputError
 

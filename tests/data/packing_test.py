@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import json
 import os
 import resource
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from llama_jax.data import prepared
-from llama_jax.data.packing import PackedRows, lm_batch, tokenize_documents
-from llama_jax.data.prepared import PreparedRows, is_prepared, write_prepared
+from llama_jax.data.packing import PackedRows, lm_batch, tokenize_documents, tokenize_units
+from llama_jax.data.prepared import PreparedRows, is_prepared
+from llama_jax.data.shards import write_prepared
 from llama_jax.types import InputError
 
 
@@ -101,32 +103,95 @@ def test_too_little_to_pack_is_refused():
         PackedRows(tokenize_documents(['a'], Letters()), 0)
 
 
-@pytest.mark.parametrize('vocab_size', [300, 70_000])
-def test_prepared_rows_are_the_rows_in_memory(tmp_path, vocab_size, monkeypatch):
+def in_units(texts, unit_bytes):
+    """(unit, text) as `units.Cutter` cuts a single file; said again, in its own words."""
+    unit = size = 0
+    for text in texts:
+        if unit_bytes and size >= unit_bytes:
+            unit, size = unit + 1, 0
+        size += len(text.encode())
+        yield unit, text
+
+
+@pytest.mark.parametrize(('vocab_size', 'unit_bytes'), [(300, 200), (70_000, 200), (300, 1), (300, 1 << 20)])
+def test_prepared_rows_are_the_rows_in_memory(tmp_path, vocab_size, unit_bytes, monkeypatch):
     from llama_jax.data import packing
 
     tokenizer, texts = Letters(vocab_size), documents()
-    in_memory = PackedRows(tokenize_documents(texts, tokenizer), 32)
+    in_memory = PackedRows(tokenize_units(in_units(texts, unit_bytes), tokenizer), 32)
     batches = packing._batches
     monkeypatch.setattr(packing, '_batches', lambda texts, max_chars: batches(texts, 50))  # many chunks
-    manifest = write_prepared(iter(texts), tokenizer, 32, tmp_path / 'p', rows_per_shard=10)
+    manifest = write_prepared(iter(texts), tokenizer, 32, tmp_path / 'p', unit_bytes=unit_bytes)
     prepared = PreparedRows(tmp_path / 'p')
-    assert len(manifest['shards']) == -(-len(in_memory) // 10) > 2
+    assert len(manifest['shards']) == len(set(unit for unit, _ in in_units(texts, unit_bytes)))
     assert len(prepared) == len(in_memory) == manifest['num_rows']
     for name in ('seq_len', 'fingerprint', 'num_documents', 'num_tokens', 'num_bytes'):
         assert getattr(prepared, name) == getattr(in_memory, name), name
     for one, other in zip(stack(prepared), stack(in_memory), strict=True):
         np.testing.assert_array_equal(one, other)
-    shorter = PackedRows(tokenize_documents(texts, tokenizer), 8)
+    shorter = PackedRows(tokenize_units(in_units(texts, unit_bytes), tokenizer), 8)
     assert len(PreparedRows(tmp_path / 'p', 8)) == len(shorter)
     for one, other in zip(stack(PreparedRows(tmp_path / 'p', 8)), stack(shorter), strict=True):
         np.testing.assert_array_equal(one, other)
     prepared.verify()
 
 
+def test_of_a_single_unit_the_fingerprint_is_that_of_one_stream():
+    """Runs begun before there were units go on with what they have in memory."""
+    texts = documents()
+    whole = tokenize_documents(texts, Letters())
+    assert tokenize_units(((3, text) for text in texts), Letters()).fingerprint == whole.fingerprint
+    assert tokenize_units(in_units(texts, 200), Letters()).fingerprint != whole.fingerprint
+
+
+def write_format_1(folder, texts, tokenizer, seq_len, rows_per_shard):
+    """Rows of one stream, shard after shard, as they were once written."""
+    from array_record.python import array_record_module
+
+    corpus = tokenize_documents(texts, tokenizer)
+    rows, shards = PackedRows(corpus, seq_len), []
+    folder.mkdir()
+    for first in range(0, len(rows), rows_per_shard):
+        file = folder / f'rows-{len(shards):05d}.array_record'
+        writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,zstd:1')
+        part = [rows[i] for i in range(first, min(first + rows_per_shard, len(rows)))]
+        for row in part:
+            writer.write(
+                row['tokens'].astype(corpus.tokens.dtype).tobytes()
+                + row['segment_ids'].astype('<u4').tobytes()
+            )
+        writer.close()
+        data = file.read_bytes()
+        shards.append({
+            'file': file.name, 'rows': len(part), 'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest(),
+        })  # fmt: skip
+    manifest = {
+        'format': 'llama_jax packed rows 1', 'seq_len': seq_len, 'vocab_size': tokenizer.vocab_size,
+        'dtype': corpus.tokens.dtype.name, 'num_rows': len(rows), 'num_documents': corpus.num_documents,
+        'num_tokens': corpus.num_tokens, 'num_bytes': corpus.num_bytes, 'fingerprint': corpus.fingerprint,
+        'tokenizer_sha256': tokenizer.sha256, 'shards': shards,
+    }  # fmt: skip
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    return rows
+
+
+@pytest.mark.parametrize('seq_len', [32, 8])
+def test_format_1_still_opens(tmp_path, seq_len):
+    write_format_1(tmp_path / 'p', documents(), Letters(), 32, rows_per_shard=10)
+    in_memory, prepared = (
+        PackedRows(tokenize_documents(documents(), Letters()), seq_len),
+        PreparedRows(tmp_path / 'p', seq_len),
+    )
+    assert not prepared.in_units and len(prepared) == len(in_memory)
+    assert prepared.fingerprint == in_memory.fingerprint
+    for one, other in zip(stack(prepared), stack(in_memory), strict=True):
+        np.testing.assert_array_equal(one, other)
+    prepared.verify()
+
+
 def test_bad_prepared_folders_are_named(tmp_path):
     folder = tmp_path / 'p'
-    write_prepared(documents(), Letters(), 32, folder, rows_per_shard=10)
+    write_prepared(documents(), Letters(), 32, folder, unit_bytes=300)
 
     def error(call, *args):
         with pytest.raises(InputError) as caught:
@@ -169,7 +234,7 @@ def test_bad_prepared_folders_are_named(tmp_path):
 
 
 def test_many_shards_take_few_descriptors(tmp_path):
-    write_prepared(documents(), Letters(), 8, tmp_path, rows_per_shard=1)
+    write_prepared(documents(), Letters(), 8, tmp_path, unit_bytes=1)
     rows = PreparedRows(tmp_path)
     assert len(rows) > 60
 
@@ -192,17 +257,16 @@ def test_many_shards_take_few_descriptors(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert rows[3]['tokens'].shape == (9,)
-        (tmp_path / 'rows-00005.array_record').unlink()
-        with pytest.raises(
-            InputError, match='rows-00005.array_record cannot be read at row 5: .*No such file'
-        ):
-            rows[5]
+        file = rows.manifest['shards'][rows.find(100)[0]]['file']
+        (tmp_path / file).unlink()
+        with pytest.raises(InputError, match=f'{file} cannot be read at row 100: .*No such file'):
+            rows[100]
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     script = (
         'import itertools, sys; sys.path.insert(0, "."); from tests.data.packing_test import *;'
-        'write_prepared(itertools.cycle(documents()), Letters(), 32, sys.argv[1], rows_per_shard=100)'
+        'write_prepared(itertools.cycle(documents()), Letters(), 32, sys.argv[1], unit_bytes=3000)'
     )
     folder = tmp_path / 'rows'
     process = subprocess.Popen([sys.executable, '-c', script, str(folder)])
@@ -216,7 +280,9 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     with pytest.raises(InputError, match='has no manifest.json'):
         PreparedRows(folder)
     manifest = write_prepared(documents(), Letters(), 32, folder)  # the same command again
-    assert sorted(path.name for path in folder.iterdir()) == ['manifest.json', 'rows-00000.array_record']
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'documents-00000.npy.zst', 'manifest.json', 'rows-00000.array_record',
+    ]  # fmt: skip
     assert len(PreparedRows(folder)) == manifest['num_rows']
     with pytest.raises(InputError, match='already holds prepared data'):
         write_prepared(documents(), Letters(), 32, folder)
