@@ -41,6 +41,14 @@ class Spelling:
     preamble_with_input: str = ''
     strip: bool = True
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The words that begin a turn, by which a reader would take what is said for another's."""
+        begins = (
+            words.partition('{}')[0].rstrip() for words in (self.system, self.user, self.input, self.answer)
+        )
+        return tuple(filter(None, begins))
+
 
 _TASK = 'Below is an instruction that describes a task'
 _REQUEST = 'Write a response that appropriately completes the request.\n\n'
@@ -155,6 +163,12 @@ class TextFormat:
         for number, message in enumerate(checked):
             if message.role == 'system' and number:
                 raise InputError(f'message {number} is by the system; only the first may be')
+            said = (self._own(message.content), self._own(message.input))
+            if tag := next((tag for tag in self._spelling.tags if any(tag in text for text in said)), ''):
+                raise InputError(
+                    f'message {number} ({message.role}) contains {json.dumps(tag)}, with which a turn of this format '
+                    'begins; take it out, or choose a format with special tokens'
+                )
             if message.python_tag or not message.end_of_turn:
                 raise InputError(f'message {number} calls a tool; this format has none, so use llama3')
         check_last(checked, (last,))
