@@ -1,8 +1,8 @@
-"""Direct preference optimisation of a policy: --config=configs/dpo.py:llama3_8b, :MODEL,tulu2 or :MODEL,tulu3.
+"""Direct preference optimisation of a policy: --config=configs/dpo.py:llama3_8b, :MODEL,tulu2, ,tulu3 or ,kto.
 
 Without more: the Llama 3 paper, section 4.1.4, with its two changes, stop tokens masked and a likelihood beside the
 loss. tulu2 (Ivison et al. 2023): sums of log-probabilities at 5e-7. tulu3 (Lambert et al. 2024): normalised by length.
-Rows hold whole pairs; `train.batch_size` counts rows.
+kto (Ethayarajh et al. 2024): answers that were judged alone. Rows hold whole pairs; `train.batch_size` counts rows.
 """
 
 from ml_collections import ConfigDict
@@ -11,10 +11,10 @@ from configs import sections
 
 
 def get_config(recipe: str = 'llama3_8b') -> ConfigDict:
-    """MODEL, MODEL,tulu2 or MODEL,tulu3."""
+    """MODEL, MODEL,tulu2, MODEL,tulu3 or MODEL,kto."""
     model, _, kind = recipe.partition(',')
-    if kind not in ('', 'tulu2', 'tulu3'):
-        raise ValueError(f'{kind!r} is no recipe of dpo; there are tulu2 and tulu3')
+    if kind not in ('', 'tulu2', 'tulu3', 'kto'):
+        raise ValueError(f'{kind!r} is no recipe of dpo; there are tulu2, tulu3 and kto')
     config = sections.preferences(model)
     config.data.train = 'data/preferences.jsonl'
     config.train.batch_size = 48  # rows: some 128 pairs of 1,600 tokens
@@ -27,7 +27,7 @@ def get_config(recipe: str = 'llama3_8b') -> ConfigDict:
         'sigmoid'  # robust, hinge, ipo, sigmoid_norm, simpo, orpo, kto: llama_jax/losses/dpo.py
     )
     config.loss.beta = 0.1  # how much a log-probability counts
-    config.loss.constants = ''  # of some losses: label_smoothing=0.1 (sigmoid, robust), margin=1 (simpo)
+    config.loss.constants = ''  # label_smoothing=0.1 (sigmoid, robust), margin=1 (simpo), desirable=1.3 (kto)
     config.loss.nll = 0.2  # weight of the chosen answer's -log-probability a token
     config.loss.mask_format = True  # stop tokens and the like are not compared
     config.loss.reference = 'live'  # or kept: its log-probabilities are computed once, into the workdir
@@ -40,4 +40,7 @@ def get_config(recipe: str = 'llama3_8b') -> ConfigDict:
     if kind == 'tulu3':
         config.loss.kind = 'sigmoid_norm'
         config.loss.beta = 5.0
+    if kind == 'kto':
+        config.loss.kind = 'kto'
+        config.data.train = 'data/judged.jsonl'
     return config

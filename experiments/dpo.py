@@ -1,4 +1,4 @@
-"""Trains a policy on pairs of answers, without a reward model: DPO and its kin.
+"""Trains a policy on pairs of answers, or on answers judged alone, without a reward model: DPO and its kin.
 
     python -m experiments.dpo --config=configs/dpo.py:llama3_8b --workdir=DIR --checkpoint=CKPT
 
@@ -8,6 +8,7 @@ nothing.
 """
 
 from experiments import launch, preferences, training
+from experiments.baseline import held_out_baseline, with_baseline
 from experiments.objective import loss_of, objective_of, reading_model
 from experiments.reference import frozen_reference, keep_reference
 from llama_jax import runtime
@@ -32,7 +33,7 @@ def main() -> None:
             )
     plan = training.plan(config, **flags, check_data=check_records)
     with runtime.refused_by_all():
-        data = preferences.read_data(plan)
+        data = preferences.read_data(plan, judged=not loss.has_pairs)
     plan = training.in_epochs(plan, data.num_rows)
     live = loss.has_reference and config.loss.reference == 'live'
     objective = objective_of(
@@ -42,12 +43,19 @@ def main() -> None:
     run = training.begin(plan, objective, data.fingerprint)
     if loss.has_reference and not live:
         keep_reference(run, data)
+        if data.others:
+            keep_reference(run, data.others, 'reference_others.npz')
     rows = batches(data.train, objective.batch, collate=collate_preferences, rows_consumed=run.rows_before)
+    next_batch, baseline = lambda state, step: next(rows), lambda state: 0.0
+    if data.others:
+        next_batch = with_baseline(plan, objective, data.others, rows, run.rows_before)
+        if data.validation:
+            baseline = held_out_baseline(plan, objective, data.others)
     measurements = []
     if data.validation:
-        figures = ('accuracy', 'reward_margin')
-        measurements = [preferences.validation(plan, objective, data.validation, figures)]
-    trained = training.fit(run, lambda state, step: next(rows), measurements)
+        figures = ('accuracy', 'reward_margin' if loss.has_pairs else 'reward')
+        measurements = [preferences.validation(plan, objective, data.validation, figures, baseline)]
+    trained = training.fit(run, next_batch, measurements)
     if trained.stopped:
         return
     report = {'step': trained.step}

@@ -143,11 +143,6 @@ def loss_of(config: ConfigDict) -> PreferenceLoss:
     """`config.loss` as the dataclass that the library takes."""
     if config.loss.reference not in ('live', 'kept'):
         raise InputError(f'--config.loss.reference={config.loss.reference} is neither live nor kept')
-    if config.loss.kind == 'kto':
-        raise InputError(
-            '--config.loss.kind=kto compares with answers to other prompts, which rows of pairs do not hold; choose '
-            'another loss'
-        )
     given = {name: value for name, value in config.loss.items() if name not in ('reference', 'constants')}
     with flags_named(*(f'--config.loss.{name}' for name in config.loss)):
         return PreferenceLoss(**given, **_constants(config.loss.constants))
@@ -155,7 +150,7 @@ def loss_of(config: ConfigDict) -> PreferenceLoss:
 
 def _constants(text: str) -> dict[str, Any]:
     """'label_smoothing=0.1' as {'label_smoothing': 0.1}."""
-    names = ('label_smoothing', 'margin')
+    names = ('label_smoothing', 'margin', 'desirable', 'undesirable')
     try:
         pairs = [
             (name.strip(), float(value)) for name, value in (part.split('=') for part in split_list(text))

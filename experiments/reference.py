@@ -41,19 +41,20 @@ def frozen_reference(plan: Plan) -> Params:
     return first_params(plan.model, plan.base, plan.config.seed, target)
 
 
-def keep_reference(run: Run, data: PreferenceData) -> None:
+def keep_reference(run: Run, data: PreferenceData, name: str = REFERENCE_FILE) -> None:
     """Gives all rows the log-probabilities of their answers under the policy that training starts from.
 
     They are computed once, and read from the workdir when the run goes on.
     """
     plan, config = run.plan, run.plan.config
+    assert plan.base is not None
     sources = [*data.train_rows, *([data.validation] if data.validation else [])]
     known = {
-        'rows': [rows.fingerprint for rows in sources], 'checkpoint': _identity(plan), 'model': config.model.dtype,
-        'mask_format': config.loss.mask_format,
+        'rows': [rows.fingerprint for rows in sources], 'checkpoint': plan.base.fingerprint,
+        'model': config.model.dtype, 'mask_format': config.loss.mask_format,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    file = plan.workdir / REFERENCE_FILE
+    file = plan.workdir / name
     found = _read(file, key, len(sources))
     if not found:
         logger.info('log-probabilities under the reference are computed, once: %s', plan.checkpoint)
@@ -82,11 +83,3 @@ def _read(file: epath.Path, key: str, number: int) -> list[np.ndarray]:
     except (ValueError, KeyError, OSError, EOFError) as error:  # damaged: it is made again
         logger.warning('%s is damaged (%s) and made again', file, type(error).__name__)
         return []
-
-
-def _identity(plan: Plan) -> list:
-    """Tells the checkpoint from another, and from what may come to lie at its path: names and sizes of its files."""
-    assert plan.base is not None
-    place = plan.base.place
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    return [str(plan.base.path), [[file.name, file.stat().length] for file in files if not file.is_dir()]]

@@ -119,6 +119,35 @@ def test_a_policy_begins_at_log_2_and_resumes(commands, folder, base, pairs, ref
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('reference', ['live', 'kept'])
+def test_answers_that_were_judged_alone_train_a_policy(commands, folder, base, reference):
+    rng, file, workdir = np.random.default_rng(1), folder / 'judged.jsonl', folder / f'kto_{reference}'
+    lines = []
+    for number in range(80):
+        half = WORDS[5 * (number % 2) :][:5]
+        answer = ' '.join(rng.choice(half, size=rng.integers(2, 5)))
+        lines.append(
+            {'prompt': f'{number} {rng.choice(WORDS)}', 'completion': answer, 'label': number % 2 == 0}
+        )
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    run = arguments(
+        'dpo', 'nano,kto', workdir, base, file, loss__reference=reference, train__num_microbatches=2
+    )
+    commands.run(*run, '--config.train.num_steps=2').succeeded()
+    shown = commands.run(*run).succeeded()
+    steps = logged(workdir)
+    assert [item['step'] for item in steps] == [1, 2, 3, 4]
+    # 1 - sigmoid(0), with nothing to compare with.
+    assert steps[0]['loss'] == pytest.approx(0.5, abs=1e-6) and steps[0]['baseline'] == pytest.approx(
+        0, abs=1e-5
+    )
+    assert steps[-1]['loss'] < 0.5 and steps[-1]['reward'] > 0 and 'validation_reward' in steps[-1]
+    assert 'good above others' in shown.stdout
+    report = json.loads((workdir / 'report.json').read_text())
+    assert 0 <= report['above'] <= 1 and report['answers'] > report['good'] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('command', ['reward_model', 'dpo'])
 def test_adapters_are_trained_on_pairs_too(commands, folder, base, pairs, command):
     workdir = folder / f'{command}_lora'

@@ -10,7 +10,13 @@ from typing import Any
 import grain
 
 from llama_jax.data.mixture import mix
-from llama_jax.data.preferences import EncodedPair, PreferenceRows, encode_answer, format_ids
+from llama_jax.data.preferences import (
+    EncodedPair,
+    PreferenceRows,
+    encode_answer,
+    format_ids,
+    mismatched,
+)
 from llama_jax.data.records import BadRecords, Judged, Messages, Preference, read_records
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -28,12 +34,15 @@ class PreferenceData:
       train_rows: the rows of each training source.
       validation: rows in order, or None where nothing was given or held out.
       fingerprint: hash of the training rows, their weights and the tokenizer; not of the seed.
+      others: of answers that were judged alone, the same prompts with answers to others (`preferences.mismatched`):
+        those of the training rows, mixed as these are, those of each source, and those to validate with.
     """
 
     train: grain.MapDataset
     train_rows: tuple[PreferenceRows, ...]
     validation: PreferenceRows | None
     fingerprint: str
+    others: 'PreferenceData | None' = None
 
     @property
     def says_what_is_safe(self) -> bool:
@@ -112,6 +121,20 @@ class Reading:
             )  # fmt: skip
         return rows
 
+    def other_answers(self, pairs: Sequence[EncodedPair], origin: str) -> PreferenceRows:
+        """Rows of the same prompts with answers to others; those that no row holds are left out.
+
+        Raises:
+          InputError: there is one prompt alone.
+        """
+        try:
+            return PreferenceRows(
+                mismatched(pairs), self.seq_len, format_ids=format_ids(self.tokenizer, self.chat_format),
+                share_prompt=self.share_prompt,
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f'{origin}: {error}') from None
+
     def _encoded(self, sources: Sequence[str], bad: BadRecords) -> Iterator[EncodedPair]:
         kind: Any = Judged if self.judged else Preference
         for record in read_records(sources, kind=kind, key_map=self.key_map, on_error=bad):
@@ -123,9 +146,6 @@ class Reading:
             yield pair
 
     def _encode(self, record: Preference | Judged) -> EncodedPair:
-        if isinstance(record, Judged):
-            prompt, answer = encode_answer(self.chat_format, record.prompt, record.completion)
-            return EncodedPair(prompt, (answer, None) if record.label else (None, answer))
         pair = self._encode_pair(record)
         while self.too_long == 'oldest' and self._length(pair) > self.seq_len:
             if (shorter := _without_oldest(record.prompt)) is None:
@@ -135,10 +155,16 @@ class Reading:
         return pair
 
     def _length(self, pair: EncodedPair) -> int:
-        answers = sum(len(answer.tokens) for answer in pair.answers if answer)
-        return answers + (len(pair.prompt) + 1 if self.share_prompt else 2 * len(pair.prompt))
+        answers = [len(answer.tokens) for answer in pair.answers if answer]
+        prompts = (
+            len(pair.prompt) - 1 + len(answers) if self.share_prompt else len(answers) * len(pair.prompt)
+        )
+        return sum(answers) + prompts
 
-    def _encode_pair(self, record: Preference) -> EncodedPair:
+    def _encode_pair(self, record: Preference | Judged) -> EncodedPair:
+        if isinstance(record, Judged):
+            prompt, answer = encode_answer(self.chat_format, record.prompt, record.completion)
+            return EncodedPair(prompt, (answer, None) if record.label else (None, answer))
         safe = [-1 if one is None else int(one) for one in record.safe]
         prompt, chosen = encode_answer(self.chat_format, record.prompt, record.chosen, safe[0])
         _, rejected = encode_answer(self.chat_format, record.prompt, record.rejected, safe[1])
@@ -173,7 +199,7 @@ def preference_dataset(
     if not train:
         raise InputError('no training data: name at least one source')
     held_out: list[EncodedPair] = []
-    rows = []
+    rows, others = [], []
     for source in train:
         pairs = reading.pairs([source])
         if not validation and validation_fraction:
@@ -181,23 +207,34 @@ def preference_dataset(
             held_out += [pair for pair in pairs if _is_held_out(pair, validation_fraction)]
             pairs = kept
         rows.append(reading.rows(pairs, source))
+        if reading.judged:
+            others.append(reading.other_answers(pairs, source))
     validation_rows = None
     if validation:
-        validation_rows = reading.rows(reading.pairs(validation), ', '.join(validation))
+        held_out, origin = reading.pairs(validation), ', '.join(validation)
+        validation_rows = reading.rows(held_out, origin)
     elif held_out:
-        validation_rows = reading.rows(held_out, f'{len(held_out)} pairs that are held out')
+        origin = f'{len(held_out)} {"answers" if reading.judged else "pairs"} that are held out'
+        validation_rows = reading.rows(held_out, origin)
     elif validation_fraction:
         _log.warning('no validation: none of the prompts falls in the %g held out', validation_fraction)
-    most = max(one.num_pairs for one in rows)
-    for one in rows:
+    most = max(one.num_pairs for one in (*rows, *others))
+    for one in (*rows, *others):
         one.num_pairs = most  # rows of all sources are of one shape
     identity = [[one.fingerprint for one in rows], list(map(float, weights or [])), reading.tokenizer.sha256]
-    return PreferenceData(
+    found = PreferenceData(
         train=mix(rows, weights, seed),
         train_rows=tuple(rows),
         validation=validation_rows,
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
     )
+    if reading.judged:
+        to_validate = reading.other_answers(held_out, origin) if validation_rows else None
+        # Another order: the answers that a row is compared with are of no fixed rows.
+        mixed = mix(others, weights, seed + 1)
+        beside = PreferenceData(mixed, tuple(others), to_validate, found.fingerprint)
+        found = dataclasses.replace(found, others=beside)
+    return found
 
 
 def _without_oldest(prompt: Messages) -> Messages | None:

@@ -58,6 +58,31 @@ class EncodedPair:
     margin: float = 0.0
 
 
+def mismatched(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
+    """Each prompt with the answer to another one: that of the next answer whose prompt is not the same.
+
+    Args:
+      pairs: each of one answer, that was judged alone.
+
+    Raises:
+      InputError: all have the same prompt.
+    """
+    texts = [pair.prompt.tobytes() for pair in pairs]
+    if len(set(texts)) < 2:
+        raise InputError(
+            'all answers are to the same prompt; they are compared with answers to other prompts: give at least two'
+        )
+    number, follower = len(pairs), 0
+    next_other = [0] * number
+    for i in reversed(range(2 * number)):  # twice around: the last ones look on to the first
+        if texts[i % number] != texts[(i + 1) % number]:
+            follower = (i + 1) % number
+        next_other[i % number] = follower
+    return [
+        EncodedPair(pair.prompt, pairs[other].answers) for pair, other in zip(pairs, next_other, strict=True)
+    ]
+
+
 def encode_answer(
     chat_format: ChatFormat, prompt: Sequence[Message], answer: Sequence[Message], safe: int = -1
 ) -> tuple[Int[np.ndarray, ' p'], Answer]:

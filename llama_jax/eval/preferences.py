@@ -1,6 +1,7 @@
 """How well something orders pairs of answers as people did, beside rules that know nothing of what they say."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,6 +109,41 @@ def preference_report(
     return report
 
 
+def judged_report(pairs: Sequence[EncodedPair], figures: Float[np.ndarray, 'pairs 2']) -> dict[str, Any]:
+    """How figures of answers that were judged alone part the good from the others.
+
+    Args:
+      pairs: of one answer each, at its side.
+      figures: NaN where no row held the answer.
+
+    Returns:
+      'above': how often a good answer has the larger figure, of all good with all others (the area under ROC);
+      'longer_is_better': the same of lengths; the number and the mean figure of both kinds. NaN where one is missing.
+    """
+    by_side: list[np.ndarray] = []
+    for side in range(2):
+        numbers = [i for i, pair in enumerate(pairs) if pair.answers[side] is not None]
+        lengths = [len(answer.tokens) for i in numbers if (answer := pairs[i].answers[side])]
+        found = np.stack([figures[numbers, side], np.array(lengths, float)], axis=-1)
+        by_side.append(found[np.isfinite(found[:, 0])])
+    good, others = by_side
+    return {
+        'answers': len(good) + len(others),
+        'good': len(good),
+        'above': _share_above(good[:, 0], others[:, 0]),
+        'longer_is_better': _share_above(good[:, 1], others[:, 1]),
+        'mean_good': _mean(good[:, 0]),
+        'mean_others': _mean(others[:, 0]),
+    }
+
+
+def _share_above(first: np.ndarray, second: np.ndarray) -> float:
+    """How often one of the first is larger than one of the second; half for ties."""
+    ordered = np.sort(second)
+    below, not_above = (np.searchsorted(ordered, first, side) for side in ('left', 'right'))
+    return _mean(0.5 * (below + not_above) / len(second)) if len(second) else math.nan
+
+
 def calibration_error(differences: Float[np.ndarray, ' pairs'], num_bins: int = 10) -> float:
     """Mean distance of sigmoid(difference), taken as the probability that the answer is the better one, from the share.
 
@@ -151,6 +187,21 @@ def bag_of_words(train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]) 
         miss = 0.5 * (1 - np.tanh(x @ weights / 2))
         weights += rate * (x.T @ miss / len(x) - 0.01 * weights)
     return _mean(0.5 * (1 + np.sign(features(held_out) @ weights)))
+
+
+def folded_bag_of_words(pairs: Sequence[EncodedPair], num_folds: int = 5) -> dict[str, float]:
+    """{'bag_of_words': accuracy}, of each fifth of the prompts by a fit to the others; {} where there are too few."""
+    folds: list[list[EncodedPair]] = [[] for _ in range(num_folds)]
+    for pair in pairs:
+        if None not in pair.answers:
+            folds[hashlib.sha256(pair.prompt.tobytes()).digest()[0] % num_folds].append(pair)
+    if sum(map(bool, folds)) < 2:
+        return {}
+    right = 0.0
+    for number, held_out in enumerate(folds):
+        others = [pair for other, fold in enumerate(folds) if other != number for pair in fold]
+        right += len(held_out) * bag_of_words(others, held_out) if held_out else 0.0
+    return {'bag_of_words': right / sum(map(len, folds))}
 
 
 def _right(figures: Float[np.ndarray, 'pairs 2']) -> Float[np.ndarray, ' pairs']:

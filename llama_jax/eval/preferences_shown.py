@@ -50,6 +50,15 @@ def describe_preferences(report: Mapping[str, Any]) -> list[str]:
     )]  # fmt: skip
 
 
+def describe_judged(report: Mapping[str, Any]) -> list[str]:
+    """How answers that were judged alone are parted, and what their lengths alone would do."""
+    number, good = report['answers'], report['good']
+    return [
+        f'{"good above others":28}{report["above"]:8.3f}  of {number:,} held-out answers, {good:,} of them good',
+        f'{"longer above shorter":28}{report["longer_is_better"]:8.3f}',
+    ]
+
+
 def plot_preferences(path: epath.PathLike, found: Judgement, name: str) -> None:
     """Histograms of both answers' figures; how often the better one is, by how probable it is said to be."""
     import matplotlib

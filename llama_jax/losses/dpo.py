@@ -11,6 +11,8 @@ training starts from), |y| its number of tokens; h = log pi - log ref. w is the 
     simpo         -log sigmoid(beta (log pi_w / |w| - log pi_l / |l|) - m)   Meng et al. 2024; no reference
     orpo          -log pi_w / |w| - beta log sigmoid(log odds_w - log odds_l)     Hong et al. 2024; no reference
     kto           1 - sigmoid(beta (h_w - z)) and 1 - sigmoid(beta (z - h_l))     Ethayarajh et al. 2024; no pairs
+
+Of kto, z is the mean of h over answers to other prompts, or 0 where that is negative; no gradient goes through it.
 """
 
 import dataclasses
@@ -62,11 +64,15 @@ class PreferenceLoss:
             raise InputError(f'beta is {self.beta}; it must be a positive number')
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f'label_smoothing is {self.label_smoothing}; it must be from 0 to below 0.5')
-        for name, kinds in (('label_smoothing', ('sigmoid', 'robust')), ('margin', ('simpo',))):
-            if getattr(self, name) and self.kind not in kinds:
+        compares = tuple(kind for kind in LOSSES if kind != 'kto')
+        for name, unused, kinds in (
+            ('label_smoothing', 0, ('sigmoid', 'robust')), ('margin', 0, ('simpo',)), ('nll', 0, compares),
+            ('desirable', 1, ('kto',)), ('undesirable', 1, ('kto',)),
+        ):  # fmt: skip
+            if getattr(self, name) != unused and self.kind not in kinds:
                 raise InputError(
-                    f'{name} is {getattr(self, name)}, and the loss {self.kind}, which has none; set it to 0, or '
-                    f'choose {" or ".join(kinds)}'
+                    f'{name} is {getattr(self, name)}, and the loss {self.kind}, which has none; set it to {unused}, '
+                    f'or choose {" or ".join(kinds)}'
                 )
         for name in ('margin', 'nll', 'desirable', 'undesirable'):
             if not 0 <= getattr(self, name) < math.inf:
@@ -76,6 +82,11 @@ class PreferenceLoss:
     def has_reference(self) -> bool:
         """Whether log-probabilities are compared with a reference's."""
         return self.kind not in _WITHOUT_REFERENCE
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether two answers to a prompt are compared; else each is judged alone."""
+        return self.kind != 'kto'
 
 
 def pair_losses(
@@ -166,12 +177,17 @@ def preference_loss(
         present = batch.pairs > 0
         baseline = jnp.broadcast_to(batch.baseline[:, None], batch.weights.shape)
         losses = pair_losses(loss, policy, reference, lengths, present=present, baseline=baseline)
-        figures = _figures(loss, policy, reference, lengths, present)
+        if loss.has_pairs:
+            figures = _figures(loss, policy, reference, lengths, present)
+        else:
+            figures = _judged_figures(loss, policy, reference, present, baseline)
         if loss.nll:
             figures['nll'] = nll
             losses = losses + loss.nll * nll
         totals = {name: jnp.sum(batch.weights * figure) for name, figure in figures.items()}
-        return jnp.sum(batch.weights * losses), jnp.sum(batch.weights), jax.lax.stop_gradient(totals)
+        # An answer that was judged alone is half a pair.
+        weight = jnp.sum(batch.weights * jnp.mean(present, axis=-1))
+        return jnp.sum(batch.weights * losses), weight, jax.lax.stop_gradient(totals)
 
     return loss_fn
 
@@ -185,6 +201,22 @@ def answer_rewards(
         return _rewards(loss, *_compare(model, loss, kept, num_chunks, params, frozen, batch)[:3])
 
     return rewards
+
+
+def ratio_sums(
+    model: LlamaForCausalLM, loss: PreferenceLoss, *, kept: bool = False, num_chunks: int = 1
+) -> Callable[[Params, PyTree, PreferenceBatch], tuple[Float[Array, ''], Float[Array, '']]]:
+    """(params, frozen, batch) -> the sum of h over all answers of a batch, and their number; as `preference_loss`.
+
+    Of answers to other prompts, the one by the other is z of kto.
+    """
+
+    def sums(params: Params, frozen: PyTree, batch: PreferenceBatch) -> tuple[Array, Array]:
+        policy, reference, *_ = _compare(model, loss, kept, num_chunks, params, frozen, batch)
+        present = (batch.pairs > 0) & (batch.weights > 0)[..., None]
+        return jnp.sum(policy - reference, where=present), jnp.sum(present, dtype=jnp.float32)
+
+    return sums
 
 
 def answer_log_probabilities(
@@ -239,6 +271,22 @@ def _rewards(loss, policy, reference, lengths) -> Float[Array, 'B P 2']:
     ratios = policy - reference
     by_length = loss.kind in ('ipo', 'sigmoid_norm', 'simpo', 'orpo')
     return loss.beta * (ratios / jnp.maximum(lengths, 1.0) if by_length else ratios)
+
+
+def _judged_figures(loss, policy, reference, present, baseline) -> dict[str, Float[Array, 'B P']]:
+    """What is logged of answers that were judged alone; of a pair of them the mean.
+
+    Rewards count against the baseline: `reward` with the sign that it should have.
+    """
+    ratios = policy - reference
+    rewards = jnp.array([[[1.0, -1.0]]]) * loss.beta * (ratios - baseline[..., None])
+    figures = {
+        'reward': rewards,
+        'accuracy': 0.5 * (1.0 + jnp.sign(rewards)),
+        'log_prob': policy,
+        'baseline': jnp.broadcast_to(baseline[..., None], rewards.shape),
+    }
+    return {name: 0.5 * jnp.sum(figure, axis=-1, where=present) for name, figure in figures.items()}
 
 
 def _figures(loss, policy, reference, lengths, present) -> dict[str, Float[Array, 'B P']]:

@@ -13,6 +13,7 @@ from llama_jax.data.preferences import (
     collate_preferences,
     encode_answer,
     format_ids,
+    mismatched,
 )
 from llama_jax.losses.dpo import answer_sums, log_probabilities
 from llama_jax.losses.reward import pair_scores
@@ -99,6 +100,21 @@ def test_best_fit_fills_bins_and_loses_nothing(number):
     assert all(size <= 20 for size in filled)
     # Two bins that are at most half full would have been one.
     assert sum(size <= 10 for size in filled) <= 1
+
+
+def test_an_answer_to_another_prompt_is_beside_each_prompt():
+    rng = np.random.default_rng()  # other pairs each time
+    for _ in range(20):
+        number = int(rng.integers(2, 12))
+        pairs = random_pairs(number, int(rng.integers(10**6)), int(rng.integers(2, number + 1)), alone=True)
+        rng.shuffle(pairs)
+        for number, (pair, other) in enumerate(zip(pairs, mismatched(pairs), strict=True)):
+            np.testing.assert_array_equal(other.prompt, pair.prompt)
+            later = [pairs[(number + i) % len(pairs)] for i in range(1, len(pairs))]
+            follower = next(one for one in later if one.prompt.tobytes() != pair.prompt.tobytes())
+            assert other.answers == follower.answers
+    with pytest.raises(InputError, match='all answers are to the same prompt'):
+        mismatched(random_pairs(4, 0, num_prompts=1, alone=True))
 
 
 @pytest.mark.parametrize('share', [False, True])

@@ -8,9 +8,10 @@ from llama_jax.eval.preferences import (
     bag_of_words,
     calibration_error,
     judge,
+    judged_report,
     preference_report,
 )
-from llama_jax.eval.preferences_shown import describe_preferences, plot_preferences
+from llama_jax.eval.preferences_shown import describe_judged, describe_preferences, plot_preferences
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import PreferenceBatch
 from tests.data.preferences_test import random_pairs
@@ -58,6 +59,27 @@ def test_a_report_counts_by_hand():
     assert report['mean'] == figures.mean() and report['std'] == figures.std()
     figures[1] = np.nan  # no row held it
     assert preference_report(judge(pairs, figures))['pairs'] == 3
+
+
+def test_answers_that_were_judged_alone_are_counted_by_hand():
+    def alone(tokens, good):
+        return EncodedPair(
+            np.array([1], np.int32), (answer(tokens), None) if good else (None, answer(tokens))
+        )
+
+    pairs = [
+        alone([3] * 4, True),
+        alone([3], True),
+        alone([4] * 2, False),
+        alone([4], False),
+        alone([4], False),
+    ]
+    figures = np.array([[2.0, 9], [0.5, 9], [9, 0.5], [9, 1.0], [9, np.nan]])
+    report = judged_report(pairs, figures)
+    assert report['answers'] == 4 and report['good'] == 2
+    assert report['above'] == (1 + 1 + 0.5 + 0) / 4 and report['longer_is_better'] == (1 + 1 + 0 + 0.5) / 4
+    assert report['mean_good'] == 1.25 and report['mean_others'] == 0.75
+    assert '0.625  of 4 held-out answers, 2 of them good' in describe_judged(report)[0]
 
 
 def test_losers_that_are_longer_by_construction_are_told_by_their_length():

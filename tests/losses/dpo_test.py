@@ -123,6 +123,14 @@ def test_an_answers_sum_is_over_its_own_tokens():
         ({'label_smoothing': 0.5}, 'label_smoothing is 0.5; it must be from 0 to below 0.5'),
         ({'kind': 'ipo', 'label_smoothing': 0.1}, 'label_smoothing is 0.1, and the loss ipo, which has none'),
         ({'margin': 0.5}, 'margin is 0.5, and the loss sigmoid, which has none'),
+        (
+            {'kind': 'kto', 'nll': 0.2},
+            'nll is 0.2, and the loss kto, which has none; set it to 0, or choose sigmoid',
+        ),
+        (
+            {'desirable': 2.0},
+            'desirable is 2.0, and the loss sigmoid, which has none; set it to 1, or choose kto',
+        ),
         ({'nll': -1.0}, 'nll is -1.0; it must be 0 or more'),
     ],
 )

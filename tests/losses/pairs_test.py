@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.data.preferences import PreferenceRows, collate_preferences
+from llama_jax.data.loader import PaddedRows
+from llama_jax.data.preferences import PreferenceRows, collate_preferences, mismatched
 from llama_jax.lora import LoraConfig, init_adapters, with_base
 from llama_jax.losses.dpo import (
     LOSSES,
@@ -16,6 +17,7 @@ from llama_jax.losses.dpo import (
     answer_log_probabilities,
     pair_losses,
     preference_loss,
+    ratio_sums,
 )
 from llama_jax.losses.reward import reward_loss
 from llama_jax.models.reward import LlamaForRewardModel
@@ -96,7 +98,8 @@ def test_four_microbatches_are_the_batch(policy, params, batch, kind):
         loss_fn = reward_loss(REWARD, margin='small', centering=0.01, safety=0.5)
         params, frozen = toy.make_params(REWARD), {}
     else:
-        loss_fn = preference_loss(policy, PreferenceLoss(kind, nll=0.2), num_chunks=2)
+        nll = 0.0 if kind == 'kto' else 0.2
+        loss_fn = preference_loss(policy, PreferenceLoss(kind, nll=nll), num_chunks=2)
         frozen = toy.make_params(policy, seed=1)
     # Odd rows hold less: a mean of the parts' means would be another.
     batch = batch.replace(weights=batch.weights * jnp.where(jnp.arange(8) % 4 == 1, 0.25, 1.0)[:, None])
@@ -105,6 +108,48 @@ def test_four_microbatches_are_the_batch(policy, params, batch, kind):
     for name in want:  # fp32 sums in another order
         assert found[name] == pytest.approx(float(want[name]), rel=2e-5, abs=1e-6), name
     toy.assert_same_gradients(state.opt_state, want_state.opt_state)
+
+
+def test_answers_that_were_judged_alone_are_compared_with_answers_to_other_prompts(policy, params):
+    """KTO by hand: z of the batch, each answer's loss; one batch or four parts; shared prompts or not."""
+    loss = PreferenceLoss('kto', beta=0.3, desirable=1.5)
+    frozen, params = params, toy.make_params(policy, seed=1)  # of which z is positive
+    pairs = random_pairs(12, seed=7, num_prompts=5, alone=True)
+
+    def batch_of(pairs, share):
+        rows = PreferenceRows(pairs, 48, share_prompt=share)
+        padded = PaddedRows(rows, 8)
+        assert len(padded) == 8 and len(rows) > 1
+        return jax.tree.map(jnp.asarray, collate_preferences([padded[i] for i in range(8)]))
+
+    def log_p(pair, weights):
+        (answer,) = (answer for answer in pair.answers if answer)
+        whole = np.zeros(24, np.int32)
+        tokens = np.concatenate([pair.prompt, answer.tokens])
+        whole[: len(tokens)] = tokens
+        by_id = np.asarray(jax.nn.log_softmax(apply(weights, whole[None])[0]), np.float64)
+        slots = len(pair.prompt) + np.flatnonzero(answer.counts)
+        return by_id[slots - 1, whole[slots]].sum()
+
+    apply = jax.jit(lambda weights, tokens: policy.apply({'params': weights}, tokens)[0])
+    others = mismatched(pairs)
+    z = max(0.0, np.mean([log_p(pair, params) - log_p(pair, frozen) for pair in others]))
+    wanted = []
+    for pair in pairs:
+        ratio, sign = log_p(pair, params) - log_p(pair, frozen), 1.0 if pair.answers[0] else -1.0
+        weight = 1.5 if pair.answers[0] else 1.0
+        wanted.append(weight * (1 - 1 / (1 + np.exp(-sign * 0.3 * (ratio - z)))))
+    assert z > 0.01 and np.std(wanted) > 0.01
+    for share in (False, True):
+        model = policy.clone(attention_implementation='shared_prefix') if share else policy
+        total, number = jax.jit(ratio_sums(model, loss))(params, frozen, batch_of(others, share))
+        assert number == 12
+        assert max(0.0, float(total / number)) == pytest.approx(z, rel=1e-5)
+        batch = batch_of(pairs, share).replace(baseline=jnp.full(8, z, jnp.float32))
+        for num_microbatches in (1, 4):
+            _, found = update(preference_loss(model, loss), params, frozen, batch, num_microbatches)
+            assert found['loss'] == pytest.approx(np.mean(wanted), rel=1e-5)
+            assert found['weight'] == 6 and found['baseline'] == pytest.approx(z, rel=1e-6)
 
 
 @pytest.mark.parametrize('mask_format', [False, True])

@@ -3,12 +3,13 @@
 import dataclasses
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.data.preferences import Answer, EncodedPair
-from llama_jax.losses.dpo import PreferenceLoss, preference_loss
+from llama_jax.losses.dpo import PreferenceLoss, preference_loss, ratio_sums
 from llama_jax.losses.reward import reward_loss
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.reward import LlamaForRewardModel
@@ -96,6 +97,57 @@ def test_a_policys_first_step_is_trls(torch, trl, tokenizer, params, pairs, tmp_
     ours = LlamaForCausalLM(small_config(RELEASE), dtype=jnp.float32)
     loss_fn = preference_loss(ours, PreferenceLoss(kind, beta=0.3, label_smoothing=smoothing))
     found, _ = our_steps(loss_fn, params, other, our_batch(pairs_of(batch, [0.0] * len(pairs))))
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
+
+
+def test_a_first_step_on_answers_that_were_judged_alone_is_trls(
+    torch, trl, tokenizer, params, pairs, tmp_path
+):
+    """KTO: with the baseline of the answers to other prompts that are in TRL's batch."""
+    import datasets
+
+    other = random_params(RELEASES[RELEASE], np.random.default_rng(1), 0.3)
+    judged = datasets.Dataset.from_list([
+        {'prompt': as_text(pair.prompt), 'completion': as_text(pair.answers[i % 2].tokens), 'label': i % 2 == 0}
+        for i, pair in enumerate(pairs)
+    ])  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of others' code
+        trainer = trl.KTOTrainer(
+            model=torch_policy(params).train(), ref_model=torch_policy(other),
+            args=trl.KTOConfig(
+                output_dir=str(tmp_path), per_device_train_batch_size=len(pairs), max_steps=1, use_cpu=True, bf16=False,
+                report_to='none', beta=0.3, desirable_weight=1.5, max_length=None, gradient_checkpointing=False,
+            ),
+            processing_class=tokenizer, train_dataset=judged,
+        )  # fmt: skip
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+    wanted = loss.item(), gradient_norm(torch, trainer.model)
+
+    def alone(prefix):
+        ids, mask, counted = (
+            np.asarray(batch[f'{prefix}{name}'])
+            for name in ('input_ids', 'attention_mask', 'completion_mask')
+        )
+        found = []
+        for row, good in enumerate(batch['label']):
+            tokens, begin = (
+                ids[row][mask[row] > 0].astype(np.int32),
+                int(np.argmax(counted[row][mask[row] > 0])),
+            )
+            answer = Answer(tokens[begin:], np.ones(len(tokens) - begin, bool))
+            found.append(EncodedPair(tokens[:begin], (answer, None) if good else (None, answer)))
+        return our_batch(found)
+
+    ours = LlamaForCausalLM(small_config(RELEASE), dtype=jnp.float32)
+    policy_loss = PreferenceLoss('kto', beta=0.3, desirable=1.5)
+    total, number = jax.jit(ratio_sums(ours, policy_loss))(params, other, alone('KL_'))
+    held = alone('')
+    held = held.replace(baseline=jnp.full_like(held.baseline, jnp.maximum(total / number, 0)))
+    assert number == len(pairs)
+    found, _ = our_steps(preference_loss(ours, policy_loss), params, other, held)
     np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
 
 

@@ -4,6 +4,9 @@ from tests.planted_faults.fault import Fault, faults_in
 
 _ALONE = 'data/preferences_test.py::test_log_probabilities_and_scores_are_those_of_each_answer_alone'
 _FORMULA = 'losses/dpo_test.py::test_each_loss_is_its_papers_formula_in_float64'
+_JUDGED = (
+    'losses/pairs_test.py::test_answers_that_were_judged_alone_are_compared_with_answers_to_other_prompts'
+)
 _BATCH = 'losses/pairs_test.py::test_a_batch_is_the_formula_over_its_pairs'
 
 # fmt: off
@@ -19,12 +22,20 @@ FAULTS: tuple[Fault, ...] = (
          "row['loss_mask'][start : slot - 1] = True"),
         ('pairs: a shared prompt ends the positions', _ALONE,
          'len(unit.prompt) - len(own), segment)', '0, segment)')),
+    *faults_in('llama_jax/data/preferences.py',
+        ('KTO: the answer is to the same prompt',
+         'data/preferences_test.py::test_an_answer_to_another_prompt_is_beside_each_prompt',
+         'if texts[i % number] != texts[(i + 1) % number]:', 'if True:')),
     *faults_in('llama_jax/ops/attention_shared_prefix.py',
         ('shared prompts: of the first of the row alone', _ALONE,
          'SHARED - segment_ids // _MOST', 'SHARED - 0 * segment_ids')),
     *faults_in('llama_jax/losses/dpo.py',
         ('IPO by sums', _FORMULA, 'jnp.square(_difference(mean_ratios)', 'jnp.square(_difference(ratios)'),
         ('DPO: smoothing for robustness', _FORMULA, 'return biased / (1 - 2 * e)', 'return biased'),
+        ('KTO: an answer alone is a pair', _JUDGED,
+         'jnp.sum(batch.weights * jnp.mean(present, axis=-1))', 'jnp.sum(batch.weights)'),
+        ('KTO: empty rows count in the baseline', _JUDGED,
+         'jnp.sum(present, dtype=jnp.float32)', 'jnp.float32(present.size)'),
         ('DPO: form is compared', _BATCH,
          'batch.loss_mask & ~batch.format_mask if loss.mask_format', 'batch.loss_mask if loss.mask_format'),
         ('DPO: the reference is the policy',
