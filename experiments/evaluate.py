@@ -10,7 +10,8 @@ model. The same command again goes on where it was killed.
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from experiments import launch
+from experiments import launch, preference_files
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.config_file import split_list
 from experiments.settings import partitioner_of_flags
 from experiments.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
+from llama_jax.data.records import check_records
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, Sampling, evaluate, finished_items, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
@@ -35,14 +37,18 @@ from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.item_log import ItemLog
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner
-from llama_jax.types import InputError
+from llama_jax.types import InputError, Params
 
 _CHECKPOINT = launch.define_path(
     'checkpoint', None, 'anything that is a Llama, as for generate', required=True
 )
 _TASKS = launch.define_path(
-    'tasks', None, "benchmarks, by our names or lm-evaluation-harness's, or perplexity:FILE", required=True
+    'tasks',
+    None,
+    "benchmarks, by our names or lm-evaluation-harness's, perplexity:FILE, or preference:FILE",
+    required=True,
 )
 _DATA_DIR = launch.define_path('data_dir', '', 'folder of the benchmarks, or hf:// or tfds://')
 _OUTPUT = launch.define_path('output', None, 'folder for the results, local or gs://...', required=True)
@@ -64,6 +70,15 @@ _RATINGS = launch.define_path(
 )
 _RATING_COMMAND = flags.DEFINE_string(
     'rating_command', '', 'program that answers each line, a JSON string, with its score'
+)
+_CHAT_FORMAT = flags.DEFINE_string(
+    'chat_format', '', "of preference:FILE: as data.format in training; by default the tokenizer's family's"
+)
+_ON_ERROR = flags.DEFINE_enum(
+    'on_error',
+    'stop',
+    ['stop', 'skip'],
+    'at a bad record of preference:FILE; skip: leave it out, count and name it',
 )
 _TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
@@ -100,23 +115,36 @@ def main() -> None:
                 with launch.flags_named('--compare'):
                     published_scores(_COMPARE.value)
             partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
-            tasks = find_tasks(_TASKS.value, _DATA_DIR.value)
+            pair_files, names = preference_files.split_tasks(split_list(_TASKS.value))
+            tasks = find_tasks(names, _DATA_DIR.value) if names or not pair_files else []
+            with launch.flags_named('--tasks'):
+                check_records(pair_files)
             graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
             sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
             settings = {'limit': _LIMIT.value, 'num_fewshot': _NUM_FEWSHOT.value, 'sampling': sampling}
-            names = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
-            with launch.flags_named(*(f'--{name}' for name in names if name != 'sampling')):
+            given = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
+            with launch.flags_named(*(f'--{name}' for name in given if name != 'sampling')):
                 prepared_tasks = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
             flags_given = {
                 flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P, _CACHE_DTYPE)
             }
             check_sampling(prepared_tasks, flags_given)
-        engine = load_engine(
-            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _BATCH_SIZE.value, _SEED.value,
-            _KEEP_QUANTIZED.value, _CACHE_DTYPE.value or 'auto',
+        model, params, tokenizer = load(
+            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
+            _CACHE_DTYPE.value or 'auto', scores=not tasks,
         )  # fmt: skip
-        # All processes compute it: the weights may be spread over them.
-        header = {'model': engine.fingerprint, 'seed': engine.seed}
+        with (
+            runtime.refused_by_all(),
+            launch.flags_named('--chat_format', '--on_error', '--batch_size', '--tasks'),
+        ):
+            seq_len = min(_BATCH_SIZE.value, model.config.max_seq_len)
+            pairs = preference_files.read_pairs(
+                pair_files, tokenizer, _CHAT_FORMAT.value, _ON_ERROR.value, seq_len, _LIMIT.value
+            )
+        if tasks:
+            engine = Engine(model, params, tokenizer, batch_tokens=_BATCH_SIZE.value, seed=_SEED.value)
+            # All processes compute it: the weights may be spread over them.
+            header = {'model': engine.fingerprint, 'seed': engine.seed}
         hold_folder(output)
         with runtime.refused_by_all(), launch.flags_named('--output'):
             logs = [open_log(output, prepared, header, at_exit) for prepared in prepared_tasks]
@@ -136,6 +164,13 @@ def main() -> None:
                 )
             if runtime.is_main_process():
                 report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results)
+        of_pairs = {}
+        for file, rows in pairs.items():
+            figures = preference_files.figures_of(model, params, partitioner, rows, _BATCH_SIZE.value)
+            of_pairs[f'{preference_files.PREFIX}{file}'] = preference_files.report(rows, figures)
+            if runtime.is_main_process():
+                preference_files.write(output, file, rows, figures)
+                report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results, of_pairs)
     if runtime.is_main_process():
         print(report)
 
@@ -146,10 +181,10 @@ def what_is_kept(output: epath.Path, results: dict[str, Any]) -> str:
     return f'{done}the finished items are in {output / "samples"}, and the same command goes on from them'
 
 
-def find_tasks(names: str, data_dir: str) -> list[Task]:
+def find_tasks(names: Sequence[str], data_dir: str) -> list[Task]:
     """The tasks, each once."""
     with launch.flags_named('--tasks'):
-        tasks = {task.name: task for task in map(find_task, split_list(names))}
+        tasks = {task.name: task for task in map(find_task, names)}
     if not tasks:
         raise InputError('--tasks is empty; name at least one, such as --tasks=piqa,hellaswag')
     if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
@@ -190,21 +225,21 @@ def check_sampling(prepared_tasks: Sequence[PreparedTask], sampling: dict[str, A
         raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
 
 
-def load_engine(
+def load(
     checkpoint: str,
     tokenizer_file: str,
     given_dtype: str,
     partitioner: Partitioner,
-    batch_size: int,
-    seed: int,
     keep_quantized: bool,
     cache_dtype: str,
-) -> Engine:
-    """The checkpoint on the mesh."""
+    scores: bool,
+) -> tuple[Any, Params, Any]:
+    """(model, weights, tokenizer) of the checkpoint on the mesh; where `scores`, it may be a reward model."""
     dtype = DTYPES[dtype_name(given_dtype)]
+    make = model_of if scores else LlamaForCausalLM
     with launch.flags_named('--checkpoint', '--tokenizer'):
         opened = open_with_tokenizer(checkpoint, tokenizer_file)
-        shapes_and_axes = abstract_params_and_axes(LlamaForCausalLM(opened.config))
+        shapes_and_axes = abstract_params_and_axes(make(opened.config))
     with launch.flags_named('--mesh', '--axis_rules'):
         partitioner.tree_shardings(*shapes_and_axes)  # before anything is loaded
     with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
@@ -213,8 +248,8 @@ def load_engine(
             keep_quantized=keep_quantized,
         )  # fmt: skip
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
-    model = LlamaForCausalLM(config, dtype=dtype, partitioner=partitioner, cache_dtype=cache_dtype)
-    return Engine(model, params, tokenizer, batch_tokens=batch_size, seed=seed)
+    model = make(config, dtype=dtype, partitioner=partitioner, cache_dtype=cache_dtype)
+    return model, params, tokenizer
 
 
 def open_log(
@@ -229,11 +264,20 @@ def open_log(
     return log
 
 
-def write_results(output: epath.Path, checkpoint: str, compared_to: str, results: dict[str, Any]) -> str:
+def write_results(
+    output: epath.Path,
+    checkpoint: str,
+    compared_to: str,
+    results: dict[str, Any],
+    of_pairs: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Writes results.json, the report and the plot; returns the report."""
-    storage.write_atomically(output / 'results.json', json.dumps(results, indent=2) + '\n')
+    storage.write_atomically(output / 'results.json', json.dumps({**results, **of_pairs}, indent=2) + '\n')
     rows: list[Comparison] = compare(compared_to, results) if compared_to else []
-    report = to_report(f'Evaluation of {checkpoint}', results, compared_to, rows)
+    title = f'Evaluation of {checkpoint}'
+    report = to_report(title, results, compared_to, rows) if results else f'# {title}\n'
+    if of_pairs:
+        report += f'\n{preference_files.describe(of_pairs)}\n'
     storage.write_atomically(output / 'report.md', report)
     if rows:
         plot_comparison(output / 'comparison.png', compared_to, rows)

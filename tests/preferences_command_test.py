@@ -89,11 +89,32 @@ def test_a_reward_model_is_trained_resumed_and_read_again(commands, folder, base
         'convert', f'--input={workdir}', f'--output={folder / "hf"}', '--to=huggingface', '--verify'
     ).succeeded()  # fmt: skip
     again = arguments(
-        'reward_model', 'nano,safety', folder / 'again', folder / 'hf', pairs, train__num_steps=1
-    )
+        'reward_model', 'nano,safety', folder / 'again', folder / 'hf', pairs, train__num_steps=1,
+        data__validation=pairs,
+    )  # fmt: skip
     commands.run(*again).succeeded()
     (first,) = logged(folder / 'again')
     assert first['step'] == 1 and np.isfinite(first['ranking_loss'])
+
+    # What orders pairs at the end of a run orders them when it is evaluated; a policy does by its log-probabilities.
+    report = json.loads((folder / 'again' / 'report.json').read_text())
+    task, found = f'preference:{pairs}', {}
+    for name, checkpoint in (('scores', folder / 'again'), ('policy', base)):
+        commands.run(
+            'evaluate', f'--checkpoint={checkpoint}', f'--tasks={task}', '--chat_format=plain', '--dtype=float32',
+            f'--output={folder / name}',
+        ).succeeded()  # fmt: skip
+        found[name] = json.loads((folder / name / 'results.json').read_text())[task]
+    assert found['scores']['n'] == found['policy']['n'] == 60
+    for name in ('accuracy', 'mean', 'std', 'accuracy_by_margin'):
+        assert found['scores']['score'][name] == pytest.approx(report[name], abs=1e-5)
+    assert {'accuracy_summed', 'accuracy_mean', 'accuracy_relative'} <= found['policy'].keys()
+    (folder / 'text.txt').write_text('ba dio')
+    refused = commands.run(
+        'evaluate', f'--checkpoint={folder / "again"}', f'--tasks={task},perplexity:{folder}/text.txt',
+        f'--output={folder / "o"}',
+    ).error()  # fmt: skip
+    assert 'is a reward model, which gives scores and no text' in refused
 
 
 @pytest.mark.slow
