@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from llama_jax.serve import chats, completions, tokens
+from llama_jax.serve import chats, completions, responses, tokens
 from llama_jax.serve.access import Access, read_body
 from llama_jax.serve.answering import ClientGone
 from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, PassagesBody, TokenizeBody
@@ -22,6 +22,7 @@ from llama_jax.serve.documents import citations, with_passages
 from llama_jax.serve.page import page
 from llama_jax.serve.parameters import check_others
 from llama_jax.serve.refusal import Refusal, of_validation
+from llama_jax.serve.responses import ResponseBody
 from llama_jax.serve.service import Service
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,12 @@ def make_app(service: Service) -> Starlette:
         body = await read(request, CompletionBody)
         service.check_model(body.model)
         return await completions.complete(service, body, request, request.state.key)
+
+    async def respond(request: Request) -> Response:
+        service.served()
+        body = await read(request, ResponseBody)
+        service.check_model(body.model)
+        return await responses.respond(service, body, request, request.state.key)
 
     async def tokenize(request: Request) -> Response:
         return JSONResponse(await tokens.tokenize(service, await read(request, TokenizeBody)))
@@ -106,6 +113,7 @@ def make_app(service: Service) -> Starlette:
     routes = [
         Route('/v1/chat/completions', _guarded(chat, service), methods=['POST']),
         Route('/v1/completions', _guarded(complete, service), methods=['POST']),
+        Route('/v1/responses', _guarded(respond, service), methods=['POST']),
         Route('/v1/models', models),
         Route('/v1/models/{id:path}', one_model),
         Route('/', front),
