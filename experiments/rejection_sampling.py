@@ -8,9 +8,8 @@ too; the first line of a prompt has all its candidates with their scores. Beside
 hotter ones, bring. The same command goes on where it was killed, prompt by prompt.
 """
 
-import collections
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -22,22 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
-from tqdm import tqdm
 
 from experiments import launch
+from experiments.candidates import Asked, asked_of, complete, draw_all, from_pool, read_pool
 from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.config_file import split_list
 from experiments.prompt_file import check_output, open_output, parse_shard, write_answers
-from experiments.rewards import Judges, check_rewards, open_rewards, parse_rewards
+from experiments.rewards import check_rewards, open_rewards, parse_rewards
 from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
-from llama_jax.data.messages import one_or_more_messages
-from llama_jax.data.preferences import encode_answer
 from llama_jax.data.records import Prompted, parse_key_map, read_records
 from llama_jax.eval.engine import Engine
-from llama_jax.item_log import ItemLog
+from llama_jax.json_file import read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
+from llama_jax.rl.context_distillation import default_preprompts, distilled_lines
 from llama_jax.rl.rejection import (
     KEEPS,
     Candidate,
@@ -48,9 +46,8 @@ from llama_jax.rl.rejection import (
     lines_of,
     plot_curves,
 )
-from llama_jax.rl.rewards import judge
 from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
-from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat, Message, chat_format_for
+from llama_jax.tokenizer.chat_format import FORMATS, chat_format_for
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
@@ -72,6 +69,11 @@ _POOL = launch.define_path(
     'pool',
     '',
     'earlier outputs, by commas, of this or other checkpoints: their candidates are scored anew and join',
+)
+_PREPROMPTS = launch.define_path(
+    'preprompts',
+    '',
+    'context distillation: a file of texts, a line each, or default: answers are drawn behind each and learnt without',
 )
 _CHAT_FORMAT = flags.DEFINE_enum(
     'chat_format',
@@ -120,6 +122,13 @@ def main() -> None:
             )
         with launch.flags_named('--pool'):
             pool = read_pool(split_list(_POOL.value))
+        with launch.flags_named('--preprompts'):
+            preprompts = read_preprompts(_PREPROMPTS.value)
+        if preprompts and (keep.kind == 'threshold' or pool):
+            raise InputError(
+                f'--preprompts={_PREPROMPTS.value} keeps what scores above the answers without them; give neither '
+                '--keep=threshold nor --pool beside it'
+            )
         partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
     dtype = DTYPES[dtype_name(_DTYPE.value)]
     with launch.flags_named('--checkpoint', '--tokenizer'):
@@ -132,9 +141,11 @@ def main() -> None:
         partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
     with launch.flags_named('--chat_format'):
         chat_format = chat_format_for(tokenizer, _CHAT_FORMAT.value)
-    asked = _asked(records, chat_format, shard)
+    with launch.flags_named('--prompts', '--preprompts'):
+        asked = asked_of(records, chat_format, shard, preprompts)
+    everything = [ids for one in asked for ids in (one.ids, *(ids for _, ids in one.behind))]
     with launch.flags_named('--prompts', '--max_new_tokens'):
-        check_room([one.ids for one in asked], sampling.max_new_tokens, opened.config.max_seq_len)
+        check_room(everything, sampling.max_new_tokens, opened.config.max_seq_len)
     with launch.flags_named('--checkpoint', '--tokenizer'):
         _, params, _ = pretrained.load(
             opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
@@ -149,8 +160,9 @@ def main() -> None:
     stop_ids = tuple(sorted({*tokenizer.stop_ids, *chat_format.stop_ids}))
     header = {
         'model': fingerprint, 'prompts': _hash([[*map(vars, one.messages)] for one in records]),
-        'records': _hash([one.fields for one in records]), 'pool': _hash(sorted(pool.items())), 'shard': _SHARD.value,
-        'rewards': judges.identity, 'temperatures': list(temperatures), 'samples': sampling.samples,
+        'records': _hash([one.fields for one in records]), 'pool': _hash(sorted(pool.items())),
+        'preprompts': list(preprompts), 'shard': _SHARD.value, 'rewards': judges.identity,
+        'temperatures': list(temperatures), 'samples': sampling.samples,
         'max_new_tokens': sampling.max_new_tokens, 'batch_size': sampling.num_slots, 'seed': _SEED.value,
         'chat_format': _CHAT_FORMAT.value, 'stop_ids': list(stop_ids),
     }  # fmt: skip
@@ -159,72 +171,24 @@ def main() -> None:
             log = at_exit.enter_context(open_output(_OUTPUT.value, header))
 
         def drawn(some: Sequence[Asked]) -> Iterator[list[Rollout]]:
-            return rollouts_by_record(
-                model, weights, tokenizer, [one.ids for one in some], sampling=sampling, seed=_SEED.value,
-                stop_ids=stop_ids, records=[one.index for one in some],
-            )  # fmt: skip
+            draw = functools.partial(
+                rollouts_by_record,
+                model,
+                weights,
+                tokenizer,
+                sampling=sampling,
+                seed=_SEED.value,
+                stop_ids=stop_ids,
+            )
+            return draw_all(some, lambda ids, numbers: draw(ids, records=numbers))
 
         def joined(one: Asked) -> list[tuple[Rollout, str]]:
-            return from_pool(one, pool.get(one.key, []), chat_format, stop_ids, len(sampling.temperatures))
+            first = len(sampling.temperatures) * (1 + len(one.behind))
+            return from_pool(one, pool.get(one.key, []), chat_format, stop_ids, first)
 
         found = complete(asked, log, judges, sampling, drawn, joined)
         if runtime.is_main_process():
             write(found, asked, keep, _OUTPUT.value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A prompt of this shard.
-
-    Attributes:
-      index: its number among all.
-      record: as the rewards get it; `prompt` is a text, or messages.
-      messages: the prompt's.
-      ids: the same as tokens.
-    """
-
-    index: int
-    record: dict[str, Any]
-    messages: tuple[Message, ...]
-    ids: list[int]
-
-    @property
-    def key(self) -> str:
-        """The same for the same prompt."""
-        return key_of(self.messages)
-
-
-def key_of(messages: Sequence[Message]) -> str:
-    """The same for the same conversation."""
-    return json.dumps([[message.role, _content(message)] for message in messages])
-
-
-def _asked(records: Sequence[Prompted], chat_format: ChatFormat, shard: tuple[int, int]) -> list[Asked]:
-    found = []
-    for index, record in enumerate(records):
-        if index % shard[1] != shard[0]:
-            continue
-        try:
-            ids = chat_format.encode_prompt(record.messages)
-        except InputError as error:
-            raise InputError(f'{record.place}: {error}') from None
-        found.append(
-            Asked(index, {**record.fields, 'prompt': shown_prompt(record.messages)}, record.messages, ids)
-        )
-    return found
-
-
-def shown_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
-    """A prompt as a line of JSON holds it, from which the same is read."""
-    plain = tuple(Message(message.role, _content(message)) for message in messages)
-    text = plain[0].content
-    if len(plain) == 1 and one_or_more_messages(text, 'prompt', role='user') == plain:
-        return text
-    return [{'role': message.role, 'content': message.content} for message in plain]
-
-
-def _content(message: Message) -> str:
-    return f'{message.content}\n\n{message.input}' if message.input else message.content
 
 
 def _temperatures(given: Sequence[str]) -> tuple[float, ...]:
@@ -243,91 +207,15 @@ def _hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def read_pool(sources: Sequence[str]) -> dict[str, list[tuple[str, bool, str]]]:
-    """(text, whether a stop token ended it, the file) of earlier candidates, by prompt; each text once."""
-    found: dict[str, dict[str, tuple[str, bool, str]]] = collections.defaultdict(dict)
-    for source in sources:
-        for record in read_records([source], kind=Prompted):
-            candidates = record.fields.get('candidates')
-            if candidates is None:
-                candidates = [{'completion': record.fields.get('completion')}]
-            for one in candidates if isinstance(candidates, list) else [None]:
-                one = one if isinstance(one, dict) else {}
-                if not isinstance(text := one.get('completion'), str):
-                    raise InputError(
-                        f'{record.place} holds no candidates; a pool is what rejection_sampling has written'
-                    )
-                if text.strip():
-                    found[key_of(record.messages)].setdefault(
-                        text, (text, bool(one.get('stopped', True)), source)
-                    )
-    return {key: list(texts.values()) for key, texts in found.items()}
-
-
-def from_pool(
-    one: Asked,
-    pool: Sequence[tuple[str, bool, str]],
-    chat_format: ChatFormat,
-    stop_ids: Sequence[int],
-    first: int,
-) -> list[tuple[Rollout, str]]:
-    """Earlier answers as this policy's tokens, with the files that they are from; numbered from `first` on."""
-    found = []
-    for number, (text, stopped, origin) in enumerate(pool, first):
-        _, answer = encode_answer(chat_format, one.messages, [Message('assistant', text)])
-        ids = answer.tokens.tolist()
-        while not stopped and ids and ids[-1] in stop_ids:
-            ids.pop()
-        found.append((Rollout(one.index, number, tuple(one.ids), tuple(ids), (), stopped, text), origin))
-    return found
-
-
-def complete(
-    asked: Sequence[Asked],
-    log: ItemLog | None,
-    judges: Judges,
-    sampling: Sampling,
-    drawn: Any,
-    joined: Any,
-) -> dict[int, list[Candidate]]:
-    """The scored candidates of each prompt by its number; what the log holds is not done again.
-
-    All processes do so together. A prompt's candidates are scored by themselves, so that they do not depend on where a
-    command was killed.
-    """
-    known = {index: item['candidates'] for index, item in log.items.items()} if log else {}
-    done = set(json.loads(runtime.bytes_from_main_process(json.dumps(sorted(known)).encode())))
-    found = {index: [Candidate(**one) for one in candidates] for index, candidates in known.items()}
-    # The longest first: the cache then never has to grow for a late one.
-    left = sorted((one for one in asked if one.index not in done), key=lambda one: -len(one.ids))
-    by_index = {one.index: one for one in left}
-    is_quiet = not runtime.is_main_process()
-    with tqdm(
-        total=len(asked), initial=len(asked) - len(left), unit='prompt', disable=is_quiet or None
-    ) as bar:
-        for rollouts in drawn(left) if left else ():
-            one = by_index[rollouts[0].record]
-            others = joined(one)
-            everyone = [*rollouts, *(rollout for rollout, _ in others)]
-            rewarded = judge(judges.rewards, everyone, [one.record] * len(everyone))
-            candidates = [
-                Candidate(
-                    rollout.text, float(rewarded.total[place]),
-                    {name: float(values[place]) for name, values in rewarded.parts.items()}, rollout.stopped,
-                    len(rollout.answer), *drawn_at,
-                )
-                for place, (rollout, drawn_at) in enumerate(
-                    zip(
-                        everyone,
-                        [*((t, '') for t in sampling.temperatures), *((0.0, origin) for _, origin in others)],
-                        strict=True,
-                    )
-                )
-            ]  # fmt: skip
-            found[one.index] = candidates
-            if log:
-                log.add({'index': one.index, 'candidates': [dataclasses.asdict(c) for c in candidates]})
-            bar.update()
+def read_preprompts(path: str) -> tuple[str, ...]:
+    """The lines of a file, or `default_preprompts`; () where none is named."""
+    if path in ('', 'default'):
+        return default_preprompts() if path else ()
+    found = tuple(
+        filter(None, map(str.strip, read_bytes(epath.Path(path)).decode('utf-8', 'replace').splitlines()))
+    )
+    if not found or len(set(found)) < len(found):
+        raise InputError(f'{path} has {len(found)} preprompts; give different texts, a line each')
     return found
 
 
@@ -335,7 +223,8 @@ def write(found: dict[int, list[Candidate]], asked: Sequence[Asked], keep: Keep,
     """The file, the plot, and what is said of them."""
     lines, num_without = [], 0
     for one in asked:
-        kept = lines_of(one.record['prompt'], found[one.index], keep)
+        lines_from = distilled_lines if one.behind else lines_of
+        kept = lines_from(one.record['prompt'], found[one.index], keep)
         num_without += not kept
         lines += [json.dumps({'index': one.index, **line}) for line in kept]
     curve = curves([found[one.index] for one in asked])

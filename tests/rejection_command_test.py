@@ -263,3 +263,49 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, folder, base, ju
         assert re.search(message, line), (more, line)
         assert not output.exists() and not pathlib.Path(f'{output}.partial').exists(), more
         shutil.rmtree(folder / 'refused', ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_answers_behind_a_preprompt_are_learnt_without_it(commands, folder, base, judge, prompts, kept):
+    (folder / 'preprompts.txt').write_text('ba gen\n\nku dun fa\n')
+    output, more = folder / 'distilled.jsonl', (f'--preprompts={folder}/preprompts.txt',)
+    killed = commands.run(
+        *sampling(base, judge, prompts, output, *more), before=KILLED.replace('PROMPTS', '2')
+    )
+    assert killed.status == -9
+    commands.run(*sampling(base, judge, prompts, output, *more)).succeeded()
+    whole = folder / 'distilled_whole.jsonl'
+    commands.run(*sampling(base, judge, prompts, whole, *more)).succeeded()
+    assert output.read_bytes() == whole.read_bytes()
+    plain = {line['index']: line for line in lines_of(kept[0])}
+    lines = lines_of(output)
+    assert 0 < len(lines) < 8 or any(line['index'] in plain for line in lines)
+    for line in lines:
+        groups = [
+            [one for one in line['candidates'] if one['preprompt'] == said]
+            for said in ('', 'ba gen', 'ku dun fa')
+        ]
+        assert [len(group) for group in groups] == [6, 6, 6]
+        assert (
+            line['score']
+            > line['score_original']
+            == max(one['score'] for one in groups[0] if one['completion'].strip())
+        )
+        assert line['preprompt'] in ('ba gen', 'ku dun fa') and line['preprompt'] not in json.dumps(
+            line['prompt']
+        )
+        if line['index'] in plain:  # what is drawn without is what is drawn where there is no preprompt
+            for one, same in zip(groups[0], plain[line['index']]['candidates'], strict=True):
+                assert one['completion'] == same['completion'] and one['temperature'] == same['temperature']
+                assert abs(one['score'] - same['score']) < 1e-4
+    refused = commands.run(
+        *sampling(base, judge, prompts, folder / 'no.jsonl', *more, '--keep=threshold', '--threshold=1')
+    )
+    assert (
+        '--preprompts=' in refused.error() and 'give neither --keep=threshold nor --pool' in refused.error()
+    )
+    (folder / 'twice.txt').write_text('so\nso\n')
+    line = commands.run(
+        *sampling(base, judge, prompts, folder / 'no.jsonl', f'--preprompts={folder}/twice.txt')
+    ).error()
+    assert 'twice.txt has 2 preprompts; give different texts' in line and not (folder / 'no.jsonl').exists()

@@ -31,6 +31,7 @@ class Candidate:
       num_tokens: of the answer, the stop token included.
       temperature: that it was drawn at; 0 where it came from elsewhere.
       origin: the file that it came from; '': it was drawn here.
+      preprompt: that it was drawn behind (`rl.context_distillation`).
     """
 
     completion: str
@@ -40,6 +41,7 @@ class Candidate:
     num_tokens: int = 0
     temperature: float = 0.0
     origin: str = ''
+    preprompt: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,7 @@ def curves(prompts: Sequence[Sequence[Candidate]]) -> Curves | None:
     """Of what was drawn here, of all prompts alike; None where nothing was."""
     pools: dict[float, list[np.ndarray]] = {}
     for candidates in prompts:
-        drawn = [one for one in candidates if not one.origin]
+        drawn = [one for one in candidates if not one.origin and not one.preprompt]
         for temperature in sorted({one.temperature for one in drawn}):
             pools.setdefault(temperature, []).append(
                 np.array([one.score for one in drawn if one.temperature == temperature])

@@ -7,6 +7,7 @@ from tests.planted_faults import (
     formats,
     model,
     preferences,
+    rollouts,
     speculation,
     training,
 )
@@ -20,4 +21,5 @@ FAULTS = (
     *evaluation.FAULTS,
     *adapters.FAULTS,
     *preferences.FAULTS,
+    *rollouts.FAULTS,
 )

@@ -30,7 +30,7 @@ class Letters:
     def encode(self, text, bos=False, eos=False, special=False):
         return [1] * bos + [ord(letter) - 60 for letter in text] + [2] * eos
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=0):
         return [np.array(self.encode(text)) for text in texts]
 
     def decode(self, ids):

@@ -1,0 +1,45 @@
+"""Of answers that are drawn, judged and kept."""
+
+from tests.planted_faults.fault import Fault, faults_in
+
+_DRAWN = 'rl/rollout_test.py::test_log_probabilities_are_of_the_distribution_that_was_drawn_from'
+_SAFETY = (
+    'rl/rewards_test.py::test_safety_comes_first_where_a_record_is_tagged_or_its_score_is_below_the_threshold'
+)
+
+# fmt: off
+FAULTS: tuple[Fault, ...] = (
+    *faults_in('llama_jax/rl/rollout.py',
+        ('rollouts: scored at temperature 1', _DRAWN,
+         'score.filtered_log_probability for', 'score.log_probability for'),
+        ('rollouts: the same draws for every prompt',
+         'rl/rollout_test.py::test_answers_stand_in_their_order_and_hold_what_ended_them',
+         'json.dumps([seed, record, sample])', 'json.dumps([seed, sample])')),
+    *faults_in('llama_jax/rl/rewards.py',
+        ('rewards: rounded to whole numbers',
+         'rl/rewards_test.py::test_rewards_are_summed_by_weight_in_float64_and_kept_apart',
+         'total += term.weight * found', 'total += np.trunc(term.weight * found)'),
+        ('rewards: a stop token other than EOS counts as none',
+         'rl/rewards_test.py::test_an_answer_that_was_cut_is_punished_whatever_the_stop_tokens_are',
+         '0.0 if one.stopped', '0.0 if one.answer[-1] == 2'),
+        ('rewards: whitened to another mean',
+         'rl/rewards_test.py::test_whitened_values_have_mean_0_and_variance_1_and_equal_ones_are_0',
+         'centred = values - values.mean()', 'centred = values + 0 * values.mean()'),
+        ('rewards: the threshold is of the score', _SAFETY, 'safe < least', 'safe < threshold'),
+        ('rewards: a tag is not seen', _SAFETY, 'tagged | (safe', '(safe')),
+    *faults_in('llama_jax/rl/reward_model.py',
+        ('reward model: score one past the stop token',
+         'rl/reward_model_test.py::test_an_answer_is_scored_as_it_is_alone',
+         'found[place, end - 1]', 'found[place, end % width]'),
+        ('reward model: positions of a row, not of an answer',
+         'rl/reward_model_test.py::test_an_answer_is_scored_as_it_is_alone',
+         'np.arange(len(prompt), len(prompt) + len(answer))', 'np.arange(start, end)')),
+    *faults_in('llama_jax/rl/rejection.py',
+        ('rejection: order statistics with replacement',
+         'rl/rejection_test.py::test_order_statistics_are_the_means_over_all_draws',
+         'math.comb(k - 1 - i, n - rank)', 'math.comb(k - i, n - rank)')),
+    *faults_in('llama_jax/rl/context_distillation.py',
+        ('distillation: kept without a rise',
+         'rl/context_distillation_test.py::test_only_what_scores_above_all_without_is_kept',
+         'best[0].score <= original[0].score', 'best[0].score < original[0].score')),
+)
