@@ -51,6 +51,50 @@ def preferences(preset: str) -> ConfigDict:
     return config
 
 
+def policies(preset: str) -> ConfigDict:
+    """A configuration of runs on answers that the policy draws itself (`experiments/ppo.py`)."""
+    config = fine_tuning(preset)
+    del config.train.num_epochs, config.data.too_long, config.data.on_error
+    for name in ('rslora', 'layers', 'dropout', 'train_whole'):
+        del config.lora[name]
+    del config.eval.sample_tokens, config.eval.limit, config.log.profile_start, config.log.profile_steps
+    config.data.update(train='data/prompts.jsonl', seq_len=4096, validation_fraction=0.01)
+    config.train.update(batch_size=64, num_steps=2400)
+    config.optimizer.update(learning_rate=1e-6, warmup_steps=0, final_fraction=1.0)
+    config.checkpoint.update(every=80)
+    config.eval.update(every=80)
+    config.rollout = rollout()
+    config.algorithm = algorithm()
+    if preset in ('tiny', 'nano') or preset.startswith('stories'):
+        _small(config)
+        config.rollout.update(batch_size=64, max_new_tokens=64)
+    return config
+
+
+def rollout() -> ConfigDict:
+    """How answers are drawn from the policy."""
+    section = ConfigDict()
+    section.batch_size = 512  # answers in an iteration
+    section.samples = 1  # answers to a prompt
+    section.max_new_tokens = 1024  # of an answer, its stop token included
+    section.temperature = 1.0  # the policy is what is drawn at it
+    section.slots = 64  # answers that are drawn together, on all devices
+    section.mesh = ''  # of the sampler, as in fsdp=2,tensor=4; '': training's
+    section.axis_rules = ''  # of the sampler, where it has a mesh of its own
+    return section
+
+
+def algorithm() -> ConfigDict:
+    """What is made of answers: docs/reinforcement.md."""
+    section = ConfigDict()
+    section.name = 'ppo'  # reinforce, rloo, grpo, dr_grpo, dapo, gspo, cispo: llama_jax/losses/policy.py
+    section.rewards = 'missing_stop'  # reward models, task:NAME, FILE.py:function, each with =WEIGHT
+    section.beta = 0.01  # what a nat of divergence from the reference costs
+    section.values_from = ''  # a reward model that values begin as; '' or zero: the policy's trunk
+    section.constants = ''  # what overrides the preset and what all have: clip_high=0.28,epochs=2
+    return section
+
+
 def _small(config: ConfigDict) -> None:
     """For one small machine."""
     config.data.update(seq_len=256, validation_fraction=0.05)

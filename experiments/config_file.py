@@ -15,6 +15,7 @@ from llama_jax.types import did_you_mean, error_line
 # What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
 PATH_KEYS = (
     'data.train', 'data.validation', 'data.tokenizer', 'eval.tasks', 'eval.data_dir', 'log.compilation_cache',
+    'algorithm.rewards', 'algorithm.values_from',
 )  # fmt: skip
 _RECIPE_PATHS = re.compile(r'tokenizer|sources\..+\.input')  # those of `configs/prepare_data.py`
 

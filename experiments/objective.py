@@ -5,13 +5,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
 from experiments.adapters import adapted
 from experiments.config_file import split_list
 from experiments.launch import flags_named
+from experiments.policy import abstract_reference, policy_objective
 from experiments.start import first_params, first_scores
 from llama_jax import pretrained
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss
@@ -20,7 +20,6 @@ from llama_jax.losses.reward import reward_loss
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner
-from llama_jax.train.optimizer import decayed
 from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.step import compile_train_step
 from llama_jax.types import InputError, LMBatch, LossFn, Params, PreferenceBatch, PyTree
@@ -66,6 +65,9 @@ def objective_of(
       reference: the weights of a live one; None: their shapes.
     """
     num_pairs = num_pairs or max(1, config.data.seq_len // 512)
+    if 'algorithm' in config:
+        of_policy = language_modelling(config, model, partitioner, base)
+        return policy_objective(of_policy, config, scored(model), partitioner, base, reference)
     if 'reward' in config:
         objective = scoring(config, scored(model), partitioner, num_pairs, base)
     elif 'loss' in config:
@@ -167,17 +169,6 @@ def _constants(text: str) -> dict[str, Any]:
 def reading_model(config: ConfigDict, model: Any) -> Any:
     """The model as it reads rows of pairs."""
     return model.clone(attention_implementation='shared_prefix') if config.data.share_prompt else model
-
-
-def abstract_reference(model: LlamaForCausalLM, partitioner: Partitioner) -> Params:
-    """A policy's weights as they are held to be compared with: matrices in the type that they are computed with."""
-    shapes, axes = abstract_params_and_axes(model)
-    return jax.tree.map(
-        lambda leaf, sharding, is_matrix: jax.ShapeDtypeStruct(
-            leaf.shape, model.dtype if is_matrix else leaf.dtype, sharding=sharding
-        ),
-        shapes, partitioner.tree_shardings(shapes, axes), decayed(shapes),
-    )  # fmt: skip
 
 
 def scored(model: LlamaForCausalLM) -> LlamaForRewardModel:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.objective import abstract_reference, loss_of, reading_model
+from experiments.objective import loss_of, reading_model
+from experiments.policy import abstract_reference
 from experiments.preferences import figures_of
 from experiments.start import first_params
 from experiments.training import Plan, Run

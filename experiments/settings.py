@@ -53,7 +53,7 @@ def check_settings(config: ConfigDict) -> None:
             f'--config.train.num_steps={config.train.num_steps} and --config.train.num_epochs='
             f'{config.train.num_epochs} are both given; set one of them to 0'
         )
-    start, steps = config.log.profile_start, config.log.profile_steps
+    start, steps = config.log.get('profile_start', 0), config.log.get('profile_steps', 0)
     if steps and 0 < config.train.num_steps <= start:
         raise InputError(
             f'--config.log.profile_start={start} is not before the last of --config.train.num_steps='
@@ -167,10 +167,10 @@ def make_lora_config(config: ConfigDict) -> LoraConfig | None:
     section = config.lora
     with flags_named(*(f'--config.lora.{name}' for name in section)):
         return LoraConfig(
-            rank=section.rank, alpha=float(section.alpha), dropout=float(section.dropout),
+            rank=section.rank, alpha=float(section.alpha), dropout=float(section.get('dropout', 0.0)),
             targets=tuple(split_list(section.targets)), rslora=section.get('rslora', False),
             layers=_layers(section.get('layers', '')),
-            train_whole=tuple(split_list(section.train_whole)),
+            train_whole=tuple(split_list(section.get('train_whole', ''))),
         )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:
         if not config.eval.data_dir and not name.startswith('perplexity:'):
             raise InputError(f'--config.eval.tasks={config.eval.tasks} needs --config.eval.data_dir=DIR')
         with flags_named('--config.eval.tasks', '--config.eval.data_dir'):
-            prepared_tasks.append(prepare(task, config.eval.data_dir, limit=config.eval.limit))
+            prepared_tasks.append(prepare(task, config.eval.data_dir, limit=config.eval.get('limit', 0)))
     return prepared_tasks
 
 
@@ -226,14 +226,14 @@ def parse_weights(config: ConfigDict) -> list[float] | None:
 def partitioner_of_flags(mesh: list[str], axis_rules: str) -> Partitioner:
     """Of --mesh and --axis_rules, on all devices."""
     with flags_named('--mesh'):
-        made = make_mesh(_mesh_sizes(mesh))
+        made = make_mesh(mesh_sizes(mesh, '--mesh'))
     with flags_named('--axis_rules'):
         return Partitioner(made, parse_rules(axis_rules))
 
 
-def _mesh_sizes(items: list[str]) -> dict[str, int]:
+def mesh_sizes(items: Sequence[str], flag: str) -> dict[str, int]:
     """['fsdp=-1', 'tensor=2'] as numbers."""
     try:
         return {name.strip(): int(size) for name, size in (item.split('=') for item in items)}
     except ValueError as error:
-        raise InputError(f"--mesh={','.join(items)}: write sizes as in 'fsdp=4,tensor=2'") from error
+        raise InputError(f"{flag}={','.join(items)}: write sizes as in 'fsdp=4,tensor=2'") from error

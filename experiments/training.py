@@ -90,6 +90,7 @@ class Run:
     record: dict[str, Any]  # what config.json and every checkpoint say of the run
     checkpointer: Checkpointer
     writers: Sequence[metrics.Writer]  # on process 0
+    restored: Mapping[str, Any]  # what the checkpoint of `start_step` says beside its state
 
 
 def plan(
@@ -216,7 +217,7 @@ def begin(plan: Plan, objective: Objective, fingerprint: str, template: str | No
         logger.info('started from step %d of %s', step, fork.workdir)
         checkpointer.save(step, state, record | {'rows_consumed': rows_before})
     writers = _make_writers(config, workdir, step, metadata, record['config'])
-    return Run(plan, objective, state, step, rows_before, step_fn, record, checkpointer, writers)
+    return Run(plan, objective, state, step, rows_before, step_fn, record, checkpointer, writers, metadata)
 
 
 def _first_state(
@@ -269,7 +270,8 @@ def fit(
         flops_per_token=training_flops_per_token(llama, config.data.seq_len, objective.beside_base),
         peak_flops=peak_flops_per_device(),
         log_every=config.log.every, checkpoint_every=config.checkpoint.every,
-        profile=(config.log.profile_start, config.log.profile_steps), profile_dir=str(plan.workdir / 'profile'),
+        profile=(config.log.get('profile_start', 0), config.log.get('profile_steps', 0)),
+        profile_dir=str(plan.workdir / 'profile'),
     )  # fmt: skip
     with jax.set_mesh(plan.partitioner.mesh):
         trained = train(

@@ -29,7 +29,7 @@ logger = logging.getLogger('llama_jax.workdir')
 # they are trained for.
 _FREE = (
     'model.remat', 'model.unroll', 'model.attention', 'train.num_steps', 'train.num_epochs', 'train.num_microbatches',
-    'train.loss_chunks', 'mesh.', 'checkpoint.', 'eval.', 'log.',
+    'train.loss_chunks', 'mesh.', 'checkpoint.', 'eval.', 'log.', 'rollout.mesh', 'rollout.axis_rules',
 )  # fmt: skip
 
 _ORDER = 'rows come in another order than in an unbroken run: some may be read twice or not at all'

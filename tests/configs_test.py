@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from configs import pretrain, sections, sft
-from experiments import config_file, settings
+from configs import grpo, ppo, pretrain, sections, sft
+from experiments import config_file, policy, settings
+from llama_jax.losses.policy import PRESETS as PRESETS_OF_POLICIES
 from llama_jax.models.presets import PRESETS
 from llama_jax.train.optimizer import make_schedule
 from llama_jax.types import InputError
@@ -87,6 +88,7 @@ def test_every_key_is_explained():
         flat(sections.all_of('tiny'))
         | flat(sections.fine_tuning('tiny'))
         | flat(sections.preferences('tiny'))
+        | flat(sections.policies('tiny'))
     )
     assert explained == {key.partition('.')[2] for key in known} - {''}
 
@@ -127,3 +129,47 @@ def test_recipes_of_fine_tuning_are_the_papers():
     config.train.num_steps, config.train.num_epochs = 0, 0
     with pytest.raises(InputError, match='--config.train.num_steps=0 is out of range'):
         settings.check_settings(config)
+
+
+def test_recipes_of_policy_gradients_are_the_papers():
+    """Llama 2 paper, section 3.2.3."""
+    published = {
+        'rollout.batch_size': 512, 'train.batch_size': 64, 'algorithm.name': 'ppo', 'optimizer.learning_rate': 1e-6,
+        'optimizer.final_fraction': 1.0, 'optimizer.warmup_steps': 0, 'optimizer.beta1': 0.9, 'optimizer.beta2': 0.95,
+        'optimizer.eps': 1e-5, 'optimizer.weight_decay': 0.1, 'optimizer.clip_norm': 1.0,
+    }  # fmt: skip
+    betas = {'llama2_7b': 0.01, 'llama2_13b': 0.01, 'llama2_34b': 0.005, 'llama2_70b': 0.005}
+    for model, beta in betas.items():
+        found = flat(ppo.get_config(model))
+        assert {key: found[key] for key in published} == published and found['algorithm.beta'] == beta
+        assert 200 <= found['train.num_steps'] * 64 / 512 <= 400
+    assert policy.recipe_of(ppo.get_config()).algorithm.clip_low == 0.2
+    for kind in grpo._KNOWN:
+        recipe = policy.check_policy(grpo.get_config(f'llama3_1_8b,{kind}'))
+        assert recipe.algorithm == PRESETS_OF_POLICIES[kind]
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        ({'algorithm.name': 'grop'}, "unknown algorithm 'grop'; did you mean grpo"),
+        ({'algorithm.name': 'rloo'}, 'rollout.samples=1, and the advantage leave_one_out'),
+        ({'algorithm.name': 'grpo'}, 'rollout.samples=1, and the advantage group_std'),
+        ({'algorithm.constants': 'divergence=k1'}, "divergence is 'k1': in the loss"),
+        ({'algorithm.constants': 'top_p=0.9'}, "constants has 'top_p=0.9'"),
+        ({'algorithm.constants': 'whiten=maybe'}, "constants has whiten='maybe'; it must be of type bool"),
+        ({'algorithm.constants': 'epochs=0'}, 'epochs is 0; it must be at least 1'),
+        ({'rollout.batch_size': 60}, 'batch_size=60 answers do not divide into --config.train.batch_size=64'),
+        ({'rollout.samples': 5}, 'batch_size=512 answers do not divide into --config.rollout.samples=5'),
+        ({'rollout.temperature': 0.0}, 'rollout.temperature=0.0; it must be above 0'),
+        ({'rollout.max_new_tokens': 4096}, 'max_new_tokens=4096 leaves no room for a prompt'),
+        ({'rollout.mesh': 'tensor=3'}, 'rollout.mesh'),
+        ({'algorithm.name': 'reinforce', 'algorithm.values_from': 'x'}, 'values_from=x, and --config.algorithm.name'),
+    ],
+)  # fmt: skip
+def test_policy_gradients_that_make_no_sense_are_refused(overrides, message):
+    config = ppo.get_config()
+    config.update_from_flattened_dict(overrides)
+    training = settings.make_partitioner(config)
+    with pytest.raises(InputError, match=re.escape(message)):
+        _ = policy.check_policy(config), policy.sampler_partitioner(config, training)

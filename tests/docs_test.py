@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from configs import dpo, pretrain, reward_model, sft
+from configs import dpo, ppo, pretrain, reward_model, sft
 from experiments import config_file
 from llama_jax.models.presets import PRESETS
 
@@ -19,7 +19,7 @@ CODE = sorted(
 )
 PLACES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # of docstrings
 SETTINGS = frozenset(
-    key for task in (dpo, pretrain, reward_model, sft) for key in config_file.flatten(task.get_config())
+    key for task in (dpo, ppo, pretrain, reward_model, sft) for key in config_file.flatten(task.get_config())
 )
 
 # Of others: pip, srun, xpk, gcloud, pytest, XLA's environment variables.

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import pretrain
+from configs import ppo, pretrain
 from experiments import config_file, launch, settings
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
@@ -65,7 +65,7 @@ def test_no_flag_is_of_all_commands():
     joins = re.compile(r'launch\.define_(processes|run)\(\)')
     joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
     assert joining == [
-        'dpo', 'evaluate', 'generate', 'pretrain', 'rejection_sampling', 'reward_model', 'sft',
+        'dpo', 'evaluate', 'generate', 'ppo', 'pretrain', 'rejection_sampling', 'reward_model', 'sft',
     ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
     )
     values(['command', f'--place={given}'])
     assert holder.value == wanted
-    config = ConfigDict({section: {} for section in ('data', 'eval', 'log')})
+    config = ConfigDict({section: {} for section in ('data', 'eval', 'log', 'algorithm')})
     for key in config_file.PATH_KEYS:
         section, _, name = key.partition('.')
         config[section][name] = given
@@ -95,7 +95,8 @@ def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
 
 
 def test_keys_that_name_files_are_expanded():
-    keys = set(config_file.flatten(pretrain.get_config('tiny')))
+    tasks = pretrain, ppo
+    keys = {key for task in tasks for key in config_file.flatten(task.get_config('tiny'))}
     assert set(config_file.PATH_KEYS) <= keys
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from configs import dpo, pretrain, reward_model, sft
+from configs import dpo, ppo, pretrain, reward_model, sft
 from configs.pretrain import get_config
 from experiments import config_file, workdir
 from experiments.workdir import CONFIG_FILE, check_data, check_workdir, record_run
@@ -84,17 +84,18 @@ def test_keys_that_cannot_be_overridden_are_refused(key, message):
 
 
 def test_every_key_is_free_or_overridable_or_in_the_weights():
-    tasks = pretrain, sft, reward_model, dpo
+    tasks = pretrain, sft, reward_model, dpo, ppo
+    of_objective = ('lora.', 'loss.', 'reward.', 'rollout.', 'algorithm.')
     keys = {key for task in tasks for key in config_file.flatten(task.get_config())} | {'data_fingerprint'}
     assert set(workdir._OVERRIDABLE) <= keys
     fixed = {key for key in keys if not key.startswith(workdir._FREE) and key not in workdir._OVERRIDABLE}
     # What is trained, what it begins from, and what it is to minimise.
-    assert {key for key in fixed if not key.startswith(('lora.', 'loss.', 'reward.'))} == {
+    assert {key for key in fixed if not key.startswith(of_objective)} == {
         'model.preset', 'model.vocab_size', 'model.weights', 'data.tokenizer', 'data.vocab_size', 'data.format',
         'data.share_prompt', 'optimizer.name',
     }  # fmt: skip
-    parts = {key.partition('.')[0] for key in keys if key.startswith(('lora.', 'loss.', 'reward.'))}
-    assert parts == {'lora', 'loss', 'reward'}
+    parts = {key.partition('.')[0] for key in keys if key.startswith(of_objective)}
+    assert parts == {'lora', 'loss', 'reward', 'rollout', 'algorithm'}
 
 
 @pytest.mark.parametrize(('key', 'value'), [('optimizer.beta2', 0.9), ('data.train', 'x'), ('seed', 7)])

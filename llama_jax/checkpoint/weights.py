@@ -19,6 +19,7 @@ from flax import traverse_util
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
 from llama_jax.json_file import read_object
+from llama_jax.models.reward import VALUE
 from llama_jax.placement import BlockArray, copy_tiles, place_all
 from llama_jax.runtime import refused_by_all
 from llama_jax.storage import enable_bucket, prefetch, system_failures
@@ -171,7 +172,9 @@ def open_params(step_folder: epath.PathLike) -> dict[str, BlockArray]:
     )
     leaves = {}
     for key in keys:
-        if key[:1] != ['params']:
+        if key[:1] != ['params'] or key[1:2] == [
+            VALUE
+        ]:  # what expects a policy's reward is none of its weights
             continue
         name = '.'.join(map(str, key))
         kvstore = (

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
-from llama_jax.models.reward import LlamaForRewardModel
+from llama_jax.models.reward import VALUE, LlamaForRewardModel
 from llama_jax.ops.cross_entropy import token_distributions, token_log_probabilities
 from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PolicyBatch, PyTree, did_you_mean
 
@@ -38,10 +38,6 @@ ADVANTAGES = ('gae', 'batch_mean', 'leave_one_out', 'group_mean', 'group_std')
 RATIOS = ('token', 'sequence', 'sequence_mean', 'token_weight', 'none')
 WEIGHTS = ('token', 'sequence', 'constant')
 DIVERGENCES = ('reward', 'k2', 'k3', 'none')
-FIGURES = ('k1', 'k3', 'entropy', 'ratio_gap', 'moved', 'clipped_low', 'clipped_high')
-VALUE = (
-    'value'  # what stands beside the policy's weights in params: the trunk and score that expect its reward
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +208,7 @@ def policy_loss(
     temperature: float = 1.0,
     value_model: LlamaForRewardModel | None = None,
     value_loss: ValueLoss = ValueLoss(),
+    compared: bool = True,
     num_chunks: int = 1,
 ) -> LossFn:
     """The loss function of a policy: the sum over tokens, as much as each counts, to be divided by `batch.counts`.
@@ -222,6 +219,7 @@ def policy_loss(
       temperature: that answers were drawn at.
       value_model: expects the reward; its weights stand at `VALUE` beside the policy's. None where there is none.
       value_loss: how it learns.
+      compared: `batch.reference` is of a reference; else no divergence from it is among the figures.
       num_chunks: see `token_log_probabilities`.
     """
 
@@ -237,6 +235,8 @@ def policy_loss(
         losses, ratios = policy_losses(algorithm, log_p, batch)
         away = log_p - batch.reference
         figures = _figures(algorithm, batch, log_p, ratios) | {'entropy': entropies}
+        if compared:
+            figures |= {kind: divergences(kind, away) for kind in ('k1', 'k3')}
         if algorithm.divergence in ('k2', 'k3'):
             losses = losses + batch.beta[:, None] * divergences(algorithm.divergence, away)
         losses = batch.importance * losses
@@ -258,8 +258,8 @@ def policy_loss(
 def _figures(
     algorithm: Algorithm, batch: PolicyBatch, log_p: Float[Array, 'B T'], ratios: Float[Array, 'B T']
 ) -> dict[str, Float[Array, 'B T']]:
-    """What is logged of each token: how far the policy is from its reference and from itself, and what was clipped."""
-    away, up = log_p - batch.reference, batch.advantages > 0
+    """What is logged of each token: how far the policy has moved since it was drawn, and what was clipped."""
+    up = batch.advantages > 0
     low, high = ratios < 1 - algorithm.clip_low, ratios > 1 + algorithm.clip_high
     # The smaller of two is taken: a ratio below counts where the advantage is below 0, one above where it is above. One
     # that is a weight is clipped whatever it weighs.
@@ -268,8 +268,6 @@ def _figures(
         'clipped_low': low & (always | ~up), 'clipped_high': high & (always | up)
     }  # fmt: skip
     return {
-        'k1': divergences('k1', away),
-        'k3': divergences('k3', away),
         'moved': batch.old - log_p,
         'ratio_gap': jnp.abs(ratios - 1.0),
         **{name: value.astype(jnp.float32) for name, value in acts.items()},

@@ -11,6 +11,8 @@ from llama_jax.models.llama import LlamaForCausalLM, Transformer, weight
 from llama_jax.ops.linear import einsum
 from llama_jax.types import InputError
 
+VALUE = 'value'  # beside a policy's weights: those of what expects its reward, as they are trained together
+
 
 class LlamaForRewardModel(Transformer):
     """The trunk with one number in the place of the next token's logits."""

@@ -4,14 +4,18 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 
+from llama_jax.checkpoint.model_file import CHECKPOINTS
+from llama_jax.checkpoint.weights import latest_step, open_params
 from llama_jax.convert.mapping import Leaf, Source, leaf_shape, weights_of
 from llama_jax.lora import merged_leaves
 from llama_jax.models.config import LlamaConfig
-from llama_jax.placement import BlockArray, GrownTable
+from llama_jax.placement import BlockArray, GrownTable, place_all
 from llama_jax.quantize.base import kept_leaves
-from llama_jax.types import InputError
+from llama_jax.types import InputError, Params
 
 _TABLES = ('embed', 'head')  # a row for every id of the vocabulary
 
@@ -59,3 +63,25 @@ def check_fingerprint(found: str, base: object, fingerprint: str, origin: object
             f'{origin} holds adapters of another model than is now in {base}: its fingerprint is {found[:12]}, that of '
             f'their base was {fingerprint[:12]}; restore what was there'
         )
+
+
+def trained_params(workdir: epath.Path, target: Params) -> Params:
+    """What was trained beside a base, as it stands in the newest checkpoint of a workdir, placed as `target` says.
+
+    Raises:
+      InputError: what is there is of other weights, or another rank.
+    """
+    stored = open_params(latest_step(workdir / CHECKPOINTS))
+    wanted, structure = jax.tree_util.tree_flatten_with_path(target)
+    found = []
+    for keys, leaf in wanted:
+        name = '/'.join(str(key.key) for key in keys)
+        array = stored.get(name)
+        if array is None or tuple(array.shape) != tuple(leaf.shape):
+            has = 'no' if array is None else f'{tuple(array.shape)} as'
+            raise InputError(
+                f'{workdir} has {has} trained {name}, and {tuple(leaf.shape)} is wanted: its adapters must be of the '
+                'same weights and rank'
+            )
+        found.append((name, array, leaf))
+    return jax.tree.unflatten(structure, place_all(found))

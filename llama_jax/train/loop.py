@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from llama_jax.checkpoint.training import Checkpointer
@@ -36,6 +37,10 @@ class Measurement:
     every: int
     measure: Callable[[TrainState, int, Callable[[], None]], dict[str, float]]
     figures: tuple[str, ...] = ()
+
+
+class Ended(Exception):
+    """Raised by what makes batches: the run has learnt what it is to learn, and ends before `num_steps`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,7 @@ def train(
         checkpoint is saved.
     """
     preemption = PreemptionSignal()
-    timer = _Timer(config, start_step)
+    timer = _Timer(config)
     # Without a terminal a bar would be one endless line: there each logged step is a line of the log.
     bar = tqdm.tqdm(
         total=config.num_steps, initial=start_step, unit='step', disable=None if is_main_process() else True
@@ -219,6 +224,7 @@ def train(
                 batch = fetch()
                 # Whatever a step reads is on the devices: a batch on the host would be copied while they wait.
                 annotation = jax.profiler.StepTraceAnnotation('train', step_num=done)
+                timer.count(done + 1, batch)
                 with annotation, jax.transfer_guard('disallow'):
                     state, metrics = step_fn(state, frozen, batch, rng)
                 preemption.listen()  # now there is something to save; while the first step compiled there was not
@@ -245,6 +251,8 @@ def train(
             stopped = preemption.received()
         except Interrupted:
             stopped = True
+        except Ended as ended:
+            logger.info('step %d: %s', done, ended)
         finish()
     return Trained(state, done, figures, stopped)
 
@@ -308,9 +316,9 @@ class _Profiler:
 class _Timer:
     """Rates between logged steps, without the time that evaluation, sampling and saving took."""
 
-    def __init__(self, config: LoopConfig, start_step: int):
+    def __init__(self, config: LoopConfig):
         self._config = config
-        self._step = start_step
+        self._rows: dict[int, int] = {}  # by step, of those that no rates were asked for yet
         self._mark = time.perf_counter()
         self._paused = 0.0
 
@@ -320,13 +328,20 @@ class _Timer:
         yield
         self._paused += time.perf_counter() - start
 
+    def count(self, step: int, batch: PyTree) -> None:
+        """The batch of a step; most have `batch_size` rows."""
+        shapes = map(np.shape, jax.tree.leaves(batch))
+        self._rows[step] = next((shape[0] for shape in shapes if shape), self._config.batch_size)
+
     def rates(self, step: int) -> dict[str, float]:
         """Tokens per second and utilisations since the last call."""
         now = time.perf_counter()
         seconds = now - self._mark - self._paused
-        per_second = (step - self._step) * self._config.tokens_per_step / max(seconds, 1e-9)
+        rows = sum(self._rows.pop(one) for one in list(self._rows) if one <= step)
+        tokens = self._config.tokens_per_step * rows / self._config.batch_size
+        per_second = tokens / max(seconds, 1e-9)
         per_device = per_second / jax.device_count()
-        self._mark, self._step, self._paused = now, step, 0.0
+        self._mark, self._paused = now, 0.0
         causal, full = (
             flops * per_device / self._config.peak_flops for flops in self._config.flops_per_token
         )

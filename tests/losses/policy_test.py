@@ -12,7 +12,6 @@ import pytest
 from llama_jax.losses.policy import (
     PPO,
     PRESETS,
-    VALUE,
     Algorithm,
     ValueLoss,
     divergences,
@@ -22,7 +21,7 @@ from llama_jax.losses.policy import (
     policy_of,
     value_losses,
 )
-from llama_jax.models.reward import LlamaForRewardModel
+from llama_jax.models.reward import VALUE, LlamaForRewardModel
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.state import new_state
 from llama_jax.train.step import train_step

@@ -7,6 +7,7 @@ from tests.planted_faults import (
     formats,
     model,
     preferences,
+    reinforcement,
     rollouts,
     speculation,
     training,
@@ -22,4 +23,5 @@ FAULTS = (
     *adapters.FAULTS,
     *preferences.FAULTS,
     *rollouts.FAULTS,
+    *reinforcement.FAULTS,
 )

@@ -1,0 +1,27 @@
+"""GRPO and kin, which compare the answers to one prompt: --config=configs/grpo.py:llama3_1_8b or :MODEL,ALGORITHM.
+
+ALGORITHM is grpo (Shao et al. 2024: 64 answers to each of 16 prompts, one pass, beta 0.04, here of 8 to each of 64),
+dapo (Yu et al. 2025: 16 to each of 32 in use, 1e-6, an overlong penalty over the last part), dr_grpo, gspo, cispo, rloo
+or reinforce.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sections
+
+_KNOWN = ('grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'rloo', 'reinforce')
+
+
+def get_config(recipe: str = 'llama3_1_8b') -> ConfigDict:
+    """MODEL or MODEL,ALGORITHM."""
+    model, _, kind = recipe.partition(',')
+    if kind and kind not in _KNOWN:
+        raise ValueError(f'{kind!r} is no recipe of grpo; there are {", ".join(_KNOWN)}')
+    config = sections.policies(model)
+    config.algorithm.name = kind or 'grpo'
+    config.algorithm.beta = 0.04
+    config.rollout.samples = 8
+    if kind == 'dapo':
+        config.rollout.samples = 16
+        config.algorithm.rewards += f',overlong:{config.rollout.max_new_tokens // 5}'
+    return config

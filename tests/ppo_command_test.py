@@ -1,0 +1,108 @@
+"""Policies trained on their own answers by the command: resuming, adapters."""
+
+import json
+import pathlib
+
+import pytest
+
+from llama_jax.rl.iteration import Iteration
+from tests.command_line import saved_steps, tiny_run
+
+REWARD = """
+def score(prompt, answer, record):
+    return (sum(map(ord, answer)) % 7) / 6
+"""
+
+
+@pytest.fixture(scope='module')
+def base(commands, folder, corpus) -> pathlib.Path:
+    """A language model of a few steps."""
+    commands.run('pretrain', *tiny_run(folder / 'base', corpus, train__num_steps=12)).succeeded()
+    return folder / 'base'
+
+
+@pytest.fixture(scope='module')
+def prompts(folder) -> pathlib.Path:
+    (folder / 'reward.py').write_text(REWARD)
+    file = folder / 'prompts.jsonl'
+    file.write_text(
+        ''.join(json.dumps({'prompt': f'ba {word}'}) + '\n' for word in ('dio', 'fa', 'ku', 'gilly'))
+    )
+    return file
+
+
+def arguments(workdir, base, prompts, recipe='ppo.py:nano', **overrides) -> list[str]:
+    config = {
+        'data__train': prompts, 'data__format': 'plain', 'data__seq_len': 64, 'data__validation_fraction': 0.0,
+        'model__dtype': 'float32', 'model__vocab_size': 320, 'rollout__batch_size': 16, 'rollout__max_new_tokens': 6,
+        'rollout__slots': 8, 'train__batch_size': 8, 'train__num_steps': 4, 'optimizer__learning_rate': 1e-3,
+        'algorithm__rewards': f'{prompts.parent / "reward.py"}:score,missing_stop=0.5', 'checkpoint__every': 2,
+        'log__every': 1, 'log__tensorboard': False, 'eval__every': 2,
+    } | overrides  # fmt: skip
+    return [
+        f'--config=configs/{recipe}', f'--workdir={workdir}', f'--checkpoint={base}',
+        *(f'--config.{key.replace("__", ".")}={value}' for key, value in config.items()),
+    ]  # fmt: skip
+
+
+def logged(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['ppo.py:nano', 'grpo.py:nano'])
+def test_a_policy_is_trained_and_resumes_within_an_iteration(commands, folder, base, prompts, recipe):
+    name = recipe.partition('.')[0]
+    options = {'recipe': recipe, 'data__validation': prompts}
+    whole, broken = folder / f'{name}_whole', folder / f'{name}_broken'
+    shown = commands.run('ppo', *arguments(whole, base, prompts, **options)).succeeded()
+    assert 'reward' in shown.stdout
+    commands.run('ppo', *arguments(broken, base, prompts, **options, train__num_steps=3)).succeeded()
+    assert saved_steps(broken) == [2, 3]  # the last is within an iteration
+    commands.run('ppo', *arguments(broken, base, prompts, **options)).succeeded()
+    lines, again = logged(whole), logged(broken)
+    assert [line['step'] for line in lines] == [1, 2, 3, 4]
+    for one, other in zip(lines, again, strict=True):
+        for key in one.keys() - {'learning_rate'}:
+            if not key.startswith(('tokens_per', 'mfu', 'share_')) and (one['step'], key) != (3, 'held'):
+                assert other[key] == one[key], (one['step'], key)
+    first, last = lines[0], lines[-1]
+    assert first['ratio_gap'] < 1e-5 and first['clipped_low'] == first['clipped_high'] == 0
+    assert abs(first['k1']) < 1e-6
+    assert {'reward', 'kl', 'sampler_gap', 'held_out_reward', 'share_rollout', 'stopped'} <= last.keys()
+    assert last['sampler_gap_max'] < 1e-4
+    assert (whole / 'reward_over_kl.png').stat().st_size and (whole / 'samples').is_dir()
+    iteration = Iteration.from_bytes((whole / 'rollouts/00000002.npz').read_bytes())
+    assert len(iteration.answers) == 16
+    commands.run('generate', f'--checkpoint={whole}', '--prompt=ba', '--max_new_tokens=2').succeeded()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('weights', 'temperature', 'mesh'),
+    [('nf4', 0.7, {})],
+)
+def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, weights, temperature, mesh):
+    """Policy, reference and values beside one base; drawn on the same mesh or another."""
+    workdir = folder / f'lora_{weights}'
+    run = arguments(
+        workdir, base, prompts, lora__rank=4, model__weights=weights, rollout__temperature=temperature,
+        algorithm__constants='epochs=2', train__num_steps=4, **mesh,
+    )  # fmt: skip
+    commands.run('ppo', *run, num_devices=4 if mesh else 1).succeeded()
+    first, *_, last = logged(workdir)
+    assert first['ratio_gap'] < 1e-5 and first['clipped_low'] == first['clipped_high'] == 0
+    assert abs(first['k1']) < 1e-6 and abs(first['k3']) < 1e-6
+    assert last['ratio_gap'] > 1e-4 and last['k3'] > 0
+    assert last['sampler_gap'] < 1e-4
+    shown = commands.run('generate', f'--checkpoint={workdir}', '--prompt=ba', '--max_new_tokens=2')
+    shown.succeeded()
+
+
+@pytest.mark.slow
+def test_preflight_compiles_the_update(commands):
+    shown = commands.run(
+        'preflight', '--config=configs/ppo.py:nano', '--topology=v5e:2x2', '--config.data.seq_len=128',
+        '--config.data.tokenizer=', '--config.model.vocab_size=512',
+    ).succeeded()  # fmt: skip
+    assert 'fits' in shown.stdout
