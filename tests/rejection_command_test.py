@@ -309,3 +309,18 @@ def test_answers_behind_a_preprompt_are_learnt_without_it(commands, folder, base
         *sampling(base, judge, prompts, folder / 'no.jsonl', f'--preprompts={folder}/twice.txt')
     ).error()
     assert 'twice.txt has 2 preprompts; give different texts' in line and not (folder / 'no.jsonl').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(commands, folder, base, judge, prompts):
+    for name, num_processes in (('one', 1), ('two', 2)):
+        arguments = sampling(
+            base, judge, prompts, folder / f'{name}.jsonl', '--keep=pair', '--mesh=data=2,tensor=2'
+        )
+        finished = commands.run_processes(
+            *arguments, num_processes=num_processes, num_devices=4 // num_processes
+        )
+        for process in finished:
+            process.succeeded()
+    assert (folder / 'two.jsonl').read_bytes() == (folder / 'one.jsonl').read_bytes()
+    assert 'KL at most' in finished[0].stdout and not finished[1].stdout
