@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+import configs
 from llama_jax import storage
 from llama_jax.types import did_you_mean, error_line
 
@@ -53,6 +54,14 @@ def expand_user(config: ConfigDict) -> None:
             *above, name = key.split('.')
             section = functools.reduce(lambda inner, part: inner[part], above, config)
             section[name] = expand_paths(value)
+
+
+def find(path: str) -> str:
+    """The path of a configuration, FILE or FILE:ARGUMENT; what is not under this folder is looked for among our own."""
+    path = storage.expand_user(path)
+    file, colon, argument = path.partition(':')
+    ours = epath.Path(configs.__file__).parent.parent / file
+    return f'{ours}{colon}{argument}' if not epath.Path(file).exists() and ours.is_file() else path
 
 
 def describe_error(error: Exception, argv: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import config_file
-from llama_jax import runtime, signals, storage
+from llama_jax import runtime, signals
 from llama_jax.types import InputError, SystemFailure
 
 # Nothing is wrong with the command or the program: the disk, the quota, the cable.
@@ -231,9 +231,7 @@ def _check_same_command() -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     path = '--config='
-    argv = [
-        path + storage.expand_user(arg.removeprefix(path)) if arg.startswith(path) else arg for arg in argv
-    ]
+    argv = [path + config_file.find(arg.removeprefix(path)) if arg.startswith(path) else arg for arg in argv]
     try:
         rest = flags.FLAGS(argv)
         if 'config' in flags.FLAGS and flags.FLAGS.config is not None:

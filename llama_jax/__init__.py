@@ -6,6 +6,7 @@ The names below are the library's face. They are imported when first used, so th
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
+    from llama_jax import figures as figures
     from llama_jax import preflight as preflight
     from llama_jax.data.datasets import pretrain_dataset as pretrain_dataset
     from llama_jax.export.params import save as save

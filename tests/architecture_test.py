@@ -47,7 +47,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         },
     ),
     ({'pretrained', 'export'}, {'huggingface_hub', 'tqdm'}),
-    ({'train', 'inference'}, {'tensorboardX', 'wandb', 'matplotlib', 'llguidance'}),
+    ({'train', 'inference', 'figures'}, {'tensorboardX', 'wandb', 'matplotlib', 'llguidance'}),
     (
         {'rl', 'eval', 'preflight', 'serve'},
         {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pathlib
 import re
 import subprocess
 import sys
@@ -532,3 +533,19 @@ def test_a_bar_is_shown_to_who_looks_on(face, monkeypatch, capsys):
     llama_jax.load(face[3], mesh={'fsdp': 2, 'data': 4})
     shown = capsys.readouterr().err
     assert 'loading' in shown and '100%' in shown
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_page_on_notebooks_train(shared_data, tmp_path, monkeypatch, capsys):
+    page = (pathlib.Path(__file__).resolve().parents[1] / 'docs/notebooks.md').read_text()
+    [block] = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    assert len(list(filter(str.strip, block.splitlines()))) <= 12
+    monkeypatch.chdir(tmp_path)
+    weights, text = (
+        shared_data / 'weights/stories260K/stories260K.pt',
+        shared_data / 'text/tinyshakespeare.txt',
+    )
+    exec(block, {'CKPT': weights, 'TEXT': text})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 1
+    assert llama_jax.load('my_model')[0].num_layers == 5

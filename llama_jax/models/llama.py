@@ -157,8 +157,9 @@ class Block(_Layer):
 
 
 def compute_dtype() -> jax.typing.DTypeLike:
-    """What a model computes in where it is not told: float32 on a CPU, which has no fast bfloat16; else bfloat16."""
-    return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+    """What a model computes in where it is not told: float32 on a CPU; bfloat16, or float16 where a GPU has none."""
+    older = getattr(jax.devices()[0], 'compute_capability', '') in ('7.0', '7.2', '7.5')  # V100, Xavier, T4
+    return jnp.float32 if jax.default_backend() == 'cpu' else jnp.float16 if older else jnp.bfloat16
 
 
 class Transformer(nn.Module):

@@ -4,6 +4,7 @@ from tests.planted_faults import (
     adapters,
     data,
     evaluation,
+    face,
     formats,
     model,
     preferences,
@@ -24,4 +25,5 @@ FAULTS = (
     *preferences.FAULTS,
     *rollouts.FAULTS,
     *reinforcement.FAULTS,
+    *face.FAULTS,
 )
