@@ -112,7 +112,7 @@ def test_the_wheel_is_the_same_each_time_and_runs_in_an_empty_folder(tmp_path):
 
     assert '  pretrain ' in run('--help').stdout
     options = ['--config=configs/pretrain.py:tiny', '--workdir=run', '--config.train.num_steps=20']
-    options += ['--config.data.seq_len=32', '--config.train.batch_size=4', '--config.model.vocab_size=0']
+    options += ['--config.data.seq_len=32', '--config.train.batch_size=4', '--config.data.vocab_size=300']
     (empty / 'text.txt').write_text('\n'.join(f'The bear number {i} said {i * i}.' for i in range(3000)))
     shown = run('pretrain', *options, '--config.data.train=text.txt', '--config.eval.sample_tokens=4')
     assert shown.returncode == 0 and 'trained 20 steps' in shown.stdout, shown.stderr[-2000:]
