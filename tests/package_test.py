@@ -104,7 +104,7 @@ def test_the_wheel_is_the_same_each_time_and_runs_in_an_empty_folder(tmp_path):
     zipfile.ZipFile(wheels[0]).extractall(installed)
     [points] = installed.glob('*.dist-info/entry_points.txt')
     assert 'llama_jax = experiments.__main__:main' in points.read_text()
-    environment = os.environ | {'PYTHONPATH': str(installed)}
+    environment = os.environ | {'PYTHONPATH': str(installed), 'XLA_FLAGS': ''}
 
     def run(*arguments):
         command = [sys.executable, '-P', '-m', 'experiments', *arguments]
