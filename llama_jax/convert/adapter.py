@@ -177,7 +177,8 @@ def _sum(tensor: Tensor, added: LowRank, rows: slice, columns: slice) -> np.ndar
     """The block [rows, columns] of what the sum of a matrix and its adapter is."""
     whole_rows = ALL if added.magnitude is not None else columns  # whose length counts
     b, a = _wide(added.b.read(rows)), _wide(added.a.read(ALL, whole_rows))
-    block = _wide(tensor.read(rows, whole_rows)) + np.float32(added.scale) * (b @ a)
+    with np.errstate(over='ignore', invalid='ignore'):  # what is not finite stays so, as in other formats
+        block = _wide(tensor.read(rows, whole_rows)) + np.float32(added.scale) * (b @ a)
     if added.magnitude is None:
         return block
     length = np.sqrt(np.sum(block * block, axis=1, keepdims=True))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from safetensors import numpy as safetensors_numpy
 
 from llama_jax import pretrained
 from llama_jax.checkpoint.model_file import save_config
@@ -30,9 +31,11 @@ from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.vocabulary import BYTES
 from llama_jax.types import InputError
+from tests.convert.bitsandbytes_test import stored
 from tests.convert.damage import damaged_json, damaged_proto, zipped
 from tests.convert.in_memory import matrices, random_source
 from tests.convert.llama2c_test import bin_file, random_tensors
+from tests.convert.peft_test import ours as written_by_hand
 from tests.convert.sound_files import (
     Found,
     Spans,
@@ -150,6 +153,7 @@ def read_log(path: epath.Path) -> Found:
 def samples(folder: pathlib.Path) -> Iterator[Sample]:
     """All of them, made in an empty folder."""
     yield from weights(epath.Path(folder))
+    yield from _adapters(epath.Path(folder))
     yield from _ours(epath.Path(folder))
     yield from _tokenizers(epath.Path(folder))
     yield from _beside()
@@ -212,6 +216,30 @@ def weights(folder: epath.Path) -> Iterator[Sample]:
     for version in (0, 1, 2):
         data = bin_file(version, random_tensors(), tied=False)
         yield Sample('llama2.c .bin', {'stories.bin': data}, 'stories.bin', read, bin_values(version, data))
+
+
+def _adapters(folder: epath.Path) -> Iterator[Sample]:
+    """A folder of PEFT beside its base, and matrices of 4 bits as bitsandbytes writes them."""
+    source = random_source(CONFIG)
+    save(folder / 'beside/base', source, None, to='huggingface')
+    written_by_hand(pathlib.Path(folder / 'beside/adapter'), {}, config=CONFIG, base='../base')
+    files = _files(folder / 'beside')
+    safe, config = 'adapter/adapter_model.safetensors', 'adapter/adapter_config.json'
+    read = functools.partial(read_checkpoint, name='adapter')
+    yield Sample('safetensors of PEFT', files, safe, read, safetensors_values(files[safe]))
+    yield Sample('adapter_config.json', files, config, read, says=is_object, damage=damaged_json)
+
+    save(folder / 'nf4', source, None, to='huggingface')
+    files = _files(folder / 'nf4')
+    tensors = safetensors_numpy.load(files['model.safetensors'])
+    for seed, name in enumerate(n for n in list(tensors) if n.endswith('proj.weight')):
+        tensors |= stored(name, tensors[name].shape, nested=256 * (seed % 2), seed=seed)[0]
+    described = {'quantization_config': {'quant_method': 'bitsandbytes', 'load_in_4bit': True}}
+    files['config.json'] = json.dumps(json.loads(files['config.json']) | described).encode()
+    files['model.safetensors'] = data = safetensors_numpy.save(tensors)
+    yield Sample(
+        'safetensors in 4 bits', files, 'model.safetensors', read_checkpoint, safetensors_values(data)
+    )
 
 
 def torch_files(tensors: dict[str, np.ndarray]) -> dict[str, bytes]:
