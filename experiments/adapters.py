@@ -54,8 +54,12 @@ def adapted(
         frozen: Params = base_target(placed, config.model.weights)
     if base is not None:
         with flags_named('--checkpoint'):
-            record = _record(lora, config.model.weights, base)
-            frozen = base.base_params(placed, config.model.weights, grow_vocabulary=True)
+            is_kept = base.adapters.get('weights') == config.model.weights
+            record = _record(lora, 'float32' if is_kept else config.model.weights, base)
+            if is_kept:
+                frozen = _with_first(base, placed, objective, partitioner)
+            else:
+                frozen = base.base_params(placed, config.model.weights, grow_vocabulary=True)
     size, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, objective.params))
     logger.info(
         'adapters of rank %d: %s weights are trained beside %s in %s', lora.rank, f'{size:,}', f'{whole:,}',
@@ -70,6 +74,24 @@ def adapted(
         frozen=frozen, beside_base=True, view=lambda params, frozen: combine(params, frozen, lora.scale),
         provenance={**objective.provenance, **({'adapters': record} if record else {})},
     )  # fmt: skip
+
+
+def _with_first(
+    base: pretrained.Checkpoint, placed: Params, objective: Any, partitioner: Partitioner
+) -> Params:
+    """A base of adapters that has adapters itself, and is kept as theirs was: theirs stand beside it, not merged.
+
+    So its bytes stay what they were, and a reference is the base with the first adapters: there is no second model.
+    """
+    first = base.adapters
+    lora = LoraConfig(
+        first['rank'], first['alpha'], 0.0, tuple(first['targets']), first['rslora'], tuple(first['layers']),
+        tuple(first['train_whole']),
+    )  # fmt: skip
+    shapes, axes = abstract_adapters(lora, objective.params, objective.axes)
+    target = _placed(shapes, partitioner.tree_shardings(shapes, axes))
+    below = base.base.base_params(placed, first['weights'], grow_vocabulary=True)
+    return combine(base.trained_params(target), below, first['scale'])
 
 
 def check_base(workdir: epath.Path, provenance: Mapping[str, Any]) -> None:

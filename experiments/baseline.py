@@ -4,6 +4,7 @@ The mean over a batch of such answers, by the weights before an update, stands i
 whatever its microbatches and its mesh. KTO's z (`losses.dpo`).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ def with_baseline(
     def next_batch(state: TrainState, step: int) -> PreferenceBatch:
         del step
         baseline = measure(objective.weights(state), objective.frozen, next(other_rows))
-        return next(rows).replace(baseline=baseline)
+        return dataclasses.replace(next(rows), baseline=baseline)
 
     return next_batch
 

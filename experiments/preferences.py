@@ -1,5 +1,6 @@
 """What trainings on pairs of answers share: how they are read, and what is measured of those held out."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def validation(
 
     @jax.jit
     def sums(weights: Any, frozen: Any, batch: PreferenceBatch, compared_with: float) -> Any:
-        batch = batch.replace(baseline=jnp.full_like(batch.baseline, compared_with))
+        batch = dataclasses.replace(batch, baseline=jnp.full_like(batch.baseline, compared_with))
         return loss_fn(weights, frozen, batch, jax.random.key(0))
 
     def measure(state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:

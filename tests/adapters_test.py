@@ -20,6 +20,7 @@ from llama_jax.convert.mapping import native_source
 from llama_jax.lora import merge
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.ops import linear
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.preflight.costs import program_costs
 from llama_jax.preflight.hlo import Program
@@ -142,6 +143,47 @@ def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_
         InputError, match='holds adapters of .*gone, which cannot be opened: no checkpoint at'
     ):
         pretrained.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_adapters_beside_adapters_leave_the_base_as_it_was(base, tmp_path, caplog):
+    """The first ones are not merged into it; both are merged as the checkpoint is read."""
+    first_run = first, _, _, _ = begin(config_of('nf4'), base)
+    _, state = losses_of(first_run, 5)
+    with contextlib.closing(Checkpointer(tmp_path / 'first/checkpoints')) as checkpointer:
+        checkpointer.save(1, state, {})
+    save_config(epath.Path(tmp_path / 'first'), CONFIG, base_checkpoint=str(base), **first.provenance)
+
+    config = config_of('nf4', rank=2, targets='q,down')
+    second_run = second, start, _, _ = begin(config, tmp_path / 'first')
+    wanted = merge(state.params, first.frozen, make_lora_config(config_of('nf4')).scale)
+    for tree in (second.frozen, second.weights(start)):
+        whole = jax.tree.map(linear.materialize, tree, is_leaf=lambda x: isinstance(x, linear.Representation))
+        for (keys, leaf), want in zip(
+            jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(wanted), strict=True
+        ):
+            np.testing.assert_allclose(np.float32(leaf), np.float32(want), atol=1e-6, err_msg=name_of(keys))
+    codes = second.frozen['blocks']['attention']['q'].base.codes
+    np.testing.assert_array_equal(codes, first.frozen['blocks']['attention']['q'].codes)
+    losses, trained = losses_of(second_run, 5)
+    assert losses[-1] < losses[0]
+    with contextlib.closing(Checkpointer(tmp_path / 'second/checkpoints')) as checkpointer:
+        checkpointer.save(1, trained, {})
+    save_config(epath.Path(tmp_path / 'second'), CONFIG, **second.provenance)
+    _, found, _ = pretrained.load(tmp_path / 'second')
+    both = merge(trained.params, second.frozen, make_lora_config(config).scale)
+    for (keys, leaf), want in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(both), strict=True
+    ):
+        np.testing.assert_allclose(np.float32(leaf), np.float32(want), atol=1e-6, err_msg=name_of(keys))
+
+    # Another base may be given to merge into, which is said.
+    other = jax.tree.map(lambda w: w * 1.01, toy.make_params(LlamaForCausalLM(CONFIG)))
+    export.save(tmp_path / 'other', source_of(other), None, to='orbax')
+    for given, is_said in ((base, False), (tmp_path / 'other', True)):
+        caplog.clear()
+        assert pretrained.open(tmp_path / 'first', base=given).source.config == CONFIG
+        assert ('is not the model that the adapters of' in caplog.text) == is_said
 
 
 @pytest.mark.slow

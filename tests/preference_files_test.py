@@ -40,6 +40,7 @@ def test_log_probabilities_of_a_policy_are_those_of_each_answer_alone(num_device
 
     for number, pair in enumerate(PAIRS):
         for side, answer in enumerate(pair.answers):
+            assert answer is not None
             summed = log_p(pair.prompt, answer)
             wanted = {
                 'summed': summed,

@@ -183,6 +183,12 @@ def test_adapters_are_trained_on_pairs_too(commands, folder, base, pairs, comman
     commands.run(
         'convert', f'--input={workdir}', f'--output={folder / command}', '--to=huggingface'
     ).succeeded()
+    if command == 'dpo':  # the reference is the base with the first adapters, beside new ones or all weights
+        for rank, kept in ((2, 'int8'), (2, 'bfloat16'), (0, 'int8')):
+            own = folder / f'from_adapters_{rank}_{kept}'
+            changed = dict(settings, lora__rank=rank, model__weights=kept, train__num_steps=1)
+            commands.run(*arguments(command, 'nano', own, workdir, pairs, **changed)).succeeded()
+            assert logged(own)[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
     assert (folder / command / 'model.safetensors').stat().st_size
 
 

@@ -29,7 +29,7 @@ from llama_jax.models.llama import abstract_params, param_axes
 from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.placement import BlockArray, GrownTable, place_all
-from llama_jax.pretrained.adapters import check_fingerprint, fingerprint_of, whole_leaves
+from llama_jax.pretrained.adapters import check_fingerprint, fingerprint_of, trained_params, whole_leaves
 from llama_jax.pretrained.beside import folder_of_tokenizer, has_tokenizer, run_of
 from llama_jax.pretrained.beside import load_tokenizer as load_tokenizer
 from llama_jax.pretrained.hub import check_there, resolve
@@ -178,6 +178,11 @@ class Checkpoint:
             )
         if not is_peft and not self.base_path:
             check_fingerprint(opened.fingerprint, given, self.adapters['fingerprint'], self.path)
+        elif not is_peft and opened.fingerprint != (wanted := self.adapters['fingerprint']):
+            logger.warning(
+                '%s is not the model that the adapters of %s were trained beside (fingerprint %s, that had %s); they '
+                'are merged into it as it was given', given, self.path, opened.fingerprint[:12], wanted[:12],
+            )  # fmt: skip
         return opened
 
     @functools.cached_property
@@ -310,6 +315,14 @@ class Checkpoint:
             return base_leaves(self._find(target, grow_vocabulary), dtype)
 
         return self._placed(base_target(target, dtype), find)
+
+    def trained_params(self, target: Params) -> Params:
+        """Of a workdir that holds adapters, what was trained, placed as `target` says.
+
+        Raises:
+          InputError: it has none of these, or of another shape.
+        """
+        return trained_params(self.place, target, self._step)
 
     def _placed(
         self,

@@ -65,13 +65,13 @@ def check_fingerprint(found: str, base: object, fingerprint: str, origin: object
         )
 
 
-def trained_params(workdir: epath.Path, target: Params) -> Params:
-    """What was trained beside a base, as it stands in the newest checkpoint of a workdir, placed as `target` says.
+def trained_params(workdir: epath.Path, target: Params, step: epath.Path | None = None) -> Params:
+    """What was trained beside a base, placed as `target` says: a step of a workdir, its newest where none is named.
 
     Raises:
       InputError: what is there is of other weights, or another rank.
     """
-    stored = open_params(latest_step(workdir / CHECKPOINTS))
+    stored = open_params(step or latest_step(workdir / CHECKPOINTS))
     wanted, structure = jax.tree_util.tree_flatten_with_path(target)
     found = []
     for keys, leaf in wanted:
