@@ -26,7 +26,8 @@ COMMANDS = sorted(
 NO_PATHS = {
     'chat', 'compare', 'topology', 'only', 'remat', 'model', 'convert_models', 'attention_shapes', 'rating_command',
     'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
-    'decode_model', 'generator_model', 'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
+    'decode_model', 'generator_model', 'finetune_model', 'finetune_parts', 'finetune_read', 'finetune_remat',
+    'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
     'temperatures', 'key_map', 'regex', 'on_error', 'chat_format',
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.benchmark import accelerator, attention, convert, decode, generator, train
+from experiments.benchmark import accelerator, attention, convert, decode, finetune, generator, train
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.types import InputError
@@ -29,6 +29,7 @@ SUITES = {
     'eval': evaluation.main,
     'decode': decode.main,
     'generator': generator.main,
+    'finetune': finetune.main,
     'accelerator': accelerator.main,
 }
 

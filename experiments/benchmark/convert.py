@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
+from experiments.benchmark.peak import run_measured
 from experiments.config_file import split_list
 from experiments.settings import find_preset
 from llama_jax.convert import meta
@@ -106,7 +107,7 @@ def main() -> dict[str, Any]:
 
 def _measure(name: str, source: Path, target: Path, to: str, options: list[str]) -> dict[str, Any]:
     copy = target.with_name('copy')
-    copy_seconds, _ = _run(['sh', '-c', f'cp -r {source} {copy} && sync'])
+    copy_seconds, _ = run_measured(['sh', '-c', f'cp -r {source} {copy} && sync'])
     shutil.rmtree(copy)
     os.sync()
     output = target / 'model.gguf' if to == 'gguf' else target
@@ -114,7 +115,7 @@ def _measure(name: str, source: Path, target: Path, to: str, options: list[str])
         sys.executable, '-m', 'experiments.convert', f'--input={source}', f'--output={output}', f'--to={to}', *options
     ]  # fmt: skip
     start = time.perf_counter()
-    _, peak_rss = _run(command)
+    _, peak_rss = run_measured(command)
     os.sync()
     seconds = time.perf_counter() - start
     num_bytes = sum(file.stat().st_size for file in source.rglob('*') if file.is_file())
@@ -154,25 +155,3 @@ def _measure_load(model: str, folder: Path, devices: int) -> dict[str, Any]:
     name = f'{model}_load_{devices}_device{"s" * (devices > 1)}'
     print(f'{name:45} {seconds:17.1f} s', flush=True)
     return {f'{name}_seconds': round(seconds, 2)}
-
-
-# A process begins its peak memory with that of the one it was forked from, so a small one stands between.
-_LAUNCHER = """
-import resource, subprocess, sys, time
-start = time.perf_counter()
-status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-print(time.perf_counter() - start, peak)
-sys.exit(status)
-"""
-
-
-def _run(command: list[str]) -> tuple[float, int]:
-    """Seconds, and peak resident bytes of the process."""
-    launched = subprocess.run(
-        [sys.executable, '-S', '-c', _LAUNCHER, *command], stdout=subprocess.PIPE, text=True
-    )
-    if launched.returncode:
-        raise RuntimeError(f'{" ".join(command)} ended with status {launched.returncode}')
-    seconds, peak = launched.stdout.split()
-    return float(seconds), int(peak)
