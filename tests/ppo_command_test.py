@@ -1,4 +1,4 @@
-"""Policies trained on their own answers by the command: resuming, adapters."""
+"""Policies trained on their own answers by the command: resuming, adapters, what is refused."""
 
 import json
 import pathlib
@@ -106,3 +106,38 @@ def test_preflight_compiles_the_update(commands):
         '--config.data.tokenizer=', '--config.model.vocab_size=512',
     ).succeeded()  # fmt: skip
     assert 'fits' in shown.stdout
+
+
+REFUSED = {
+    'no score': ({'algorithm__rewards': 'BASE'}, 'has no score: it is a language model'),
+    'no values': ({'algorithm__values_from': 'BASE'}, 'is a language model, which has no score'),
+    'no room': (
+        {'data__seq_len': 8},
+        '4 of 4 prompts are longer than 3 tokens, which is the context of 9 less max_new_tokens, 6',
+    ),
+    'no variance': (
+        {'recipe': 'grpo.py:nano,dapo', 'algorithm__rewards': 'missing_stop=0', 'rollout__max_new_tokens': 1},
+        '10 times others were drawn, and still',
+    ),
+    'another sampler': ({'rollout__mesh': 'tensor=3'}, 'tensor=3'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_is_wrong_is_told_in_a_line(commands, folder, base, prompts, case):
+    overrides, message = REFUSED[case]
+    overrides = {key: str(base) if value == 'BASE' else value for key, value in overrides.items()}
+    run = arguments(folder / f'refused_{case.replace(" ", "_")}', base, prompts, **overrides)
+    assert message in commands.run('ppo', *run).error()
+
+
+@pytest.mark.slow
+def test_a_run_is_not_gone_on_with_otherwise(commands, folder, base, prompts):
+    workdir = folder / 'fixed'
+    commands.run('ppo', *arguments(workdir, base, prompts, train__num_steps=1)).succeeded()
+    for key, value in {
+        'algorithm__name': 'reinforce', 'algorithm__rewards': 'missing_stop', 'rollout__samples': 2
+    }.items():  # fmt: skip
+        error = commands.run('ppo', *arguments(workdir, base, prompts, **{key: value})).error()
+        assert f'--config.{key.replace("__", ".")} was' in error
