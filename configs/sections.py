@@ -24,7 +24,7 @@ def all_of(preset: str) -> ConfigDict:
 def fine_tuning(preset: str) -> ConfigDict:
     """A configuration of runs on records (`llama_jax/data/records.py`), which are short and begin with a checkpoint."""
     config = all_of(preset)
-    for name in ('weights', 'text_key', 'separator', 'vocab_size'):
+    for name in ('weights', 'skip', 'text_key', 'separator', 'vocab_size'):
         del config.data[name]
     for name in ('prompt', 'max_rows', 'tasks_every'):
         del config.eval[name]
@@ -137,8 +137,9 @@ def data() -> ConfigDict:
     """What is read, and the tokenizer that reads it."""
     section = ConfigDict()
     section.train = ''  # sources: files, globs, tfds:NAME, prepared folders
-    section.weights = ''  # of the sources; '': by size
-    section.validation = ''  # sources to validate on; '': hold out a part of the training documents
+    section.weights = ''  # of the sources; '': by size; '3,1; 2000: 1,1': from step 2000 on others
+    section.skip = ''  # steps whose rows are left out, as in 11000-11200
+    section.validation = ''  # sources to validate on; '': what was held out, or a part of the documents
     section.validation_fraction = 0.001  # of the documents, where `validation` is ''
     section.text_key = 'text'  # the field of JSONL and TFDS records that holds the text
     section.separator = ''  # what divides documents in a text file; '': a file is a document

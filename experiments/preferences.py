@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from experiments.config_file import split_list
+from experiments.data_schedule import constant_weights
 from experiments.launch import flags_named
 from experiments.objective import Objective, pair_loss
-from experiments.settings import parse_weights
 from experiments.training import Plan
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.preference_dataset import PreferenceData, Reading, preference_dataset
@@ -43,7 +43,7 @@ def read_data(plan: Plan, judged: bool = False) -> PreferenceData:
     )  # fmt: skip
     with flags_named('--config.data.train', '--config.data.seq_len', '--config.data.on_error'):
         data = preference_dataset(
-            reading, split_list(config.data.train), weights=parse_weights(config),
+            reading, split_list(config.data.train), weights=constant_weights(config),
             validation=split_list(config.data.validation), validation_fraction=config.data.validation_fraction,
             seed=config.seed,
         )  # fmt: skip

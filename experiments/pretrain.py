@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from experiments import launch, training
 from experiments.config_file import split_list
+from experiments.data_schedule import schedule_of
 from experiments.objective import language_modelling
-from experiments.settings import parse_weights
 from experiments.workdir import unit_bytes_of
 from llama_jax import runtime
 from llama_jax.data.datasets import PretrainData, pretrain_dataset
@@ -47,10 +47,23 @@ def main() -> None:
     measurements = []
     if data.validation:
         measurements.append(make_validation(
-            plan.model, data.validation, every=config.eval.every, target=objective.batch, view=objective.weights,
+            plan.model, data.validation_parts or data.validation, every=config.eval.every,
+            target=objective.batch, view=objective.weights,
             max_rows=config.eval.max_rows, num_chunks=config.train.loss_chunks,
         ))  # fmt: skip
-    trained = training.fit(run, lambda state, step: next(rows), measurements)
+
+    def described(step: int) -> dict[str, float]:
+        drawn = run.rows_before + (step - run.start_step) * config.train.batch_size
+        if len(data.names) == 1:
+            return {}
+        counts = zip(data.names, data.train.seen(drawn), data.train.epochs(drawn), strict=True)
+        return {
+            f'{what}/{name}': float(value)
+            for name, seen, epochs in counts
+            for what, value in (('rows', seen), ('epochs', epochs))
+        }
+
+    trained = training.fit(run, lambda state, step: next(rows), measurements, described)
     if trained.stopped:
         return
     text = training.sample(run, trained.state)
@@ -68,9 +81,11 @@ def main() -> None:
 
 def read_data(config: ConfigDict, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES) -> PretrainData:
     """Reads, tokenises, packs and mixes the sources."""
+    schedule = schedule_of(config)
+    stages, skips = schedule.in_rows(config.train.batch_size)
     data = pretrain_dataset(
         split_list(config.data.train), tokenizer, config.data.seq_len,
-        weights=parse_weights(config), validation=split_list(config.data.validation),
+        weights=schedule.weights, stages=stages, skips=skips, validation=split_list(config.data.validation),
         validation_fraction=config.data.validation_fraction, text_key=config.data.text_key,
         separator=config.data.separator, seed=config.seed, unit_bytes=unit_bytes,
         progress=lambda documents, size: logger.info('tokenised %s documents, %.1f MB', f'{documents:,}', size / 1e6),
@@ -80,7 +95,16 @@ def read_data(config: ConfigDict, tokenizer: Tokenizer, unit_bytes: int = UNIT_B
         f'{data.num_train_documents:,}', data.num_train_bytes / 1e6, f'{data.num_train_tokens:,}',
         f'{data.num_train_rows:,}', config.data.seq_len,
     )  # fmt: skip
+    logger.info(describe_mixture(data, config.train.num_steps * config.train.batch_size))
     return data
+
+
+def describe_mixture(data: PretrainData, num_rows: int) -> str:
+    """How often so many rows go through each source."""
+    parts = zip(data.names, data.train.seen(num_rows), data.train.epochs(num_rows), strict=True)
+    return 'to be read: ' + ', '.join(
+        f'{name} {seen / num_rows:.1%} of the rows, {epochs:.2f} epochs' for name, seen, epochs in parts
+    )
 
 
 def final_report(
@@ -93,18 +117,18 @@ def final_report(
 ) -> dict[str, Any]:
     """Validation loss beside those of count models fitted on the rows that the run was trained on."""
     report: dict[str, Any] = {'step': step}
-    rows, max_rows = data.validation, config.eval.max_rows
-    if rows is None:
+    if data.validation is None:
         return report
+    parts, max_rows = list(data.validation_parts.values()) or [data.validation], config.eval.max_rows
     used = min(rows_consumed, _MAX_BASELINE_ROWS)
     baselines = fit_baselines(
         in_time(read_ahead(data.train, used), used, _MAX_BASELINE_SECONDS),
-        (rows[i] for i in range(min(len(rows), max_rows or len(rows)))),
+        (rows[i] for rows in parts for i in range(min(len(rows), max_rows or len(rows)))),
         vocab_size,
     )
     per_byte = figures['validation_bits_per_byte'] / figures['validation_loss']
     return report | {
-        'validation_tokens': count_predicted(rows, max_rows),
+        'validation_tokens': sum(count_predicted(rows, max_rows) for rows in parts),
         'validation_loss': figures['validation_loss'],
         'validation_bits_per_byte': figures['validation_bits_per_byte'],
         'bigram': baselines.bigram,

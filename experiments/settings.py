@@ -204,25 +204,6 @@ def prepare_tasks(config: ConfigDict) -> list[PreparedTask]:
     return prepared_tasks
 
 
-def parse_weights(config: ConfigDict) -> list[float] | None:
-    """`data.weights` as numbers; None weighs the sources by their size."""
-    if 'weights' not in config.data:
-        return None
-    given = f'--config.data.weights={config.data.weights!r}'
-    try:
-        weights = [float(weight) for weight in split_list(config.data.weights)] or None
-    except ValueError as error:
-        raise InputError(f'{given}: {error}; give numbers or none') from error
-    sources = split_list(config.data.train)
-    if weights and len(weights) != len(sources):
-        raise InputError(
-            f'{given} are {len(weights)} weights for {len(sources)} data sources; give one each, or none for all'
-        )
-    if weights and not all(0 < weight < math.inf for weight in weights):
-        raise InputError(f'{given}: each must be a positive number (leave out an unused source)')
-    return weights
-
-
 def partitioner_of_flags(mesh: list[str], axis_rules: str) -> Partitioner:
     """Of --mesh and --axis_rules, on all devices."""
     with flags_named('--mesh'):

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments import settings
 from experiments.adapters import check_base
 from experiments.config_file import split_list
+from experiments.data_schedule import schedule_of
 from experiments.launch import flags_named
 from experiments.objective import Objective, compile_step
 from experiments.start import find_tokenizer, open_origin, starting_architecture
@@ -128,7 +129,7 @@ def plan(
         partitioner = settings.make_partitioner(config)
         settings.check_sizes(config, preset.max_seq_len, partitioner)
         compiler_options = settings.compiler_options(xla_options, partitioner)
-        settings.parse_weights(config)
+        schedule_of(config)
         optimizer = settings.make_optimizer_config(config)
         schedule = make_schedule(optimizer, config.train.num_steps or 1)
         tx = make_optimizer(optimizer, schedule)
@@ -252,7 +253,10 @@ def _make_writers(
 
 
 def fit(
-    run: Run, next_batch: Callable[[TrainState, int], PyTree], measurements: Sequence[Measurement] = ()
+    run: Run,
+    next_batch: Callable[[TrainState, int], PyTree],
+    measurements: Sequence[Measurement] = (),
+    described: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> Trained:
     """Trains to the last step; what was trained and measured is on disk when it returns.
 
@@ -260,6 +264,7 @@ def fit(
       run: begun.
       next_batch: (state, updates done) -> the global batch of the next one.
       measurements: the objective's own; benchmarks are taken after them.
+      described: step -> what else is logged of it.
     """
     plan, objective = run.plan, run.objective
     config, llama = plan.config, plan.model.config
@@ -279,7 +284,7 @@ def fit(
             rng=jax.random.key(config.seed + 1), start_step=run.start_step, rows_before=run.rows_before,
             schedule=plan.schedule, checkpointer=run.checkpointer, metadata=run.record, writers=run.writers,
             measurements=[*measurements, *benchmarks],
-            measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step),
+            measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step), described=described,
         )  # fmt: skip
     for writer in run.writers:
         writer.close()

@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.config_file import flatten
+from experiments.data_schedule import parse_schedule
 from experiments.launch import flags_named
 from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
@@ -42,6 +43,7 @@ _OVERRIDABLE = {
     'model.dtype': _NUMBERS,
     'data.train': _ORDER,
     'data.weights': _ORDER,
+    'data.skip': _ORDER,
     'data.validation': 'validation losses before and after are of different rows',
     'data.validation_fraction': 'other documents validate than before, which may have been trained on',
     'data.text_key': _ORDER,
@@ -63,6 +65,11 @@ _OVERRIDABLE = {
     'optimizer.clip_norm': _NUMBERS,
     'data_fingerprint': _ORDER,
 }
+
+# What may change for the steps that are not taken yet.
+_SCHEDULED = ('data.weights', 'data.skip')
+# Keys that runs of before do not have, and what they mean without.
+_ADDED = {'data.skip': ''}
 
 Change = dict[str, Any]  # {'key', 'before', 'after'}
 
@@ -173,6 +180,17 @@ def check_workdir(
     changes = []
     for change in _differences(recorded, config, base_checkpoint):
         key = change['key']
+        if key in _SCHEDULED:
+            differs, taken = _first_differing_step(recorded, config), _newest_step(workdir)
+            if differs > taken:
+                logger.info('--config.%s is changed from step %d on, which is not taken yet', key, differs)
+                continue
+            if key not in overrides:
+                raise InputError(
+                    f'workdir {workdir} belongs to another run: --config.{key} was {change["before"]!r} and is '
+                    f'{change["after"]!r}, which changes step {differs:.0f} of {taken} taken; change later steps '
+                    f'alone, let it change by --override={key}, or choose a new --workdir'
+                )
         if key in overrides:
             changes.append(change)
             continue
@@ -189,13 +207,29 @@ def check_workdir(
     return changes
 
 
+def _first_differing_step(recorded: dict[str, Any], config: ConfigDict) -> float:
+    """The first step that reads other rows than it would have by the record."""
+    before = flatten(recorded['config'])
+    schedules = [
+        parse_schedule(values.get('data.weights') or '', values.get('data.skip') or '')
+        for values in (before, flatten(config))
+    ]
+    return schedules[0].first_difference(schedules[1])
+
+
+def _newest_step(workdir: epath.Path) -> int:
+    checkpoints = workdir / CHECKPOINTS
+    found = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in found if name.isdigit()), default=0)
+
+
 def _differences(recorded: dict[str, Any], config: ConfigDict, base_checkpoint: str) -> list[Change]:
     before = flatten(recorded['config']) | {'base_checkpoint': recorded['base_checkpoint']}
     now = flatten(json.loads(config.to_json())) | {'base_checkpoint': base_checkpoint}
     return [
         {'key': key, 'before': before.get(key), 'after': now.get(key)}
         for key in sorted(set(before) | set(now))
-        if not key.startswith(_FREE) and before.get(key) != now.get(key)
+        if not key.startswith(_FREE) and before.get(key, _ADDED.get(key)) != now.get(key, _ADDED.get(key))
     ]
 
 

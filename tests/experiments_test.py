@@ -48,7 +48,7 @@ def test_what_a_workdir_holds(run, corpus):
     metrics = logged(run)
     assert [item['step'] for item in metrics] == list(range(1, 13))
     keys = {'step', 'loss', 'learning_rate', 'grad_norm', 'weight', 'tokens_per_second'}
-    keys |= {'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
+    keys |= {'tokens_per_second_per_device', 'mfu_causal', 'mfu_full', 'data_wait'}
     validated = {'validation_loss', 'validation_bits_per_byte'}
     assert [set(item) - keys for item in metrics] == [set()] * 11 + [validated]
     assert all(keys <= set(item) for item in metrics)
@@ -358,7 +358,8 @@ def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_
         settings = {'data__tokenizer': run, 'data__validation_fraction': 0.0, 'train__num_steps': 3}
         commands.run('pretrain', *tiny_run(workdir, source, **settings)).succeeded()
         trained.append(figures(workdir))
-    assert trained == [trained[0]] * 4 and len(trained[0]) == 3
+    # What is prepared has the same rows, in an order of its own.
+    assert trained[:3] == [trained[0]] * 3 and len(trained[0]) == len(trained[3]) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(commands, run, corpus, tmp_path):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import ppo, pretrain
 from experiments import config_file, launch, settings
+from experiments.data_schedule import schedule_of
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -205,7 +206,7 @@ def test_what_is_used_late_is_checked_early(monkeypatch):
     ):
         config.data.weights = weights
         with pytest.raises(InputError, match=message):
-            settings.parse_weights(config)
+            schedule_of(config)
     config.eval.tasks, config.eval.data_dir = 'mbpp', 'x'
     with pytest.raises(InputError, match=r'executes generated code.*set by --config\.eval\.tasks'):
         settings.prepare_tasks(config)

@@ -27,7 +27,7 @@ from tests.reference.fake_gcs import FakeGCS
 
 RUN = 'gs://bucket/run'
 SMALL = {'train__num_steps': 6, 'checkpoint__every': 2, 'checkpoint__keep': 2, 'log__tensorboard': True}
-RATES = {'tokens_per_second', 'tokens_per_second_per_device', 'mfu_causal', 'mfu_full'}
+RATES = {'tokens_per_second', 'tokens_per_second_per_device', 'mfu_causal', 'mfu_full', 'data_wait'}
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -6,15 +6,15 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import grain
 from jax.sharding import Mesh
 
 from llama_jax.data.loader import batches
-from llama_jax.data.mixture import mix
-from llama_jax.data.packing import PackedRows, Progress, Rows, tokenize_documents, tokenize_units
-from llama_jax.data.prepared import PreparedRows, is_prepared
+from llama_jax.data.mixture import Mixture, Skip, Stage, mix
+from llama_jax.data.packing import JoinedRows, PackedRows, Progress, Rows, tokenize_documents, tokenize_units
+from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source, read_documents
 from llama_jax.data.units import UNIT_BYTES, cut_texts, is_held_out, read_units
 from llama_jax.partitioning import Partitioner, as_mesh
@@ -38,14 +38,19 @@ class PretrainData:
     Attributes:
       train: endless; row `i` depends on the sources, the weights, the seed and `i` only.
       validation: rows in order, or None where nothing was given or held out.
+      validation_parts: the same by the name of what they are of, where that is several.
       train_rows: the rows of each training source.
-      fingerprint: hash of the training rows, their weights, their length and the tokenizer; not of the seed.
+      names: of these, each once.
+      fingerprint: hash of the training rows, the weights that they begin with, their length and the tokenizer; not of
+        the seed.
       num_train_tokens: tokens in one pass over all training sources; so for documents, bytes and rows.
     """
 
-    train: grain.MapDataset
+    train: Mixture
     validation: Rows | None
+    validation_parts: Mapping[str, Rows]
     train_rows: tuple[Rows, ...]
+    names: tuple[str, ...]
     fingerprint: str
     num_train_tokens: int
     num_train_documents: int
@@ -93,6 +98,8 @@ def pretrain_dataset(
     *,
     texts: Iterable[str] | None = None,
     weights: Sequence[float | int] | None = None,
+    stages: Sequence[Stage] = (),
+    skips: Sequence[Skip] = (),
     validation: Sources = (),
     validation_fraction: float = 0.01,
     text_key: str = 'text',
@@ -111,9 +118,11 @@ def pretrain_dataset(
       seq_len: T; rows have T + 1 tokens.
       texts: documents in memory, one more training source behind the others; [] for `train` where there are none.
       weights: one for each training source, or None: by size.
-      validation: source strings, or one prepared folder. Empty: hold documents out of the training sources
-        that are text; which ones depends on their text alone, and the first document of a source always
-        trains, but for its end where it is the only one.
+      stages: other weights from a row on.
+      skips: rows that are left out.
+      validation: source strings, or prepared folders, each of which is validated on by itself. Empty: what was held
+        out of prepared folders, and documents held out of sources that are text; which ones depends on their text
+        alone, and the first document of a source always trains, but for its end where it is the only one.
       validation_fraction: how much to hold out then; 0: nothing.
       text_key: field of the text in JSON lines and TFDS.
       separator: where text files are cut into documents.
@@ -145,23 +154,45 @@ def pretrain_dataset(
     if texts is not None:
         documents = _hold_out(cut_texts(_checked_texts(texts), unit_bytes), fraction, held_out)
         rows.append(PackedRows(tokenize_units(documents, tokenizer, progress), seq_len))
-    prepared = [source for source in validation if is_prepared(source)]
-    if prepared and len(validation) > 1:
-        raise InputError(f'validation mixes the prepared folder {prepared[0]} with others; give it alone')
-    validation_rows = None
-    if prepared:
-        validation_rows = _open_prepared(prepared[0], tokenizer, seq_len)
-    elif validation or held_out:
-        unseen = (read_documents(source, text_key=text_key, separator=separator) for source in validation)
-        unseen = itertools.chain(held_out, *unseen)
-        validation_rows = PackedRows(tokenize_documents(unseen, tokenizer), seq_len)
+    names = _names_of([*train, *['texts'] * (texts is not None)])
+    kept: dict[str, Rows] = {}
+    if validation:
+        of_text = [source for source in validation if not is_prepared(source)]
+        folders = [source for source in validation if source not in of_text]
+        if of_text and folders:
+            raise InputError(
+                f'validation mixes the prepared folder {folders[0]} with {of_text[0]}, which is text; prepare all of it'
+            )
+        of_folders = zip(_names_of(folders), folders, strict=True)
+        kept = {name: _open_prepared(source, tokenizer, seq_len) for name, source in of_folders}
+        held_out = [
+            text
+            for source in of_text
+            for text in read_documents(source, text_key=text_key, separator=separator)
+        ]
     elif fraction:
+        for name, source in zip(names, train, strict=True):
+            if is_prepared(folder := f'{source.rstrip("/")}/{VALIDATION}'):
+                kept[name] = _open_prepared(folder, tokenizer, seq_len)
+    if held_out:
+        kept['held_out'] = PackedRows(tokenize_documents(held_out, tokenizer), seq_len)
+    if fraction and not kept:
         _log.warning('no validation: none of the training documents falls in the %g held out', fraction)
-    identity = [[r.fingerprint for r in rows], list(map(float, weights or [])), seq_len, tokenizer.sha256]
+    if len(kept) == 1:
+        kept = {'': next(iter(kept.values()))}
+    validation_rows = None
+    if kept:
+        parts = list(kept.values())
+        validation_rows = JoinedRows(parts) if len(parts) > 1 else parts[0]
+    # Rows that are prepared in units are drawn in another order than the same in memory.
+    prints = [f'units {r.fingerprint}' if getattr(r, 'in_units', False) else r.fingerprint for r in rows]
+    identity = [prints, list(map(float, weights or [])), seq_len, tokenizer.sha256]
     return PretrainData(
-        train=mix(rows, weights, seed),
+        train=mix(rows, weights, seed, stages=stages, skips=skips),
         validation=validation_rows,
+        validation_parts=kept if len(kept) > 1 else {},
         train_rows=tuple(rows),
+        names=names,
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         num_train_tokens=sum(r.num_tokens for r in rows),
         num_train_documents=sum(r.num_documents for r in rows),
@@ -206,6 +237,17 @@ def train_tokenizer(
     )
     train_sentencepiece(itertools.chain.from_iterable(texts), vocab_size, path)
     return load_tokenizer(path)
+
+
+def _names_of(sources: Sequence[str]) -> tuple[str, ...]:
+    """What sources are called in figures: the last part of each path, or more of it where that is not enough."""
+    parts = [re.sub(r'\W+$', '', source).split('/') for source in sources]
+    names: list[str] = []
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = [re.sub(r'[^\w.\-]', '_', '_'.join(part[-length:])) for part in parts]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f'{number}_{name}' for number, name in enumerate(names))
 
 
 def _as_sources(sources: Sources) -> tuple[str, ...]:

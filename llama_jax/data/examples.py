@@ -13,11 +13,10 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import SupportsIndex
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from llama_jax.data.mixture import mix
+from llama_jax.data.mixture import Mixture, mix
 from llama_jax.data.packing import Row, best_fit, lm_batch
 from llama_jax.data.records import BadRecords, Conversation, read_records
 from llama_jax.tokenizer.chat_format import ChatFormat
@@ -195,7 +194,7 @@ class ExampleData:
       fingerprint: hash of the training rows.
     """
 
-    train: grain.MapDataset
+    train: Mixture
     rows: ExampleRows
     validation: ExampleRows | None
     fingerprint: str

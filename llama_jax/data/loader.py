@@ -5,6 +5,7 @@ or `context` spans hosts. The state of the whole pipeline is one integer, the ro
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -21,19 +22,25 @@ def collate_lm(rows: Sequence[Row]) -> LMBatch:
     return lm_batch(*(np.stack([row[name] for row in rows]) for name in ('tokens', 'segment_ids')))
 
 
+_ROWS_AT_A_TIME = 16  # are read: from a bucket each takes a while
+
+
 class _HostBatches:
     """Batch i as this host's rows of it: a random-access source, so that grain's threads can read ahead."""
 
     def __init__(self, rows, collate, local_rows: list[int], batch_size: int, first_row: int):
         self._rows, self._collate, self._local_rows = rows, collate, local_rows
         self._batch_size, self._first_row = batch_size, first_row
+        self._pool = ThreadPoolExecutor(min(_ROWS_AT_A_TIME, len(local_rows)))
 
     def __len__(self) -> int:
         return max(0, len(self._rows) - self._first_row) // self._batch_size
 
     def __getitem__(self, index: int) -> PyTree:
         start = self._first_row + int(index) * self._batch_size
-        return self._collate([self._rows[start + row] for row in self._local_rows])
+        return self._collate(
+            list(self._pool.map(self._rows.__getitem__, (start + row for row in self._local_rows)))
+        )
 
 
 def batches(
@@ -70,10 +77,10 @@ def batches(
         )
 
 
-def read_ahead(rows: grain.MapDataset, count: int, num_threads: int = 16) -> Iterator[Row]:
-    """The first rows in order, several of them read at a time: from a bucket each takes a while."""
+def read_ahead(rows: Any, count: int, num_threads: int = _ROWS_AT_A_TIME) -> Iterator[Row]:
+    """The first rows in order, several of them read at a time."""
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8 * num_threads)
-    yield from rows[:count].to_iter_dataset(options)
+    yield from grain.MapDataset.source(rows)[:count].to_iter_dataset(options)
 
 
 class PaddedRows:

@@ -278,6 +278,27 @@ class PackedRows:
         return pad_row(self._tokens[begin:end], 1 + np.cumsum(is_start), self.seq_len)
 
 
+class JoinedRows:
+    """Rows of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]):
+        """Args: parts: of one length."""
+        self.seq_len = parts[0].seq_len
+        self.fingerprint = join_fingerprints([part.fingerprint for part in parts])
+        self.num_documents = sum(part.num_documents for part in parts)
+        self.num_tokens = sum(part.num_tokens for part in parts)
+        self.num_bytes = sum(part.num_bytes for part in parts)
+        self._parts, self._ends = parts, list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        number = range(len(self))[index]
+        part = bisect.bisect_right(self._ends, number)
+        return self._parts[part][number - (self._ends[part - 1] if part else 0)]
+
+
 def pad_row(tokens: Integer[np.ndarray, ' t'], segment_ids: Integer[np.ndarray, ' s'], seq_len: int) -> Row:
     """A row of `seq_len + 1` from `t` tokens and the segment ids of at least these; the rest is 0."""
     row = {name: np.zeros(seq_len + 1, np.int32) for name in ('tokens', 'segment_ids')}

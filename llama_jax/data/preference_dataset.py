@@ -7,9 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
-
-from llama_jax.data.mixture import mix
+from llama_jax.data.mixture import Mixture, mix
 from llama_jax.data.preferences import (
     EncodedPair,
     PreferenceRows,
@@ -38,7 +36,7 @@ class PreferenceData:
         those of the training rows, mixed as these are, those of each source, and those to validate with.
     """
 
-    train: grain.MapDataset
+    train: Mixture
     train_rows: tuple[PreferenceRows, ...]
     validation: PreferenceRows | None
     fingerprint: str

@@ -103,6 +103,7 @@ def train(
     writers: Sequence[Writer] = (),
     measurements: Sequence[Measurement] = (),
     measured: Mapping[str, float] | None = None,
+    described: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> Trained:
     """Runs until `num_steps`, or until a signal to end has been answered with a checkpoint.
 
@@ -124,6 +125,7 @@ def train(
       writers: take each logged step, on process 0; what is measured of it comes after.
       measurements: made when they are due, in this order.
       measured: what is logged of `start_step`, the same on all processes.
+      described: step -> what else is logged of it.
 
     Raises:
       FloatingPointError: a metric is not finite; the message names it and the step. Nothing later than the last
@@ -160,7 +162,7 @@ def train(
         if logged and bar.disable:
             logger.info('step %d: %s', step, line)
         if logged:
-            write(step, values | {'learning_rate': float(schedule(step - 1)), **rates})
+            write(step, values | {'learning_rate': float(schedule(step - 1)), **rates, **described(step)})
 
     def save() -> None:
         nonlocal saved
@@ -186,7 +188,7 @@ def train(
 
     def fetch() -> PyTree:
         try:
-            with overdue.told('the next batch'), preemption.interruptible():
+            with overdue.told('the next batch'), preemption.interruptible(), timer.waiting():
                 return next_batch(state, done)
         except Exception:  # data that cannot be read: what was trained before is good
             if jax.process_count() == 1:  # saving takes all processes, and the others do not know
@@ -320,7 +322,7 @@ class _Timer:
         self._config = config
         self._rows: dict[int, int] = {}  # by step, of those that no rates were asked for yet
         self._mark = time.perf_counter()
-        self._paused = 0.0
+        self._paused = self._waited = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -328,20 +330,27 @@ class _Timer:
         yield
         self._paused += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
     def count(self, step: int, batch: PyTree) -> None:
         """The batch of a step; most have `batch_size` rows."""
         shapes = map(np.shape, jax.tree.leaves(batch))
         self._rows[step] = next((shape[0] for shape in shapes if shape), self._config.batch_size)
 
     def rates(self, step: int) -> dict[str, float]:
-        """Tokens per second and utilisations since the last call."""
+        """Tokens per second, utilisations and the share of time that batches were waited for, since the last call."""
         now = time.perf_counter()
         seconds = now - self._mark - self._paused
         rows = sum(self._rows.pop(one) for one in list(self._rows) if one <= step)
         tokens = self._config.tokens_per_step * rows / self._config.batch_size
         per_second = tokens / max(seconds, 1e-9)
         per_device = per_second / jax.device_count()
-        self._mark, self._paused = now, 0.0
+        waited = min(self._waited / max(seconds, 1e-9), 1.0)
+        self._mark, self._paused, self._waited = now, 0.0, 0.0
         causal, full = (
             flops * per_device / self._config.peak_flops for flops in self._config.flops_per_token
         )
@@ -350,4 +359,5 @@ class _Timer:
             'tokens_per_second_per_device': per_device,
             'mfu_causal': causal,
             'mfu_full': full,
+            'data_wait': waited,
         }

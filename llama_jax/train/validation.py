@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -93,7 +93,7 @@ def make_loss_step(
 
 def make_validation(
     model: LlamaForCausalLM,
-    rows: Rows,
+    rows: Rows | Mapping[str, Rows],
     *,
     every: int,
     target: LMBatch,
@@ -106,25 +106,44 @@ def make_validation(
 
     Args:
       model: see `make_loss_step`.
-      rows: see `evaluate_rows`.
+      rows: see `evaluate_rows`; of several by name each is measured too, as 'validation_loss/NAME'.
       every: updates between two; 0: after the last only.
       target: see `evaluate_rows`.
       view: state -> the model's weights, which are trained whole or in part.
-      max_rows: 0 for all.
+      max_rows: of each; 0 for all.
       num_chunks: see `make_loss_step`.
       collate: see `evaluate_rows`.
     """
     loss_step = make_loss_step(model, num_chunks)
 
+    parts = rows if isinstance(rows, Mapping) else {'': rows}
+
     def measure(state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:
-        found = evaluate_rows(
-            loss_step, view(state), rows, target=target, max_rows=max_rows, collate=collate, pause=pause
-        )
-        nats, bits = found.nats_per_token, found.bits_per_byte
+        weights = view(state)
+        found = {
+            name: evaluate_rows(
+                loss_step, weights, part, target=target, max_rows=max_rows, collate=collate, pause=pause
+            )
+            for name, part in parts.items()
+        }
+        nats, bits = _together(found)
         _log.info('step %d: validation %.4f nats/token, %.4f bits/byte', step, nats, bits)
-        return dict(zip(FIGURES, (nats, bits), strict=True))
+        own = {f'{FIGURES[0]}/{name}': one.nats_per_token for name, one in found.items() if name}
+        return {**dict(zip(FIGURES, (nats, bits), strict=True)), **own}
 
     return Measurement(every, measure, FIGURES)
+
+
+def _together(found: Mapping[str, Perplexity]) -> tuple[float, float]:
+    """(nats per token, bits per byte) over all parts, each by its tokens."""
+    if len(found) == 1:
+        (one,) = found.values()
+        return one.nats_per_token, one.bits_per_byte
+    tokens = sum(one.num_tokens for one in found.values())
+    nats = [one.nats_per_token * one.num_tokens for one in found.values()]
+    # A part has so many bytes as its bits and nats say.
+    size = [one.nats_per_token / math.log(2) * one.num_tokens / one.bits_per_byte for one in found.values()]
+    return math.fsum(nats) / tokens, math.fsum(nats) / math.log(2) / math.fsum(size)
 
 
 def count_predicted(rows: Rows, max_rows: int = 0) -> int:

@@ -68,17 +68,20 @@ def test_a_prepared_folder_gives_the_same_training(corpus, tokenizer, tmp_path):
     write_prepared(read_documents(source), tokenizer, 64, tmp_path / 'prepared')
     prepared = pretrain_dataset([str(tmp_path / 'prepared')], tokenizer, 64, validation=[source], seed=3)
     in_memory = pretrain_dataset([source], tokenizer, 64, validation=str(tmp_path / 'prepared'), seed=3)
-    assert prepared.fingerprint == in_memory.fingerprint
+    assert prepared.train_rows[0].fingerprint == in_memory.train_rows[0].fingerprint
+    assert prepared.fingerprint != in_memory.fingerprint  # the order of what is prepared is its own
     assert len(prepared.validation) == len(in_memory.validation)
-    for i in (0, 1, 200):
-        np.testing.assert_array_equal(prepared.train[i]['tokens'], in_memory.train[i]['tokens'])
+    for i in range(len(prepared.train_rows[0])):
+        np.testing.assert_array_equal(
+            prepared.train_rows[0][i]['tokens'], in_memory.train_rows[0][i]['tokens']
+        )
     assert pretrain_dataset([source], tokenizer, 32, validation=[source]).fingerprint != in_memory.fingerprint
     with pytest.raises(InputError, match='seq_len 128 is longer than the rows of .*, 64'):
         pretrain_dataset([str(tmp_path / 'prepared')], tokenizer, 128)
     other = train_tokenizer([source], 350, tmp_path / 'other.model')
     with pytest.raises(InputError, match='was prepared with another tokenizer'):
         pretrain_dataset([str(tmp_path / 'prepared')], other, 64)
-    with pytest.raises(InputError, match='give it alone'):
+    with pytest.raises(InputError, match='prepare all of it'):
         pretrain_dataset([source], tokenizer, 64, validation=[str(tmp_path / 'prepared'), source])
     with pytest.raises(InputError, match='no training data'):
         pretrain_dataset([], tokenizer, 64)
@@ -94,3 +97,39 @@ def test_of_a_single_document_the_end_is_held_out(corpus, tokenizer, tmp_path):
     assert (head + tail).replace('\n', '') == ''.join(lines)
     assert len(tail) == pytest.approx(0.1 * len(head + tail), abs=len(lines[0]) + 60)  # to the nearest line
     assert tail.split('\n')[0] in lines
+
+
+def test_what_was_held_out_of_folders_validates_each_by_itself(corpus, tokenizer, tmp_path):
+    for name in ('a', 'b'):
+        documents = list(read_documents(str(corpus / f'{name}.jsonl')))
+        write_prepared(documents[20:], tokenizer, 64, tmp_path / name)
+        write_prepared(documents[:20], tokenizer, 64, tmp_path / name / 'validation')
+    train = [str(tmp_path / 'a'), f'{tmp_path}/b/']
+    data = pretrain_dataset(train, tokenizer, 64)
+    assert data.names == ('a', 'b') and list(data.validation_parts) == ['a', 'b']
+    joined = [row['tokens'] for part in data.validation_parts.values() for row in part]
+    np.testing.assert_array_equal([row['tokens'] for row in data.validation], joined)
+    assert data.validation_parts['b'].num_documents == 20
+    given = pretrain_dataset(
+        train, tokenizer, 64, validation=[f'{tmp_path}/{name}/validation' for name in 'ab']
+    )
+    assert list(given.validation_parts) == ['a_validation', 'b_validation']
+    mixed = pretrain_dataset([train[0], str(corpus / 'b.jsonl')], tokenizer, 64, validation_fraction=0.1)
+    assert list(mixed.validation_parts) == ['a', 'held_out'] and mixed.names == ('a', 'b.jsonl')
+    assert pretrain_dataset(train, tokenizer, 64, validation_fraction=0.0).validation is None
+
+
+def test_the_order_of_a_folder_is_its_own(corpus, tokenizer, tmp_path):
+    for name in ('a', 'b'):
+        write_prepared(read_documents(str(corpus / f'{name}.jsonl')), tokenizer, 64, tmp_path / name)
+
+    def order(*names, of):
+        data = pretrain_dataset(
+            [str(tmp_path / name) for name in names], tokenizer, 64, validation_fraction=0.0
+        )
+        place = names.index(of)
+        found = (data.train.find_row(i) for i in range(600))
+        return [row for source, row in found if source == place][:200]
+
+    assert order('a', of='a') == order('b', 'a', of='a') == order('a', 'b', of='a')
+    assert order('a', of='a') != order('b', of='b')
