@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.loader import PaddedRows
-from llama_jax.data.preferences import PreferenceRows, collate_preferences, mismatched
+from llama_jax.data.preferences import Answer, EncodedPair, PreferenceRows, collate_preferences, mismatched
 from llama_jax.lora import LoraConfig, init_adapters, with_base
 from llama_jax.losses.dpo import (
     LOSSES,
@@ -19,10 +19,14 @@ from llama_jax.losses.dpo import (
     preference_loss,
     ratio_sums,
 )
+from llama_jax.losses.language_model import language_model_loss
 from llama_jax.losses.reward import reward_loss
+from llama_jax.models.llama import LlamaForCausalLM, param_axes
 from llama_jax.models.reward import LlamaForRewardModel
+from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.state import new_state
 from llama_jax.train.step import train_step
+from llama_jax.types import LMBatch
 from tests import toy
 from tests.data.preferences_test import random_pairs
 
@@ -150,6 +154,59 @@ def test_answers_that_were_judged_alone_are_compared_with_answers_to_other_promp
             _, found = update(preference_loss(model, loss), params, frozen, batch, num_microbatches)
             assert found['loss'] == pytest.approx(np.mean(wanted), rel=1e-5)
             assert found['weight'] == 6 and found['baseline'] == pytest.approx(z, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('sft', 'reward', 'sigmoid')),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in LOSSES if kind != 'sigmoid'),
+    ],
+)
+def test_eight_devices_and_four_microbatches_are_one_with_answers_of_1_and_of_400_tokens(kind):
+    rng = np.random.default_rng(3)
+
+    def answer(length):
+        return Answer(rng.integers(1, 64, length).astype(np.int32), np.ones(length, bool), int(length > 1))
+
+    prompts = [rng.integers(1, 64, 3).astype(np.int32) for _ in range(8)]
+    pairs = [
+        EncodedPair(prompt, (answer(400), answer(1)) if n % 3 else (answer(1), answer(400)), 1.0)
+        for n, prompt in enumerate(prompts)
+    ]
+    rows = PreferenceRows(pairs, 416)
+    batch = jax.tree.map(jnp.asarray, collate_preferences([rows[i] for i in range(8)]))
+    mesh = make_mesh({'data': 2, 'tensor': 4})
+
+    def step(model_of, params, frozen, batch, num_microbatches, partitioner=None):
+        model = model_of(partitioner)
+        if kind == 'sft':
+            loss_fn = language_model_loss(model)
+        elif kind == 'reward':
+            loss_fn = reward_loss(model, margin='small', centering=0.01, safety=0.5)
+        else:
+            loss_fn = preference_loss(model, PreferenceLoss(kind), num_chunks=2)
+        return update(loss_fn, params, frozen, batch, num_microbatches)
+
+    def model_of(partitioner):
+        config = dataclasses.replace(toy.CONFIG, max_seq_len=512, scalar_head=kind == 'reward')
+        made = LlamaForRewardModel if kind == 'reward' else LlamaForCausalLM
+        return made(config, dtype=jnp.float32, partitioner=partitioner)
+
+    params, frozen = (toy.make_params(model_of(None), seed=seed) for seed in range(2))
+    if kind == 'sft':
+        names = 'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask'
+        batch = LMBatch(*(getattr(batch, name) for name in names))
+    want_state, want = step(model_of, params, frozen, batch, 1)
+    partitioner = Partitioner(mesh)
+    axes = param_axes(model_of(partitioner))
+    placed, held = (jax.device_put(tree, partitioner.tree_shardings(tree, axes)) for tree in (params, frozen))
+    parts = jax.device_put(batch, partitioner.sharding(('batch',)))
+    with jax.set_mesh(mesh):
+        state, found = step(model_of, placed, held, parts, 4, partitioner)
+    for name in want:  # fp32 sums of thousands in another order
+        assert found[name] == pytest.approx(float(want[name]), rel=5e-5, abs=1e-5), name
+    toy.assert_same_gradients(state.opt_state, want_state.opt_state)
 
 
 @pytest.mark.parametrize('mask_format', [False, True])
