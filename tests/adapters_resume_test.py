@@ -14,7 +14,6 @@ from tests.multiprocess_test import WITHOUT_CACHE
 from tests.sft_test import base, records, sizes  # noqa: F401 - fixtures
 from tests.train.faults_test import AT_ONCE, BEFORE, COUNT, commands  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.slow
 NUM_STEPS = 9
 # fp32 sums in another order, up to nine updates of AdamW after them
 ON_ANOTHER_MESH = 1e-5
@@ -50,7 +49,9 @@ def losses(workdir):
     return np.array([loss for _, loss, _ in figures(workdir)])
 
 
-@pytest.mark.parametrize('number', [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    'number', [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+)
 def test_killed_at_any_moment_a_run_goes_on(commands, folder, options, whole, tmp_path, number):  # noqa: F811
     """On the same mesh with the same bits, on another with the same losses."""
     rng, total = random.Random(number), int((folder / 'changes').read_text())
@@ -77,6 +78,7 @@ def test_killed_at_any_moment_a_run_goes_on(commands, folder, options, whole, tm
             print(f'killed at change {moment} of {total}: goes on', flush=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on(commands, options, whole, tmp_path):  # noqa: F811
     def run(workdir):
         for ended in commands.run_processes(
