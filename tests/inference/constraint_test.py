@@ -54,6 +54,7 @@ def check_point(text):
     assert not point and len(tags) <= 2 and all(isinstance(tag, str) and len(tag) <= 3 for tag in tags)
 
 
+@pytest.mark.slow
 def test_every_answer_of_a_bounded_schema_ends_and_fits(model_and_params, tokenizer, rules):
     constrained = Constrained(rules, rules.of_schema(POINT))
     answers = llama_jax.complete(

@@ -10,6 +10,7 @@ from tests.planted_faults import (
     preferences,
     reinforcement,
     rollouts,
+    serving,
     speculation,
     training,
 )
@@ -26,4 +27,5 @@ FAULTS = (
     *rollouts.FAULTS,
     *reinforcement.FAULTS,
     *face.FAULTS,
+    *serving.FAULTS,
 )

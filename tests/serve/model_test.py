@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 import llama_jax
-from llama_jax.inference.scoring import score_tokens
+from llama_jax.inference.scoring import score, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack
 from llama_jax.serve.served import Served, chat_of, rules_of
@@ -247,3 +247,37 @@ def test_a_rule_that_is_wrong_or_slow_is_refused_while_others_are_answered(serve
     thread.join()
     go.set()
     assert 'takes more than 1.8 s' in found[0]['message']
+
+
+@pytest.mark.slow
+def test_the_harness_reads_the_log_likelihoods_that_evaluation_finds(loaded, server):
+    """lm-evaluation-harness's own reading of an answer, beside what `experiments.evaluate` scores with."""
+    reading = pytest.importorskip('lm_eval.models.openai_completions', reason='needs lm_eval')
+    client, _ = server
+    model, params, _ = loaded
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(8):
+        context, continuation = rng.integers(0, 256, size=rng.integers(1, 30)), rng.integers(0, 256, size=5)
+        pairs.append(((256, *context.tolist()), tuple(continuation.tolist())))
+    # One of them is what the model would say itself.
+    greedy = complete(client, prompt=[list(pairs[0][0])], max_tokens=4, echo=True, logprobs=1).json()
+    said = [
+        ord(token)
+        for token in greedy['choices'][0]['logprobs']['tokens'][len(pairs[0][0]) :]
+        if len(token) == 1
+    ]
+    pairs[0] = pairs[0][0], tuple(said) or pairs[0][1]
+    answer = client.post(
+        '/v1/completions',
+        json={
+            'model': 'toy', 'prompt': [[*context, *rest] for context, rest in pairs], 'max_tokens': 1, 'logprobs': 1,
+            'echo': True, 'temperature': 0, 'seed': 1234,
+        },
+    ).json()  # fmt: skip
+    found = reading.LocalCompletionsAPI.parse_logprobs(answer, ctxlens=[len(context) for context, _ in pairs])
+    wanted = dict(score(model, params, pairs))
+    np.testing.assert_allclose(
+        [value for value, _ in found], [wanted[i].log_probability for i in range(8)], atol=1e-4
+    )
+    assert [is_greedy for _, is_greedy in found] == [wanted[i].is_greedy for i in range(8)]

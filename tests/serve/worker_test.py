@@ -73,7 +73,7 @@ def test_a_client_that_goes_away_frees_its_slot(body):
 
 def test_a_client_that_stops_reading_frees_its_slot_and_little_waits_for_it():
     script = Script('x' * 5000, steps=500, hold=lambda: time.sleep(0.001))
-    with serving(lambda: scripted(script, context=10**5)) as (_, service):
+    with serving(lambda: scripted(script, context=10**4)) as (_, service):
         asyncio.run(
             call(make_app(service), BODY | {'stream': True, 'max_tokens': 5000}, reads=3, leaves=False)
         )
