@@ -107,6 +107,7 @@ def test_parts_give_their_ratios(small):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # of others' code
 def test_peers_update_beside_ours():
     """On the same rows from random weights of the same size: losses begin where those of chance do."""
     pytest.importorskip('torch')
