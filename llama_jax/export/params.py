@@ -1,5 +1,9 @@
 """save(): a model that is in memory, written in any format."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 from etils import epath
 
 from llama_jax import export
@@ -46,7 +50,20 @@ def save(
         dtype = float_dtype(dtype).name
     if epath.Path(path).exists():
         raise InputError(f'{path} exists; give a new path, or remove it first')
-    export.save(
-        path, memory_source(config, params), tokenizer, to=to, dtype=dtype, model_parallel=model_parallel,
-        chat_template=chat_template,
-    )  # fmt: skip
+    with _without_narration():
+        export.save(
+            path, memory_source(config, params), tokenizer, to=to, dtype=dtype, model_parallel=model_parallel,
+            chat_template=chat_template,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _without_narration() -> Iterator[None]:
+    """Orbax warns of what is as it should be here: that no array of JAX is among what it writes."""
+    log = logging.getLogger('absl')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
