@@ -171,7 +171,7 @@ def pretrain_dataset(
             for text in read_documents(source, text_key=text_key, separator=separator)
         ]
     elif fraction:
-        for name, source in zip(names, train, strict=True):
+        for name, source in zip(names, train, strict=False):  # texts are not prepared
             if is_prepared(folder := f'{source.rstrip("/")}/{VALIDATION}'):
                 kept[name] = _open_prepared(folder, tokenizer, seq_len)
     if held_out:
