@@ -1,8 +1,7 @@
 """Preparing text, the recipe as argument: --config=configs/prepare_data.py:plain, :llama, and no other.
 
 `llama` makes the seven folders that `configs/pretrain.py` names (LLaMA paper, Table 1) from files that lie as
-RedPajama-1T's do; `plain` makes one of whatever it is given. Every key may be set on the command line:
---config.sources.c4.input='c4/en/*.json.gz'
+RedPajama-1T's do; `plain` makes one of whatever it is given. Every key may be set on the command line, a source's too.
 """
 
 from ml_collections import ConfigDict

@@ -10,6 +10,7 @@ The annotations are checked (by beartype) in tests only; in production they cost
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -292,7 +293,10 @@ class PolicyBatch:
         )
         lengths = jax.ShapeDtypeStruct((batch_size, num_answers), np.int32, sharding=row_sharding)
         of_row = jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=row_sharding)
-        return cls(*[ids] * 4, *[number] * 7, lengths, *[of_row] * 3)
+        fields = dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), ids)
+        fields |= dict.fromkeys(('counts', 'reported', 'beta'), of_row) | {'lengths': lengths}
+        others = (field.name for field in dataclasses.fields(cls) if field.name not in fields)
+        return cls(**fields, **dict.fromkeys(others, number))
 
 
 Metrics = dict[str, Float[Array, '']]

@@ -140,7 +140,8 @@ class Training:
     """What is trained, and how.
 
     Attributes:
-      loss: of a model, as the library's functions of losses; `reads_pairs` and `kept` are its own.
+      loss: of a model, as the library's functions of losses.
+      kept: what the reference gives was computed before.
       rank: of adapters of all linears; 0: all weights are trained.
       weights: how the base beside adapters is kept.
       loss_chunks: pieces of the sequence whose logits are held at a time.

@@ -118,10 +118,10 @@ def gae(
 def whiten(values: Sequence[np.ndarray]) -> Ragged:
     """Mean 0 and variance 1 over all of them; what is all the same becomes 0."""
     together = np.concatenate([np.asarray(one, np.float64) for one in values])
+    if np.all(together == together[:1]):
+        return [np.zeros(len(one)) for one in values]
     mean, std = together.mean(), together.std()
-    if np.all(together == together[0]):
-        mean, std = together[0], 0.0
-    return [(one - mean) / (std + 1e-8) for one in values]
+    return [(one - mean) / std for one in values]
 
 
 def group_advantages(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llama_jax.json_file import show_json
+from llama_jax.rl.advantages import whiten
 from llama_jax.rl.rollout import Rollout
 from llama_jax.types import InputError, error_line
 
@@ -119,14 +120,6 @@ def overlong(max_new_tokens: int, buffer: int) -> Reward:
     return reward
 
 
-def whiten(values: Float[np.ndarray, ' n']) -> Float[np.ndarray, ' n']:
-    """With mean 0 and variance 1 over all that are given, in float64; equal values are 0."""
-    values = np.asarray(values, np.float64)
-    centred = values - values.mean() if len(values) else values
-    spread = math.sqrt(float(np.mean(centred**2))) if len(values) else 0.0
-    return centred / spread if spread > 0 else np.zeros_like(centred)
-
-
 def safety_first(
     helpfulness: Reward, safety: Reward, *, threshold: float = UNSAFE_BELOW, whitened: bool = True
 ) -> Reward:
@@ -148,7 +141,7 @@ def safety_first(
         helpful, safe = (np.asarray(of(rollouts, records), np.float64) for of in (helpfulness, safety))
         tagged = np.array([_is_tagged(record) for record in records], bool)
         combined = np.where(tagged | (safe < least), safe, helpful)
-        return whiten(combined) if whitened else combined
+        return whiten([combined])[0] if whitened else combined
 
     return reward
 

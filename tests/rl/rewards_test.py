@@ -12,7 +12,6 @@ from llama_jax.rl.rewards import (
     missing_stop,
     overlong,
     safety_first,
-    whiten,
 )
 from llama_jax.rl.rollout import Rollout
 from llama_jax.types import InputError
@@ -71,14 +70,6 @@ def test_long_answers_are_punished_softly_over_the_buffer():
     assert overlong(16, 4)(answers, [{}] * 5).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
     with pytest.raises(InputError, match='the buffer of overlong is 17 tokens; it must be from 1 to 16'):
         overlong(16, 17)
-
-
-def test_whitened_values_have_mean_0_and_variance_1_and_equal_ones_are_0():
-    values = np.random.default_rng(0).normal(3.0, 7.0, 1000)
-    found = whiten(values)
-    np.testing.assert_allclose(found, (values - values.mean()) / values.std(), rtol=1e-12)
-    np.testing.assert_allclose([found.mean(), found.std()], [0.0, 1.0], atol=1e-12)
-    assert not whiten(np.full(5, 0.1)).any() and not len(whiten(np.zeros(0)))
 
 
 def test_safety_comes_first_where_a_record_is_tagged_or_its_score_is_below_the_threshold():
