@@ -76,8 +76,11 @@ def main() -> None:
         )
         asked = {'unit_bytes': UNIT_BYTES} | asked
     else:
-        if _INPUT.value is not None:
-            raise InputError('--input and --config are both given; set --config.sources.NAME.input instead')
+        for flag in (_INPUT, _TEXT_KEY, _SEPARATOR):
+            if flag.present:
+                raise InputError(
+                    f'--{flag.name} and --config are both given; set --config.sources.NAME.{flag.name} instead'
+                )
         sources, of_recipe = read_recipe(_CONFIG.value)
         asked, tokenizer_file = of_recipe | asked, _TOKENIZER.value or _CONFIG.value.tokenizer
     with launch.flags_named(*(f'--{name}' for name in asked)):

@@ -32,6 +32,10 @@ def prepared(commands, corpus, folder):
         f'--output={folder}/data', '--config.validation_fraction=0.2', '--num_workers=1', '--verify',
         '--unit_bytes=4000',
     ).succeeded()  # fmt: skip
+    line = commands.run(
+        'prepare_data', f'--config={recipe}:{folder}', f'--output={folder}/other', '--separator=|'
+    ).error()
+    assert '--separator and --config are both given; set --config.sources.NAME.separator instead' in line
     assert 'words: ' in finished.stdout and 'held out' in finished.stdout and 'found equal' in finished.stdout
     return folder / 'data'
 

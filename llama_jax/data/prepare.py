@@ -24,7 +24,7 @@ from llama_jax.data.preparation import ALONE, Advance, Machine, Preparation
 from llama_jax.data.prepared import MANIFEST, VALIDATION
 from llama_jax.data.shards import Shape, write_manifest
 from llama_jax.data.unit_tasks import plan_units, scan_all, wait_until, write_all
-from llama_jax.data.units import FileScan, list_inputs, state_of
+from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def _check_once(files: Sequence[Sequence[str]]) -> None:
     seen: dict[str, int] = {}
     for source, names in enumerate(files):
         for name in names:
-            if seen.setdefault(name, source) != source:
+            if seen.setdefault(place_of(name), source) != source:
                 raise InputError(f'{name} is in two sources; its documents would count twice')
 
 
@@ -121,6 +121,8 @@ def _begin(
             raise InputError(f'{folder} already holds prepared data; delete it or write elsewhere')
         if folder.exists() and any(file.name != WORK for file in folder.iterdir()):
             raise InputError(f'{folder} exists and is not empty; delete it or write elsewhere')
+    if (output / REPORT).exists():
+        raise InputError(f'{output} holds what was prepared before, and its report; write elsewhere')
     write_atomically(work / 'config.json', json.dumps(now))
     return work
 

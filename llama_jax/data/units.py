@@ -229,6 +229,11 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], 'big') < fraction * 2**64
 
 
+def place_of(file: str) -> str:
+    """What tells a file from others, however its name is written."""
+    return file if '://' in file or file.startswith('tfds:') else os.path.abspath(file)
+
+
 def list_inputs(inputs: Iterable[str]) -> list[str]:
     """The files of several sources in order.
 
@@ -238,7 +243,7 @@ def list_inputs(inputs: Iterable[str]) -> list[str]:
     found: dict[str, tuple[str, str]] = {}  # the same file may be written in two ways
     for source in inputs:
         for file in list_files(source):
-            place = file if '://' in file or file.startswith('tfds:') else os.path.abspath(file)
+            place = place_of(file)
             if place in found:
                 raise InputError(
                     f'{file} is named twice, by {found[place][1]!r} and by {source!r}: its documents would count twice'

@@ -306,7 +306,11 @@ def test_what_is_wrong_leaves_nothing(raw, tmp_path, monkeypatch):
     assert 'c.jsonl is named twice, by' in refused(asked(raw, other, sources=(twice,)))
     sources = asked(raw, other).sources
     assert 'is in two sources' in refused(
-        asked(raw, other, sources=(*sources, TextSource('d', sources[3].inputs)))
+        asked(raw, other, sources=(*sources, TextSource('d', (f'{raw}/../{raw.name}/c.jsonl',))))
+    )
+    new = TextSource('d', sources[3].inputs)
+    assert 'holds what was prepared before, and its report' in refused(
+        asked(raw, output, sources=(new, TextSource('e', sources[2].inputs)))
     )
     for changed, line in [
         ({'seq_len': 0}, 'seq_len is 0'), ({'unit_bytes': 0}, 'unit_bytes is 0'), ({'on_error': 'go'}, "'go'"),
