@@ -525,6 +525,7 @@ def test_a_block_is_put_together_out_of_what_devices_hold():
 
 def test_a_bar_is_shown_to_who_looks_on(face, monkeypatch, capsys):
     monkeypatch.setattr('llama_jax.pretrained.loading_bar._LEAST_BYTES', 1)
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)  # of another test
     llama_jax.load(face[3])
     assert not capsys.readouterr().err  # a log is no terminal
     monkeypatch.setitem(sys.modules, 'ipykernel', sys)
