@@ -237,6 +237,11 @@ class CommandLine:
         ]
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that have not ended."""
+    return [int(child) for child in pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, others may not have
         os.kill(pid, signal.SIGKILL)
