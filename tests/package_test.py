@@ -1,14 +1,17 @@
-"""What is installed: the command, the configurations, the metadata; built twice, the same bytes."""
+"""What is installed: the command, the configurations, the metadata, the lock; built twice, the same bytes."""
 
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 
 import pytest
+from packaging import requirements, utils
 
 import llama_jax
 from experiments import __main__ as commands
@@ -71,37 +74,94 @@ def test_the_metadata_agree():
     assert {'tpu', 'cuda', 'cuda12', 'test'} <= set(PROJECT['optional-dependencies'])
 
 
-@pytest.mark.slow
-def test_the_wheel_is_the_same_each_time_and_runs_in_an_empty_folder(tmp_path):
-    files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.split(
-        b'\0'
-    )
-    wheels = []
+def test_the_lock_is_of_these_dependencies():
+    """Without a network; `uv lock --check`, which needs one, is asked by .ci/run."""
+    text = (ROOT / 'uv.lock').read_text()
+    block = re.search(r'^\[\[package\]\]\nname = "llama-jax"\n(.*?)^\[\[package\]\]', text, re.M | re.S)
+    locked = tomllib.loads(block[1])['package']['metadata']['requires-dist']
+    groups = [PROJECT['dependencies'], *PROJECT['optional-dependencies'].values()]
+    wanted = [requirements.Requirement(line) for group in groups for line in group]
+    assert {(entry['name'], entry.get('specifier', '')) for entry in locked} >= {
+        (utils.canonicalize_name(one.name), str(one.specifier)) for one in wanted if one.name != 'llama_jax'
+    }
+    assert set(re.findall(r'registry = "(.*?)"', text)) == {'https://pypi.org/simple'}
+    assert set(re.findall(r'url = "https://(.*?)/', text)) == {'files.pythonhosted.org'}
+
+
+def build(source, place):
+    """The archive of the source and the wheel that are made of a copy of the project."""
+    place.mkdir()
+    calls = ''.join(f'build_meta.build_{kind}({str(place)!r});' for kind in ('sdist', 'wheel'))
+    command = [sys.executable, '-c', f'from setuptools import build_meta; {calls}']
+    environment = os.environ | {'SOURCE_DATE_EPOCH': '1700000000', 'PYTHONPATH': ''}
+    subprocess.run(command, cwd=source, check=True, env=environment, capture_output=True)
+    return sorted(place.iterdir())
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    """[wheel, archive of the source], made twice of two copies with other times and other rights."""
+    folder = tmp_path_factory.mktemp('built')
+    ignored = [line.strip('/') for line in (ROOT / '.gitignore').read_text().split()]
+    made = []
     for number in range(2):
-        copy = tmp_path / f'copy{number}'
-        for name in map(os.fsdecode, filter(None, files)):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-        place = tmp_path / f'wheel{number}'
-        command = [
-            sys.executable,
-            '-m',
-            'pip',
-            'wheel',
-            '-q',
-            '--no-deps',
-            '--no-build-isolation',
-            '-w',
-            place,
-            copy,
-        ]
-        subprocess.run(command, check=True, env=os.environ | {'SOURCE_DATE_EPOCH': '1700000000'})
-        wheels += place.glob('*.whl')
-    first, second = (wheel.read_bytes() for wheel in wheels)
-    assert first == second
+        copy = folder / f'copy{number}'
+        shutil.copytree(
+            ROOT, copy, ignore=shutil.ignore_patterns('.git', *ignored), copy_function=shutil.copy
+        )
+        if number:
+            for file in copy.rglob('*.py'):
+                os.utime(file, (0, 2**30))
+                file.chmod(0o600)
+        made.append(build(copy, folder / f'made{number}'))
+    for first, second in zip(*made, strict=True):
+        assert first.name == second.name and first.read_bytes() == second.read_bytes()
+    return made[0]
+
+
+@pytest.mark.slow
+def test_the_archive_of_the_source_has_all_that_its_tests_need(built, tmp_path):
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter='data')
+    [folder] = tmp_path.iterdir()
+    for room in ('.ci', 'colabs', 'configs', 'docs', 'experiments', 'llama_jax', 'tests'):
+        for file in (ROOT / room).rglob('*'):
+            inside = folder / file.relative_to(ROOT)
+            if file.is_file() and not {'__pycache__', '_build'} & set(file.parts):
+                assert inside.read_bytes() == file.read_bytes(), inside
+                assert os.access(inside, os.X_OK) == os.access(file, os.X_OK), inside
+    for name in (
+        '.gitignore',
+        '.pre-commit-config.yaml',
+        'CONTRIBUTING.md',
+        'pyproject.toml',
+        'setup.py',
+        'uv.lock',
+    ):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    tests = [f'tests/{name}_test.py' for name in ('docs', 'readme', 'package')]
+    command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', *tests]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {'PYTHONPATH': str(folder)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tool', ['twine check --strict', 'check_wheel_contents'])
+def test_what_is_built_is_well_formed(built, tool):
+    pytest.importorskip(tool.split()[0])
+    files = built if 'twine' in tool else built[:1]
+    command = [sys.executable, '-m', *tool.split(), *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_in_an_empty_folder(built, tmp_path):
     installed, empty = tmp_path / 'installed', tmp_path / 'empty'
     empty.mkdir()
-    zipfile.ZipFile(wheels[0]).extractall(installed)
+    zipfile.ZipFile(built[0]).extractall(installed)
     [points] = installed.glob('*.dist-info/entry_points.txt')
     assert 'llama_jax = experiments.__main__:main' in points.read_text()
     environment = os.environ | {'PYTHONPATH': str(installed), 'XLA_FLAGS': ''}
