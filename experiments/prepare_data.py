@@ -3,7 +3,11 @@
     python -m experiments.prepare_data --input=GLOB[,GLOB] --tokenizer=FILE --seq_len=T --output=DIR
     python -m experiments.prepare_data --config=configs/prepare_data.py:llama --output=data
 
-Point --config.data.train at the folder. Killed, the same command goes on, with any number of workers.
+Point --config.data.train at the folder. Killed, the same command goes on, with any number of workers. What is in a
+folder, in one of its rows or in the batch of a run's step, and where each document came from, is shown by
+
+    python -m experiments.prepare_data --inspect=DIR [--row=N] [--tokenizer=FILE] [--output=FILE.png]
+    python -m experiments.prepare_data --inspect=WORKDIR --step=N
 """
 
 import logging
@@ -18,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import launch
 from experiments.config_file import split_list
+from experiments.data_inspection import inspect
 from experiments.data_report import describe_report, draw_report
 from experiments.workdir import hold_folder
 from llama_jax import storage
@@ -33,7 +38,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'recipe of several sou
 _INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME')
 _TOKENIZER = launch.define_path('tokenizer', None, 'sentencepiece or tiktoken file')
 _SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row')
-_OUTPUT = launch.define_path('output', None, 'folder to write, local or gs://...', required=True)
+_OUTPUT = launch.define_path('output', None, 'folder to write, local or gs://...; of --inspect a picture')
 _TEXT_KEY = flags.DEFINE_string(
     'text_key', 'text', 'the field of records that holds the text; a.b for b within a'
 )
@@ -47,6 +52,9 @@ _NUM_WORKERS = flags.DEFINE_integer(
 )
 _NUM_SHARDS = flags.DEFINE_integer('num_shards', 1, 'machines that write this output together', lower_bound=1)
 _SHARD_INDEX = flags.DEFINE_integer('shard_index', 0, 'which of them this is', lower_bound=0)
+_INSPECT = launch.define_path('inspect', None, 'show a prepared folder, or what a step of a workdir reads')
+_ROW = flags.DEFINE_integer('row', None, 'of --inspect: a row, decoded where there is a --tokenizer')
+_STEP = flags.DEFINE_integer('step', None, 'of --inspect: the step of a run, whose documents are named')
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -54,7 +62,22 @@ logger = logging.getLogger('llama_jax.prepare_data')
 
 
 def main() -> None:
-    """Reads, tokenises, packs, writes."""
+    """Reads, tokenises, packs, writes; or shows what was written."""
+    if _INSPECT.value is not None:
+        for flag in (_CONFIG, _INPUT, _SEQ_LEN, _TEXT_KEY, _SEPARATOR, _VERIFY, _UNIT_BYTES, _ON_ERROR, _MAX_ERRORS,
+                     _NUM_WORKERS, _NUM_SHARDS, _SHARD_INDEX):  # fmt: skip
+            if flag.present:
+                raise InputError(
+                    f'--{flag.name} is for preparing; --inspect takes --row, --step, --tokenizer, --output'
+                )
+        with launch.flags_named('--inspect', '--row', '--step', '--tokenizer', '--output'):
+            print(inspect(_INSPECT.value, _ROW.value, _STEP.value, _TOKENIZER.value, _OUTPUT.value))
+        return
+    for flag in (_ROW, _STEP):
+        if flag.value is not None:
+            raise InputError(f'--{flag.name} is of --inspect=DIR; give that too')
+    if _OUTPUT.value is None:
+        raise InputError('--output is required, the folder to write')
     storage.check_place(_OUTPUT.value, folder=True)
     asked = {
         'seq_len': _SEQ_LEN.value, 'unit_bytes': _UNIT_BYTES.value, 'on_error': _ON_ERROR.value,
@@ -89,10 +112,11 @@ def main() -> None:
         tokenizer = load_tokenizer(tokenizer_file)
     with launch.flags_named('--shard_index', '--num_shards'):
         machine = Machine(_SHARD_INDEX.value, _NUM_SHARDS.value)
-    with launch.flags_named('--input'):
-        for source in preparation.sources:
-            for text in source.inputs:
-                check_source(text)
+    if machine.count == 1:  # several tell each other what is wrong
+        with launch.flags_named('--input'):
+            for source in preparation.sources:
+                for text in source.inputs:
+                    check_source(text)
     output = epath.Path(_OUTPUT.value)
     mark = '' if machine.count == 1 else f'-{machine.index}-of-{machine.count}'
     hold_folder(output.parent / f'{output.name}{mark}', beside=True)
@@ -146,7 +170,10 @@ class _Progress:
         if state.stage != self._stage:
             self._stage, self._begun = state.stage, now
             self._bar.reset(state.all_bytes or None)
-        done = f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
+        if state.stage == 'reading':
+            done = f'{state.documents:,} documents, {state.done} of {state.tasks} files'
+        else:
+            done = f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
         if not self._bar.disable:
             self._bar.set_postfix_str(f'{state.stage}: {done}')
             self._bar.update(state.num_bytes - self._bar.n)

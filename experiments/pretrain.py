@@ -6,6 +6,7 @@ Running the same command again resumes. The workdir holds config.json, model.jso
 metrics.jsonl, tensorboard/, and at the end loss.png and report.json.
 """
 
+import itertools
 import logging
 from typing import Any
 
@@ -123,7 +124,7 @@ def final_report(
     used = min(rows_consumed, _MAX_BASELINE_ROWS)
     baselines = fit_baselines(
         in_time(read_ahead(data.train, used), used, _MAX_BASELINE_SECONDS),
-        (rows[i] for rows in parts for i in range(min(len(rows), max_rows or len(rows)))),
+        itertools.chain.from_iterable(read_ahead(rows, max_rows or len(rows)) for rows in parts),
         vocab_size,
     )
     per_byte = figures['validation_bits_per_byte'] / figures['validation_loss']

@@ -95,8 +95,8 @@ class Advance:
 
     Attributes:
       stage: 'reading' or 'writing'.
-      done: tasks that are done.
-      tasks: of this stage.
+      done: files that are read, units that are written.
+      tasks: of them, what was to do at the start.
       documents: in those that were done since the start.
       num_bytes: of their text.
       tokens: of them.

@@ -20,10 +20,11 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.data.meeting import Meeting
 from llama_jax.data.preparation import ALONE, Advance, Machine, Preparation
 from llama_jax.data.prepared import MANIFEST, VALIDATION
 from llama_jax.data.shards import Shape, write_manifest
-from llama_jax.data.unit_tasks import plan_units, scan_all, wait_until, write_all
+from llama_jax.data.unit_tasks import plan_units, scan_all, write_all
 from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, write_atomically
@@ -63,21 +64,24 @@ def prepare(
       SystemFailure: the disk is full, or a worker died twice at one task.
     """
     enable_bucket(preparation.output)
-    files = [list_inputs(source.inputs) for source in preparation.sources]
-    _check_once(files)
-    work = _begin(preparation, tokenizer, files, machine)
-    try:
-        scans = scan_all(preparation, work, files, num_workers, machine, advance)
-        units = plan_units(preparation, scans)
-        entries = write_all(preparation, tokenizer, work, units, num_workers, machine, advance)
-    except BaseException:
-        if machine.count == 1 and not any(work.glob('scan-*.json')):  # nothing came of it
-            _remove(work, preparation)
-        raise
-    if machine.index:
-        wait_until(lambda: not (work / 'config.json').exists(), 'machine 0 to write the manifests')
-        return read_object(epath.Path(preparation.output) / REPORT)
-    return _finish(preparation, tokenizer, work, scans, entries, draw)
+    work = epath.Path(preparation.output) / WORK
+    meeting = Meeting(work, machine)
+    with meeting.told():
+        files = [list_inputs(source.inputs) for source in preparation.sources]
+        _check_once(files)
+        _begin(preparation, tokenizer, files, meeting, work)
+        try:
+            scans = scan_all(preparation, work, files, num_workers, meeting, advance)
+            units = plan_units(preparation, scans)
+            entries = write_all(preparation, tokenizer, work, units, num_workers, meeting, advance)
+        except BaseException:
+            if machine.count == 1 and not any(work.glob('scan-*.json')):  # nothing came of it
+                _remove(work, preparation)
+            raise
+        if not machine.index:
+            return _finish(preparation, tokenizer, work, scans, entries, draw)
+        meeting.wait(lambda: not (work / 'config.json').exists(), 'machine 0 to write the manifests')
+    return read_object(epath.Path(preparation.output) / REPORT)
 
 
 def _check_once(files: Sequence[Sequence[str]]) -> None:
@@ -89,14 +93,14 @@ def _check_once(files: Sequence[Sequence[str]]) -> None:
 
 
 def _begin(
-    preparation: Preparation, tokenizer: Tokenizer, files: Sequence[Sequence[str]], machine: Machine
-) -> epath.Path:
-    """The folder of records; refuses one of another preparation, and an output that is finished.
+    preparation: Preparation, tokenizer: Tokenizer, files: Sequence[Sequence[str]], meeting: Meeting,
+    work: epath.Path,
+) -> None:  # fmt: skip
+    """Makes the folder of records; refuses one of another preparation, and an output that is finished.
 
     Machine 0 makes it, and the others wait for that.
     """
     output = epath.Path(preparation.output)
-    work = output / WORK
     now: dict[str, Any] = {
         'seq_len': preparation.seq_len,
         'unit_bytes': preparation.unit_bytes,
@@ -106,25 +110,40 @@ def _begin(
         'files': [[[name, state_of(name)[0]] for name in names] for names in files],
     }
     now = json.loads(json.dumps(now))
-    if machine.index:
-        there = (work / 'config.json', output / REPORT)
-        wait_until(lambda: any(file.exists() for file in there), 'machine 0 to begin')
+
+    def has_begun() -> bool:
+        # What refuses machine 0 refuses this one too; all else is written when there is a record.
+        refused = _what_is_there(preparation)
+        if not (work / 'config.json').exists():
+            if refused:
+                raise InputError(refused)
+            return False
+        return True
+
+    if meeting.machine.index:
+        meeting.wait(has_begun, 'machine 0 to begin')
     if (work / 'config.json').exists():
         _compare(read_object(work / 'config.json'), now, preparation.output)
         _log.info('%s: going on with what was begun', preparation.output)
-        return work
+        return
     if (output / REPORT).exists():  # killed at the last moment
         work.rmtree(missing_ok=True)
+    if refused := _what_is_there(preparation):
+        raise InputError(refused)
+    write_atomically(work / 'config.json', json.dumps(now))
+
+
+def _what_is_there(preparation: Preparation) -> str:
+    """What of the output does not let it be written; '' where nothing."""
     for source in preparation.sources:
         folder = preparation.folder(source)
         if (folder / MANIFEST).exists():
-            raise InputError(f'{folder} already holds prepared data; delete it or write elsewhere')
+            return f'{folder} already holds prepared data; delete it or write elsewhere'
         if folder.exists() and any(file.name != WORK for file in folder.iterdir()):
-            raise InputError(f'{folder} exists and is not empty; delete it or write elsewhere')
-    if (output / REPORT).exists():
-        raise InputError(f'{output} holds what was prepared before, and its report; write elsewhere')
-    write_atomically(work / 'config.json', json.dumps(now))
-    return work
+            return f'{folder} exists and is not empty; delete it or write elsewhere'
+    if (epath.Path(preparation.output) / REPORT).exists():
+        return f'{preparation.output} holds what was prepared before, and its report; write elsewhere'
+    return ''
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
@@ -179,16 +198,20 @@ def _finish(
         filters = {name: sum(file[name] for file in files) for name in ('bad', 'empty')} | {
             'held_out': held_out
         }
+        first = {
+            'bad_first': [line for scan in scans[number] for line in scan.bad][:5],
+            'empty_first': [line for scan in scans[number] for line in scan.empty][:5],
+        }
         described = {
             'source': dataclasses.asdict(source), 'validation_fraction': preparation.validation_fraction,
-            'filters': filters, 'files': files,
+            'filters': filters, **first, 'files': files,
         }  # fmt: skip
         row: dict[str, Any] = {
             'files': len(files),
             'file_bytes': sum(file['bytes'] for file in files),
             'records': sum(file['documents'] for file in files) + filters['bad'] + filters['empty'],
             **filters,
-            'bad_first': [line for scan in scans[number] for line in scan.bad][:5],
+            **first,
             'units': len(own),
         }
         for name, shards in parts.items():

@@ -81,6 +81,8 @@ class PreparedRows:
       tokenizer_sha256: hash of the tokenizer file that made the tokens.
       vocab_size: of that tokenizer.
       in_units: whether it is of format 2.
+      folder: that was opened.
+      ends: of each shard, the number of the row behind its last.
       manifest: what the folder says of itself.
     """
 
@@ -96,8 +98,8 @@ class PreparedRows:
           InputError: no manifest, or a broken one; a shard is missing or cut short; seq_len does not divide.
         """
         enable_bucket(directory)
-        self._folder = epath.Path(directory)
-        manifest = _read_manifest(self._folder)
+        self.folder = epath.Path(directory)
+        manifest = _read_manifest(self.folder)
         stored = manifest['seq_len']
         self.seq_len = stored if seq_len is None else seq_len
         if self.seq_len > stored:
@@ -120,9 +122,9 @@ class PreparedRows:
         self.manifest = manifest
         self.in_units = manifest['format'] == FORMAT
         self._shards = manifest['shards']
-        sizes = _list_sizes(self._folder)
+        sizes = _list_sizes(self.folder)
         for shard in self._shards:
-            file = self._folder / shard['file']
+            file = self.folder / shard['file']
             if shard['file'] not in sizes:
                 raise InputError(f'{file} is missing; copy {directory} again or prepare it again')
             if sizes[shard['file']] != shard['bytes']:
@@ -135,10 +137,10 @@ class PreparedRows:
         else:  # one stream: its last row alone may be shorter
             rows = [shard['rows'] * self._parts for shard in self._shards]
             rows[-1] += count_rows(self.num_tokens, self.seq_len) - sum(rows)
-        self._ends = list(itertools.accumulate(rows))
+        self.ends = list(itertools.accumulate(rows))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.ends[-1]
 
     def __getitem__(self, index: SupportsIndex) -> Row:
         number = range(len(self))[index]
@@ -147,7 +149,7 @@ class PreparedRows:
         record = self._read(shard, stored, number)
         width = (self._stored + 1) * self._dtype.itemsize
         if len(record) != width + (self._stored + 1) * 4:
-            raise InputError(f'row {number} of {self._folder} has {len(record)} bytes; prepare it again')
+            raise InputError(f'row {number} of {self.folder} has {len(record)} bytes; prepare it again')
         cut = slice(part * self.seq_len, (part + 1) * self.seq_len + 1)
         tokens = np.frombuffer(record[:width], self._dtype)[cut]
         segment_ids = np.frombuffer(record[width:], '<u4')[cut].astype(np.int32)
@@ -156,13 +158,13 @@ class PreparedRows:
 
     def find(self, number: int) -> tuple[int, int]:
         """(shard, row in it) of a row."""
-        shard = bisect.bisect_right(self._ends, number)
-        return shard, number - (self._ends[shard - 1] if shard else 0)
+        shard = bisect.bisect_right(self.ends, number)
+        return shard, number - (self.ends[shard - 1] if shard else 0)
 
     def _read(self, place: int, stored: int, number: int) -> bytes:
         """A record of a shard; `number` is that of the row, for messages."""
         shard = self._shards[place]
-        file = os.fspath(self._folder / shard['file'])
+        file = os.fspath(self.folder / shard['file'])
         try:
             return _open_shard(file, shard['sha256']).read([stored])[0]
         except (RuntimeError, IndexError) as error:
@@ -183,11 +185,15 @@ class PreparedRows:
             ) from error
 
     def verify(self) -> None:
-        """Compares every shard with its hash; raises InputError naming the first that differs."""
+        """Compares every file of the folder with its hash; raises InputError naming the first that differs."""
         for shard in self._shards:
-            file = self._folder / shard['file']
-            if sha256_of(file) != shard['sha256']:
-                raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
+            files = [(shard['file'], shard['sha256'])]
+            if 'documents_sha256' in shard:
+                files.append((origins_file(shard['file']), shard['documents_sha256']))
+            for name, sha256 in files:
+                file = self.folder / name
+                if sha256_of(file) != sha256:
+                    raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
 
 
 def _list_sizes(folder: epath.Path) -> dict[str, int]:
@@ -247,10 +253,22 @@ def _is_shard(shard: object, in_units: bool) -> bool:
     return is_typed and '/' not in shard['file'] and min(shard['rows'], shard['bytes']) >= 0
 
 
+def origins_file(shard: str) -> str:
+    """'rows-00003.array_record' -> the name of the file that tells where its documents came from."""
+    return shard.removesuffix('.array_record').replace('rows-', 'documents-') + '.npy.zst'
+
+
 def sha256_of(file: epath.Path) -> str:
-    """Of a file's content."""
+    """Of a file's content.
+
+    Raises:
+      InputError: it is not there.
+    """
     digest = hashlib.sha256()
-    with file.open('rb') as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
+    try:
+        with file.open('rb') as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    except FileNotFoundError as error:
+        raise InputError(f'{file} is missing; copy or prepare it again') from error
     return digest.hexdigest()

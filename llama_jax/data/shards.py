@@ -7,6 +7,7 @@ the manifest, which makes the folder readable, is written last.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import io
 import itertools
@@ -29,7 +30,7 @@ from llama_jax.data.packing import (
     token_dtype,
     tokenized_chunks,
 )
-from llama_jax.data.prepared import FORMAT, MANIFEST, sha256_of
+from llama_jax.data.prepared import FORMAT, MANIFEST, origins_file, sha256_of
 from llama_jax.data.units import UNIT_BYTES, Cutter
 from llama_jax.storage import enable_bucket, new_folder, system_failures, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -87,14 +88,16 @@ class ShardWriter:
         self._writer = None
         name = f'rows-{self._number:05d}.array_record'
         assert self._num_rows == count_rows(self._stream.num_tokens, self._seq_len)
+        origins = _packed(np.array(self._origins, np.int64))
         with system_failures(f'{self._folder / name} cannot be written'):
             entry = {
                 'file': name, 'rows': self._num_rows, 'bytes': self._file.stat().length,
                 'sha256': sha256_of(self._file), 'documents': self._stream.num_documents,
                 'tokens': self._stream.num_tokens, 'text_bytes': self._stream.num_bytes,
                 'fingerprint': self._stream.fingerprint.hexdigest(),
+                'documents_sha256': hashlib.sha256(origins).hexdigest(),
             }  # fmt: skip
-            write_atomically(self._folder / origins_file(name), _packed(np.array(self._origins, np.int64)))
+            write_atomically(self._folder / origins_file(name), origins)
             if '://' in os.fspath(self._folder):
                 self._file.copy(self._folder / name, overwrite=True)
             else:
@@ -137,11 +140,6 @@ class ShardWriter:
             if '() failed: ' not in str(error):  # how ArrayRecord tells what the system has refused
                 raise
             raise SystemFailure(f'{self._folder} cannot be written: {error_line(error)}') from error
-
-
-def origins_file(shard: str) -> str:
-    """'rows-00003.array_record' -> the name of the file that tells where its documents came from."""
-    return shard.removesuffix('.array_record').replace('rows-', 'documents-') + '.npy.zst'
 
 
 def _packed(origins: Int64[np.ndarray, 'documents 3']) -> bytes:

@@ -5,15 +5,15 @@ import functools
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from llama_jax.data.bad_records import BadRecords
-from llama_jax.data.preparation import Advance, Machine, Preparation
-from llama_jax.data.prepared import VALIDATION
+from llama_jax.data.meeting import Meeting
+from llama_jax.data.preparation import Advance, Preparation
+from llama_jax.data.prepared import VALIDATION, origins_file
 from llama_jax.data.shards import ShardWriter, batches_of
 from llama_jax.data.units import FileScan, Piece, is_held_out, join_pieces, read_piece, scan_file, state_of
 from llama_jax.data.workers import Tell, run_tasks
@@ -23,7 +23,6 @@ from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.types import InputError
 
 _FILES_A_SCAN = 1000  # at most, for many small ones
-_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class _Unit:
 
 
 def scan_all(
-    preparation: Preparation, work: epath.Path, files: Sequence[Sequence[str]], num_workers: int, machine: Machine,
+    preparation: Preparation, work: epath.Path, files: Sequence[Sequence[str]], num_workers: int, meeting: Meeting,
     advance: Callable[[Advance], None],
 ) -> list[list[FileScan]]:  # fmt: skip
     """Reads every file once; of all machines, when they are done.
@@ -65,12 +64,12 @@ def scan_all(
     for source, names in enumerate(files):
         for first, batch in _batches_of_files(names, preparation.unit_bytes):
             tasks.append(_Scan(f'scan-{len(tasks):06d}.json', source, first, tuple(batch)))
-    own = [task for task in machine.share(tasks) if not _is_scanned(work / task.record)]
+    own = [task for task in meeting.machine.share(tasks) if not _is_scanned(work / task.record)]
     _run(
         own, functools.partial(_scan, preparation=preparation, work=os.fspath(work)), num_workers,
-        Advance('reading', 0, len(own)), advance,
+        Advance('reading', 0, sum(len(task.files) for task in own)), advance, lambda task: len(task.files),
     )  # fmt: skip
-    _await_records(work, tasks, machine)
+    _await_records(work, tasks, meeting)
     scans: list[list[FileScan]] = [[] for _ in files]
     for task in tasks:
         scans[task.source] += map(FileScan.from_json, read_object(work / task.record)['files'])
@@ -148,10 +147,10 @@ def plan_units(preparation: Preparation, scans: Sequence[Sequence[FileScan]]) ->
 
 def write_all(
     preparation: Preparation, tokenizer: Tokenizer, work: epath.Path, units: Sequence[_Unit], num_workers: int,
-    machine: Machine, advance: Callable[[Advance], None],
+    meeting: Meeting, advance: Callable[[Advance], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Writes every unit; the entries of all machines' units, when they are done."""
-    own = [unit for unit in machine.share(units) if not _is_written(preparation, unit, work)]
+    own = [unit for unit in meeting.machine.share(units) if not _is_written(preparation, unit, work)]
     _run(
         own,
         functools.partial(
@@ -162,7 +161,7 @@ def write_all(
         Advance('writing', 0, len(own), all_bytes=sum(piece.num_bytes for unit in own for piece in unit.pieces)),
         advance,
     )  # fmt: skip
-    _await_records(work, units, machine)
+    _await_records(work, units, meeting)
     return [read_object(work / unit.record) for unit in units]
 
 
@@ -173,7 +172,7 @@ def _is_written(preparation: Preparation, unit: _Unit, work: epath.Path) -> bool
     folder = preparation.folder(preparation.sources[unit.source])
     for place, entry in _places(folder, read_object(record)):
         file = place / entry['file']
-        if not file.exists() or file.stat().length != entry['bytes']:
+        if not file.exists() or file.stat().length != entry['bytes'] or not (place / origins_file(file.name)).exists():
             return False
     return True
 
@@ -239,7 +238,7 @@ def _write(
 
 def _run(
     tasks: Sequence[Any], work: Callable[[Any, Tell], Any], num_workers: int, state: Advance,
-    advance: Callable[[Advance], None],
+    advance: Callable[[Advance], None], count_of: Callable[[Any], int] = lambda task: 1,
 ) -> None:  # fmt: skip
     finished = {'documents': 0, 'bytes': 0, 'tokens': 0}
     under_way: dict[str, dict[str, int]] = {}
@@ -259,7 +258,7 @@ def _run(
 
     def done(task: Any, result: dict[str, int]) -> None:
         nonlocal count
-        count += 1
+        count += count_of(task)
         under_way.pop(task.record, None)
         for key, value in result.items():
             finished[key] += value
@@ -272,8 +271,9 @@ def _run(
     run_tasks(tasks, work, num_workers, done=done, told=told, describe=describe)
 
 
-def _await_records(work: epath.Path, tasks: Sequence[Any], machine: Machine) -> None:
-    if machine.count == 1:
+def _await_records(work: epath.Path, tasks: Sequence[Any], meeting: Meeting) -> None:
+    count = meeting.machine.count
+    if count == 1:
         return
     missing = list(enumerate(tasks))
 
@@ -284,14 +284,4 @@ def _await_records(work: epath.Path, tasks: Sequence[Any], machine: Machine) -> 
             missing = [(number, task) for number, task in missing if task.record not in names]
         return not missing
 
-    wait_until(all_there, lambda: f'machines {sorted({number % machine.count for number, _ in missing})}')
-
-
-def wait_until(is_there: Callable[[], bool], what: str | Callable[[], str]) -> None:
-    """Returns when it is there; says now and then what is waited for."""
-    said = time.monotonic()
-    while not is_there():
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            _log.info('waiting for %s', what if isinstance(what, str) else what())
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    meeting.wait(all_there, lambda: f'machines {sorted({number % count for number, _ in missing})}')

@@ -73,6 +73,7 @@ class FileScan:
       num_empty: records with an empty text.
       num_bad: records without a text.
       bad: what is wrong with the first five of them.
+      empty: where the first five empty ones are.
       pieces: a unit each, but that the first and the last may be joined with other files'.
     """
 
@@ -83,6 +84,7 @@ class FileScan:
     num_empty: int
     num_bad: int
     bad: tuple[str, ...]
+    empty: tuple[str, ...]
     pieces: tuple[Piece, ...]
 
     @property
@@ -99,7 +101,7 @@ class FileScan:
     def from_json(cls, value: dict[str, Any]) -> 'FileScan':
         """What `dataclasses.asdict` gave, written as JSON and read again."""
         pieces = [Piece(**piece | {'start': Place(*piece['start'])}) for piece in value['pieces']]
-        return cls(**value | {'pieces': tuple(pieces), 'bad': tuple(value['bad'])})
+        return cls(**value | {'pieces': tuple(pieces)} | {key: tuple(value[key]) for key in ('bad', 'empty')})
 
 
 def state_of(file: str) -> tuple[int, float]:
@@ -135,7 +137,7 @@ def scan_file(file: str, number: int, reading: Reading, unit_bytes: int, bad: Ba
     """
     size, changed = state_of(file)
     digest, cutter, own = hashlib.sha256(), Cutter(unit_bytes), BadRecords('skip')
-    empty, end = 0, 0
+    num_empty, empty, end = 0, [], 0
     pieces: list[list[Any]] = []  # (start, documents, bytes)
     for record in read_file(file, reading):
         end = record.place.number + 1
@@ -145,7 +147,8 @@ def scan_file(file: str, number: int, reading: Reading, unit_bytes: int, bad: Ba
             continue
         text = record.content.encode('utf-8', 'surrogatepass')
         if not text:
-            empty += 1
+            num_empty += 1
+            empty += [record.where] * (num_empty <= 5)
             continue
         digest.update(len(text).to_bytes(8, 'little') + text)
         if cutter.begins(len(text), not pieces) or not pieces:
@@ -157,7 +160,9 @@ def scan_file(file: str, number: int, reading: Reading, unit_bytes: int, bad: Ba
         Piece(number, start, stop, documents, size)
         for (start, documents, size), stop in zip(pieces, ends, strict=bool(pieces))
     )
-    return FileScan(file, size, changed, digest.hexdigest(), empty, own.count, tuple(own.named), found)
+    return FileScan(
+        file, size, changed, digest.hexdigest(), num_empty, own.count, tuple(own.named), tuple(empty), found
+    )
 
 
 def join_pieces(scans: Sequence[FileScan], unit_bytes: int) -> list[tuple[Piece, ...]]:

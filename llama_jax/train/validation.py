@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from llama_jax.data.examples import ExampleRows
-from llama_jax.data.loader import PaddedRows, batches, collate_lm
+from llama_jax.data.loader import PaddedRows, batches, collate_lm, read_ahead
 from llama_jax.data.packing import Row, Rows
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
@@ -150,5 +150,5 @@ def count_predicted(rows: Rows, max_rows: int = 0) -> int:
     """Tokens that are predicted in the first `max_rows` rows (0: all)."""
     if not max_rows or max_rows >= len(rows):
         return rows.num_tokens - rows.num_documents
-    segments = (rows[i]['segment_ids'] for i in range(max_rows))
+    segments = (row['segment_ids'] for row in read_ahead(rows, max_rows))
     return sum(int(np.sum((ids[:-1] == ids[1:]) & (ids[1:] != 0))) for ids in segments)

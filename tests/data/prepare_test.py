@@ -15,7 +15,7 @@ from etils import epath
 from hypothesis import strategies
 
 from llama_jax.data import prepare as prepare_module
-from llama_jax.data import unit_tasks
+from llama_jax.data import meeting, unit_tasks
 from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.packing import PackedRows, lm_batch, tokenize_units
 from llama_jax.data.preparation import Machine, Preparation, TextSource
@@ -170,7 +170,7 @@ def test_every_token_is_traced_to_its_record(raw, once):
 
 
 def test_three_machines_write_the_same_bytes(raw, once, tmp_path, monkeypatch):
-    monkeypatch.setattr(unit_tasks, '_SECONDS_BETWEEN_LOOKS', 0.01)
+    monkeypatch.setattr(meeting, '_SECONDS_BETWEEN_LOOKS', 0.01)
     output, reports = tmp_path / 'data', [None] * 3
 
     def one(index):

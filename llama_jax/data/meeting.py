@@ -1,0 +1,68 @@
+"""Several machines that meet in a folder: each waits for what the others write, and hears when one gives up."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from llama_jax.data.preparation import Machine
+from llama_jax.json_file import read_object
+from llama_jax.storage import write_atomically
+from llama_jax.types import InputError, SystemFailure, error_line
+
+_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Meeting:
+    """What one machine knows of the others.
+
+    Attributes:
+      machine: which one this is.
+    """
+
+    def __init__(self, folder: epath.Path, machine: Machine):
+        """Args: folder: where they meet; it need not be there yet. machine: this one, which takes part from now on."""
+        self.machine, self._folder = machine, folder
+        self._own = folder / f'given-up-{machine.index:04d}.json'
+        if machine.count > 1:
+            self._own.unlink(missing_ok=True)
+        self._known = self._said()  # of runs that have ended, and are started again
+
+    def wait(self, is_there: Callable[[], bool], what: str | Callable[[], str]) -> None:
+        """Returns when it is there; says now and then what is waited for.
+
+        Raises:
+          InputError: another machine has given up.
+        """
+        said = time.monotonic()
+        while not is_there():
+            for name, line in self._said().items():
+                if self._known.get(name) != line and name != self._own.name:
+                    raise InputError(json.loads(line)['line'])
+            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                _log.info('waiting for %s', what if isinstance(what, str) else what())
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Where this machine ends within, the others hear why: they would wait for ever."""
+        try:
+            yield
+        except (InputError, SystemFailure) as error:
+            if self.machine.count > 1 and self._folder.exists() and self._said() == self._known:
+                line = f'machine {self.machine.index} has given up: {error_line(error)}; mend that, and start all again'
+                write_atomically(self._own, json.dumps({'line': line, 'time': time.time_ns()}))
+            raise
+
+    def _said(self) -> dict[str, str]:
+        if self.machine.count == 1 or not self._folder.exists():
+            return {}
+        found = sorted(self._folder.glob('given-up-*.json'), key=os.fspath)
+        return {file.name: json.dumps(read_object(file)) for file in found}
