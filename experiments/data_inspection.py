@@ -32,7 +32,9 @@ _SAMPLES, _LETTERS = 3, 80
 _READS = ('seed', 'data.train', 'data.weights', 'data.skip', 'data.seq_len', 'data_fingerprint')
 
 
-def inspect(folder: str, row: int | None, step: int | None, tokenizer: str | None, picture: str | None) -> str:
+def inspect(
+    folder: str, row: int | None, step: int | None, tokenizer: str | None, picture: str | None
+) -> str:
     """What is in a folder of rows, in one of them, or in the batch of a step of a run.
 
     Args:
@@ -56,7 +58,9 @@ def inspect(folder: str, row: int | None, step: int | None, tokenizer: str | Non
         storage.write_atomically(epath.Path(picture), draw_folder(folder))
     if row is None:
         return describe_folder(folder)
-    return describe_row(PreparedRows(folder), row, pretrained.load_tokenizer(tokenizer) if tokenizer else None)
+    return describe_row(
+        PreparedRows(folder), row, pretrained.load_tokenizer(tokenizer) if tokenizer else None
+    )
 
 
 def describe_folder(folder: str) -> str:
@@ -71,9 +75,7 @@ def describe_folder(folder: str) -> str:
         f'{np.median(lengths):,.0f} in the middle',
     ]
     counts = count_lengths(lengths)
-    lines += [
-        f'  under {2**bits:,}: {count:,}' for bits, count in enumerate(counts) if count
-    ]
+    lines += [f'  under {2**bits:,}: {count:,}' for bits, count in enumerate(counts) if count]
     for name, what in (('bad', 'bad records'), ('empty', 'empty texts')):
         lines.append(f'left out: {manifest["filters"][name]:,} {what}')
         lines += [f'  {sample}' for sample in manifest.get(f'{name}_first', ())]
@@ -225,11 +227,10 @@ def rows_of_step(workdir: str, step: int) -> list[StepRow]:
 
 def _rows_before(workdir: str, record: dict, step: int) -> int:
     """Rows that the steps before have read; another size of the batch may have been let in on the way."""
-    if fork := record.get('fork'):
-        if step <= fork['step']:
-            raise InputError(
-                f'step {step} was taken by {fork["workdir"]}, which {workdir} goes on from; look there'
-            )
+    if (fork := record.get('fork')) and step <= fork['step']:
+        raise InputError(
+            f'step {step} was taken by {fork["workdir"]}, which {workdir} goes on from; look there'
+        )
     count, done = 0, 0
     for change in record.get('history', ()):
         if change['key'] in _READS and step <= change['step']:

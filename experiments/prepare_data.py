@@ -173,7 +173,9 @@ class _Progress:
         if state.stage == 'reading':
             done = f'{state.documents:,} documents, {state.done} of {state.tasks} files'
         else:
-            done = f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
+            done = (
+                f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
+            )
         if not self._bar.disable:
             self._bar.set_postfix_str(f'{state.stage}: {done}')
             self._bar.update(state.num_bytes - self._bar.n)

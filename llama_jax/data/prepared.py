@@ -193,7 +193,9 @@ class PreparedRows:
             for name, sha256 in files:
                 file = self.folder / name
                 if sha256_of(file) != sha256:
-                    raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
+                    raise InputError(
+                        f'{file} differs from what was written (sha256); copy or prepare it again'
+                    )
 
 
 def _list_sizes(folder: epath.Path) -> dict[str, int]:

@@ -172,7 +172,11 @@ def _is_written(preparation: Preparation, unit: _Unit, work: epath.Path) -> bool
     folder = preparation.folder(preparation.sources[unit.source])
     for place, entry in _places(folder, read_object(record)):
         file = place / entry['file']
-        if not file.exists() or file.stat().length != entry['bytes'] or not (place / origins_file(file.name)).exists():
+        if (
+            not file.exists()
+            or file.stat().length != entry['bytes']
+            or not (place / origins_file(file.name)).exists()
+        ):
             return False
     return True
 

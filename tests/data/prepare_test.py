@@ -14,8 +14,8 @@ import pytest
 from etils import epath
 from hypothesis import strategies
 
-from llama_jax.data import prepare as prepare_module
 from llama_jax.data import meeting, unit_tasks
+from llama_jax.data import prepare as prepare_module
 from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.packing import PackedRows, lm_batch, tokenize_units
 from llama_jax.data.preparation import Machine, Preparation, TextSource

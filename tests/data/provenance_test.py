@@ -70,7 +70,9 @@ def test_documents_and_their_copies_are_counted(folder):
 
 def test_what_cannot_be_told_is_said(folder, tmp_path):
     write_prepared(documents(), Letters(), 32, tmp_path / 'texts')
-    with pytest.raises(InputError, match='does not tell which files its documents are from; prepare it again'):
+    with pytest.raises(
+        InputError, match='does not tell which files its documents are from; prepare it again'
+    ):
         passages_of(PreparedRows(tmp_path / 'texts'), 0)
     file = passages_of(PreparedRows(folder), 0)[0].file
     with pytest.raises(InputError, match='has no record 999 any more'):

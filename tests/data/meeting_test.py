@@ -1,0 +1,65 @@
+"""Machines that meet in a folder: one that gives up is heard by the others."""
+
+import json
+import threading
+
+import pytest
+
+from llama_jax.data import meeting, unit_tasks
+from llama_jax.data.preparation import Machine, Preparation, TextSource
+from llama_jax.data.prepare import WORK, prepare
+from llama_jax.types import InputError
+from tests.data.packing_test import Letters, documents
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Six files, a task each for three machines."""
+    monkeypatch.setattr(meeting, '_SECONDS_BETWEEN_LOOKS', 0.01)
+    for number in range(6):
+        lines = [json.dumps({'text': text}) for text in documents(30, seed=number)]
+        (tmp_path / f'{number}.jsonl').write_text('\n'.join(lines))
+    source = TextSource('documents', (f'{tmp_path}/*.jsonl',))
+    return Preparation(str(tmp_path / 'data'), (source,), 32, unit_bytes=300)
+
+
+def together(asked):
+    """What each of three machines, in threads, ended with: '' where it was done."""
+    ends = [''] * 3
+
+    def one(index):
+        try:
+            prepare(asked, Letters(), machine=Machine(index, 3))
+        except InputError as error:
+            ends[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in (2, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return ends
+
+
+def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(asked, tmp_path, monkeypatch):
+    write = unit_tasks._write
+
+    def refuse(task, *args, **kwargs):
+        if task.number % 3 == 1:  # of machine 1
+            raise InputError('the file is gone')
+        return write(task, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unit_tasks, '_write', refuse)
+        ends = together(asked)
+        assert ends[1] == 'the file is gone'
+        heard = 'machine 1 has given up: the file is gone; mend that, and start all again'
+        assert ends[0] == ends[2] == heard
+        assert list((tmp_path / 'data' / WORK).glob('given-up-*.json'))
+        assert together(asked)[0] == heard  # said anew, not what stood there
+    assert together(asked) == [''] * 3
+    assert not (tmp_path / 'data' / WORK).exists() and (tmp_path / 'data/manifest.json').exists()
+    assert (
+        'already holds prepared data' in together(asked)[2]
+    )  # nobody waits for a machine 0 that is refused too
