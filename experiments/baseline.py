@@ -6,27 +6,22 @@ whatever its microbatches and its mesh. KTO's z (`losses.dpo`).
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from experiments.objective import Objective, loss_of, reading_model
+from experiments.objective import Objective, baseline_sums
 from experiments.preferences import pairs_target
 from experiments.training import Plan
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.preference_dataset import PreferenceData
 from llama_jax.data.preferences import collate_preferences
-from llama_jax.losses.dpo import ratio_sums
 from llama_jax.train.state import TrainState
 from llama_jax.types import PreferenceBatch
 
 NextBatch = Callable[[TrainState, int], PreferenceBatch]
-_Sums = Callable[[Any, Any, PreferenceBatch], tuple[jax.Array, jax.Array]]
 
 
 def with_baseline(
-    plan: Plan,
     objective: Objective,
     others: PreferenceData,
     rows: Iterator[PreferenceBatch],
@@ -35,19 +30,13 @@ def with_baseline(
     """The batches of `rows`, each with its baseline by the state that is about to be updated.
 
     Args:
-      plan: of the run.
       objective: what is trained.
       others: the prompts with answers to others.
       rows: of the answers that were judged.
       rows_before: rows consumed; of both as many.
     """
-    sums = _sums(plan)
-
-    def measured(weights: Any, frozen: Any, batch: PreferenceBatch) -> jax.Array:
-        total, number = sums(weights, frozen, batch)
-        return jnp.full_like(batch.baseline, jnp.maximum(total / jnp.maximum(number, 1.0), 0.0))
-
-    measure = jax.jit(measured, out_shardings=objective.batch.baseline.sharding)
+    assert objective.before is not None
+    measure = jax.jit(objective.before, out_shardings=objective.batch.baseline.sharding)
     other_rows = batches(
         others.train, objective.batch, collate=collate_preferences, rows_consumed=rows_before
     )
@@ -66,7 +55,8 @@ def held_out_baseline(
     """The baseline of held-out answers, by a state: over all held-out prompts."""
     rows = others.validation
     assert rows is not None
-    target, sums = pairs_target(plan, objective, rows), jax.jit(_sums(plan))
+    sums = jax.jit(baseline_sums(plan.config, plan.model))
+    target = pairs_target(plan, objective, rows)
 
     def measure(state: TrainState) -> float:
         padded = PaddedRows(rows, target.tokens.shape[0])
@@ -78,10 +68,3 @@ def held_out_baseline(
         return max(0.0, total / max(1.0, number))
 
     return measure
-
-
-def _sums(plan: Plan) -> _Sums:
-    config = plan.config
-    read = reading_model(config, plan.model).clone(remat='none')
-    kept = config.loss.reference == 'kept'
-    return ratio_sums(read, loss_of(config), kept=kept, num_chunks=config.train.loss_chunks)

@@ -48,7 +48,7 @@ def main() -> None:
     rows = batches(data.train, objective.batch, collate=collate_preferences, rows_consumed=run.rows_before)
     next_batch, baseline = lambda state, step: next(rows), lambda state: 0.0
     if data.others:
-        next_batch = with_baseline(plan, objective, data.others, rows, run.rows_before)
+        next_batch = with_baseline(objective, data.others, rows, run.rows_before)
         if data.validation:
             baseline = held_out_baseline(plan, objective, data.others)
     measurements = []

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -14,7 +16,7 @@ from experiments.launch import flags_named
 from experiments.policy import abstract_reference, policy_objective
 from experiments.start import first_params, first_scores
 from llama_jax import pretrained
-from llama_jax.losses.dpo import PreferenceLoss, preference_loss
+from llama_jax.losses.dpo import PreferenceLoss, preference_loss, ratio_sums
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.losses.reward import reward_loss
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
@@ -37,6 +39,8 @@ class Objective:
     frozen: PyTree = dataclasses.field(default_factory=dict)  # what the loss reads and nothing changes
     # (params, frozen) -> the model's whole weights, which are validated, examined and sampled from.
     view: Callable[[Params, PyTree], Params] = lambda params, frozen: params
+    # (whole weights, frozen, batch) -> what the next batch is compared with: a pass forward before each update.
+    before: Callable[[Params, PyTree, PyTree], jax.Array] | None = None
     beside_base: bool = False  # what is trained stands beside frozen weights, whose gradient nobody takes
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what model.json says of them
 
@@ -129,7 +133,27 @@ def preferring(
         loss_fn=pair_loss(config, model),
         batch=_pairs_batch(config, partitioner, num_pairs),
         frozen=reference,
+        before=None if loss_of(config).has_pairs else _baseline(config, model),
     )
+
+
+def _baseline(config: ConfigDict, model: LlamaForCausalLM) -> Callable[[Params, PyTree, PyTree], jax.Array]:
+    sums = baseline_sums(config, model)
+
+    def measured(weights: Params, frozen: PyTree, batch: PreferenceBatch) -> jax.Array:
+        total, number = sums(weights, frozen, batch)
+        return jnp.full_like(batch.baseline, jnp.maximum(total / jnp.maximum(number, 1.0), 0.0))
+
+    return measured
+
+
+def baseline_sums(
+    config: ConfigDict, model: LlamaForCausalLM
+) -> Callable[[Params, PyTree, PreferenceBatch], tuple[jax.Array, jax.Array]]:
+    """Of answers to other prompts, which those that were judged alone are compared with: `losses.dpo.ratio_sums`."""
+    read = reading_model(config, model).clone(remat='none')
+    kept = config.loss.reference == 'kept'
+    return ratio_sums(read, loss_of(config), kept=kept, num_chunks=config.train.loss_chunks)
 
 
 def pair_loss(config: ConfigDict, model: Any) -> LossFn:

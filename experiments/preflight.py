@@ -14,13 +14,14 @@ import resource
 from typing import Any
 
 import jax
+import optax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch, settings
 from experiments.config_file import flatten
-from experiments.objective import compile_step, objective_of
+from experiments.objective import Objective, compile_step, objective_of
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
@@ -40,6 +41,7 @@ from llama_jax.preflight.report import (
 from llama_jax.preflight.topology import Topology
 from llama_jax.quantize.forms import DTYPES
 from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import abstract_state
 from llama_jax.train.throughput import training_flops_per_token
 from llama_jax.types import InputError
 
@@ -106,6 +108,9 @@ def main() -> None:
         report['train'] = step_report(compiled, work, topology, ahead.places(partitioner.mesh))
         line = settings_line(report['settings'])
         print(describe(f'{title}, train step of {line}', report['train']), flush=True)
+        if found := compile_before(config, llama, devices, _XLA_OPTIONS.value):
+            report['before'] = step_report(*found, topology, ahead.places(partitioner.mesh))
+            print(describe(f'{title}, the pass before each update', report['before']), flush=True)
         if not compiled.fits and _MAX_TRIES.value:
             report['search'] = search(
                 config, llama, devices, compiled, work, partitioner, _XLA_OPTIONS.value, _MAX_TRIES.value
@@ -138,12 +143,9 @@ def compile_training(
     config: ConfigDict, llama: LlamaConfig, devices: list[Any], xla_options: str
 ) -> tuple[ahead.Compiled, Work, Partitioner]:
     """The train step of a configuration's objective, compiled for these devices, and what it is to do."""
-    partitioner = settings.make_partitioner(config, devices)
-    settings.check_sizes(config, llama.max_seq_len, partitioner)
-    model = settings.make_model(config, llama, partitioner)
+    objective, partitioner = make_objective(config, llama, devices)
     optimizer = settings.make_optimizer_config(config)
     tx = make_optimizer(optimizer, make_schedule(optimizer, config.train.num_steps or 1))
-    objective = objective_of(config, model, partitioner)
     options = settings.compiler_options(xla_options, partitioner)
     target, step_fn = compile_step(objective, tx, partitioner, config.train.num_microbatches, options)
     rng = jax.eval_shape(lambda: jax.random.key(0))
@@ -157,9 +159,43 @@ def compile_training(
         optimizer=device_bytes(target.opt_state),
         gradients=gradients,
         num_layers=llama.num_layers,
-        weight_shapes=stacked_weight_shapes(model),
+        weight_shapes=stacked_weight_shapes(settings.make_model(config, llama, partitioner)),
     )
     return ahead.compile_ahead(step_fn, target, objective.frozen, objective.batch, rng), work, partitioner
+
+
+def make_objective(
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any]
+) -> tuple[Objective, Partitioner]:
+    """What a configuration trains, on these devices; its sizes divide over them."""
+    partitioner = settings.make_partitioner(config, devices)
+    settings.check_sizes(config, llama.max_seq_len, partitioner)
+    return objective_of(config, settings.make_model(config, llama, partitioner), partitioner), partitioner
+
+
+def compile_before(
+    config: ConfigDict, llama: LlamaConfig, devices: list[Any], xla_options: str
+) -> tuple[ahead.Compiled, Work] | None:
+    """The pass that an objective makes before each update, on a batch of its own; None where it makes none."""
+    objective, partitioner = make_objective(config, llama, devices)
+    if (before := objective.before) is None:
+        return None
+    target = abstract_state(objective.params, objective.axes, optax.identity(), partitioner)
+    tokens = config.train.batch_size * config.data.seq_len
+    # Forward alone is a third of training: of the policy, and of a reference beside it.
+    passes = 1 + (config.loss.reference == 'live')
+    causal, full = (passes * n / 3 * tokens for n in training_flops_per_token(llama, config.data.seq_len))
+    held = device_bytes(target.params) + device_bytes(objective.frozen)
+    work = Work(tokens, (causal, full), held, num_layers=llama.num_layers)
+
+    def measure(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        return before(objective.view(params, frozen), frozen, batch)
+
+    options = settings.compiler_options(xla_options, partitioner)
+    compiled = ahead.compile_ahead(
+        jax.jit(measure), target.params, objective.frozen, objective.batch, compiler_options=options
+    )
+    return compiled, work
 
 
 def make_decoder(

@@ -193,13 +193,16 @@ def test_adapters_are_trained_on_pairs_too(commands, folder, base, pairs, comman
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command', ['reward_model', 'dpo'])
-def test_preflight_compiles_what_is_trained_on_pairs(commands, command):
+@pytest.mark.parametrize(
+    ('command', 'recipe', 'has_pass'), [('reward_model', '', 0), ('dpo', '', 0), ('dpo', ',kto', 1)]
+)
+def test_preflight_compiles_what_is_trained_on_pairs(commands, command, recipe, has_pass):
     shown = commands.run(
-        'preflight', f'--config=configs/{command}.py:nano', '--topology=v5e:2x2', '--config.data.seq_len=128',
+        'preflight', f'--config=configs/{command}.py:nano{recipe}', '--topology=v5e:2x2', '--config.data.seq_len=128',
         '--config.train.batch_size=4', '--config.data.tokenizer=', '--config.model.vocab_size=512',
     ).succeeded()  # fmt: skip
-    assert 'fits' in shown.stdout
+    assert shown.stdout.count('fits') == 1 + has_pass
+    assert shown.stdout.count('the pass before each update: fits') == has_pass
 
 
 @pytest.mark.slow

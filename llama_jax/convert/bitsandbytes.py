@@ -12,10 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.convert.codes import counts_of, part_leaf
+from llama_jax.convert.mapping import Source, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor, Tensor, row_blocks
 from llama_jax.json_file import parse_object, show_json
+from llama_jax.placement import BlockArray
 from llama_jax.types import InputError, did_you_mean
 
 # fmt: off
@@ -148,6 +152,74 @@ def _checked_nested(state: dict[str, Any], where: str) -> tuple[int, np.float32]
     return size, np.float32(offset)
 
 
+def stored_blocks(source: Source) -> dict[str, int]:
+    """The weights in a block by path of those that are nf4 in all layers, alike, in blocks that ours could have."""
+    found = {}
+    for weight in weights_of(source.config):
+        tensors = source.tensors[weight.path]
+        sizes = {
+            tensor.size
+            if isinstance(tensor, FourBit) and np.array_equal(tensor.levels, _LEVELS['nf4'])
+            else 0
+            for tensor in tensors
+        }
+        size = sizes.pop()
+        if not sizes and size and not tensors[0].shape[1] % size and counts_of(weight, source, size):
+            found[weight.path] = size
+    return found
+
+
+def stored_codes(source: Source) -> dict[str, BlockArray]:
+    """Their codes and largest values, nothing rounded again, as `PATH/codes` and `PATH/absmax` of our layout."""
+    found: dict[str, BlockArray] = {}
+    for weight in weights_of(source.config):
+        if (size := stored_blocks(source).get(weight.path)) is None:
+            continue
+        matrices: Any = source.tensors[weight.path]
+        found[f'{weight.path}/codes'] = part_leaf(weight, source, [_Codes(matrix) for matrix in matrices])
+        found[f'{weight.path}/absmax'] = part_leaf(
+            weight, source, [_Absmax(matrix) for matrix in matrices], counts_of(weight, source, size)
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Codes:
+    """The codes of a matrix, in the order of its values."""
+
+    matrix: 'FourBit'
+    dtype = np.dtype(jnp.uint4)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        width = self.shape[1]
+        codes = self.matrix.read_codes(start * width, max(start, stop) * width)
+        return codes.reshape(-1, width)[:, columns].astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Absmax:
+    """The largest value of each block of a matrix whose rows are whole blocks."""
+
+    matrix: 'FourBit'
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1] // self.matrix.size
+
+    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        width = self.shape[1]
+        return self.matrix.absmax(slice(start * width, max(start, stop) * width)).reshape(-1, width)[
+            :, columns
+        ]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Nested:
     """Scales of blocks that are codes themselves."""
@@ -197,12 +269,16 @@ class FourBit:
                 block[strip] = whole[:, first:last]
         return block
 
+    def read_codes(self, begin: int, end: int) -> np.ndarray:
+        """uint8, a range of the weights row by row."""
+        pairs = self.codes.read(slice(begin // 2, -(-end // 2)))
+        return np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[begin % 2 : begin % 2 + end - begin]
+
     def _rows(self, start: int, stop: int) -> np.ndarray:
         """float32 [rows, in]."""
         width = self.shape[1]
         begin, end = start * width, stop * width
-        pairs = self.codes.read(slice(begin // 2, -(-end // 2)))
-        codes = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[begin % 2 : begin % 2 + end - begin]
+        codes = self.read_codes(begin, end)
         first = begin // self.size
         scales = np.repeat(self.absmax(slice(first, -(-end // self.size))), self.size)
         begin -= first * self.size

@@ -9,10 +9,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.convert.codes import counts_of, part_leaf
 from llama_jax.convert.gguf_file import QuantizedTensor
-from llama_jax.convert.mapping import Leaf, Source, Weight, leaf_shape, weights_of
+from llama_jax.convert.mapping import Source, weights_of
 from llama_jax.convert.tensors import ALL, HalfSplit, Tensor
-from llama_jax.ops.quantized import scale_shape
 from llama_jax.placement import BlockArray
 
 _GROUP = 32
@@ -24,7 +24,7 @@ def stored_forms(source: Source) -> dict[str, tuple[str, int]]:
     found = {}
     for weight in weights_of(source.config):
         kinds = {_kind(tensor) for tensor in source.tensors[weight.path]}
-        if len(kinds) == 1 and (kind := kinds.pop()) and _scale_shape(weight, source):
+        if len(kinds) == 1 and (kind := kinds.pop()) and counts_of(weight, source, _GROUP):
             found[weight.path] = _DTYPES[kind].name, _GROUP
     return found
 
@@ -37,11 +37,9 @@ def stored_codes(source: Source) -> dict[str, BlockArray]:
             continue
         tensors = source.tensors[weight.path]
         for name, kind in (('qvalue', _Codes), ('scale', _Scales)):
-            parts = Source(
-                source.config, {weight.path: [_of_blocks(t, kind) for t in tensors]}, source.origin
-            )
-            counts = _scale_shape(weight, source) if name == 'scale' else None
-            found[f'{weight.path}/{name}'] = _PartLeaf(parts, weight, counts=counts)
+            counts = counts_of(weight, source, _GROUP) if name == 'scale' else None
+            parts = [_of_blocks(tensor, kind) for tensor in tensors]
+            found[f'{weight.path}/{name}'] = part_leaf(weight, source, parts, counts)
     return found
 
 
@@ -58,23 +56,6 @@ def _kind(tensor: Tensor) -> str:
 def _of_blocks(tensor: Tensor, kind: type) -> Tensor:
     part = kind(_blocks_in(tensor))
     return dataclasses.replace(tensor, interleaved=part) if isinstance(tensor, HalfSplit) else part
-
-
-def _scale_shape(weight: Weight, source: Source) -> tuple[int, ...] | None:
-    shape = leaf_shape(weight, source.config)
-    summed = range(weight.stacked, weight.stacked + weight.num_in) if weight.num_in else [len(shape) - 1]
-    return scale_shape(shape, list(summed), _GROUP)
-
-
-@dataclasses.dataclass(frozen=True)
-class _PartLeaf(Leaf):
-    """A leaf of codes, or of scales, which are fewer."""
-
-    counts: tuple[int, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.counts or super().shape
 
 
 @dataclasses.dataclass(frozen=True)

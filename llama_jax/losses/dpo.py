@@ -260,11 +260,13 @@ def _compare(model, loss, kept, num_chunks, params, frozen, batch):
 def log_probabilities(
     model: LlamaForCausalLM, params: Params, batch: Any, num_chunks: int = 1
 ) -> Float[Array, 'B T']:
-    """Of each target of a batch, in nats."""
+    """Of each target of a batch that counts, in nats; of the others 0."""
     hidden, _ = model.apply(
         {'params': params}, batch.tokens, batch.positions, batch.segment_ids, method='hidden'
     )
-    return token_log_probabilities(hidden, head_weight(params), batch.targets, num_chunks, model.partitioner)
+    return token_log_probabilities(
+        hidden, head_weight(params), batch.targets, num_chunks, model.partitioner, mask=batch.loss_mask
+    )
 
 
 def _rewards(loss, policy, reference, lengths) -> Float[Array, 'B P 2']:

@@ -15,6 +15,10 @@ from llama_jax.ops.lora import LoraArray
 from llama_jax.partitioning import Partitioner
 from llama_jax.types import InputError
 
+# Pieces that a device's tokens are taken in where not all are wanted: of so many tokens at least, as the product with
+# the head is no faster of fewer, and so many at most, as each adds to a gradient of the head's size.
+_LEAST_PIECE, _MOST_PIECES = 256, 16
+
 
 def token_losses(
     logits: Float[Array, 'B T V'], targets: Int[Array, 'B T'], z_loss: float = 0.0
@@ -33,6 +37,7 @@ def token_log_probabilities(
     num_chunks: int = 1,
     partitioner: Partitioner | None = None,
     temperature: float = 1.0,
+    mask: Bool[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T']:
     """Log softmax(hidden @ head.T)[target] of every token in nats, fp32; what preferences and policies are scored by.
 
@@ -45,6 +50,8 @@ def token_log_probabilities(
       num_chunks: pieces that the sequence is taken in.
       partitioner: as for `head_cross_entropy`.
       temperature: divides the logits.
+      mask: the targets that are asked for; of the others it is 0. Each device takes its own of these first, and of what
+        then comes in pieces those that hold none are not multiplied with the head, forwards or backwards.
 
     Raises:
       InputError: T is not a multiple of `num_chunks`.
@@ -53,7 +60,14 @@ def token_log_probabilities(
     def measure(logits, target):
         return [token_losses(logits / temperature, target)]
 
-    return -_by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
+    if mask is None:
+        return -_by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
+    parts = 1 if partitioner is None else partitioner.axis_size('batch')
+    if hidden.shape[0] % parts or (partitioner is not None and partitioner.axis_size('length') > 1):
+        losses = _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
+    else:
+        losses = _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, measure)
+    return jnp.where(mask, -losses, 0.0)
 
 
 def token_distributions(
@@ -97,6 +111,40 @@ def _by_chunk(hidden, head, targets, num_chunks, partitioner, measure):
 
     _, by_chunk = jax.lax.scan(body, None, _chunks((hidden, targets), num_chunks))
     return [jnp.moveaxis(losses, 0, 2).reshape(targets.shape) for losses in by_chunk]
+
+
+def _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, measure):
+    """[B, T] of what `measure` makes, 0 in pieces of which no target is wanted; `parts` devices split the rows."""
+    _chunks((hidden,), num_chunks)  # refuses what does not divide
+    weight = _gathered_parts(head, hidden.dtype, partitioner)
+    size = mask.size // parts
+    order = jnp.argsort(~mask.reshape(parts, size), axis=1, stable=True)
+
+    def in_order(x):
+        flat = x.reshape(parts, size, *x.shape[2:])
+        return jnp.take_along_axis(flat, order.reshape(*order.shape, *[1] * (flat.ndim - 2)), axis=1)
+
+    def pieces_of(x):
+        return jnp.moveaxis(x.reshape(parts, number, size // number, *x.shape[2:]), 1, 0)
+
+    number = num_chunks
+    while number < _MOST_PIECES and not size % (2 * number) and size // (2 * number) >= _LEAST_PIECE:
+        number *= 2
+
+    @jax.checkpoint
+    def of_piece(x, target, wanted):
+        def project(x):
+            return measure(einsum('btd,vd->btv', x, weight, jnp.float32), target)[0]
+
+        return jax.lax.cond(jnp.any(wanted), project, lambda x: jnp.zeros(target.shape, jnp.float32), x)
+
+    def body(_, piece):
+        return None, of_piece(*piece)
+
+    arrays = [pieces_of(in_order(x)) for x in (hidden, targets, mask)]
+    _, losses = jax.lax.scan(body, None, arrays)
+    losses = jnp.moveaxis(losses, 0, 1).reshape(parts, size)
+    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1).reshape(mask.shape)
 
 
 def _gathered_parts(head, dtype, partitioner):

@@ -20,7 +20,7 @@ from llama_jax.checkpoint.model_file import (
     read_quantization,
 )
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params
-from llama_jax.convert import gguf, gguf_codes, gguf_file, huggingface, llama2c, meta, peft
+from llama_jax.convert import bitsandbytes, gguf, gguf_codes, gguf_file, huggingface, llama2c, meta, peft
 from llama_jax.convert.adapter import Adapter, native_adapter
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
@@ -302,6 +302,8 @@ class Checkpoint:
     def base_params(self, target: Params, dtype: str, *, grow_vocabulary: bool = False) -> Params:
         """The weights as a base of adapters is kept, quantised block by block as they are read.
 
+        What is to be nf4, and what bitsandbytes wrote as that, stays the codes that it is.
+
         Args:
           target: abstract params with shardings, each weight as one array.
           dtype: one of `quantize.base.BASE_DTYPES`.
@@ -312,9 +314,15 @@ class Checkpoint:
         """
 
         def find() -> dict[str, BlockArray]:
-            return base_leaves(self._find(target, grow_vocabulary), dtype)
+            return base_leaves(self._find(target, grow_vocabulary), dtype, self._nf4_codes)
 
-        return self._placed(base_target(target, dtype), find)
+        stored = bitsandbytes.stored_blocks(self.source) if self._nf4_codes else {}
+        return self._placed(base_target(target, dtype, stored), find)
+
+    @functools.cached_property
+    def _nf4_codes(self) -> dict[str, BlockArray]:
+        """What it holds in nf4, as `bitsandbytes.stored_codes`."""
+        return bitsandbytes.stored_codes(self.source) if self.format == 'huggingface' else {}
 
     def trained_params(self, target: Params) -> Params:
         """Of a workdir that holds adapters, what was trained, placed as `target` says.

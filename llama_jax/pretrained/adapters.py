@@ -10,6 +10,7 @@ from etils import epath
 
 from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.checkpoint.weights import latest_step, open_params
+from llama_jax.convert import bitsandbytes
 from llama_jax.convert.mapping import Leaf, Source, leaf_shape, weights_of
 from llama_jax.lora import merged_leaves
 from llama_jax.models.config import LlamaConfig
@@ -41,7 +42,8 @@ def whole_leaves(
         wanted = shapes.get(weight.path, leaf.shape)
         is_grown = weight.path in _TABLES and leaf.shape[0] < wanted[0]
         leaves[weight.path] = GrownTable(leaf, wanted[0]) if is_grown else leaf
-    return merged_leaves(kept_leaves(leaves, adapters['weights']), trained, shapes, adapters['scale'])
+    kept = kept_leaves(leaves, adapters['weights'], bitsandbytes.stored_codes(base))
+    return merged_leaves(kept, trained, shapes, adapters['scale'])
 
 
 def fingerprint_of(source: Source) -> str:

@@ -1,6 +1,7 @@
 """A base that adapters are trained beside, as it is kept in memory: cast or quantised block by block as it is read."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,18 +28,22 @@ from llama_jax.types import InputError, Params
 BASE_DTYPES = ('float32', 'bfloat16', *DTYPES, NF4)
 
 
-def base_target(target: Params, dtype: str) -> Params:
+def base_target(target: Params, dtype: str, stored: Mapping[str, int] = types.MappingProxyType({})) -> Params:
     """Abstract params as a base of this type has them: each weight in its representation, norms in float32.
 
     Args:
       target: abstract params with shardings, each weight as one array.
       dtype: one of `BASE_DTYPES`. Of nf4, which is of the layers' matrices, tables are bfloat16.
+      stored: of nf4, the weights in a block by path of those that a checkpoint holds so; they stay what they are, and
+        the largest values of their blocks float32.
 
     Raises:
       InputError: no base is kept in that type.
     """
     shapes = {name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(target)}
     forms = _forms(shapes, dtype)
+    if dtype == NF4:
+        forms |= {path: Form(NF4, size, double=False) for path, size in stored.items()}
 
     def cast(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         wanted = _float_dtype(name_of(keys), leaf.shape, dtype)
@@ -47,21 +52,33 @@ def base_target(target: Params, dtype: str) -> Params:
     return represent_all(jax.tree_util.tree_map_with_path(cast, target), forms)
 
 
-def base_leaves(leaves: Mapping[str, BlockArray], dtype: str) -> dict[str, BlockArray]:
+def base_leaves(
+    leaves: Mapping[str, BlockArray],
+    dtype: str,
+    stored: Mapping[str, BlockArray] = types.MappingProxyType({}),
+) -> dict[str, BlockArray]:
     """What `base_target` asks for, by name: quantised as its blocks are read.
 
     Args:
       leaves: floating point, by path of the params.
       dtype: as there.
+      stored: PATH/codes and PATH/absmax of what a checkpoint holds in nf4.
     """
     made: dict[str, BlockArray] = {}
     forms = _forms({path: tuple(leaf.shape) for path, leaf in leaves.items()}, dtype)
     for path, leaf in leaves.items():
-        made |= _quantized(path, leaf, forms[path]) if path in forms else {path: leaf}
+        if path not in forms:
+            made[path] = leaf
+        else:
+            made |= _stored(path, forms[path], stored) or _quantized(path, leaf, forms[path])
     return made
 
 
-def kept_leaves(leaves: Mapping[str, BlockArray], dtype: str) -> dict[str, BlockArray]:
+def kept_leaves(
+    leaves: Mapping[str, BlockArray],
+    dtype: str,
+    stored: Mapping[str, BlockArray] = types.MappingProxyType({}),
+) -> dict[str, BlockArray]:
     """What a base of this type stands for, by path of the params: floating point with what keeping it has lost."""
     forms = _forms({path: tuple(leaf.shape) for path, leaf in leaves.items()}, dtype)
     kept: dict[str, BlockArray] = {}
@@ -69,7 +86,7 @@ def kept_leaves(leaves: Mapping[str, BlockArray], dtype: str) -> dict[str, Block
         if path not in forms:
             kept[path] = _Cast(leaf, np.dtype(_float_dtype(path, leaf.shape, dtype)))
             continue
-        parts = _quantized(path, leaf, forms[path])
+        parts = _stored(path, forms[path], stored) or _quantized(path, leaf, forms[path])
         if forms[path].dtype == NF4:
             kept[path] = _Dequantized(*parts.values())
         else:
@@ -81,6 +98,12 @@ def _forms(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Form]
     if dtype not in BASE_DTYPES:
         raise InputError(f'a base is not kept as {dtype!r}; there are {", ".join(BASE_DTYPES)}')
     return choose_forms(shapes, dtype)[0] if dtype in (*DTYPES, NF4) else {}
+
+
+def _stored(path: str, form: Form, stored: Mapping[str, BlockArray]) -> dict[str, BlockArray]:
+    """The leaves of a weight that a checkpoint holds as it is to be; else {}."""
+    names = (f'{path}/codes', f'{path}/absmax')
+    return {name: stored[name] for name in names} if form.dtype == NF4 and names[0] in stored else {}
 
 
 def _float_dtype(path: str, shape: Sequence[int], dtype: str) -> Any:
@@ -189,8 +212,8 @@ class _Dequantized:
 
     codes: BlockArray
     absmax: BlockArray
-    nested: BlockArray
-    offset: BlockArray
+    nested: BlockArray | None = None
+    offset: BlockArray | None = None
     dtype = np.dtype(np.float32)
     rows_axis = None
 
@@ -204,8 +227,10 @@ class _Dequantized:
     def read(self, index: Index) -> np.ndarray:
         stacked = len(self.shape) > 2
 
-        def whole(array: BlockArray) -> np.ndarray:
+        def whole(array: BlockArray | None) -> np.ndarray | None:
             """Of the layers that the block is of."""
+            if array is None:
+                return None
             all_of_it = tuple(slice(0, size) for size in array.shape)
             return array.read((index[0], *all_of_it[1:]) if stacked else all_of_it)
 

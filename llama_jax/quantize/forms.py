@@ -36,10 +36,12 @@ class Form:
     Attributes:
       dtype: of its codes, one of `DTYPES`, or `NF4`.
       group: how many weights along what a product sums over share a scale; 0: all, one scale an output channel.
+      double: of nf4, whether the largest values of its blocks are of 8 bits themselves.
     """
 
     dtype: str
     group: int = 0
+    double: bool = True
 
     def __str__(self) -> str:
         return f'{self.dtype} in groups of {self.group}' if self.group else f'{self.dtype} by output channel'
@@ -147,6 +149,8 @@ def represent(path: str, wanted: jax.ShapeDtypeStruct, form: Form) -> QuantizedA
     if form.dtype != NF4:
         codes = placed(wanted.shape, jnp.dtype(form.dtype))
         return QuantizedArray(codes, placed(counts, jnp.float16 if form.group else jnp.float32))
+    if not form.double:
+        return Nf4Array(placed(wanted.shape, jnp.uint4), placed(counts, jnp.float32))
     nested = tuple(1 if axis in summed else count for axis, count in enumerate(counts))
     offset = tuple(n if axis < num_stacked(path, len(counts)) else 1 for axis, n in enumerate(counts))
     return Nf4Array(

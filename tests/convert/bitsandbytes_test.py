@@ -3,14 +3,20 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
+from llama_jax import pretrained
 from llama_jax.convert import huggingface
 from llama_jax.convert.bitsandbytes import with_whole_weights
 from llama_jax.convert.safetensors_file import open_safetensors
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
+from llama_jax.ops.nf4 import Nf4Array
+from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.pretrained.adapters import whole_leaves
 from llama_jax.types import InputError
 from tests import toy
 from tests.convert.huggingface_test import our_logits
@@ -88,6 +94,51 @@ def test_a_folder_is_converted_as_any_other(tmp_path):
     found = matrices(huggingface.open_source(epath.Path(tmp_path)), 'huggingface')
     for name, value in want.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize('nested', [0, 32])
+def test_a_base_in_nf4_keeps_the_codes_of_the_file(nested, tmp_path):
+    """Not quantised again from what they stand for: random codes have blocks whose largest is no end of the levels."""
+    config = dataclasses.replace(
+        CONFIG, embed_dim=64, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=128, num_layers=2
+    )
+    source = random_source(config)
+    huggingface.write(source, epath.Path(tmp_path))
+    tensors = load_file(tmp_path / 'model.safetensors')
+    want = matrices(source, 'huggingface')
+    kept = {name: True for name in want if name.endswith('proj.weight')}
+    kept['model.layers.1.mlp.up_proj.weight'] = False  # the weight of its layers is quantised as it is read
+    for seed, name in enumerate(kept):
+        if kept[name]:
+            quantised, want[name] = stored(name, want[name].shape, nested=nested, seed=seed)
+            tensors |= quantised
+    save_file(tensors, tmp_path / 'model.safetensors')
+    file = tmp_path / 'config.json'
+    described = {'quant_method': 'bitsandbytes', 'load_in_4bit': True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'quantization_config': described}))
+    opened = pretrained.open(tmp_path)
+    model = LlamaForCausalLM(config)
+    partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4]))
+    shapes = abstract_params(model)
+    shardings = partitioner.tree_shardings(shapes, param_axes(model))
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    base = opened.base_params(target, 'nf4')
+    whole = whole_leaves(config, opened.source, {}, {'weights': 'nf4', 'scale': 1.0})
+    for path, foreign in (
+        ('attention/q', 'self_attn.q'), ('attention/k', 'self_attn.k'), ('attention/o', 'self_attn.o'),
+        ('mlp/gate', 'mlp.gate'), ('mlp/down', 'mlp.down'), ('mlp/up', 'mlp.up'),
+    ):  # fmt: skip
+        room, name = path.split('/')
+        weight = base['blocks'][room][name]
+        matrices_ = [want[f'model.layers.{layer}.{foreign}_proj.weight'] for layer in range(2)]
+        wanted = np.stack([np.moveaxis(m.reshape(len(m), -1), 0, 1) for m in matrices_]).reshape(weight.shape)
+        made, merged = np.asarray(weight.materialize()), whole[f'blocks/{path}']
+        merged = merged.read(tuple(slice(0, size) for size in weight.shape))
+        np.testing.assert_array_equal(made, merged, err_msg=path)
+        assert np.array_equal(made, wanted) == (name != 'up'), path
+        assert (weight.nested is None) == (name != 'up')
+        np.testing.assert_allclose(made, wanted, atol=0.2)
+    assert not isinstance(opened.base_params(target, 'int8')['blocks']['mlp']['gate'], Nf4Array)
 
 
 STATE = 'w.quant_state.bitsandbytes__nf4'

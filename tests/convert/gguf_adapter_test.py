@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import save_file
 
 from llama_jax import export, pretrained
 from llama_jax.convert import gguf_file, peft
@@ -24,7 +25,7 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 KINDS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 SETTINGS = {
-    'target_modules': [*KINDS, 'lm_head'],
+    'target_modules': [*KINDS, 'lm_head', 'embed_tokens'],
     'use_rslora': True,
     'alpha_pattern': {r'layers.1.*q_proj': 3, 'down_proj': 1.25},
 }
@@ -36,7 +37,13 @@ def adapter_in(folder):
         for layer in range(2)
         for kind in KINDS
     ]
-    ours(folder, SETTINGS, config=CONFIG, places=[*places, 'lm_head.weight'])
+    tensors = ours(folder, SETTINGS, config=CONFIG, places=[*places, 'lm_head.weight'])
+    rng, place = np.random.default_rng(7), 'base_model.model.model.embed_tokens.lora_embedding'
+    tensors |= {f'{place}_A': rng.normal(size=(3, 300)), f'{place}_B': 0.3 * rng.normal(size=(64, 3))}
+    save_file(
+        {name: values.astype(np.float32) for name, values in tensors.items()},
+        folder / 'adapter_model.safetensors',
+    )
     return peft.open_adapter(epath.Path(folder), CONFIG)
 
 
@@ -52,9 +59,14 @@ def test_scales_are_a_part_of_b_whose_rows_are_as_the_weights(tmp_path):
         'llama',
     )
     assert len(infos) == 2 * len(adapter.low_rank)
-    for (place, layer), name in ((('blocks/attention/q', 1), 'blk.1.attn_q'), (('head', 0), 'output')):
+    for (place, layer), name in (
+        (('blocks/attention/q', 1), 'blk.1.attn_q'), (('head', 0), 'output'), (('embed', 0), 'token_embd'),
+    ):  # fmt: skip
         a, b = (gguf_file.open_tensor(path, infos[f'{name}.weight.lora_{part}']).read() for part in 'ab')
         added = adapter.low_rank[place, layer]
+        if place == 'embed':  # llama.cpp looks up rows of a
+            assert (a.shape, b.shape) == ((300, 3), (64, 3))
+            a, b = b.T, a
         b = to_half_split(b, CONFIG.head_dim) if 'attn' in name else b
         np.testing.assert_allclose(
             keys['adapter.lora.alpha'] / len(a) * b @ a,

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.ops import cross_entropy
 from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
 from llama_jax.ops.lora import LoraArray
+from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import InputError
 from tests import toy
 
@@ -136,6 +138,49 @@ def test_log_probabilities_by_token_are_those_of_the_logits(num_chunks):
     chunked = total(lambda h, w: token_log_probabilities(h, w, targets, num_chunks))
     whole = total(lambda h, w: -token_losses(jnp.einsum('btd,vd->btv', h, w), targets))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, whole)
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_where_no_target_is_wanted_nothing_is_projected(parts, monkeypatch):
+    """An eighth of the targets, scattered: two of sixteen pieces hold them, whatever the rest are."""
+    rng = np.random.default_rng(3)
+    length, taken = 1024 * parts, []
+    hidden, head = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, length, 8), (VOCAB_SIZE, 8))
+    )
+    targets = jnp.asarray(rng.integers(VOCAB_SIZE, size=(4, length)))
+    mask = rng.permuted(
+        np.arange(4 * length).reshape(parts, -1) % (4 * length // parts) < length // 2, axis=1
+    )
+    mask = jnp.asarray(mask.reshape(4, length))
+    partitioner = Partitioner(make_mesh({'data': parts}, jax.devices()[:parts]))
+    weigh = jnp.cos(targets)
+
+    def total(h, w, wanted):
+        return jnp.sum(weigh * wanted(h, w))
+
+    def all_of_them(h, w):
+        return jnp.where(mask, token_log_probabilities(h, w, targets, 4), 0.0)
+
+    whole = jax.value_and_grad(total, argnums=(0, 1))(hidden, head, all_of_them)
+
+    def counted(logits, targets):
+        jax.debug.callback(lambda: taken.append(1))
+        return token_losses(logits, targets)
+
+    monkeypatch.setattr(cross_entropy, 'token_losses', counted)
+
+    def of_wanted(h, w):
+        return token_log_probabilities(h, w, targets, 4, partitioner, mask=mask)
+
+    with jax.set_mesh(partitioner.mesh):
+        split = jax.device_put(hidden, partitioner.sharding(('batch',)))
+        jax.block_until_ready(jax.jit(of_wanted)(split, head))
+        jax.effects_barrier()
+        assert len(taken) == 2 * parts  # of 16 pieces, on each device
+        part = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)(split, head, of_wanted)
+    np.testing.assert_allclose(part[0], whole[0], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), part[1], whole[1])
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 1e-2])
