@@ -233,7 +233,7 @@ def compile_decode(
         rows,
         (causal, full),
         device_bytes(params),
-        kv_cache=device_bytes((cache.keys, cache.values)),
+        kv_cache=device_bytes(cache.arrays),
         must_read=bytes_to_read(params, cache),
     )
 

@@ -19,9 +19,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
-from llama_jax.models.kv_cache import CACHE_AXES, KVCache, cache_dtype
+from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
-from llama_jax.ops.attention import platform_of
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import Partitioner, place_whole
 from llama_jax.types import Params
@@ -174,16 +173,14 @@ def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: Sam
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
     """Room for so many tokens in each slot, on the model's devices."""
-    # A CPU multiplies in float32, and would convert all of another type for every product with it.
-    dtype = jnp.float32 if platform_of(model.partitioner) == 'cpu' else model.dtype
-    dtype = cache_dtype(model.cache_dtype, dtype)
-    return _placed(model, KVCache.create(model.config, num_slots, room, dtype))
+    of_cache = model.cache_dtype, model.dtype, model.partitioner
+    return _placed(model, KVCache.chosen(model.config, num_slots, room, *of_cache))
 
 
 def _placed(model: LlamaForCausalLM, cache: KVCache) -> KVCache:
     if model.partitioner is None:
         return cache
-    return cache.map(functools.partial(model.partitioner.shard, axes=CACHE_AXES, name='cache'))
+    return cache.map(functools.partial(model.partitioner.shard, axes=cache.axes, name='cache'))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'is_first'), donate_argnames='cache')
@@ -342,10 +339,11 @@ def widened(
 
 def reshaped(rows: Any, num_rows: int, room: int) -> Any:
     """The first rows in a cache of another room; one array after the other, so that the old one is soon gone."""
+    axis = rows.cache.token_axis
 
     def fitted(leaf: Array, room: int | None = None) -> Array:
         shape = (num_rows, *leaf.shape[1:])
-        shape = shape if room is None else (*shape[:2], room, *shape[3:])
+        shape = shape if room is None else (*shape[:axis], room, *shape[axis + 1 :])
         if shape == leaf.shape:
             return leaf
         sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
@@ -353,13 +351,12 @@ def reshaped(rows: Any, num_rows: int, room: int) -> Any:
         leaf.delete()
         return new
 
-    arrays, structure = jax.tree.flatten((rows.cache.keys, rows.cache.values))
-    rows = dataclasses.replace(rows, cache=dataclasses.replace(rows.cache, keys=(), values=()))
+    arrays, structure = jax.tree.flatten(rows.cache.arrays)
+    rows = dataclasses.replace(rows, cache=rows.cache.with_arrays(((), (), ())))
     for index in range(len(arrays)):
         arrays[index] = fitted(arrays[index], room)
-    keys, values = structure.unflatten(arrays)
     rows = jax.tree.map(fitted, rows)
-    return dataclasses.replace(rows, cache=dataclasses.replace(rows.cache, keys=keys, values=values))
+    return dataclasses.replace(rows, cache=rows.cache.with_arrays(structure.unflatten(arrays)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -377,9 +374,9 @@ def copy_block(cache: KVCache, slot: Int[Array, ''], start: Int[Array, ''], widt
 
     def copy(array: Array) -> Array:
         row = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(row, start, width, axis=1)
+        return jax.lax.dynamic_slice_in_dim(row, start, width, axis=cache.token_axis - 1)
 
-    return jax.tree.map(copy, (cache.keys, cache.values))
+    return jax.tree.map(copy, cache.arrays)
 
 
 @functools.partial(jax.jit, donate_argnames='cache')
@@ -389,8 +386,8 @@ def put_block(
     """The cache with what `copy_block` gave in a row, of which then so many tokens count."""
 
     def put(array: Array, block: Array) -> Array:
-        zeros = [0] * (array.ndim - 3)
-        return jax.lax.dynamic_update_slice(array, block[None], (slot, 0, start, *zeros))
+        where = {0: slot, cache.token_axis: start}
+        return jax.lax.dynamic_update_slice(array, block[None], [where.get(axis, 0) for axis in range(4)])
 
-    keys, values = jax.tree.map(put, (cache.keys, cache.values), block)
-    return dataclasses.replace(cache, keys=keys, values=values, length=cache.length.at[slot].set(length))
+    written = cache.with_arrays(jax.tree.map(put, cache.arrays, block))
+    return dataclasses.replace(written, length=cache.length.at[slot].set(length))

@@ -14,7 +14,7 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
 from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
-from llama_jax.models.kv_cache import CACHE_AXES
+from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import Params
 
@@ -67,7 +67,7 @@ class Slots:
     def token_bytes(self) -> int:
         """Of keys and values of one token in all layers."""
         cache = jax.eval_shape(functools.partial(decoding.empty_cache, self._model, self._num_read, 1))
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.keys, cache.values)))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.arrays))
         return size // self._num_read
 
     def expect(self, asked: CompletionRequest) -> None:
@@ -152,11 +152,16 @@ class Slots:
 
     def to_device(self, block: Any) -> Any:
         """What `copy` gave, from the host to where it came from."""
+        return self._moved(block, self._fitted().cache)
+
+    def _moved(self, block: Any, cache: KVCache) -> Any:
+        """What was copied of such a cache, from the host to where it came from."""
         if (partitioner := self._model.partitioner) is None:
             return self._bound(block)
 
+        axes = cache.axes[1:]
+
         def move(array: np.ndarray) -> Array:
-            axes = CACHE_AXES[1 : 1 + array.ndim]
             return jax.device_put(array, partitioner.sharding(axes, array.shape, 'block of a prompt'))
 
         return jax.tree.map(move, block)

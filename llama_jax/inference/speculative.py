@@ -348,7 +348,7 @@ class SpeculativeSlots(Slots):
 
     def to_device(self, block: Any) -> Any:
         block, tokens, own = block
-        return super().to_device(block), self._place(tokens), super().to_device(own)
+        return super().to_device(block), self._place(tokens), self._moved(own, self._remembered().cache)
 
     def describe(self) -> str:
         """One line on what the passes gave."""

@@ -20,11 +20,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
-from llama_jax.models.kv_cache import KVCache, LayerCache
+from llama_jax.models.kv_cache import KVCache, LayerCache, LayerPages
 from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.models.unstacked import layers_of
 from llama_jax.ops.activations import swiglu
-from llama_jax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
+from llama_jax.ops.attention import IMPLEMENTATIONS, attention
 from llama_jax.ops.attention_reference import attention_probabilities, causal_mask, weighted_values
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import Weight, einsum, take
@@ -82,8 +82,8 @@ class Attention(_Layer):
         x: Float[Array, 'B T D'],
         rope: RopeTables,
         segment_ids: Int[Array, 'B T'] | None,
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, 'B T D'], LayerCache | None]:
+        cache: LayerCache | LayerPages | None,
+    ) -> tuple[Float[Array, 'B T D'], LayerCache | LayerPages | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         w_q = weight(self, 'q', (D, N, H), ('embed', 'heads', 'head_dim'), _normal)
@@ -111,7 +111,7 @@ class Attention(_Layer):
                 implementation=self.attention_implementation, partitioner=self.partitioner,
             )  # fmt: skip
         else:
-            attended = cached_attention(q, cache.keys, cache.values, cache.length, self.partitioner)
+            attended = cache.attend(q, self.partitioner)
         # `jnp.einsum` contracts by the order of the alphabet: heads before their dimensions, the weight is read as it
         # lies; the other way, by which training's results are known to the bit, a CPU transposes it first.
         contraction = 'btnh,nhd->btd' if cache is None else 'btgh,ghd->btd'
@@ -142,8 +142,8 @@ class Block(_Layer):
         x: Float[Array, 'B T D'],
         rope: RopeTables,
         segment_ids: Int[Array, 'B T'] | None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, 'B T D'], LayerCache | None]:
+        cache: LayerCache | LayerPages | None = None,
+    ) -> tuple[Float[Array, 'B T D'], LayerCache | LayerPages | None]:
         x = checkpoint_name(x, 'block_input')
         knobs = (self.config, self.dtype, self.attention_implementation, self.partitioner, self.tap)
         attention_norm = weight(self, 'attention_norm', (self.config.embed_dim,), ('norm',), _ones)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llama_jax.ops import attention_cudnn
+from llama_jax.ops import attention_cudnn, attention_paged
 from llama_jax.ops.attention_cached import Cached, attend_at_once, attend_by_tiles, attend_row_by_row
 from llama_jax.ops.attention_chunked import chunked_attention
 from llama_jax.ops.attention_reference import causal_mask, reference_attention
@@ -151,6 +151,51 @@ def cached_attention(
         out_specs=q_spec,
         check_vma=False,
     )(q, keys, values, start)
+
+
+def paged_cached_attention(
+    q: Float[Array, 'B T N H'],
+    pages: Float[Array, 'B S KV H'],
+    start: Int[Array, 'B'],
+    partitioner: Partitioner | None = None,
+) -> Float[Array, 'B T N H']:
+    """As `cached_attention`, of a cache of pages, where `cache_layout` says that it can be of such."""
+    if partitioner is None:
+        return attention_paged.paged_attention(q, pages, start)
+    q_spec = partitioner.spec(('batch', None, 'heads', 'head_dim'), q.shape, 'queries')
+    pages_spec = partitioner.spec(('batch', None, 'kv_heads', 'head_dim'), pages.shape, 'pages')
+    start_spec = partitioner.spec(('batch',), start.shape, 'lengths')
+    return jax.shard_map(
+        attention_paged.paged_attention,
+        mesh=partitioner.mesh,
+        in_specs=(q_spec, pages_spec, start_spec),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q, pages, start)
+
+
+def cache_layout(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    partitioner: Partitioner | None = None,
+) -> str:
+    """How keys and values of such heads are kept: in 'pages' where a TPU's kernel can read them, else 'heads first'.
+
+    What keeps pages from a TPU is logged, once in a process.
+    """
+    if platform_of(partitioner) != 'tpu':
+        return 'heads first'
+    rules = {} if partitioner is None else dict(partitioner.rules)
+    reason = 'heads of keys are split otherwise than those of queries'
+    if rules.get('heads') == rules.get('kv_heads'):
+        parts = 1 if partitioner is None else partitioner.axis_size('heads')
+        reason = attention_paged.unsupported(num_heads, num_kv_heads, head_dim, dtype, parts)
+    if reason is None:
+        return 'pages'
+    _log_once(f'cache: heads first, not in pages: {reason}')
+    return 'heads first'
 
 
 def choose(

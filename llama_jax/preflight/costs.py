@@ -128,21 +128,29 @@ def _flops(instruction: Instruction, computation: Computation, program: Program)
             return _convolution_flops(lhs, rhs, instruction.arrays[0].dims, instruction.attributes)
         case 'custom-call':
             declared = re.search(r'"flops":"?([\d.e+]+)', instruction.attributes)
-            return int(float(declared[1])) if declared else _splash_flops(instruction, computation)
+            return int(float(declared[1])) if declared else _kernel_flops(instruction, computation)
     return 0
 
 
 # Products of the size of scores that each kernel of splash attention makes: of its backward pass, the fused kernel
 # makes all five (scores, dP, dV, dK, dQ), else one makes four of them, and another the scores and dP again for dQ.
 _SPLASH_PRODUCTS = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
+_PAGED = 'ragged_paged_attention'
 
 
-def _splash_flops(instruction: Instruction, computation: Computation) -> int:
-    """Of JAX's splash attention, which declares none: half of all scores, as its mask is causal."""
+def _kernel_flops(instruction: Instruction, computation: Computation) -> int:
+    """Of JAX's attention for TPUs, which declares none.
+
+    Of splash half of all scores, as its mask is causal; of pages those of each query with all that there is room for.
+    """
+    operands = [computation.operand(instruction, i).arrays[0] for i in range(len(instruction.operands))]
+    if instruction.name.startswith(_PAGED):
+        (table,) = (a.dims for a in operands if len(a.dims) == 2)
+        q, pages = (a.dims for a in operands if len(a.dims) >= 3)
+        return 4 * math.prod(q) * table[1] * pages[1]
     kernel = next((name for name in _SPLASH_PRODUCTS if instruction.name.startswith(name)), '')
     if not kernel:
         return 0
-    operands = [computation.operand(instruction, i).arrays[0] for i in range(len(instruction.operands))]
     q, k = [a.dims for a in operands if len(a.dims) >= 3 and a.dtype in ('bf16', 'f16', 'f32')][:2]
     products = _SPLASH_PRODUCTS[kernel]
     # The fused kernel gives dQ too: a part of it for every block of keys, so with an axis more.
@@ -199,7 +207,7 @@ def _window_products(
 
 def _opaque_kernels(instruction: Instruction) -> list[str]:
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    declares = '"flops"' in instruction.attributes or instruction.name.startswith(tuple(_SPLASH_PRODUCTS))
+    declares = '"flops"' in instruction.attributes or instruction.name.startswith((_PAGED, *_SPLASH_PRODUCTS))
     if instruction.opcode != 'custom-call' or not target or declares:
         return []
     return [target[1]] if target[1] in ('tpu_custom_call', '__cudnn$fmhaSoftmax') else []

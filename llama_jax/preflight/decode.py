@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.inference import decoding
-from llama_jax.models.kv_cache import CACHE_AXES, KVCache, cache_dtype
+from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.preflight.report import device_bytes
@@ -48,15 +48,15 @@ def decode_arguments(
         shapes = {name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
         params = represent_all(params, choose_forms(shapes, weights)[0])
     params = unstack(params, model.dtype)
-    dtype = cache_dtype(model.cache_dtype, model.dtype)
-    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch_size, length, dtype))
+    of_cache = model.cache_dtype, model.dtype, partitioner
+    cache = jax.eval_shape(lambda: KVCache.chosen(model.config, batch_size, length, *of_cache))
 
     def placed(leaf: Any, axes: tuple[str | None, ...], name: str) -> Any:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=partitioner.sharding(axes, leaf.shape, name)
         )
 
-    cache = cache.map(lambda leaf: placed(leaf, CACHE_AXES, 'cache'))
+    cache = cache.map(lambda leaf: placed(leaf, cache.axes, 'cache'))
     cache = cache.replace(length=placed(cache.length, ('batch',), 'lengths of the cache'))
     tokens = placed(jax.ShapeDtypeStruct((batch_size,), jnp.int32), ('batch',), 'tokens')
     return params, cache, tokens
@@ -68,4 +68,4 @@ def bytes_to_read(params: Params, cache: KVCache) -> int:
     Of an embedding that is not the head as well, a step reads the rows of its tokens, which are next to nothing.
     """
     weights = {name: leaf for name, leaf in params.items() if name != 'embed' or 'head' not in params}
-    return device_bytes((weights, cache.keys, cache.values))
+    return device_bytes((weights, cache.arrays))

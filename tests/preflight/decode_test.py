@@ -46,8 +46,8 @@ def test_a_step_must_read_weights_as_they_are_stored_and_the_cache(weights, of_c
             found.shape, found.dtype, found.sharding.spec
         )  # fmt: skip
     read = {name: leaf for name, leaf in real.items() if name != 'embed'}
-    # Keys and values of 2 layers, 4 rows, one head of 8, in bf16, or in int8 with a scale.
-    held = 2 * 2 * (8 // 2) * (4 // 4) * 32 * (2 * 8 if of_cache == 'auto' else 8 + 4)
+    # Keys and values of 2 layers, 4 rows, one head of 8, in fp32 as a CPU has them, or in int8 with a scale.
+    held = 2 * 2 * (8 // 2) * (4 // 4) * 32 * (4 * 8 if of_cache == 'auto' else 8 + 4)
     assert bytes_to_read(params, cache) == sum(map(stored_bytes, jax.tree.leaves(read))) + held
     assert tokens.shape == (8,)
 

@@ -171,6 +171,23 @@ def test_a_program_as_the_tpu_compiler_writes_it():
     ]
 
 
+def test_products_with_pages_count():
+    """8 rows of 32 pages of 128 tokens, one query each, of 8 heads of 128: scores, and the values by them."""
+    program = Program("""HloModule jit_step, is_scheduled=true, num_partitions=1
+
+ENTRY %main (has: s32[8], table: s32[8,32], ends: s32[9], q: bf16[8,8,128], pages: bf16[256,128,2,128]) -> bf16[8,8,128] {
+  %has = s32[8]{0} parameter(0)
+  %table = s32[8,32]{1,0} parameter(1)
+  %ends = s32[9]{0} parameter(2)
+  %q = bf16[8,8,128]{2,1,0} parameter(3)
+  %pages = bf16[256,128,2,128]{3,2,1,0} parameter(4)
+  ROOT %ragged_paged_attention_kernel.4 = bf16[8,8,128]{2,1,0} custom-call(%has, %table, %ends, %q, %pages), custom_call_target="tpu_custom_call"
+}
+""")  # noqa: E501
+    costs = program_costs(program)
+    assert costs.flops == 2 * 2 * 8 * 8 * 128 * 32 * 128 and not costs.opaque_kernels
+
+
 def test_a_gather_on_the_sparse_cores_counts():
     program = Program("""HloModule jit_step, is_scheduled=true, num_partitions=8
 
