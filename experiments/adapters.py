@@ -18,7 +18,7 @@ from llama_jax.partitioning import Partitioner
 from llama_jax.pretrained.adapters import check_fingerprint
 from llama_jax.quantize.base import base_target
 from llama_jax.train.state import shardings_of
-from llama_jax.types import Params
+from llama_jax.types import Params, PyTree
 
 logger = logging.getLogger('llama_jax.adapters')
 
@@ -83,15 +83,55 @@ def _with_first(
 
     So its bytes stay what they were, and a reference is the base with the first adapters: there is no second model.
     """
-    first = base.adapters
+    below = base.base.base_params(placed, base.adapters['weights'], grow_vocabulary=True)
+    return beside(below, base, objective.params, objective.axes, partitioner)
+
+
+def beside(
+    below: Params, trained: pretrained.Checkpoint, shapes: Params, axes: PyTree, partitioner: Partitioner
+) -> Params:
+    """The weights that a workdir's adapters make of a base, which is not copied.
+
+    Args:
+      below: the base, as the adapters were trained beside it.
+      trained: of a workdir that holds adapters alone.
+      shapes: of its model's weights, with the logical `axes` of each.
+      axes: see there.
+      partitioner: places the adapters.
+    """
+    record = trained.adapters
     lora = LoraConfig(
-        first['rank'], first['alpha'], 0.0, tuple(first['targets']), first['rslora'], tuple(first['layers']),
-        tuple(first['train_whole']),
+        record['rank'], record['alpha'], 0.0, tuple(record['targets']), record['rslora'],
+        tuple(record['layers']), tuple(record['train_whole']),
     )  # fmt: skip
-    shapes, axes = abstract_adapters(lora, objective.params, objective.axes)
-    target = _placed(shapes, partitioner.tree_shardings(shapes, axes))
-    below = base.base.base_params(placed, first['weights'], grow_vocabulary=True)
-    return combine(base.trained_params(target), below, first['scale'])
+    own, own_axes = abstract_adapters(lora, shapes, axes)
+    target = _placed(own, partitioner.tree_shardings(own, own_axes))
+    return combine(trained.trained_params(target), below, record['scale'])
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedBase:
+    """The frozen weights that a policy's adapters stand beside, for what else was trained beside the same.
+
+    Attributes:
+      record: what model.json says of the policy's adapters.
+      weights: the base's.
+    """
+
+    record: Mapping[str, Any]
+    weights: Params
+
+    def is_of(self, opened: pretrained.Checkpoint) -> bool:
+        """Whether a checkpoint's adapters were trained beside it, kept as it is here."""
+        held = opened.adapters
+        return bool(held) and all(held[name] == self.record[name] for name in ('fingerprint', 'weights'))
+
+    def model_of(
+        self, opened: pretrained.Checkpoint, shapes: Params, axes: PyTree, partitioner: Partitioner
+    ) -> Params:
+        """The whole weights of such a checkpoint, of which its adapters alone take memory; see `beside`."""
+        below = {name: leaf for name, leaf in self.weights.items() if name in shapes}
+        return beside(below, opened, shapes, axes, partitioner)
 
 
 def check_base(workdir: epath.Path, provenance: Mapping[str, Any]) -> None:

@@ -88,7 +88,9 @@ class Iterations:
 
     def measurements(self) -> list[Measurement]:
         """Figures of each iteration at its end; the mean reward of held-out prompts."""
-        made = [Measurement(self._per_iteration(), self._figures, ('reward',))]
+        # Where iterations may end early nobody knows their last step beforehand: their first has the figures.
+        every = 1 if self._course.kl_limit else self._per_iteration()
+        made = [Measurement(every, self._figures, ('reward',))]
         if self._held_out_prompts:
             made.append(Measurement(self._config.eval.every, self._held_out, (HELD_OUT,)))
         return made
@@ -255,7 +257,7 @@ class Iterations:
     # ---- figures
 
     def _figures(self, state: TrainState, step: int, pause: Callable[[], None]) -> dict[str, float]:
-        if self._iteration is None:
+        if self._iteration is None or (self._course.kl_limit and step != self._place.begun + 1):
             return {}
         whole = time.perf_counter() - self._since
         known = {name: value for name, value in self._seconds.items() if name != 'all'}

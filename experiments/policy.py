@@ -8,7 +8,7 @@ base alone is the reference.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -215,7 +215,7 @@ def policy_objective(
     def first_params(target: Params) -> Params:
         begun = made.first_params(policy_of(target))
         if VALUE in target:
-            begun = begun | {VALUE: _first_values(config, value_model, base, lora, begun, target[VALUE])}
+            begun = begun | {VALUE: _first_values(config, value_model, base, made.provenance, target[VALUE])}
         return begun
 
     shape, num_answers = (
@@ -278,12 +278,11 @@ def _first_values(
     config: ConfigDict,
     model: LlamaForRewardModel,
     base: pretrained.Checkpoint | None,
-    lora: LoraConfig | None,
-    policy: Params,
+    provenance: Mapping[str, Any],
     target: Params,
 ) -> Params:
     """What expects the reward, as it begins: a reward model's weights, or the policy's trunk, which expects nothing."""
-    given = config.algorithm.values_from
+    given, lora = config.algorithm.values_from, make_lora_config(config)
     if given in ('', 'zero'):
         if lora is None:
             trunk = {name: leaf for name, leaf in target.items() if name != 'score'}
@@ -302,9 +301,20 @@ def _first_values(
             raise InputError(
                 f'the reward model {given} has other sizes than the policy; give one of its size, or zero'
             )
-        if lora is not None:
-            return trained_params(opened.place, target)
-        return opened.params(target)
+        if lora is None:
+            return opened.params(target)
+        if not opened.adapters:
+            raise InputError(
+                f'the reward model {given} was trained whole, and --config.lora.rank={lora.rank} has values as '
+                "adapters beside the policy's base; give one that was trained as adapters beside it, or zero"
+            )
+        for name, of_policy in provenance.get('adapters', {}).items():
+            if name in ('fingerprint', 'weights', 'scale') and (its := opened.adapters[name]) != of_policy:
+                raise InputError(
+                    f"the reward model {given} is adapters of {name} {its}, the policy's have {of_policy}; give one "
+                    'that was trained beside the same base with the same --config.lora, or zero'
+                )
+        return trained_params(opened.place, target)
 
 
 def _shapes(model: LlamaForRewardModel) -> Params:

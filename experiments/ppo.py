@@ -11,6 +11,7 @@ reward at the beginning and the end, and reward_over_kl.png how it rose.
 from typing import Any
 
 from experiments import launch, training
+from experiments.adapters import SharedBase
 from experiments.iterations import HELD_OUT, Iterations
 from experiments.objective import objective_of, scored
 from experiments.policy import check_policy, sampler_partitioner
@@ -50,6 +51,7 @@ def main() -> None:
         judges = open_rewards(
             terms, tokenizer=plan.tokenizer, max_new_tokens=config.rollout.max_new_tokens,
             partitioner=plan.partitioner, dtype=plan.model.dtype,
+            shared=None if whole else SharedBase(objective.provenance['adapters'], objective.frozen),
         )  # fmt: skip
     run = training.begin(plan, objective, prompts.fingerprint)
     iterations = Iterations(run, scored(plan.model), sampler, prompts, judges.rewards)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from experiments.adapters import SharedBase
 from experiments.config_file import split_list
 from experiments.workdir import CONFIG_FILE, read_record
 from llama_jax import pretrained
@@ -159,6 +160,7 @@ def open_rewards(
     dtype: Any = jnp.float32,
     allow_code: bool = False,
     whitened: bool = True,
+    shared: SharedBase | None = None,
 ) -> Judges:
     """Rewards, their models loaded.
 
@@ -170,6 +172,7 @@ def open_rewards(
       dtype: that they compute in.
       allow_code: tasks may run generated programs, in a sandbox.
       whitened: see `rl.rewards.safety_first`.
+      shared: weights that are there already; a reward model of adapters beside them is not read whole.
 
     Raises:
       InputError: one cannot be opened, is no reward model, or has another tokenizer.
@@ -181,7 +184,7 @@ def open_rewards(
         known: Any = term.weight
         match term.kind:
             case 'model' | 'helpfulness' | 'safety':
-                reward, fingerprint = _model(term, tokenizer, partitioner, dtype)
+                reward, fingerprint = _model(term, tokenizer, partitioner, dtype, shared)
                 known = [term.weight, fingerprint]
                 if term.kind != 'model':
                     models[term.kind] = reward
@@ -212,7 +215,7 @@ def open_rewards(
 
 
 def _model(
-    term: Term, tokenizer: Tokenizer, partitioner: Partitioner | None, dtype: Any
+    term: Term, tokenizer: Tokenizer, partitioner: Partitioner | None, dtype: Any, shared: SharedBase | None
 ) -> tuple[ModelReward, str]:
     opened = pretrained.open(term.target)
     if opened.tokenizer is not None:
@@ -224,7 +227,11 @@ def _model(
         )
     model = LlamaForRewardModel(opened.config, dtype=dtype, partitioner=partitioner)
     if partitioner is not None:
-        partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
+        shapes, axes = abstract_params_and_axes(model)
+        partitioner.tree_shardings(shapes, axes)  # before anything is loaded
+        if shared is not None and shared.is_of(opened):
+            logger.info("%s is adapters beside the policy's base, which it shares", term.target)
+            return ModelReward(model, shared.model_of(opened, shapes, axes, partitioner)), opened.fingerprint
     _, params, _ = pretrained.load(opened, partitioner=partitioner, dtype=jnp.dtype(dtype))
     return ModelReward(model, params), opened.fingerprint
 

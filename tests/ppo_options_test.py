@@ -71,13 +71,27 @@ def test_values_begin_as_a_reward_model(commands, folder, base, prompts, kind):
     run = arguments(
         workdir, base, prompts, algorithm__values_from=model, algorithm__rewards=model, train__num_steps=2, **own
     )  # fmt: skip
-    commands.run('ppo', *run).succeeded()
+    shown = commands.run('ppo', *run).succeeded()
+    assert ("adapters beside the policy's base, which it shares" in shown.stderr) == (kind == 'adapters')
     iteration = first_iteration(workdir)
+    ends = [
+        scores(model, prompt, np.append(answer, 0))[-1]
+        for prompt, answer in zip(iteration.prompts, iteration.answers, strict=True)
+    ]
+    assert iteration.figures['reward'] == pytest.approx(np.mean(ends), abs=1e-5)
     for place in (0, 7):
         want = scores(model, iteration.prompts[place], iteration.answers[place])
         # Sums of fp32, packed and alone.
         np.testing.assert_allclose(iteration.values[place], want, atol=2e-5)
     assert max(np.ptp(one) for one in iteration.values) > 0.01
+    if kind == 'adapters':
+        for name, other, message in (
+            ('rank', {'lora__alpha': 2.0}, 'adapters of scale 4.0, the policy'),
+            ('kept', {'model__weights': 'bfloat16'}, 'adapters of weights float32, the policy'),
+        ):
+            changed = own | other
+            run = arguments(folder / name, base, prompts, algorithm__values_from=model, **changed)
+            assert message in commands.run('ppo', *run).error()
 
 
 def test_a_sampler_of_another_mesh_draws_the_same(commands, folder, base, prompts):
