@@ -8,7 +8,7 @@ base alone is the reference.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -344,8 +344,10 @@ def make_scorer(config: ConfigDict, value_model: LlamaForRewardModel) -> Callabl
     return jax.jit(score, out_shardings=None if partitioner is None else partitioner.sharding())
 
 
-def sampler_partitioner(config: ConfigDict, training: Partitioner) -> Partitioner:
-    """Where answers are drawn: training's own mesh, or `config.rollout.mesh`.
+def sampler_partitioner(
+    config: ConfigDict, training: Partitioner, devices: Sequence[Any] | None = None
+) -> Partitioner:
+    """Where answers are drawn: training's own mesh, or `config.rollout.mesh` of these devices (all there are).
 
     Raises:
       InputError: the devices do not make that mesh.
@@ -357,6 +359,6 @@ def sampler_partitioner(config: ConfigDict, training: Partitioner) -> Partitione
             )
         return training
     with flags_named('--config.rollout.mesh'):
-        mesh = make_mesh(mesh_sizes(split_list(config.rollout.mesh), '--config.rollout.mesh'))
+        mesh = make_mesh(mesh_sizes(split_list(config.rollout.mesh), '--config.rollout.mesh'), devices)
     with flags_named('--config.rollout.axis_rules'):
         return Partitioner(mesh, parse_rules(config.rollout.axis_rules))

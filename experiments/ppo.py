@@ -15,6 +15,7 @@ from experiments.adapters import SharedBase
 from experiments.iterations import HELD_OUT, Iterations
 from experiments.objective import objective_of, scored
 from experiments.policy import check_policy, sampler_partitioner
+from experiments.policy_memory import available_memory, check_memory, held
 from experiments.prompts import read_prompts
 from experiments.reference import frozen_reference
 from experiments.rewards import check_rewards, open_rewards, parse_rewards
@@ -22,6 +23,7 @@ from llama_jax import runtime
 from llama_jax.data.records import check_records
 from llama_jax.rl.frontier import plot_frontier
 from llama_jax.train.metrics import read_metrics
+from llama_jax.train.state import abstract_state
 from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
@@ -53,6 +55,13 @@ def main() -> None:
             partitioner=plan.partitioner, dtype=plan.model.dtype,
             shared=None if whole else SharedBase(objective.provenance['adapters'], objective.frozen),
         )  # fmt: skip
+    target = abstract_state(objective.params, objective.axes, plan.tx, plan.partitioner)
+    longest = max(map(len, prompts.ids))
+    with runtime.refused_by_all():
+        check_memory(
+            held(config, objective, target, sampler, judges=judges.weights, longest=longest),
+            available_memory(),
+        )
     run = training.begin(plan, objective, prompts.fingerprint)
     iterations = Iterations(run, scored(plan.model), sampler, prompts, judges.rewards)
     trained = training.fit(run, iterations.next_batch, iterations.measurements())

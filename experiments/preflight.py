@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from experiments import launch, settings
 from experiments.config_file import flatten
 from experiments.objective import Objective, compile_step, objective_of
+from experiments.policy_preflight import beside_line, drawing_programs
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
@@ -115,6 +116,10 @@ def main() -> None:
             report['search'] = search(
                 config, llama, devices, compiled, work, partitioner, _XLA_OPTIONS.value, _MAX_TRIES.value
             )
+    if _TRAIN.value and 'algorithm' in config:
+        for name, text, figures in drawing_programs(config, llama, devices, topology, _XLA_OPTIONS.value):
+            report[name] = figures
+            print(describe(f'{title}, {text}', figures) + '\n' + beside_line(figures), flush=True)
     if decoder:
         assert decoder[0].partitioner is not None
         mesh = decoder[0].partitioner.mesh

@@ -43,7 +43,7 @@ from llama_jax.rl.rewards import (
 )
 from llama_jax.rl.rollout import Rollout
 from llama_jax.tokenizer.protocol import Tokenizer, check_same_ids
-from llama_jax.types import InputError, error_line
+from llama_jax.types import InputError, Params, error_line
 
 _PREFIXES = ('helpfulness', 'safety', 'task', 'overlong')
 _GRADING_THREADS = 4
@@ -123,10 +123,12 @@ class Judges:
     Attributes:
       rewards: the terms of the sum.
       identity: {name: of what its values follow from}.
+      weights: of reward models, by name.
     """
 
     rewards: list[Weighted]
     identity: dict[str, Any]
+    weights: dict[str, Params]
 
 
 def check_rewards(terms: Sequence[Term], allow_code: bool) -> None:
@@ -180,12 +182,13 @@ def open_rewards(
     rewards: list[Weighted] = []
     identity: dict[str, Any] = {}
     models: dict[str, Reward] = {}
+    weights: dict[str, Params] = {}
     for term in terms:
         known: Any = term.weight
         match term.kind:
             case 'model' | 'helpfulness' | 'safety':
                 reward, fingerprint = _model(term, tokenizer, partitioner, dtype, shared)
-                known = [term.weight, fingerprint]
+                known, weights[term.name] = [term.weight, fingerprint], reward.params
                 if term.kind != 'model':
                     models[term.kind] = reward
                     identity[term.name] = known
@@ -211,7 +214,7 @@ def open_rewards(
                 reward = missing_stop
         rewards.append(Weighted(term.name, reward, term.weight))
         identity[term.name] = known
-    return Judges(rewards, identity)
+    return Judges(rewards, identity, weights)
 
 
 def _model(

@@ -77,12 +77,20 @@ def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, 
 
 
 @pytest.mark.slow
-def test_preflight_compiles_the_update(commands):
+def test_preflight_compiles_the_three_programs(commands, folder):
+    file = folder / 'preflight.json'
     shown = commands.run(
         'preflight', '--config=configs/ppo.py:nano', '--topology=v5e:2x2', '--config.data.seq_len=128',
-        '--config.data.tokenizer=', '--config.model.vocab_size=512',
+        '--config.data.tokenizer=', '--config.model.vocab_size=512', '--config.rollout.mesh=tensor=4',
+        '--config.rollout.slots=4', f'--json={file}', '--config.lora.rank=2',
     ).succeeded()  # fmt: skip
-    assert 'fits' in shown.stdout
+    assert "the sampler's copy of the weights" in shown.stdout
+    report = json.loads(file.read_text())
+    for name in ('train', 'generate', 'score'):
+        assert report[name]['fits'] and 'all-gather' in report[name]['collectives']
+    # A fourth of nano in bfloat16, norms aside.
+    assert report['generate']['copy'] == pytest.approx(94_528 * 2 / 4, rel=0.1)
+    assert report['generate']['beside'] > report['generate']['copy'] and report['score']['beside'] > 0
 
 
 REFUSED = {
@@ -95,6 +103,10 @@ REFUSED = {
     'no variance': (
         {'recipe': 'grpo.py:nano,dapo', 'algorithm__rewards': 'missing_stop=0', 'rollout__max_new_tokens': 1},
         '10 times others were drawn, and still',
+    ),
+    'no memory': (
+        {'rollout__slots': 10**8},
+        '--config.rollout.mesh=tensor=N, or take more devices',
     ),
     'another sampler': ({'rollout__mesh': 'tensor=3'}, 'tensor=3'),
 }

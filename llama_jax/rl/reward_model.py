@@ -34,7 +34,7 @@ class ModelReward:
 
     def __init__(self, model: LlamaForRewardModel, params: Params):
         """Args: model: its partitioner, where it has one, places the rows. params: its weights."""
-        self._model, self._params = model, params
+        self._model, self.params = model, params
 
     def __call__(self, rollouts: Sequence[Rollout], records: Sequence[Record]) -> Float[np.ndarray, ' n']:
         """A `rewards.Reward`.
@@ -63,7 +63,7 @@ class ModelReward:
                 if partitioner is not None:
                     sharding = partitioner.sharding(('batch', 'length'), tokens.shape, 'batch')
                     arrays = [place_whole(array, sharding) for array in arrays]
-                found = np.asarray(_scores(of_shape, self._params, *arrays))
+                found = np.asarray(_scores(of_shape, self.params, *arrays))
                 for place, (prompt, answers) in enumerate(some):
                     end = len(prompt)
                     for index, answer in answers:
