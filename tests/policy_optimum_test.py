@@ -16,7 +16,8 @@ ALGORITHMS = {
     'k2': ('grpo.py:nano,dr_grpo', 'divergence=k2,weights=sequence'),
     'k3': ('grpo.py:nano,dr_grpo', 'divergence=k3,weights=sequence'),
 }
-# The embedding, which is the head, has an adapter too: behind one prompt all other weights move 320 logits in the 64 directions that it has.
+# The embedding, which is the head, has an adapter too: behind one prompt all other weights move 320 logits in the 64
+# directions that the head has.
 ADAPTERS = {'lora__rank': 8, 'lora__targets': 'all,embed', 'model__weights': 'float32'}
 MESH = {'mesh__fsdp': 2, 'mesh__tensor': 2}
 # Of what is drawn, and so of the probabilities that the sampler says.
