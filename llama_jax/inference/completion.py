@@ -180,21 +180,3 @@ def _score_json(score: TokenScore) -> dict[str, Any]:
 def finite(log_probability: float | None) -> float | None:
     """As JSON shows it: `FLOOR` for what is no finite number."""
     return log_probability if log_probability is None or math.isfinite(log_probability) else FLOOR
-
-
-def text_offsets(tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int] = ()) -> list[int]:
-    """Where the text of each token begins in that of all of them.
-
-    A character whose bytes are in several tokens begins with the first. Where only whole rows can be decoded, all begin
-    at 0.
-
-    Args:
-      tokenizer: any.
-      tokens: ids.
-      prompt: those before them, after which they may read differently.
-    """
-    row, offsets, length = Detokenizer(tokenizer, prompt), [], 0
-    for token in tokens:
-        offsets.append(length)
-        length += len(row.push([token]))
-    return offsets

@@ -55,10 +55,6 @@ class Rows:
     seen: Int[Array, 'B V'] | None
     settings: SamplerRows
 
-    def with_cache(self, cache: KVCache) -> 'Rows':
-        """With another cache, of the same rows."""
-        return dataclasses.replace(self, cache=cache)
-
 
 @flax.struct.dataclass
 class Begun:
@@ -311,12 +307,11 @@ def decode(
     return rows, readable(model, dataclasses.replace(steps, running=rows.running))
 
 
-def readable(model: LlamaForCausalLM, steps: Any) -> Any:
-    """On every process."""
+def readable(model: LlamaForCausalLM, found: Any) -> Any:
+    """So that every process can read all of it."""
     if model.partitioner is None:
-        return steps
-    everywhere = model.partitioner.sharding()
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), steps)
+        return found
+    return jax.lax.with_sharding_constraint(found, model.partitioner.sharding())
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'num_stops', 'adjusts'))

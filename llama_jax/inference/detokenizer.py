@@ -19,7 +19,6 @@ class Detokenizer:
     looks for from the beginning.
 
     Attributes:
-      num_ids: how many were pushed.
       stopped_by: the stop string that has come; what is pushed further adds nothing.
     """
 
@@ -36,7 +35,6 @@ class Detokenizer:
         """
         if '' in stop:
             raise InputError("a stop text is '', which every text begins with; give at least one character")
-        self.num_ids = 0
         self.stopped_by: str | None = None
         self._vocab_size = tokenizer.vocab_size
         spelling = spelling_of(tokenizer)
@@ -47,16 +45,9 @@ class Detokenizer:
         self._first_letters = {text[0] for text in stop}
         self._held = ''
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop string has come."""
-        return self.stopped_by is not None
-
     def push(self, ids: Iterable[int]) -> str:
         """The text that is certain after `ids`, so far as it was not given before."""
-        ids = list(ids)
-        self.num_ids += len(ids)
-        if self.is_stopped:
+        if self.stopped_by is not None:
             return ''
         tokens = [id for id in ids if id < self._vocab_size]  # a row of the embedding may stand for no token
         text = self._held + self._row.add(tokens)
@@ -65,14 +56,14 @@ class Detokenizer:
         if isinstance(self._row, _Whole):
             text = self._row.end()
         length = self._certain(text)
-        if isinstance(self._row, _Whole) and not self.is_stopped:
+        if isinstance(self._row, _Whole) and self.stopped_by is None:
             return ''
         self._held = text[length:]
         return text[:length]
 
     def flush(self) -> str:
         """The rest, after the last id; an incomplete character is U+FFFD."""
-        if self.is_stopped:
+        if self.stopped_by is not None:
             return ''
         text = self._held + self._row.end()
         before = before_stop(text, self._stop)

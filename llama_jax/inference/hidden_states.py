@@ -72,7 +72,4 @@ def _read(
 ) -> Float[Array, 'layers B T D']:
     (last, _), seen = model.apply({'params': params}, tokens, method='hidden', mutable='residual')
     states = [*seen['residual']['into_layer'], last]
-    found = jnp.stack([states[layer].astype(jnp.float32) for layer in layers])
-    if model.partitioner is not None:  # so that every process can read all of them
-        found = jax.lax.with_sharding_constraint(found, model.partitioner.sharding())
-    return found
+    return decoding.readable(model, jnp.stack([states[layer].astype(jnp.float32) for layer in layers]))

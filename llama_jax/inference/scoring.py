@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.inference.decoding import readable
 from llama_jax.inference.prompts import check_prompts
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.attention_shared_prefix import SHARED
@@ -365,7 +366,4 @@ def _score(
     start = _Found(
         *map(jnp.zeros, (each, each, several, several), (jnp.float32, bool, jnp.int32, jnp.float32))
     )
-    found = jax.lax.fori_loop(0, (num_targets + size - 1) // size, chunk, start)
-    if model.partitioner is not None:  # so that every process can read all of them
-        found = jax.lax.with_sharding_constraint(found, model.partitioner.sharding())
-    return found
+    return readable(model, jax.lax.fori_loop(0, (num_targets + size - 1) // size, chunk, start))

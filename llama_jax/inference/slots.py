@@ -99,7 +99,7 @@ class Slots:
         """Reads pieces of prompts by a program for so many of `width` tokens; all begin their rows, or none."""
         rows = self._fitted()
         cache, last = decoding.extend(self._model, self._weights, rows.cache, *self._arrays(pieces, width))
-        self._rows = rows.with_cache(cache)
+        self._rows = dataclasses.replace(rows, cache=cache)
         return last
 
     def _arrays(self, pieces: Sequence[Piece], width: int) -> tuple[Any, ...]:
@@ -132,13 +132,17 @@ class Slots:
 
     def decode(self, slots: Collection[int], num_steps: int) -> decoding.Steps:
         """Some steps of the rows in these slots; all others stop."""
-        rows = self._fitted()
-        others = np.ones(len(rows.token), bool)
-        others[list(slots)] = False
+        done = self._all_but(slots)
         self._rows, steps = decoding.decode(
-            self._model, self._weights, rows, self._place(others), np.int32(num_steps), self._num_candidates
+            self._model, self._weights, self._fitted(), done, np.int32(num_steps), self._num_candidates
         )
         return steps
+
+    def _all_but(self, slots: Collection[int]) -> np.ndarray | Array:
+        """Of every row, whether it is in none of these slots."""
+        others = np.ones(len(self._fitted().token), bool)
+        others[list(slots)] = False
+        return self._place(others)
 
     def copy(self, slot: int, begin: int, width: int) -> Any:
         """Keys and values of some tokens, which `put` takes."""
@@ -148,7 +152,7 @@ class Slots:
         """What `copy` gave goes into a slot, which then has `length` tokens."""
         rows = self._fitted()
         cache = decoding.put_block(rows.cache, np.int32(slot), np.int32(begin), block, np.int32(length))
-        self._rows = rows.with_cache(cache)
+        self._rows = dataclasses.replace(rows, cache=cache)
 
     def to_device(self, block: Any) -> Any:
         """What `copy` gave, from the host to where it came from."""

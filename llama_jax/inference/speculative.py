@@ -321,11 +321,8 @@ class SpeculativeSlots(Slots):
         return super().read(pieces, width)
 
     def decode(self, slots: Collection[int], num_steps: int) -> Steps:
-        rows = self._fitted()
-        others = np.ones(len(rows.token), bool)
-        others[list(slots)] = False
         self._rows, self._memory, steps, passes = decode(
-            self._model, self._weights, self._proposer, rows, self._remembered(), self._place(others),
+            self._model, self._weights, self._proposer, self._fitted(), self._remembered(), self._all_but(slots),
             np.int32(num_steps), self._num_candidates,
         )  # fmt: skip
         self.given += int(np.sum(jax.device_get(steps.count)))

@@ -52,7 +52,9 @@ def chain(stories, tmp_path_factory):
 def complete(path, **kwargs):
     config, params, tokenizer = llama_jax.load(path)
     model = llama_jax.LlamaForCausalLM(config)
-    return llama_jax.generate(model, params, tokenizer, [''], temperature=0.0, **kwargs)[0]
+    (text,) = llama_jax.generate(model, params, tokenizer, [''], temperature=0.0, **kwargs)
+    assert ''.join(llama_jax.stream(model, params, tokenizer, '', temperature=0.0, **kwargs)) == text
+    return text
 
 
 @pytest.mark.parametrize('file', ['stories260K.pt', 'stories260K.gguf'])

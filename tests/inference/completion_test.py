@@ -7,13 +7,13 @@ import pytest
 from llama_jax.inference import decoding
 from llama_jax.inference import generate as generation
 from llama_jax.inference.batcher import Ended, Request
-from llama_jax.inference.completion import Completion, Row, Watch, text_offsets
+from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.generate import complete, complete_each, generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.types import InputError
 from tests import toy
-from tests.inference.generate_test import PROMPTS, Letters, Spelled
+from tests.inference.generate_test import PROMPTS, Spelled
 
 CONTEXT = toy.CONFIG.max_seq_len
 
@@ -211,16 +211,6 @@ def test_what_json_shows_is_finite():
         ],
         'prompt_scores': [{'token': 1, 'log_probability': None}, {'token': 2, 'log_probability': -1.0}],
     }
-
-
-def test_each_token_begins_somewhere_in_the_text():
-    tokenizer = Spelled()
-    ids = [1, *tokenizer.encode('abQrS')]
-    text = tokenizer.decode(ids)
-    offsets = text_offsets(tokenizer, ids)
-    assert offsets == [0, 0, 1, 2, 4, 5] and text == 'ab Qr S'
-    assert text_offsets(tokenizer, ids[3:], ids[:3]) == [0, 2, 3]
-    assert text_offsets(Letters(), ids) == [0] * 6  # which can only decode all of them
 
 
 @pytest.mark.parametrize(
