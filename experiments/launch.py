@@ -15,7 +15,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import config_file
+from experiments.checkpoint import DTYPES
 from llama_jax import runtime, signals
+from llama_jax.tokenizer.chat_format import FORMATS
 from llama_jax.types import InputError, SystemFailure
 
 # Nothing is wrong with the command or the program: the disk, the quota, the cable.
@@ -81,6 +83,43 @@ def define_run() -> _Flags:
         ),
         xla_options=define_xla_options(),
     )
+
+
+def define_sampled_policy() -> _Flags:
+    """--checkpoint, --rewards and what else says how answers are drawn and judged; see `sampled_policy`."""
+    define_processes()
+    return _Flags(
+        checkpoint=define_path(
+            'checkpoint', None, 'the policy: anything that is a Llama, as for generate', required=True
+        ),
+        rewards=define_path(
+            'rewards', None, 'what answers are scored by, each with =WEIGHT: reward models, task:NAME, '
+            'FILE.py:function, helpfulness:CKPT with safety:CKPT, missing_stop, overlong:TOKENS', required=True,
+        ),
+        output=define_path('output', None, 'the file of what is kept, in JSON Lines', required=True),
+        samples=flags.DEFINE_integer('samples', 16, 'answers to a prompt, at each temperature'),
+        temperatures=flags.DEFINE_list('temperatures', ['1.0'], 'of the draws, by commas'),
+        max_new_tokens=flags.DEFINE_integer('max_new_tokens', 256, 'of an answer'),
+        chat_format=flags.DEFINE_enum(
+            'chat_format', '', ['', *FORMATS],
+            "how a conversation is spelled, as --config.data.format of sft; '': the family's",
+        ),
+        key_map=flags.DEFINE_string('key_map', '', 'keys of records, OURS=THEIRS by commas, as prompt=question'),
+        shard=flags.DEFINE_string('shard', '0/1', 'which part of the work, for several commands: 0/4 to 3/4'),
+        seed=flags.DEFINE_integer('seed', 0, 'of the draws'),
+        batch_size=flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', lower_bound=1),
+        allow_code_execution=flags.DEFINE_boolean(
+            'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
+        ),
+        tokenizer=define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        dtype=flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+        mesh=flags.DEFINE_list(
+            'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the other devices'
+        ),
+        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
+    )  # fmt: skip
 
 
 def define_processes() -> None:

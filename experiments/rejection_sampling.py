@@ -9,32 +9,22 @@ hotter ones, bring. The same command goes on where it was killed, prompt by prom
 """
 
 import contextlib
-import functools
-import hashlib
 import json
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.candidates import Asked, asked_of, complete, draw_all, from_pool, read_pool
-from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.candidates import Asked, asked_of, complete, from_pool, read_pool
 from experiments.config_file import split_list
-from experiments.prompt_file import check_output, open_output, parse_shard, write_answers
-from experiments.rewards import check_rewards, open_rewards, parse_rewards
-from experiments.settings import partitioner_of_flags
-from llama_jax import pretrained, runtime
+from experiments.prompt_file import open_output, write_answers
+from experiments.sampled_policy import SampledPolicy, hash_of, request_of
+from llama_jax import runtime
 from llama_jax.data.records import Prompted, parse_key_map, read_records
-from llama_jax.eval.engine import Engine
 from llama_jax.json_file import read_bytes
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
-from llama_jax.models.unstacked import unstack
 from llama_jax.rl.context_distillation import default_preprompts, distilled_lines
 from llama_jax.rl.rejection import (
     KEEPS,
@@ -46,23 +36,11 @@ from llama_jax.rl.rejection import (
     lines_of,
     plot_curves,
 )
-from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
-from llama_jax.tokenizer.chat_format import FORMATS, chat_format_for
-from llama_jax.tokenizer.protocol import required
+from llama_jax.rl.rollout import Rollout
 from llama_jax.types import InputError
 
-_CHECKPOINT = launch.define_path(
-    'checkpoint', None, 'the policy: anything that is a Llama, as for generate', required=True
-)
+_POLICY = launch.define_sampled_policy()
 _PROMPTS = launch.define_path('prompts', None, 'files of records to answer, by commas', required=True)
-_OUTPUT = launch.define_path('output', None, 'the file of what is kept, in JSON Lines', required=True)
-_REWARDS = launch.define_path(
-    'rewards', None, 'what answers are scored by, each with =WEIGHT: reward models, task:NAME, FILE.py:function, '
-    'helpfulness:CKPT with safety:CKPT, missing_stop, overlong:TOKENS', required=True,
-)  # fmt: skip
-_SAMPLES = flags.DEFINE_integer('samples', 16, 'answers to a prompt, at each temperature')
-_TEMPERATURES = flags.DEFINE_list('temperatures', ['1.0'], 'of the draws, by commas')
-_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'of an answer')
 _KEEP = flags.DEFINE_enum('keep', 'best', KEEPS, 'best; best and worst as a pair; all from --threshold on')
 _THRESHOLD = flags.DEFINE_float('threshold', None, 'with --keep=threshold: the least score')
 _POOL = launch.define_path(
@@ -75,26 +53,6 @@ _PREPROMPTS = launch.define_path(
     '',
     'context distillation: a file of texts, a line each, or default: answers are drawn behind each and learnt without',
 )
-_CHAT_FORMAT = flags.DEFINE_enum(
-    'chat_format',
-    '',
-    ['', *FORMATS],
-    "how a conversation is spelled, as --config.data.format of sft; '': the family's",
-)
-_KEY_MAP = flags.DEFINE_string('key_map', '', 'keys of --prompts, OURS=THEIRS by commas, as prompt=question')
-_SHARD = flags.DEFINE_string('shard', '0/1', 'which part of the prompts, for several commands: 0/4 to 3/4')
-_SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', lower_bound=1)
-_ALLOW_CODE = flags.DEFINE_boolean(
-    'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
-)
-_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_MESH = flags.DEFINE_list(
-    'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the other devices'
-)
-_AXIS_RULES = flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)")
-launch.define_processes()
 
 logger = logging.getLogger('llama_jax.rejection_sampling')
 
@@ -102,24 +60,14 @@ logger = logging.getLogger('llama_jax.rejection_sampling')
 def main() -> None:
     """Refuses, loads, draws and scores prompt by prompt, writes."""
     runtime.enable_compilation_cache()
+    given = _POLICY.value
     with runtime.refused_by_all():
-        names = ('samples', 'temperatures', 'max_new_tokens', 'batch_size', 'threshold', 'shard')
-        with launch.flags_named(*(f'--{name}' for name in names)):
-            temperatures = _temperatures(_TEMPERATURES.value)
-            sampling = Sampling(
-                temperatures[0], _MAX_NEW_TOKENS.value, _SAMPLES.value, _BATCH_SIZE.value, temperatures[1:]
-            )
-            keep, shard = Keep(_KEEP.value, _THRESHOLD.value), parse_shard(_SHARD.value)
-        with launch.flags_named('--rewards', '--allow_code_execution'):
-            terms = parse_rewards(_REWARDS.value)
-            check_rewards(terms, _ALLOW_CODE.value)
-        with launch.flags_named('--output'):
-            if runtime.is_main_process():
-                check_output(_OUTPUT.value)
+        request = request_of(given)
+        with launch.flags_named('--threshold'):
+            keep = Keep(_KEEP.value, _THRESHOLD.value)
         with launch.flags_named('--prompts', '--key_map'):
-            records = list(
-                read_records(split_list(_PROMPTS.value), kind=Prompted, key_map=parse_key_map(_KEY_MAP.value))
-            )
+            key_map = parse_key_map(given['key_map'])
+            records = list(read_records(split_list(_PROMPTS.value), kind=Prompted, key_map=key_map))
         with launch.flags_named('--pool'):
             pool = read_pool(split_list(_POOL.value))
         with launch.flags_named('--preprompts'):
@@ -129,82 +77,27 @@ def main() -> None:
                 f'--preprompts={_PREPROMPTS.value} keeps what scores above the answers without them; give neither '
                 '--keep=threshold nor --pool beside it'
             )
-        partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
-    dtype = DTYPES[dtype_name(_DTYPE.value)]
-    with launch.flags_named('--checkpoint', '--tokenizer'):
-        opened = open_with_tokenizer(_CHECKPOINT.value, _TOKENIZER.value)
-        tokenizer = required(
-            pretrained.load_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else opened.tokenizer
-        )
-        model = LlamaForCausalLM(opened.config, dtype=dtype, partitioner=partitioner)
-    with launch.flags_named('--mesh', '--axis_rules'):
-        partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
-    with launch.flags_named('--chat_format'):
-        chat_format = chat_format_for(tokenizer, _CHAT_FORMAT.value)
+    policy = SampledPolicy(request)
     with launch.flags_named('--prompts', '--preprompts'):
-        asked = asked_of(records, chat_format, shard, preprompts)
-    everything = [ids for one in asked for ids in (one.ids, *(ids for _, ids in one.behind))]
+        asked = asked_of(records, policy.chat_format, request.shard, preprompts)
     with launch.flags_named('--prompts', '--max_new_tokens'):
-        check_room(everything, sampling.max_new_tokens, opened.config.max_seq_len)
-    with launch.flags_named('--checkpoint', '--tokenizer'):
-        _, params, _ = pretrained.load(
-            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=_TOKENIZER.value
-        )
-    fingerprint = Engine(model, params, tokenizer).fingerprint
-    weights = unstack(params, dtype, delete=True)
-    with launch.flags_named('--rewards'):
-        judges = open_rewards(
-            terms, tokenizer=tokenizer, max_new_tokens=sampling.max_new_tokens, partitioner=partitioner, dtype=dtype,
-            allow_code=_ALLOW_CODE.value, whitened=False,
-        )  # fmt: skip
-    stop_ids = tuple(sorted({*tokenizer.stop_ids, *chat_format.stop_ids}))
-    header = {
-        'model': fingerprint, 'prompts': _hash([[*map(vars, one.messages)] for one in records]),
-        'records': _hash([one.fields for one in records]), 'pool': _hash(sorted(pool.items())),
-        'preprompts': list(preprompts), 'shard': _SHARD.value, 'rewards': judges.identity,
-        'temperatures': list(temperatures), 'samples': sampling.samples,
-        'max_new_tokens': sampling.max_new_tokens, 'batch_size': sampling.num_slots, 'seed': _SEED.value,
-        'chat_format': _CHAT_FORMAT.value, 'stop_ids': list(stop_ids),
+        policy.check_room([ids for one in asked for ids in (one.ids, *(ids for _, ids in one.behind))])
+    header = policy.load() | {
+        'prompts': hash_of([[*map(vars, one.messages)] for one in records]),
+        'records': hash_of([one.fields for one in records]), 'pool': hash_of(sorted(pool.items())),
+        'preprompts': list(preprompts),
     }  # fmt: skip
     with contextlib.ExitStack() as at_exit:
         with launch.flags_named('--output'):
-            log = at_exit.enter_context(open_output(_OUTPUT.value, header))
-
-        def drawn(some: Sequence[Asked]) -> Iterator[list[Rollout]]:
-            draw = functools.partial(
-                rollouts_by_record,
-                model,
-                weights,
-                tokenizer,
-                sampling=sampling,
-                seed=_SEED.value,
-                stop_ids=stop_ids,
-            )
-            return draw_all(some, lambda ids, numbers: draw(ids, records=numbers))
+            log = at_exit.enter_context(open_output(given['output'], header))
 
         def joined(one: Asked) -> list[tuple[Rollout, str]]:
-            first = len(sampling.temperatures) * (1 + len(one.behind))
-            return from_pool(one, pool.get(one.key, []), chat_format, stop_ids, first)
+            first = len(request.sampling.temperatures) * (1 + len(one.behind))
+            return from_pool(one, pool.get(one.key, []), policy.chat_format, policy.stop_ids, first)
 
-        found = complete(asked, log, judges, sampling, drawn, joined)
+        found = complete(asked, log, policy.judges, request.sampling, policy.drawn, joined)
         if runtime.is_main_process():
-            write(found, asked, keep, _OUTPUT.value)
-
-
-def _temperatures(given: Sequence[str]) -> tuple[float, ...]:
-    try:
-        found = tuple(float(one) for one in given)
-    except ValueError:
-        found = ()
-    if not found or len(set(found)) < len(found) or not all(1e-6 <= one < math.inf for one in found):
-        raise InputError(
-            f'temperatures are {",".join(given)!r}; write different numbers above 0 by commas, as in 0.7,1.0,1.3'
-        )
-    return found
-
-
-def _hash(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            write(found, asked, keep, given['output'])
 
 
 def read_preprompts(path: str) -> tuple[str, ...]:

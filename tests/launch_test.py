@@ -29,7 +29,7 @@ NO_PATHS = {
     'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
     'decode_model', 'generator_model', 'finetune_model', 'finetune_parts', 'finetune_read', 'finetune_remat',
     'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
-    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format',
+    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe',
 }  # fmt: skip
 
 
@@ -64,10 +64,11 @@ def test_no_flag_is_of_all_commands():
         if isinstance(node, ast.Assign)
     ]
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
-    joins = re.compile(r'launch\.define_(processes|run)\(\)')
+    joins = re.compile(r'launch\.define_(processes|run|sampled_policy)\(\)')
     joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
     assert joining == [
-        'dpo', 'evaluate', 'generate', 'ppo', 'pretrain', 'rejection_sampling', 'reward_model', 'sft',
+        'dpo', 'evaluate', 'generate', 'ghost_attention', 'ppo', 'pretrain', 'rejection_sampling', 'reward_model',
+        'sft',
     ]  # fmt: skip
 
 

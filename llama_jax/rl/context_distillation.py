@@ -34,17 +34,22 @@ def default_preprompts() -> tuple[str, ...]:
     return (*(f'You are a {words} assistant.' for words in described), ANSWER_TEMPLATE)
 
 
-def with_preprompt(messages: Messages, preprompt: str) -> Messages:
-    """The conversation with the preprompt before the user's first words.
+def with_preprompt(messages: Messages, preprompt: str, *, everywhere: bool = False) -> Messages:
+    """The conversation with the preprompt before the user's first words, or before each message by the user.
 
     Raises:
       InputError: the user says nothing in it.
     """
-    for place, message in enumerate(messages):
-        if message.role == 'user':
-            said = dataclasses.replace(message, content=f'{preprompt}\n\n{message.content}')
-            return (*messages[:place], said, *messages[place + 1 :])
-    raise InputError('the conversation has no message by the user, before which a preprompt could stand')
+    places = [place for place, message in enumerate(messages) if message.role == 'user']
+    if not places:
+        raise InputError('the conversation has no message by the user, before which a preprompt could stand')
+    behind = places if everywhere else places[:1]
+    return tuple(
+        dataclasses.replace(message, content=f'{preprompt}\n\n{message.content}')
+        if place in behind
+        else message
+        for place, message in enumerate(messages)
+    )
 
 
 def distilled_lines(prompt: Any, candidates: Sequence[Candidate], keep: Keep) -> list[dict[str, Any]]:

@@ -1,0 +1,146 @@
+"""A policy that is sampled and judged, by flags: what is wrong with them is said before anything is loaded."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments.candidates import Asked, draw_all
+from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.launch import flags_named
+from experiments.prompt_file import check_output, parse_shard
+from experiments.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
+from experiments.settings import partitioner_of_flags
+from llama_jax import pretrained, runtime
+from llama_jax.eval.engine import Engine
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.models.unstacked import unstack
+from llama_jax.partitioning import Partitioner
+from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
+from llama_jax.tokenizer.chat_format import ChatFormat, chat_format_for
+from llama_jax.tokenizer.protocol import Tokenizer, required
+from llama_jax.types import InputError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the flags ask for, nothing of which is loaded.
+
+    Attributes:
+      given: the flags of `launch.define_sampled_policy` by name.
+      sampling: how answers are drawn.
+      terms: rewards.
+      shard: (which part, of how many).
+      partitioner: places weights and rows.
+    """
+
+    given: dict[str, Any]
+    sampling: Sampling
+    terms: list[Term]
+    shard: tuple[int, int]
+    partitioner: Partitioner
+
+
+def request_of(given: dict[str, Any]) -> Request:
+    """Raises InputError where flags are wrong by themselves, or the output cannot be written."""
+    names = ('samples', 'temperatures', 'max_new_tokens', 'batch_size', 'shard')
+    with flags_named(*(f'--{name}' for name in names)):
+        temperatures = _temperatures(given['temperatures'])
+        sampling = Sampling(
+            temperatures[0], given['max_new_tokens'], given['samples'], given['batch_size'], temperatures[1:]
+        )
+        shard = parse_shard(given['shard'])
+    with flags_named('--rewards', '--allow_code_execution'):
+        terms = parse_rewards(given['rewards'])
+        check_rewards(terms, given['allow_code_execution'])
+    with flags_named('--output'):
+        if runtime.is_main_process():
+            check_output(given['output'])
+    return Request(given, sampling, terms, shard, partitioner_of_flags(given['mesh'], given['axis_rules']))
+
+
+def _temperatures(given: Sequence[str]) -> tuple[float, ...]:
+    try:
+        found = tuple(float(one) for one in given)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(1e-6 <= one < math.inf for one in found):
+        raise InputError(
+            f'temperatures are {",".join(given)!r}; write different numbers above 0 by commas, as in 0.7,1.0,1.3'
+        )
+    return found
+
+
+class SampledPolicy:
+    """A policy opened by its request; `load` brings its weights and its judges."""
+
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    stop_ids: tuple[int, ...]
+    judges: Judges
+
+    def __init__(self, request: Request):
+        """Raises InputError where the checkpoint, its tokenizer or its place do not fit what is asked for."""
+        given, self.request = request.given, request
+        self._dtype = DTYPES[dtype_name(given['dtype'])]
+        with flags_named('--checkpoint', '--tokenizer'):
+            self._opened = open_with_tokenizer(given['checkpoint'], given['tokenizer'])
+            self.tokenizer = required(
+                pretrained.load_tokenizer(given['tokenizer'])
+                if given['tokenizer']
+                else self._opened.tokenizer
+            )
+            self._model = LlamaForCausalLM(
+                self._opened.config, dtype=self._dtype, partitioner=request.partitioner
+            )
+        with flags_named('--mesh', '--axis_rules'):
+            request.partitioner.tree_shardings(*abstract_params_and_axes(self._model))
+        with flags_named('--chat_format'):
+            self.chat_format = chat_format_for(self.tokenizer, given['chat_format'])
+        self.stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *self.chat_format.stop_ids}))
+        self._weights: Params = {}
+
+    def check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises InputError where a prompt leaves no room for an answer."""
+        check_room(prompts, self.request.sampling.max_new_tokens, self._opened.config.max_seq_len)
+
+    def load(self) -> dict[str, Any]:
+        """Loads the weights and the judges; what answers and their scores follow from, beside the prompts."""
+        given, sampling = self.request.given, self.request.sampling
+        with flags_named('--checkpoint', '--tokenizer'):
+            _, params, _ = pretrained.load(
+                self._opened, partitioner=self.request.partitioner, dtype=jnp.dtype(self._dtype),
+                tokenizer=given['tokenizer'],
+            )  # fmt: skip
+        fingerprint = Engine(self._model, params, self.tokenizer).fingerprint
+        self._weights = unstack(params, self._dtype, delete=True)
+        with flags_named('--rewards'):
+            self.judges = open_rewards(
+                self.request.terms, tokenizer=self.tokenizer, max_new_tokens=sampling.max_new_tokens,
+                partitioner=self.request.partitioner, dtype=self._dtype, allow_code=given['allow_code_execution'],
+                whitened=False,
+            )  # fmt: skip
+        return {
+            'model': fingerprint, 'shard': given['shard'], 'rewards': self.judges.identity,
+            'temperatures': [sampling.temperature, *sampling.ladder], 'samples': sampling.samples,
+            'max_new_tokens': sampling.max_new_tokens, 'batch_size': sampling.num_slots, 'seed': given['seed'],
+            'chat_format': given['chat_format'], 'stop_ids': list(self.stop_ids),
+        }  # fmt: skip
+
+    def drawn(self, asked: Sequence[Asked]) -> Iterator[list[Rollout]]:
+        """All answers to each prompt, as soon as they are there."""
+        draw = functools.partial(
+            rollouts_by_record, self._model, self._weights, self.tokenizer, sampling=self.request.sampling,
+            seed=self.request.given['seed'], stop_ids=self.stop_ids,
+        )  # fmt: skip
+        return draw_all(asked, lambda ids, numbers: draw(ids, records=numbers))
+
+
+def hash_of(values: Any) -> str:
+    """The same for the same values, such as those of a file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
