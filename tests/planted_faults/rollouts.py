@@ -6,6 +6,7 @@ _DRAWN = 'rl/rollout_test.py::test_log_probabilities_are_of_the_distribution_tha
 _SAFETY = (
     'rl/rewards_test.py::test_safety_comes_first_where_a_record_is_tagged_or_its_score_is_below_the_threshold'
 )
+_GHOST = 'rl/ghost_attention_test.py::test_{}'
 
 # fmt: off
 FAULTS: tuple[Fault, ...] = (
@@ -38,5 +39,19 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/rl/context_distillation.py',
         ('distillation: kept without a rise',
          'rl/context_distillation_test.py::test_only_what_scores_above_all_without_is_kept',
-         'best[0].score <= original[0].score', 'best[0].score < original[0].score')),
+         'best[0].score <= original[0].score', 'best[0].score < original[0].score'),
+        ('ghost attention: while answers are drawn the instruction stands once', _GHOST.format(
+            'while_answers_are_drawn_it_stands_before_every_message_by_the_user'),
+         'places if everywhere else places[:1]', 'places[:1]')),
+    *faults_in('llama_jax/rl/ghost_attention.py',
+        ('ghost attention: answers in between are learnt', _GHOST.format(
+            'what_is_learnt_has_it_once_and_the_weight_of_the_last_answer_alone'),
+         'int(number == len(said) - 1)', "int(message.role == 'assistant')"),
+        ('ghost attention: two constraints of a kind', _GHOST.format(
+            'instructions_combine_kinds_and_every_second_one_is_terse'),
+         'kinds = [list(by_kind)[place] for place in rng.permutation(len(by_kind))[:number]]',
+         'kinds = rng.choice(list(by_kind), number).tolist()'),
+        ('ghost attention: a prompt stands twice in a dialog', _GHOST.format(
+            'every_prompt_stands_once_at_every_turn_and_never_twice_in_a_dialog'),
+         'order[(first + shifts[turn % number]) % number]', 'order[(first * turn + shifts[0]) % number]')),
 )
