@@ -96,6 +96,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason='needs an accelerator (GPU or TPU)'))
 
 
+class SharedData(type(pathlib.Path())):
+    """A folder, of which `tests.fetch_data` brings what is public: a test that reads what is not there is skipped."""
+
+    def __truediv__(self, name):
+        path = super().__truediv__(name)
+        if not path.exists():
+            pytest.skip(f'no shared data at {path}; python -m tests.fetch_data brings what is public')
+        return path
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
     """Folder of public data and small real weights: $LLAMA_JAX_SHARED_DATA, or ../shared/data beside the checkout."""
@@ -103,7 +113,7 @@ def shared_data() -> pathlib.Path:
     path = pathlib.Path(os.environ.get('LLAMA_JAX_SHARED_DATA') or beside)
     if not path.is_dir():
         pytest.skip(f'no shared data at {path}; set LLAMA_JAX_SHARED_DATA to its folder')
-    return path
+    return SharedData(path)
 
 
 @pytest.fixture(scope='module')
