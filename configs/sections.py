@@ -177,8 +177,8 @@ def optimizer() -> ConfigDict:
     section.learning_rate = 3e-4  # peak
     section.warmup_steps = 2000  # linear from 0
     section.final_fraction = 0.1  # of the peak, at the end of the cosine
-    section.beta1 = 0.9
-    section.beta2 = 0.95
+    section.beta1 = 0.9  # of the running mean of gradients
+    section.beta2 = 0.95  # of the running mean of their squares
     section.eps = 1e-5  # Llama 2's; LLaMA 1 does not publish its own
     section.weight_decay = 0.1  # not on norms
     section.clip_norm = 1.0  # global gradient norm; 0: no clipping
@@ -224,7 +224,7 @@ def log() -> ConfigDict:
     """What is written of a run beside its checkpoints."""
     section = ConfigDict()
     section.every = 10  # steps
-    section.tensorboard = True
+    section.tensorboard = True  # its files, beside metrics.jsonl
     section.wandb = ''  # project name; '': off
     section.profile_start = 0  # first step of a profiler trace
     section.profile_steps = 0  # its length; 0: none

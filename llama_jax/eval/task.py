@@ -306,11 +306,11 @@ def multiple_choice(
     """A task that is answered by the most likely of several continuations of one question.
 
     Its metrics (the share of documents whose best choice is right, best by):
-      acc: log-probability.
-      acc_norm: log-probability per character, as lm-evaluation-harness's acc_norm and the LLaMA paper (section 3).
-      acc_bytes: per UTF-8 byte, lm-evaluation-harness's acc_bytes.
-      acc_answer: log P(choice | question) - log P(choice | 'Answer:'), the LLaMA paper's rule for OpenBookQA and
-        BoolQ, after GPT-3; only with `unconditional`.
+    - acc: log-probability.
+    - acc_norm: log-probability per character, as lm-evaluation-harness's acc_norm and the LLaMA paper (section 3).
+    - acc_bytes: per UTF-8 byte, lm-evaluation-harness's acc_bytes.
+    - acc_answer: log P(choice | question) - log P(choice | 'Answer:'), the LLaMA paper's rule for OpenBookQA and
+      BoolQ, after GPT-3; only with `unconditional`.
 
     Args:
       name: of the task.
