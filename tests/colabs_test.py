@@ -19,7 +19,7 @@ COLABS = pathlib.Path(__file__).resolve().parents[1] / 'colabs'
 NAMES = sorted(file.stem for file in COLABS.glob('*.ipynb'))
 MAX_CELLS, MAX_LINES, MAX_BYTES = 60, 15, 200_000
 # That are promised, as PNG of more than one colour.
-FIGURES = {'quickstart': 1, 'pretrain': 2, 'inside': 4}
+FIGURES = {'quickstart': 1, 'pretrain': 2, 'inside': 4, 'pods': 4, 'formats': 2, 'evaluate': 3}
 
 
 def normal(book) -> str:
@@ -101,6 +101,9 @@ def parameters_for(name, shared_data):
     return {
         'quickstart': model | {'NEW_TOKENS': 12},
         'inside': model,
+        'formats': model,
+        'evaluate': model | {'DATA_DIR': str(shared_data / 'eval'), 'LIMIT': 40},
+        'pods': {'CKPT': model['CKPT']},
         'pretrain': {
             'TEXT': str(shared_data / 'text/tinyshakespeare.txt'), 'TOKENIZER': model['TOKENIZER'],
             'SEQ_LEN': 64, 'BATCH_SIZE': 8, 'STEPS': 40, 'SAMPLE_EVERY': 20, 'PROMPT': 'O Romeo', 'RUN_STEPS': 9,

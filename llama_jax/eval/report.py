@@ -1,14 +1,16 @@
 """Results as people read them: a table, the same beside published scores, and a plot of the two."""
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from llama_jax.eval.published import Comparison, binomial_interval, is_share, to_markdown
 from llama_jax.eval.tasks import find_task
 from llama_jax.storage import write_atomically
+
+if TYPE_CHECKING:
+    from llama_jax.figures.chart import Chart
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -50,14 +52,17 @@ def to_report(title: str, results: Results, compared_to: str, rows: Sequence[Com
     return '\n\n'.join(parts).rstrip() + '\n'
 
 
-def plot_comparison(path: epath.PathLike, compared_to: str, rows: Sequence[Comparison]) -> None:
-    """Draws ours, with its interval, beside theirs, as a PNG."""
-    import matplotlib
+def comparison_chart(compared_to: str, rows: Sequence[Comparison]) -> 'Chart':
+    """Ours, with its interval, beside theirs: what a notebook shows.
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    Args:
+      compared_to: name of the published model.
+      rows: the comparison with it.
+    """
+    from llama_jax.figures.chart import Chart  # it takes long to load
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.45 * len(rows)), layout='constrained')
+    chart = Chart(figsize=(8, 1.5 + 0.45 * len(rows)), layout='constrained')
+    axes = chart.subplots()
     places = range(len(rows))
     ours = [100 * row.ours for row in rows]
     bounds = [row.interval or (row.ours, row.ours) for row in rows]
@@ -78,7 +83,9 @@ def plot_comparison(path: epath.PathLike, compared_to: str, rows: Sequence[Compa
     axes.set(xlabel='percent', title=f'Beside {compared_to}{starred}')
     axes.grid(axis='x', alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
-    write_atomically(epath.Path(path), image.getvalue())
+    return chart
+
+
+def plot_comparison(path: epath.PathLike, compared_to: str, rows: Sequence[Comparison]) -> None:
+    """Draws ours beside theirs, as a PNG."""
+    write_atomically(epath.Path(path), comparison_chart(compared_to, rows)._repr_png_())

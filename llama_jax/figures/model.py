@@ -1,11 +1,7 @@
-"""Figures of a model and its training, for a notebook; none of them touches what others have drawn.
-
-Each returns a `matplotlib.figure.Figure` that a cell shows as it is, with a title, and units at its axes.
-"""
+"""Figures of a model: its tokens, what comes next, where it looks, what each layer would say, how it counts places."""
 
 import dataclasses
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from matplotlib.figure import Figure
 
+from llama_jax.figures.chart import Chart, Page, heat_map, plain
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.inspect import inspect
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
@@ -22,32 +18,9 @@ from llama_jax.ops.linear import einsum
 from llama_jax.ops.normalization import rms_norm
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 _PAPER = ('#fde2e4', '#e2ece9', '#dfe7fd', '#fff1e6', '#eae4e9')
-
-
-class Chart(Figure):
-    """A figure that a notebook shows whatever backend it has."""
-
-    def _repr_png_(self) -> bytes:
-        image = io.BytesIO()
-        self.savefig(image, format='png', dpi=100)
-        return image.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """A piece of HTML; printed, it is its plain text."""
-
-    source: str
-    text: str
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:
-        return self.source
 
 
 def tokens_in_colours(
@@ -91,7 +64,7 @@ def next_tokens(
     axes = chart.subplots()
     axes.barh(_labels(tokenizer, likely.tolist()), probabilities[likely])
     axes.invert_yaxis()
-    axes.set(xlabel='probability', ylabel='next token', title=f'after {_plain(prompt[-50:])}')
+    axes.set(xlabel='probability', ylabel='next token', title=f'after {plain(prompt[-50:])}')
     return chart
 
 
@@ -134,71 +107,13 @@ def logit_lens(model: LlamaForCausalLM, params: Params, tokenizer: Tokenizer, te
         jax.nn.softmax(einsum('btd,vd->btv', normed, head_weight(params), jnp.float32))
     )
     best, tops = probabilities.argmax(-1), probabilities.max(-1)
-    title = f'what each layer would say next: {_plain(text[-40:])}'
+    title = f'what each layer would say next: {plain(text[-40:])}'
     unit = 'probability of its best token'
     chart = heat_map(tops, title, unit, 'after the token', 'layer', _labels(tokenizer, ids))
     for layer, place in np.ndindex(*best.shape):
         colour = 'black' if tops[layer, place] > 0.6 else 'white'
         name = _labels(tokenizer, [int(best[layer, place])])[0][:8]
         chart.axes[0].text(place, layer, name, ha='center', va='center', fontsize=6, color=colour)
-    return chart
-
-
-def heat_map(
-    values: Float[np.ndarray, 'rows columns'],
-    title: str,
-    unit: str,
-    columns: str,
-    rows: str,
-    column_labels: Sequence[str] = (),
-) -> Chart:
-    """A matrix in colours.
-
-    Args:
-      values: any.
-      title: above.
-      unit: of the values.
-      columns: what stands side by side.
-      rows: what stands below each other.
-      column_labels: names of the columns.
-    """
-    height, width = np.shape(values)
-    chart = Chart(figsize=(min(12, 0.5 * width + 2.5), min(10, 0.4 * height + 1.8)), layout='constrained')
-    axes = chart.subplots()
-    drawn = axes.imshow(np.asarray(values), aspect='auto', cmap='viridis')
-    axes.set(xlabel=columns, ylabel=rows, title=title)
-    axes.set_yticks(range(height))
-    if column_labels:
-        axes.set_xticks(range(width), column_labels, rotation=60, ha='right', fontsize=8)
-    chart.colorbar(drawn, ax=axes, label=unit)
-    return chart
-
-
-def curves(
-    figures: Mapping[str, Sequence[float]], units: Mapping[str, str], title: str = 'training'
-) -> Chart:
-    """A run's figures over its steps, one above the other.
-
-    Args:
-      figures: columns with 'step' among them, as `train.metrics.metrics` gives them.
-      units: of the columns to draw, by name.
-      title: above.
-
-    Raises:
-      InputError: there is no such column.
-    """
-    if missing := [name for name in ('step', *units) if name not in figures]:
-        raise InputError(f'figures have no column {missing[0]!r}; they have {", ".join(figures)}')
-    chart = Chart(figsize=(7, 2 * len(units) + 0.6), layout='constrained')
-    panels = chart.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, unit) in zip(panels, units.items(), strict=True):
-        values = np.asarray(figures[name], float)
-        known = np.isfinite(values)
-        axes.plot(np.asarray(figures['step'])[known], values[known], marker='.' if known.sum() < 60 else '')
-        axes.set_ylabel(f'{name.replace("_", " ")}\n({unit})')
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel('step')
-    chart.suptitle(title)
     return chart
 
 
@@ -232,9 +147,4 @@ def _names_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def _labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Distinct short names of tokens for an axis."""
-    return [_plain(tokenizer.decode([token])) or f'<{token}>' for token in ids]
-
-
-def _plain(text: str) -> str:
-    """In letters that every font has, none of which is mathematics to matplotlib."""
-    return ascii(text)[1:-1].replace('$', r'\$')
+    return [plain(tokenizer.decode([token])) or f'<{token}>' for token in ids]
