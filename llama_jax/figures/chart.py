@@ -1,12 +1,14 @@
-"""A figure that shows itself in a notebook, a page of HTML, and a matrix in colours."""
+"""A figure that shows itself in a notebook, a page of HTML, a matrix in colours, curves over steps."""
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+
+from llama_jax.types import InputError
 
 
 class Chart(Figure):
@@ -59,6 +61,34 @@ def heat_map(
     if column_labels:
         axes.set_xticks(range(width), column_labels, rotation=60, ha='right', fontsize=8)
     chart.colorbar(drawn, ax=axes, label=unit)
+    return chart
+
+
+def curves(
+    figures: Mapping[str, Sequence[float]], units: Mapping[str, str], title: str = 'training'
+) -> Chart:
+    """A run's figures over its steps, one above the other.
+
+    Args:
+      figures: columns with 'step' among them, as `train.metrics.metrics` gives them.
+      units: of the columns to draw, by name.
+      title: above.
+
+    Raises:
+      InputError: there is no such column.
+    """
+    if missing := [name for name in ('step', *units) if name not in figures]:
+        raise InputError(f'figures have no column {missing[0]!r}; they have {", ".join(figures)}')
+    chart = Chart(figsize=(7, 2 * len(units) + 0.6), layout='constrained')
+    panels = chart.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, unit) in zip(panels, units.items(), strict=True):
+        values = np.asarray(figures[name], float)
+        known = np.isfinite(values)
+        axes.plot(np.asarray(figures['step'])[known], values[known], marker='.' if known.sum() < 60 else '')
+        axes.set_ylabel(f'{name.replace("_", " ")}\n({unit})')
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel('step')
+    chart.suptitle(title)
     return chart
 
 

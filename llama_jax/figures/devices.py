@@ -1,7 +1,7 @@
-"""Figures of a run: its curves, how its weights lie on the devices, what preflight says of its memory and its time."""
+"""Figures of devices: which holds what of the weights, what preflight says of their memory and of a step's time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,34 +19,6 @@ _PARTS = (
 _TERMS = {
     'compute': 'matrix products', 'hbm': 'main memory', 'ici': 'links within a slice', 'dcn': 'network between slices',
 }  # fmt: skip
-
-
-def curves(
-    figures: Mapping[str, Sequence[float]], units: Mapping[str, str], title: str = 'training'
-) -> Chart:
-    """A run's figures over its steps, one above the other.
-
-    Args:
-      figures: columns with 'step' among them, as `train.metrics.metrics` gives them.
-      units: of the columns to draw, by name.
-      title: above.
-
-    Raises:
-      InputError: there is no such column.
-    """
-    if missing := [name for name in ('step', *units) if name not in figures]:
-        raise InputError(f'figures have no column {missing[0]!r}; they have {", ".join(figures)}')
-    chart = Chart(figsize=(7, 2 * len(units) + 0.6), layout='constrained')
-    panels = chart.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, unit) in zip(panels, units.items(), strict=True):
-        values = np.asarray(figures[name], float)
-        known = np.isfinite(values)
-        axes.plot(np.asarray(figures['step'])[known], values[known], marker='.' if known.sum() < 60 else '')
-        axes.set_ylabel(f'{name.replace("_", " ")}\n({unit})')
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel('step')
-    chart.suptitle(title)
-    return chart
 
 
 def layouts(arrays: Mapping[str, jax.Array], title: str = 'which device holds what') -> Chart:
