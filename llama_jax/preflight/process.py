@@ -1,6 +1,7 @@
 """Preflight in a process of its own, so that who asks keeps the devices it has."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -9,6 +10,10 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from llama_jax.json_file import parse_json
+from llama_jax.storage import write_atomically
 from llama_jax.types import InputError, checked_names
 
 
@@ -41,7 +46,12 @@ class Report:
 
 @checked_names()
 def run(
-    config: str, topology: str, settings: Mapping[str, Any] | None = None, *, decode_batch: int = 0
+    config: str,
+    topology: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    decode_batch: int = 0,
+    keep: epath.PathLike = '',
 ) -> Report:
     """Compiles a configuration's step for TPUs that are not there, and says what it needs.
 
@@ -52,15 +62,33 @@ def run(
       topology: as 'v5e:4x4', '2xv5p:4x4x8' or 'v5p-256'.
       settings: keys of the configuration that are set otherwise, as {'train.batch_size': 256}.
       decode_batch: rows of a step of generation to compile too; 0: none.
+      keep: a file where the report stays, as compiling takes minutes: asked the same again, it is read.
 
     Raises:
       InputError: as the command refuses it.
     """
+    given = {'config': config, 'topology': topology, 'decode_batch': decode_batch}
+    given |= {f'config.{key}': value for key, value in (settings or {}).items()}
+    asked = {name: str(value) for name, value in given.items()}
+    asked |= {name: importlib.metadata.version(name) for name in ('llama_jax', 'jax')}
+    if keep and epath.Path(keep).exists():
+        kept = parse_json(epath.Path(keep).read_bytes(), str(keep))
+        if kept.get('asked') == asked:
+            return Report(**kept['report'])
+    report = _compiled(given)
+    if keep:
+        kept = {'asked': asked, 'report': dataclasses.asdict(report)}
+        epath.Path(keep).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(epath.Path(keep), json.dumps(kept, indent=1) + '\n')
+    return report
+
+
+def _compiled(given: Mapping[str, Any]) -> Report:
+    """What the command tells, given these flags."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'report.json')
-        given = {'config': config, 'topology': topology, 'json': file, 'decode_batch': decode_batch}
-        given |= {f'config.{key}': value for key, value in (settings or {}).items()}
-        command = [sys.executable, '-m', 'experiments.preflight', *(f'--{k}={v}' for k, v in given.items())]
+        flags = [f'--{name}={value}' for name, value in given.items()]
+        command = [sys.executable, '-m', 'experiments.preflight', *flags, f'--json={file}']
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
