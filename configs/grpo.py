@@ -2,7 +2,8 @@
 
 ALGORITHM is grpo (Shao et al. 2024: 64 answers to each of 16 prompts, one pass, beta 0.04, here of 8 to each of 64),
 dapo (Yu et al. 2025: 16 to each of 32 in use, 1e-6, an overlong penalty over the last part), dr_grpo, gspo, cispo, rloo
-or reinforce.
+or reinforce. Expect of grpo on DeepSeekMath-Instruct 7B: GSM8K from 82.9 to 88.2 %, MATH from 46.8 to 51.7 % (Shao
+et al., Table 5); of dapo on Qwen2.5 32B: AIME 2024 at 50 % (Yu et al., abstract). Neither tells the hours.
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,8 @@
 The recipes of the Llama 2 paper, section 3.2.2, which start from its chat checkpoints: one epoch, AdamW as in
 pretraining, 512 pairs in an update. Rows hold whole pairs, two or three at the paper's lengths: `train.batch_size`
 counts rows. Point `data.train` at your own files, and `data.weights` at how often each is drawn.
+Expect, of 70B, the better answer above the other in 63.2 % of Meta's helpful pairs (helpfulness) and 64.5 % of its safe
+ones (safety); of Anthropic's public pairs in 72.0 % of the helpful and 74.7 % of the harmless (Llama 2 paper, Table 7).
 """
 
 from ml_collections import ConfigDict

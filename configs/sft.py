@@ -1,8 +1,8 @@
 """Supervised fine-tuning, model and recipe as argument: --config=configs/sft.py:llama2_7b, :llama2_7b,alpaca, ...
 
-Without a recipe as Llama 2-Chat was trained (Llama 2 paper, section 3.1). The others: `alpaca` (Stanford Alpaca),
-`alpaca_lora`, `guanaco` (QLoRA, arxiv.org/abs/2305.14314), `tulu2` (arxiv.org/abs/2311.10702). A batch is so many rows,
-each of which holds as many examples as fit.
+Without a recipe as Llama 2-Chat was trained (Llama 2 paper, section 3.1), of whose first stage no score is published.
+The others: `alpaca` (Stanford Alpaca), `alpaca_lora`, `guanaco` (QLoRA, arxiv.org/abs/2305.14314), `tulu2`
+(arxiv.org/abs/2311.10702). A batch is so many rows, each of which holds as many examples as fit.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,10 @@ def get_config(argument: str = 'llama2_7b') -> ConfigDict:
 
 
 def _alpaca(config: ConfigDict) -> None:
-    """stanford_alpaca, README: 7B's; 13B took 1e-5 and 5 epochs."""
+    """stanford_alpaca, README: 7B's; 13B took 1e-5 and 5 epochs.
+
+    Expect 24 hours of an A100 for LLaMA 7B: three on eight (crfm.stanford.edu/2023/03/13/alpaca.html).
+    """
     config.data.train = 'data/alpaca_data.json'
     config.data.format = 'alpaca'
     config.data.seq_len = 512
@@ -48,7 +51,10 @@ def _alpaca(config: ConfigDict) -> None:
 
 
 def _alpaca_lora(config: ConfigDict) -> None:
-    """alpaca-lora's defaults: adapters of queries and values."""
+    """alpaca-lora's defaults: adapters of queries and values.
+
+    Expect hours on one RTX 4090 (README of github.com/tloen/alpaca-lora); no score is published.
+    """
     _alpaca(config)
     config.data.seq_len = 256
     config.optimizer.learning_rate = 3e-4
@@ -60,7 +66,11 @@ def _alpaca_lora(config: ConfigDict) -> None:
 
 
 def _guanaco(config: ConfigDict) -> None:
-    """QLoRA's script for 7B: adapters of all linears beside a base in nf4; 65B took 1e-4 and dropout 0.05."""
+    """QLoRA's script for 7B: adapters of all linears beside a base in nf4; 65B took 1e-4 and dropout 0.05.
+
+    Expect 87.0 % of ChatGPT's score on the Vicuna benchmark for 7B, 99.3 % for 65B, the latter after 24 hours of one
+    GPU of 48 GB (QLoRA paper, Table 6 and abstract).
+    """
     config.data.train = 'data/openassistant_guanaco.jsonl'
     config.data.format = 'vicuna'
     config.data.seq_len = 512
@@ -82,7 +92,10 @@ def _guanaco(config: ConfigDict) -> None:
 
 
 def _tulu2(config: ConfigDict) -> None:
-    """Tulu 2 paper, appendix; with a cosine for its linear decay, and rows of the 4,096 tokens that Llama 2 reads."""
+    """Tulu 2 paper, appendix; with a cosine for its linear decay, and rows of the 4,096 tokens that Llama 2 reads.
+
+    Expect MT-Bench 6.30, 6.70, 7.49 and AlpacaEval 73.9, 78.9, 86.6 % of 7B, 13B, 70B (its paper); no hours.
+    """
     config.data.train = 'data/tulu-v2-sft-mixture/*.parquet'
     config.data.format = 'tulu'
     config.data.too_long = 'cut'

@@ -6,8 +6,10 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -15,7 +17,8 @@ import llama_jax
 
 nbformat = pytest.importorskip('nbformat')
 
-COLABS = pathlib.Path(__file__).resolve().parents[1] / 'colabs'
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COLABS = ROOT / 'colabs'
 NAMES = sorted(file.stem for file in COLABS.glob('*.ipynb'))
 MAX_CELLS, MAX_LINES, MAX_BYTES = 60, 15, 200_000
 # That are promised, as PNG of more than one colour.
@@ -88,10 +91,26 @@ def test_a_name_that_is_not_there_is_found():
 @pytest.mark.parametrize('name', NAMES)
 def test_a_notebook_is_in_the_style_of_the_house(name):
     pytest.importorskip('ruff')
-    for command in ('check', 'format --check'):
+    # In a notebook every name is one that Python knows, so that a slip in any cell is found.
+    for command in ('check', 'format --check', 'check --isolated --select F821'):
         subprocess.run(
             [sys.executable, '-m', 'ruff', *command.split(), str(COLABS / f'{name}.ipynb')], check=True
         )
+
+
+def test_a_slip_in_any_cell_is_found(tmp_path):
+    pytest.importorskip('ruff')
+    command = [sys.executable, '-m', 'ruff', 'check', '-q', '--isolated', '--select', 'F821', str(tmp_path)]
+    count = 0
+    for name in NAMES:
+        for number, cell in enumerate(read(name).cells):
+            if cell.cell_type == 'code':
+                book = read(name)
+                book.cells[number].source += '\nlaod'
+                (tmp_path / f'{name}-{number}.ipynb').write_text(normal(book))
+                count += 1
+    found = subprocess.run(command, capture_output=True, text=True).stdout
+    assert found.count('F821') == count
 
 
 def parameters_for(name, shared_data):
@@ -121,7 +140,7 @@ def execute(book, parameters, folder, kernel_name='python3'):
     source = '\n'.join(f'{key} = {value!r}' for key, value in parameters.items())
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(source, id='injected'))
     NotebookClient(
-        book, timeout=300, kernel_name=kernel_name, resources={'metadata': {'path': str(folder)}}
+        book, timeout=1200, kernel_name=kernel_name, resources={'metadata': {'path': str(folder)}}
     ).execute()
     return book
 
@@ -142,13 +161,53 @@ def outputs_of(book):
     return texts, figures, warned
 
 
-def check_executed(name, shared_data, folder, monkeypatch):
+# Nothing beyond this machine can be reached, from the kernel or from a command that it starts.
+NO_NETWORK = """
+import socket
+
+_connect = socket.socket.connect
+
+
+def connect(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ('127.0.0.1', '::1', 'localhost'):
+        raise OSError(f'{address}: a test has no network')
+    return _connect(self, address)
+
+
+socket.socket.connect = connect
+"""
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    """A folder of what the wheel holds, and nothing else of the repository."""
+    folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'
+    shutil.copytree(
+        ROOT, source, ignore=lambda place, names: [
+            n for n in names if n.startswith('.') or n in ('tests', 'docs', 'colabs', 'build', 'runs', '__pycache__')
+        ],
+    )  # fmt: skip
+    options = ['--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', str(folder)]
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', *options, str(source)], check=True)
+    shutil.rmtree(source)
+    [wheel] = folder.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(folder / 'installed')
+    (folder / 'installed' / 'sitecustomize.py').write_text(NO_NETWORK)
+    return folder / 'installed'
+
+
+def check_executed(name, shared_data, folder, monkeypatch, package=ROOT):
     pytest.importorskip('ipykernel')
-    monkeypatch.setenv('PYTHONPATH', str(COLABS.parent))
+    monkeypatch.setenv('PYTHONPATH', str(package))
     monkeypatch.setenv('PYTHONWARNINGS', 'default::UserWarning,default::RuntimeWarning')
     monkeypatch.setenv('XLA_FLAGS', '')
     monkeypatch.setenv('JUPYTER_PLATFORM_DIRS', '1')
-    book = execute(read(name), parameters_for(name, shared_data), folder)
+    book = read(name)
+    if package != ROOT:
+        source = f'assert llama_jax.__file__.startswith({str(package)!r})'
+        book.cells.append(nbformat.v4.new_code_cell(source, id='whence'))
+    book = execute(book, parameters_for(name, shared_data), folder)
     texts, figures, warned = outputs_of(book)
     assert not warned
     assert len(figures) == FIGURES[name] and all(colours > 2 for _, colours in figures)
@@ -161,11 +220,13 @@ def test_quickstart_runs(shared_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in NAMES if name != 'quickstart'])
-def test_a_notebook_runs(name, shared_data, tmp_path, monkeypatch):
-    first = check_executed(name, shared_data, tmp_path, monkeypatch)
-    if name == 'inside':  # run twice, the same numbers
-        assert first == check_executed(name, shared_data, tmp_path, monkeypatch)
+@pytest.mark.parametrize('name', NAMES)
+def test_a_notebook_runs_from_the_wheel_in_an_empty_folder(
+    name, shared_data, tmp_path, monkeypatch, installed
+):
+    first = check_executed(name, shared_data, tmp_path, monkeypatch, installed)
+    if name in ('inside', 'formats', 'evaluate'):  # run twice, the same numbers
+        assert first == check_executed(name, shared_data, tmp_path, monkeypatch, installed)
 
 
 @pytest.mark.slow

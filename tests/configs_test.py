@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from configs import grpo, ppo, pretrain, sections, sft
+from configs import dpo, grpo, ppo, pretrain, reward_model, sections, sft
 from experiments import config_file, policy, settings
+from llama_jax.eval.published import published_scores
 from llama_jax.losses.policy import PRESETS as PRESETS_OF_POLICIES
 from llama_jax.models.presets import PRESETS
 from llama_jax.train.optimizer import make_schedule
@@ -173,3 +174,38 @@ def test_policy_gradients_that_make_no_sense_are_refused(overrides, message):
     training = settings.make_partitioner(config)
     with pytest.raises(InputError, match=re.escape(message)):
         _ = policy.check_policy(config), policy.sampler_partitioner(config, training)
+
+
+def recipes():
+    """(name, what it says of itself) of each recipe: functions of pretrain and sft, files of the others."""
+    for module in (pretrain, sft):
+        for name, recipe in module._RECIPES.items():
+            yield f'{module.__name__}:{name}', recipe.__doc__ or ''
+    for module in (dpo, grpo, ppo, reward_model):
+        yield module.__name__, module.__doc__ or ''
+
+
+def test_every_recipe_says_what_to_expect_and_whence_that_is():
+    for name, text in recipes():
+        assert 'Expect' in text, name
+        said = text[text.index('Expect') :]
+        assert re.search(r'[Pp]aper|README|card|et al|stanford', said), name
+        assert re.search(r'\d|minutes|hours', said), name
+
+
+def test_the_scores_that_are_expected_are_those_of_the_published_tables():
+    families = {
+        'llama': ['llama_7b', 'llama_13b', 'llama_33b', 'llama_65b'],
+        'llama2': ['llama2_7b', 'llama2_13b', 'llama2_34b', 'llama2_70b'],
+        'llama3': [
+            'llama3_8b', 'llama3_70b', 'llama3_1_8b', 'llama3_1_70b', 'llama3_1_405b', 'llama3_2_1b', 'llama3_2_3b',
+        ],
+    }  # fmt: skip
+    for family, models in families.items():
+        said = re.search(r'MMLU with five examples[^:]*: ([\d., ;]+) %', pretrain._RECIPES[family].__doc__)
+        found = [float(value) for value in re.findall(r'[\d.]+', said[1])]
+        metric = 'acc_macro' if family == 'llama3' else 'acc'
+        assert len(found) == len(models)
+        for model, value in zip(models, found, strict=True):
+            known = [s.value for s in published_scores(model) if (s.task, s.metric) == ('mmlu', metric)]
+            assert value / 100 in [pytest.approx(score) for score in known], model

@@ -87,8 +87,8 @@ def _compiled(given: Mapping[str, Any]) -> Report:
     """What the command tells, given these flags."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'report.json')
-        flags = [f'--{name}={value}' for name, value in given.items()]
-        command = [sys.executable, '-m', 'experiments.preflight', *flags, f'--json={file}']
+        flags = [f'--{name}={value}' for name, value in {**given, 'json': file}.items()]
+        command = [sys.executable, '-m', 'experiments.preflight', *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
