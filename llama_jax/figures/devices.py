@@ -105,9 +105,12 @@ def rooflines(terms: Mapping[str, Mapping[str, Any]], title: str = 'a step takes
         seconds = [found.get(key) or math.nan for key in known]
         places = np.arange(len(known)) + (number - (len(terms) - 1) / 2) * thickness
         drawn = axes.barh(places, [1e3 * value for value in seconds], 0.9 * thickness, label=name)
-        axes.bar_label(drawn, fmt=' %.3g', fontsize=8)
+        axes.bar_label(
+            drawn, fmt=lambda value: f' {value:,.0f}' if value >= 100 else f' {value:.3g}', fontsize=8
+        )
     axes.set_yticks(range(len(known)), list(known.values()))
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set(xlabel='milliseconds', title=title)
     axes.legend(fontsize=8)
     return chart
