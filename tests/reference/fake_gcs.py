@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable
 
@@ -346,3 +347,17 @@ _ROUTES = [
     ('POST', f'{_BUCKET}{_OBJECT}/rewriteTo/b/([^/]+){_OBJECT}', _Handler._copy),
     ('GET', f'{_BUCKET}/?', _Handler._bucket),
 ]
+
+
+def main() -> None:
+    """A server in a process of its own: prints its environment as JSON; each line it reads is a delay, in seconds."""
+    delay = [0.0]
+    with FakeGCS(lambda kind, name: time.sleep(delay[0])) as store:
+        print(json.dumps(store.environment()), flush=True)
+        for line in sys.stdin:
+            delay[0] = float(line)
+            print(json.dumps(store.counts), flush=True)
+
+
+if __name__ == '__main__':
+    main()
