@@ -166,7 +166,9 @@ def show_json(value: object) -> str:
 
 def _parse(data: bytes | str, place: str, **options: Any) -> Any:
     comma, bracket, brace = (',', '[', '{') if isinstance(data, str) else (b',', b'[', b'{')
-    values = sum(data.count(mark) for mark in (comma, bracket, brace))  # pyright: ignore[reportArgumentType]
+    values = 0
+    if len(data) > _MAX_VALUES:  # a shorter text cannot have more
+        values = sum(data.count(mark) for mark in (comma, bracket, brace))  # pyright: ignore[reportArgumentType]
     if len(data) > MAX_BYTES or values > _MAX_VALUES:
         raise InputError(
             f'{place} has {len(data)} characters and up to {values} values; at most {MAX_BYTES} and {_MAX_VALUES} '

@@ -203,7 +203,7 @@ def read_json_texts(path: epath.Path, start: Place = START) -> Iterator[Record]:
                 yield Record(where, place, error)
                 continue
             text = _decoded(line, where, place.offset)
-            if isinstance(text, InputError) or text.strip():
+            if isinstance(text, InputError) or (text and not text.isspace()):
                 yield Record(where, place, text)
 
 
@@ -305,6 +305,11 @@ def _arrow_batches(file: Any, start: int, column: str) -> Iterator[Any]:
         if start < batch.num_rows:
             yield batch.select([column]).slice(start) if column in batch.schema.names else batch.slice(start)
         start = max(0, start - batch.num_rows)
+
+
+def size_of(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode('utf-8', 'surrogatepass'))
 
 
 def look_up(item: Mapping[str, Any], key: str) -> Any:

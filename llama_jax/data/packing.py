@@ -19,6 +19,7 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
+from llama_jax.data.containers import size_of
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, LMBatch
 
@@ -149,9 +150,7 @@ def tokenized_chunks(
             tokens[end - 1 - len(ids) : end - 1] = ids
         tokens[ends - lengths] = tokenizer.bos_id
         tokens[ends - 1] = tokenizer.eos_id
-        chunk = Chunk(
-            tokens, ends - lengths, sum(len(text.encode('utf-8', 'surrogatepass')) for text in texts)
-        )
+        chunk = Chunk(tokens, ends - lengths, sum(size_of(text) for text in texts))
         num_documents += len(texts)
         num_bytes += chunk.num_bytes
         if progress:

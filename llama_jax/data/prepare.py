@@ -26,6 +26,7 @@ from llama_jax.data.prepared import MANIFEST, VALIDATION
 from llama_jax.data.shards import Shape, write_manifest
 from llama_jax.data.unit_tasks import plan_units, scan_all, write_all
 from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
+from llama_jax.data.workers import Workers
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -71,9 +72,10 @@ def prepare(
         _check_once(files)
         _begin(preparation, tokenizer, files, meeting, work)
         try:
-            scans = scan_all(preparation, work, files, num_workers, meeting, advance)
-            units = plan_units(preparation, scans)
-            entries = write_all(preparation, tokenizer, work, units, num_workers, meeting, advance)
+            with Workers(num_workers) as workers:
+                scans = scan_all(preparation, work, files, workers, meeting, advance)
+                units = plan_units(preparation, scans)
+                entries = write_all(preparation, tokenizer, work, units, workers, meeting, advance)
         except BaseException:
             if machine.count == 1 and not any(work.glob('scan-*.json')):  # nothing came of it
                 _remove(work, preparation)

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int64
 
+from llama_jax.data.containers import size_of
 from llama_jax.data.packing import (
     Progress,
     Row,
@@ -256,14 +257,14 @@ def write_prepared(
         def with_units() -> Iterator[tuple[int, int, str]]:
             nonlocal unit
             for number, text in zip(numbers, documents, strict=False):
-                unit += text != '' and cutter.begins(len(text.encode('utf-8', 'surrogatepass')), number == 0)
+                unit += text != '' and cutter.begins(size_of(text), number == 0)
                 yield unit, number, text
 
         for unit_number, group in itertools.groupby(with_units(), key=lambda item: item[0]):
             with ShardWriter(place, unit_number, tokenizer, seq_len) as writer:
                 for batch in batches_of(((number, text) for _, number, text in group if text)):
                     writer.add([text for _, text in batch], ((0, number) for number, _ in batch))
-                    num_bytes += sum(len(text.encode('utf-8', 'surrogatepass')) for _, text in batch)
+                    num_bytes += sum(size_of(text) for _, text in batch)
                     if progress:
                         progress(batch[-1][0] + 1, num_bytes)
                 shards += filter(None, [writer.finish()])

@@ -11,12 +11,13 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data.bad_records import BadRecords
+from llama_jax.data.containers import size_of
 from llama_jax.data.meeting import Meeting
 from llama_jax.data.preparation import Advance, Preparation
 from llama_jax.data.prepared import VALIDATION, origins_file
 from llama_jax.data.shards import ShardWriter, batches_of
 from llama_jax.data.units import FileScan, Piece, is_held_out, join_pieces, read_piece, scan_file, state_of
-from llama_jax.data.workers import Tell, run_tasks
+from llama_jax.data.workers import Tell, Workers
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -52,7 +53,7 @@ class _Unit:
 
 
 def scan_all(
-    preparation: Preparation, work: epath.Path, files: Sequence[Sequence[str]], num_workers: int, meeting: Meeting,
+    preparation: Preparation, work: epath.Path, files: Sequence[Sequence[str]], workers: Workers, meeting: Meeting,
     advance: Callable[[Advance], None],
 ) -> list[list[FileScan]]:  # fmt: skip
     """Reads every file once; of all machines, when they are done.
@@ -66,7 +67,7 @@ def scan_all(
             tasks.append(_Scan(f'scan-{len(tasks):06d}.json', source, first, tuple(batch)))
     own = [task for task in meeting.machine.share(tasks) if not _is_scanned(work / task.record)]
     _run(
-        own, functools.partial(_scan, preparation=preparation, work=os.fspath(work)), num_workers,
+        own, functools.partial(_scan, preparation=preparation, work=os.fspath(work)), workers,
         Advance('reading', 0, sum(len(task.files) for task in own)), advance, lambda task: len(task.files),
     )  # fmt: skip
     _await_records(work, tasks, meeting)
@@ -146,7 +147,7 @@ def plan_units(preparation: Preparation, scans: Sequence[Sequence[FileScan]]) ->
 
 
 def write_all(
-    preparation: Preparation, tokenizer: Tokenizer, work: epath.Path, units: Sequence[_Unit], num_workers: int,
+    preparation: Preparation, tokenizer: Tokenizer, work: epath.Path, units: Sequence[_Unit], workers: Workers,
     meeting: Meeting, advance: Callable[[Advance], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Writes every unit; the entries of all machines' units, when they are done."""
@@ -155,9 +156,9 @@ def write_all(
         own,
         functools.partial(
             _write, preparation=preparation, work=os.fspath(work),
-            tokenizer=tokenizer if num_workers == 1 else os.fspath(tokenizer.path),
+            tokenizer=tokenizer if workers.count == 1 else os.fspath(tokenizer.path),
         ),
-        num_workers,
+        workers,
         Advance('writing', 0, len(own), all_bytes=sum(piece.num_bytes for unit in own for piece in unit.pieces)),
         advance,
     )  # fmt: skip
@@ -218,16 +219,14 @@ def _write(
                 'place': f'{names[file]} record {record}', 'documents': documents, 'bytes': num_bytes,
                 'tokens': train.num_tokens + validation.num_tokens,
             })  # fmt: skip
-            for writer, held_out in ((train, False), (validation, True)):
-                part = [
-                    item
-                    for item in batch
-                    if is_held_out(item[1], preparation.validation_fraction) == held_out
-                ]
+            parts = [], []
+            for item in batch:
+                parts[is_held_out(item[1], preparation.validation_fraction)].append(item)
+            for writer, part in zip((train, validation), parts, strict=True):
                 if part:
                     writer.add([text for _, text in part], (origin for origin, _ in part))
             documents += len(batch)
-            num_bytes += sum(len(text.encode('utf-8', 'surrogatepass')) for _, text in batch)
+            num_bytes += sum(size_of(text) for _, text in batch)
         entries = {'train': train.finish(), VALIDATION: validation.finish()}
         lengths = {'train': train.lengths(), VALIDATION: validation.lengths()}
         tokens = train.num_tokens + validation.num_tokens
@@ -241,7 +240,7 @@ def _write(
 
 
 def _run(
-    tasks: Sequence[Any], work: Callable[[Any, Tell], Any], num_workers: int, state: Advance,
+    tasks: Sequence[Any], work: Callable[[Any, Tell], Any], workers: Workers, state: Advance,
     advance: Callable[[Advance], None], count_of: Callable[[Any], int] = lambda task: 1,
 ) -> None:  # fmt: skip
     finished = {'documents': 0, 'bytes': 0, 'tokens': 0}
@@ -272,7 +271,7 @@ def _run(
         what = f'unit {task.number}, ' if isinstance(task, _Unit) else ''
         return what + (message['place'] if message else task.files[0])
 
-    run_tasks(tasks, work, num_workers, done=done, told=told, describe=describe)
+    workers.run(tasks, work, done=done, told=told, describe=describe)
 
 
 def _await_records(work: epath.Path, tasks: Sequence[Any], meeting: Meeting) -> None:

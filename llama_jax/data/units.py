@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data.bad_records import BadRecords
-from llama_jax.data.containers import Place
+from llama_jax.data.containers import Place, size_of
 from llama_jax.data.sources import Reading, list_files, read_file, read_texts
 from llama_jax.types import InputError
 
@@ -191,7 +191,7 @@ def read_piece(file: str, piece: Piece, reading: Reading) -> Iterator[tuple[int,
             break
         if isinstance(record.content, str) and record.content:
             documents += 1
-            size += len(record.content.encode('utf-8', 'surrogatepass'))
+            size += size_of(record.content)
             yield record.place.number, record.content
     if (documents, size) != (piece.num_documents, piece.num_bytes):
         raise InputError(
@@ -213,7 +213,7 @@ def read_units(
     for file in list_files(source):
         first = True
         for text in read_texts(file, reading, bad):
-            unit += cutter.begins(len(text.encode('utf-8', 'surrogatepass')), first)
+            unit += cutter.begins(size_of(text), first)
             first = empty = False
             yield unit, text
     if empty:
@@ -224,12 +224,14 @@ def cut_texts(texts: Iterable[str], unit_bytes: int) -> Iterator[tuple[int, str]
     """(unit, text) of texts that are not empty, as if one file held them."""
     cutter, unit = Cutter(unit_bytes), 0
     for number, text in enumerate(texts):
-        unit += cutter.begins(len(text.encode('utf-8', 'surrogatepass')), number == 0)
+        unit += cutter.begins(size_of(text), number == 0)
         yield unit, text
 
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document validates; its text alone decides, so a copy of it elsewhere does not train."""
+    if not fraction:
+        return False
     digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
     return int.from_bytes(digest[:8], 'big') < fraction * 2**64
 

@@ -22,40 +22,55 @@ Tell = Callable[[Any], None]
 Work = Callable[[Any, Tell], Any]  # (task, tell) -> result; tells where it is now and then
 
 
-def run_tasks(
-    tasks: Sequence[Any],
-    work: Work,
-    num_workers: int,
-    *,
-    done: Callable[[Any, Any], None],
-    told: Callable[[Any, Any], None] = lambda task, message: None,
-    describe: Callable[[Any, Any], str] = lambda task, message: str(task),
-) -> None:
-    """Does all tasks, in any order; a single worker is this process.
+class Workers:
+    """Processes that do tasks, and go on to the next ones; a single worker is this process. For use with `with`."""
 
-    Args:
-      tasks: can be pickled, as `work` can.
-      work: what is done; the function of a module, or a partial of one.
-      num_workers: processes.
-      done: called with each task and its result.
-      told: called with each task and what it tells.
-      describe: (task, what it told last) -> what a line says of it.
+    def __init__(self, count: int):
+        """Args: count: of processes; they are started when there is something to do."""
+        self.count = count
+        self._workers: list[_Worker] = []
 
-    Raises:
-      InputError: of a task; the others are ended.
-      SystemFailure: of a task, or two processes died at the same one.
-    """
-    if num_workers == 1:
-        for task in tasks:
-            done(task, work(task, lambda message, task=task: told(task, message)))
-        return
-    waiting, deaths = list(reversed(tasks)), {}
-    workers = [_Worker(work) for _ in range(min(num_workers, len(tasks)))]
-    try:
+    def __enter__(self) -> 'Workers':
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    def run(
+        self,
+        tasks: Sequence[Any],
+        work: Work,
+        *,
+        done: Callable[[Any, Any], None],
+        told: Callable[[Any, Any], None] = lambda task, message: None,
+        describe: Callable[[Any, Any], str] = lambda task, message: str(task),
+    ) -> None:
+        """Does all tasks, in any order.
+
+        Args:
+          tasks: can be pickled, as `work` can.
+          work: what is done; the function of a module, or a partial of one.
+          done: called with each task and its result.
+          told: called with each task and what it tells.
+          describe: (task, what it told last) -> what a line says of it.
+
+        Raises:
+          InputError: of a task; what the others do is of no use then, so leave the context.
+          SystemFailure: of a task, or two processes died at the same one.
+        """
+        if self.count == 1:
+            for task in tasks:
+                done(task, work(task, lambda message, task=task: told(task, message)))
+            return
+        waiting, deaths, packed = list(reversed(tasks)), {}, pickle.dumps(work)
+        workers = self._workers
+        workers += [_Worker() for _ in range(min(self.count, len(tasks)) - len(workers))]
         while waiting or any(worker.busy for worker in workers):
             for worker in workers:
                 if not worker.busy and waiting:
-                    worker.give(waiting.pop())
+                    worker.give(packed, waiting.pop())
             ready = wait([worker.connection for worker in workers if worker.busy])
             for number, worker in enumerate(workers):
                 if worker.connection not in ready:
@@ -73,7 +88,7 @@ def run_tasks(
                         ) from None
                     _log.warning('a worker ended by %s at %s; it is tried once more', how, place)
                     waiting.append(task)
-                    workers[number] = _Worker(work)
+                    workers[number] = _Worker()
                     continue
                 if kind == 'told':
                     worker.last = content
@@ -85,15 +100,12 @@ def run_tasks(
                     raise RuntimeError(f'a worker failed at {describe(task, worker.last)}:\n{content}')
                 else:
                     raise content
-    finally:
-        for worker in workers:
-            worker.end()
 
 
 class _Worker:
     """A process, as its parent sees it."""
 
-    def __init__(self, work: Work):
+    def __init__(self):
         self.connection, theirs = Pipe()
         environment = os.environ | {
             'PYTHONPATH': os.pathsep.join(filter(None, sys.path)),
@@ -107,12 +119,11 @@ class _Worker:
         )  # fmt: skip
         theirs.close()
         self.busy, self.task, self.last = False, None, None
-        self._work = pickle.dumps(work)
 
-    def give(self, task: Any) -> None:
+    def give(self, packed: bytes, task: Any) -> None:
         self.busy, self.task, self.last = True, task, None
         with contextlib.suppress(OSError):  # it is dead, which shows when it is listened to
-            self.connection.send((self._work, task))
+            self.connection.send((packed, task))
 
     def end(self) -> int:
         """Its status; it is killed where it goes on."""
