@@ -302,6 +302,7 @@ def _arrow_batches(file: Any, start: int, column: str) -> Iterator[Any]:
     else:
         reader = batches = ipc.open_stream(file)
     for batch in batches:
+        batch.validate(full=True)  # what it says of its bytes may lead out of them
         if start < batch.num_rows:
             yield batch.select([column]).slice(start) if column in batch.schema.names else batch.slice(start)
         start = max(0, start - batch.num_rows)

@@ -1,6 +1,7 @@
 """Damages a sound file of every kind that is read, thousands of times, and counts what comes of it.
 
     python -m tests.convert.fuzz [--mutations=30000] [--seed=0] [--only=TEXT]
+    python -m tests.convert.fuzz --only=data                    of text and prepared rows instead of checkpoints
 
 Each damaged file is read in a worker with limits of time and memory; one that dies is replaced. It must be refused in
 one line, or be read: with the values that it had, or, where values were damaged, with others. Anything else is a fault
@@ -156,6 +157,14 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def _chosen(folder: pathlib.Path, only: str) -> Iterable[Sample]:
+    """Those whose reader's name holds `only`; text and prepared rows are apart."""
+    from tests.data import damaged_files
+
+    made = damaged_files.samples(folder) if only.startswith('data') else samples(folder)
+    return (sample for sample in made if only in sample.reader)
+
+
 # Workers.
 
 
@@ -164,7 +173,7 @@ def work(folder: pathlib.Path, seed: int, only: str) -> None:
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
     logging.getLogger('llama_jax').setLevel(logging.CRITICAL)  # what it logs on purpose is no noise
-    bench = Bench(folder, (s for s in samples(folder) if only in s.reader))
+    bench = Bench(folder, _chosen(folder, only))
     printed = tempfile.TemporaryFile()  # noqa: SIM115
     os.dup2(printed.fileno(), 1)
     os.dup2(printed.fileno(), 2)
@@ -315,7 +324,7 @@ def table(counts: dict[str, collections.Counter[str]]) -> str:
 def repeat(number: int, seed: int, only: str) -> None:
     """One damaged file, read here with no limits; what it raises is shown whole."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(pathlib.Path(folder), (s for s in samples(pathlib.Path(folder)) if only in s.reader))
+        bench = Bench(pathlib.Path(folder), _chosen(pathlib.Path(folder), only))
         which, data = bench.choose(seed, number)
         sample = bench.samples[which]
         print(f'{sample.reader}: {sample.target}', bench.outcome(which, data))

@@ -1,0 +1,132 @@
+"""Folders of thousands of shards: how many requests and descriptors they take, and what is said when something breaks."""
+
+import json
+import os
+import resource
+
+import pytest
+
+from llama_jax.data import prepared
+from llama_jax.data.prepared import MANIFEST, PreparedRows, origins_file
+from llama_jax.data.shards import write_prepared
+from llama_jax.storage import enable_bucket
+from llama_jax.types import InputError
+from tests.command_line import tiny_run
+from tests.data.packing_test import Letters, documents
+from tests.reference import fake_gcs
+from tests.reference.fake_gcs import FakeGCS
+
+
+@pytest.fixture(scope='module')
+def gcs():
+    with FakeGCS() as server, pytest.MonkeyPatch.context() as environment:
+        for name, value in server.environment().items():
+            environment.setenv(name, value)
+        yield server
+
+
+@pytest.mark.slow
+def test_ten_thousand_shards_open_with_few_requests(gcs, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_gcs, '_PAGE', 1000)  # as many as the real one lists at a time
+    write_prepared(documents(3), Letters(), 8, tmp_path / 'rows')
+    manifest = json.loads((tmp_path / 'rows' / MANIFEST).read_text())
+    (shard,), shards = manifest['shards'], []
+    for number in range(10_000):
+        name = f'rows-{number:05d}.array_record'
+        shards.append(shard | {'file': name})
+        for source, target in ((shard['file'], name), (origins_file(shard['file']), origins_file(name))):
+            gcs.insert(('large', f'rows/{target}'), (tmp_path / 'rows' / source).read_bytes(), {})
+    counts = {key: 10_000 * manifest[key] for key in ('num_rows', 'num_documents', 'num_tokens', 'num_bytes')}
+    gcs.insert(('large', f'rows/{MANIFEST}'), json.dumps(manifest | counts | {'shards': shards}).encode(), {})
+    enable_bucket('gs://large/rows')
+    gcs.counts.clear()
+    rows = PreparedRows('gs://large/rows')
+    assert len(rows) == 10_000 * shard['rows']
+    assert sum(gcs.counts.values()) <= 25, gcs.counts
+    gcs.counts.clear()
+    assert rows[len(rows) // 2]['tokens'].any()
+    assert sum(gcs.counts.values()) <= 8, gcs.counts
+
+
+def damaged_in_three_ways(url, folder, gcs):
+    """What is said of a shard that may not be read, of one with a flipped byte, and of a bucket that is closed."""
+    file = folder / 'rows-00000.array_record'
+    content = file.read_bytes()
+    said = []
+
+    def read(place):
+        prepared._open_shard.cache_clear()
+        with pytest.raises(InputError) as caught:
+            rows = PreparedRows(place)
+            for number in range(rows.ends[0]):
+                rows[number]
+        assert '\n' not in str(caught.value)
+        said.append(str(caught.value))
+
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    read(folder)
+    file.write_bytes(content)
+    return said, read
+
+
+def test_what_cannot_be_read_is_told_apart_from_what_is_damaged(tmp_path, monkeypatch):
+    folder = tmp_path / 'rows'
+    write_prepared(documents(2000), Letters(), 256, folder)
+    said, read = damaged_in_three_ways('', folder, None)
+    assert 'is damaged at row' in said[0] and 'copy or prepare it again' in said[0]
+    rows = PreparedRows(folder)
+    prepared._open_shard.cache_clear()
+    (folder / 'rows-00000.array_record').unlink()
+    with pytest.raises(InputError, match='cannot be read at row 0: .*No such file') as caught:
+        rows[0]
+    assert 'damaged' not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_an_unreadable_shard_a_closed_bucket_and_a_flipped_byte_are_three_lines(gcs, tmp_path):
+    write_prepared(documents(2000), Letters(), 256, 'gs://breaks/rows')
+    key = ('breaks', 'rows/rows-00000.array_record')
+    whole, said = gcs.objects[key], []
+
+    def read():
+        prepared._open_shard.cache_clear()
+        rows = PreparedRows('gs://breaks/rows')
+        for number in range(len(rows)):
+            rows[number]
+
+    read()
+    middle = len(whole) // 2
+    gcs.insert(key, whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], {})
+    with pytest.raises(InputError) as caught:
+        read()
+    said.append(str(caught.value))
+    gcs.insert(key, whole, {})
+    rows = PreparedRows('gs://breaks/rows')
+    prepared._open_shard.cache_clear()
+    del gcs.objects[key]
+    with pytest.raises(InputError) as caught:
+        rows[0]
+    said.append(str(caught.value))
+    assert 'is damaged at row' in said[0]
+    assert 'cannot be read at row 0' in said[1] and 'damaged' not in said[1]
+    assert not any('\n' in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_run_reads_a_thousand_shards_with_256_descriptors(commands, corpus, folder, tmp_path):
+    from llama_jax.data.datasets import train_tokenizer
+
+    tokenizer = train_tokenizer([str(corpus)], 320, folder / 'tokenizer.model')
+    texts = corpus.read_text().split('\n<|endoftext|>\n')
+    write_prepared([texts[i % 100] for i in range(1000)], tokenizer, 64, tmp_path / 'rows', unit_bytes=1)
+    assert len(list((tmp_path / 'rows').glob('rows-*'))) == 1000
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))'
+    arguments = tiny_run(
+        tmp_path / 'run', '', data__train=tmp_path / 'rows', data__tokenizer=folder / 'tokenizer.model',
+        data__validation_fraction=0.0, train__num_steps=50, train__batch_size=32, checkpoint__every=100, log__every=50,
+    )  # fmt: skip
+    commands.run('pretrain', *arguments, before=limit).succeeded()
+    lines = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['step'] == 50
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 256 and os.listdir('/proc/self/fd')
