@@ -257,7 +257,7 @@ def read_table(path: epath.Path, start: Place = START, column: str = '') -> Iter
     try:
         with path.open('rb') as file:
             read = _parquet_batches if kind == 'a Parquet' else _arrow_batches
-            for batch in read(file, number, column):
+            for batch in read(_AtMostWhatIsThere(file), number, column):
                 for first in range(0, batch.num_rows, _ROWS):
                     for row in batch.slice(first, _ROWS).to_pylist():
                         yield Record(f'{name} record {number}', Place(number), row)
@@ -266,6 +266,21 @@ def read_table(path: epath.Path, start: Place = START, column: str = '') -> Iter
         raise InputError(
             f'{name} is cut short or not {kind} file ({error_line(error)}); copy it again'
         ) from error
+
+
+class _AtMostWhatIsThere:
+    """An open file of which no more can be asked than it has: a damaged length would take gigabytes."""
+
+    def __init__(self, file: Any):
+        self._file, self._size = file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self._size - self._file.tell(), 0)
+        return self._file.read(left if count < 0 else min(count, left))
 
 
 _ROWS = 64  # made into Python's objects at a time

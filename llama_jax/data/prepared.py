@@ -122,7 +122,7 @@ class PreparedRows:
         self.manifest = manifest
         self.in_units = manifest['format'] == FORMAT
         self._shards = manifest['shards']
-        sizes = _list_sizes(self.folder)
+        sizes = _list_sizes(self.folder, os.path.commonprefix([shard['file'] for shard in self._shards]))
         for shard in self._shards:
             file = self.folder / shard['file']
             if shard['file'] not in sizes:
@@ -176,9 +176,8 @@ class PreparedRows:
                     f'{file} cannot be opened: the process has as many files open as it may have, {limit}; '
                     'raise that limit (ulimit -n)'
                 ) from error
-            if (
-                ' failed: ' in reason and 'Corrupted' not in reason
-            ):  # of the system: of the file nothing is known
+            of_system = any(words in reason for words in (' failed: ', ' error, with a last message of '))
+            if of_system and 'Corrupted' not in reason:  # of the file nothing is known
                 raise InputError(f'{file} cannot be read at row {number}: {reason}') from error
             raise InputError(
                 f'{file} is damaged at row {number} ({reason}); copy or prepare it again'
@@ -198,16 +197,16 @@ class PreparedRows:
                     )
 
 
-def _list_sizes(folder: epath.Path) -> dict[str, int]:
-    """Bytes of the files of a folder, by one listing."""
+def _list_sizes(folder: epath.Path, prefix: str) -> dict[str, int]:
+    """Bytes of the files of a folder whose names begin so, by one listing."""
     if '://' not in os.fspath(folder):
         with os.scandir(folder) as found:
             return {file.name: file.stat().st_size for file in found if file.is_file()}
     import fsspec
 
     system, name = fsspec.core.url_to_fs(os.fspath(folder))
-    found = system.ls(name, detail=True)
-    return {file['name'].rpartition('/')[2]: file['size'] for file in found if file['type'] == 'file'}
+    found = system.find(name, detail=True, prefix=prefix)
+    return {file['name'].rpartition('/')[2]: file['size'] for file in found.values()}
 
 
 def _read_manifest(folder: epath.Path) -> dict[str, Any]:

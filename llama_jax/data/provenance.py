@@ -49,7 +49,7 @@ def passages_of(rows: PreparedRows, number: int) -> list[Passage]:
     """
     shard, row = rows.find(range(len(rows))[number])
     files = files_of(rows)
-    origins = _origins(str(rows.folder), rows.manifest['shards'][shard]['file'])
+    origins = _origins(rows, shard)
     num_tokens = rows.manifest['shards'][shard]['tokens']
     start = row * rows.seq_len
     end = min(start + rows.seq_len + 1, num_tokens)
@@ -102,9 +102,14 @@ def read_text(file: str, reading: Reading, record: int) -> str:
     raise InputError(f'{file} has no record {record} any more; it is not the file that was prepared')
 
 
+def _origins(rows: PreparedRows, shard: int) -> Int64[np.ndarray, 'documents 3']:
+    entry = rows.manifest['shards'][shard]
+    return _read_once(str(rows.folder), entry['file'], entry.get('documents_sha256'))
+
+
 @functools.lru_cache(64)
-def _origins(folder: str, shard: str) -> Int64[np.ndarray, 'documents 3']:
-    return read_origins(epath.Path(folder), shard)
+def _read_once(folder: str, file: str, sha256: str | None) -> Int64[np.ndarray, 'documents 3']:
+    return read_origins(epath.Path(folder), {'file': file} | ({'documents_sha256': sha256} if sha256 else {}))
 
 
 def read_stream(rows: PreparedRows, shard: int) -> Integer[np.ndarray, ' tokens']:
@@ -143,11 +148,11 @@ def find_copies(rows: PreparedRows, max_rows: int) -> tuple[int, list[Copies]]:
 
 
 def _documents(rows: PreparedRows, max_rows: int) -> Iterator[tuple[bytes, int, int, int]]:
-    for number, shard in enumerate(rows.manifest['shards']):
+    for number in range(len(rows.manifest['shards'])):
         if number and rows.ends[number - 1] >= max_rows:
             return
         tokens = read_stream(rows, number)
-        origins = _origins(str(rows.folder), shard['file']).tolist()
+        origins = _origins(rows, number).tolist()
         ends = [*(first for _, _, first in origins[1:]), len(tokens)]
         for (file, record, first), end in zip(origins, ends, strict=True):
             digest = hashlib.blake2b(tokens[first:end].tobytes(), digest_size=16).digest()
@@ -157,7 +162,7 @@ def _documents(rows: PreparedRows, max_rows: int) -> Iterator[tuple[bytes, int, 
 def document_lengths(rows: PreparedRows) -> Int64[np.ndarray, ' documents']:
     """Tokens of every document, BOS and EOS included."""
     lengths = []
-    for shard in rows.manifest['shards']:
-        starts = _origins(str(rows.folder), shard['file'])[:, 2]
+    for number, shard in enumerate(rows.manifest['shards']):
+        starts = _origins(rows, number)[:, 2]
         lengths.append(np.diff(np.append(starts, shard['tokens'])))
     return np.concatenate(lengths)

@@ -14,7 +14,8 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,19 +152,25 @@ def _packed(origins: Int64[np.ndarray, 'documents 3']) -> bytes:
     return zstandard.ZstdCompressor(level=9).compress(file.getvalue())
 
 
-def read_origins(folder: epath.Path, shard: str) -> Int64[np.ndarray, 'documents 3']:
-    """(file, record, first token) of every document of a shard.
+def read_origins(folder: epath.Path, shard: Mapping[str, Any]) -> Int64[np.ndarray, 'documents 3']:
+    """(file, record, first token) of every document of a shard, which is an entry of the manifest.
 
     Raises:
       InputError: the table is damaged or not there.
     """
     import zstandard
 
-    file = folder / origins_file(shard)
+    file = folder / origins_file(shard['file'])
     try:
-        data = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+        packed = file.read_bytes()
+        if (
+            shard.get('documents_sha256', hashlib.sha256(packed).hexdigest())
+            != hashlib.sha256(packed).hexdigest()
+        ):
+            raise InputError(f'{file} differs from what was written (sha256); copy or prepare it again')
+        data = zstandard.ZstdDecompressor().decompress(packed)
         return np.load(io.BytesIO(data), allow_pickle=False).reshape(-1, 3).astype(np.int64)
-    except (OSError, ValueError, EOFError, zstandard.ZstdError) as error:
+    except (OSError, ValueError, EOFError, zstandard.ZstdError, tokenize.TokenError) as error:
         raise InputError(f'{file} cannot be read ({error_line(error)}); copy or prepare it again') from error
 
 

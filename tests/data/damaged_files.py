@@ -50,7 +50,7 @@ def _read_text(name: str) -> Callable[[epath.Path], Found]:
 
 
 def _read_rows(folder: epath.Path) -> Found:
-    for kept in (prepared._open_shard, provenance._origins):
+    for kept in (prepared._open_shard, provenance._read_once):
         kept.cache_clear()
     rows, digest = PreparedRows(folder), hashlib.sha256()
     for number in range(len(rows)):

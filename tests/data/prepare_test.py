@@ -155,9 +155,7 @@ def test_every_token_is_traced_to_its_record(raw, once):
         rows = PreparedRows(output / name)
         reading = next(source.reading for source in asked(raw, '').sources if source.name == name)
         found = stream(output / name)
-        origins = [
-            read_origins(epath.Path(output / name), shard['file']) for shard in rows.manifest['shards']
-        ]
+        origins = [read_origins(epath.Path(output / name), shard) for shard in rows.manifest['shards']]
         assert sum(map(len, origins)) == len(found)
         files = [file['name'] for file in rows.manifest['files']]
         texts = {
