@@ -1,4 +1,4 @@
-"""What people give `prepare_data` that is not as it should be: one line, or counted and passed over, never by halves."""
+"""What people give `prepare_data` that is not as it should be: one line, or counted and left out, never by halves."""
 
 import bz2
 import gzip
