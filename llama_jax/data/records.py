@@ -28,9 +28,9 @@ from llama_jax.data.containers import (
     open_tfds,
     read_array_record,
     read_json_texts,
-    read_table,
 )
 from llama_jax.data.messages import one_or_more_messages, prompt_messages, read_conversation
+from llama_jax.data.tables import read_table
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.tokenizer.chat_format import Message
 from llama_jax.types import InputError

@@ -38,8 +38,8 @@ from llama_jax.data.containers import (
     open_tfds,
     read_array_record,
     read_json_texts,
-    read_table,
 )
+from llama_jax.data.tables import read_table
 from llama_jax.json_file import MAX_BYTES, parse_json, show_json
 from llama_jax.types import InputError
 
