@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -64,5 +63,8 @@ class Meeting:
     def _said(self) -> dict[str, str]:
         if self.machine.count == 1 or not self._folder.exists():
             return {}
-        found = sorted(self._folder.glob('given-up-*.json'), key=os.fspath)
-        return {file.name: json.dumps(read_object(file)) for file in found}
+        said = {}
+        for file in self._folder.glob('given-up-*.json'):
+            with contextlib.suppress(InputError):  # it goes where its machine starts again, and at the end
+                said[file.name] = json.dumps(read_object(file))
+        return dict(sorted(said.items()))
