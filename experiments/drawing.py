@@ -39,11 +39,13 @@ class Drawn:
     rewarded: Rewarded
 
     def only(self, groups: set[int]) -> 'Drawn':
+        """What was drawn for some records."""
         kept = [place for place, one in enumerate(self.rollouts) if one.record in groups]
         parts = {name: values[kept] for name, values in self.rewarded.parts.items()}
         return Drawn([self.rollouts[place] for place in kept], Rewarded(self.rewarded.total[kept], parts))
 
     def with_more(self, other: 'Drawn') -> 'Drawn':
+        """Both, one behind the other."""
         parts = {
             name: np.concatenate([values, other.rewarded.parts[name]])
             for name, values in self.rewarded.parts.items()

@@ -46,6 +46,7 @@ class Row:
 
     @property
     def step(self) -> str:
+        """What a step of it is: of decoding or of training."""
         return 'decode' if self.rows else 'train'
 
     @property

@@ -82,6 +82,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """What an adapter is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

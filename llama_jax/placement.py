@@ -48,7 +48,9 @@ class BlockArray(LazyArray, Protocol):
     """
 
     @property
-    def rows_axis(self) -> int | None: ...
+    def rows_axis(self) -> int | None:
+        """The axis along which blocks are cut."""
+        ...
 
     def blocks(self) -> Iterable[Index]:
         """Indices that cover the array, none of them twice; each is read at once, and small beside the memory."""
@@ -242,28 +244,34 @@ class GrownTable:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """With the new rows."""
         return (self.num_rows, *self.table.shape[1:])
 
     @property
     def dtype(self) -> np.dtype:
+        """The table's."""
         return self.table.dtype
 
     @property
     def rows_axis(self) -> int | None:
+        """The table's."""
         return self.table.rows_axis
 
     @functools.cached_property
     def mean(self) -> np.ndarray:
+        """Of the rows that are stored."""
         total = np.zeros(self.shape[1:])
         for index in self.table.blocks():
             total[index[1]] += self.table.read(index).sum(axis=0, dtype=np.float64)
         return (total / self.table.shape[0]).astype(np.float32)
 
     def blocks(self) -> Iterator[Index]:
+        """Those of the table, then the new rows."""
         yield from self.table.blocks()
         yield slice(self.table.shape[0], self.num_rows), slice(None)
 
     def read(self, index: Index) -> np.ndarray:
+        """See `LazyArray`; new rows are the mean of the others."""
         start, stop, _ = index[0].indices(self.num_rows)
         if stop <= (trained := self.table.shape[0]):
             return self.table.read(index)

@@ -57,6 +57,7 @@ class Interrupts:
             signal.signal(signum, self)
 
     def __call__(self, signum: int, frame: Any) -> None:
+        """What the system calls when a signal comes."""
         del frame
         signal.signal(signum, signal.SIG_DFL)
         _later(_CLEARING_UP, lambda: self._end_at_once(signum))

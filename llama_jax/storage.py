@@ -210,6 +210,7 @@ class AppendedFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Nothing is written behind it."""
         self._file.close()
 
 

@@ -132,10 +132,14 @@ class LazyArray(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Of what is read."""
+        ...
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The block of these slices, one an axis, each of step 1. It may be read-only."""

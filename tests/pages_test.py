@@ -90,6 +90,12 @@ def test_links_lead_to_what_is_there(page):
     assert not list(dead_links(page, page.read_text()))
 
 
+def test_every_page_is_on_the_site():
+    index = (ROOT / 'docs/index.md').read_text()
+    for page in {page.stem for page in ROOT.glob('docs/*.md')} - {'index'}:
+        assert f'\n{page}\n' in index, f'docs/index.md leads to {page}'
+
+
 def test_a_dead_link_is_found():
     text = '# One\n[a](#one) [b](#two) [c](data.md#nothing) [d](data.md#several-sources) [e](none.md)\n'
     assert list(dead_links(ROOT / 'docs/index.md', text)) == ['#two', 'data.md#nothing', 'none.md']

@@ -141,6 +141,7 @@ class Times:
 
     @property
     def step(self) -> float:
+        """Seconds of a step, the median."""
         return statistics.median(self.steps)
 
 

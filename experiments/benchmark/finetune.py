@@ -92,6 +92,7 @@ class Size:
 
     @property
     def model(self) -> LlamaForCausalLM:
+        """As it is trained."""
         return LlamaForCausalLM(self.config, dtype=jnp.float32, remat=self.remat)
 
     def ours(self, batches: Sequence[Any], amount: float, **training: Any) -> Contender:

@@ -259,6 +259,7 @@ class FourBit:
     absmax: Callable[[slice], np.ndarray]
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         start, stop, _ = rows.indices(self.shape[0])
         first, last, _ = columns.indices(self.shape[1])
         block = np.empty((max(stop - start, 0), max(last - first, 0)), self.dtype)

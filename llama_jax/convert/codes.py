@@ -36,4 +36,5 @@ class PartLeaf(Leaf):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the part, where it is not the weight's."""
         return self.counts or super().shape

@@ -66,6 +66,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        """In the file."""
         return math.prod(self.shape) // self.type.size * self.type.num_bytes
 
 
@@ -316,6 +317,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the values."""
         return self.info.shape
 
     def read_blocks(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
@@ -330,6 +332,7 @@ class QuantizedTensor:
         return blocks[:, first // kind.size : -(-last // kind.size)]
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`; whole rows are unpacked."""
         gguf = import_gguf()
         if len(self.shape) == 1:
             rows, columns = ALL, rows

@@ -66,6 +66,7 @@ class GroupQuantized:
     dtype: np.dtype = _FLOAT32
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         start, stop, _ = rows.indices(self.shape[0])
         stop = max(start, stop)
         width = math.prod(self.shape[1:])

@@ -50,6 +50,7 @@ class Weight:
 
     @property
     def stacked(self) -> bool:
+        """Whether every layer has one."""
         return self.path.startswith('blocks/')
 
     def name(self, naming: Naming, layer: int) -> str:
@@ -222,6 +223,7 @@ class Leaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the weight in the tree of params."""
         return leaf_shape(self.weight, self.source.config)
 
     @property
@@ -290,13 +292,16 @@ class LeafMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[out, in]."""
         return self.weight.matrix_shape(self.config)
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the leaf."""
         return self.leaf.dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         layer = (slice(self.layer, self.layer + 1),) if self.weight.stacked else ()
         cut = self.weight.num_in
         if not cut:

@@ -21,10 +21,12 @@ class HeldArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the whole, wherever its parts lie."""
         return self.array.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """As NumPy names it."""
         return np.dtype(self.array.dtype)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:

@@ -60,10 +60,12 @@ class Params:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.dim // self.n_heads
 
     @property
     def mlp_dim(self) -> int:
+        """Width of the feed-forward layer, as Meta's code rounds it."""
         return self.hidden_dim or mlp_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 

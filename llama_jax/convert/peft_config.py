@@ -90,9 +90,11 @@ class PeftConfig:
         return any(module.endswith(name) for name in self.saved)
 
     def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
         return self.ranks.get(self._pattern_of(module, self.ranks), self.rank)
 
     def scale_of(self, module: str) -> float:
+        """What a module's adapter is multiplied by."""
         alpha = self.alphas.get(self._pattern_of(module, self.alphas), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)

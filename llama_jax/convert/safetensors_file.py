@@ -138,6 +138,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """In the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

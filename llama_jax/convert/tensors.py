@@ -35,10 +35,14 @@ class Tensor(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Of what is read."""
+        ...
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         """The block [rows, columns], slices of step 1; a vector has rows only. The array may be read-only."""
@@ -62,6 +66,7 @@ class FileTensor:
     dtype: np.dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         start, stop, _ = rows.indices(self.shape[0])
         shape = (max(stop - start, 0), *self.shape[1:])
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -96,6 +101,7 @@ class StridedTensor:
     dtype: np.dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         spans = [slice(*s.indices(size)[:2]) for s, size in zip((rows, columns), self.shape, strict=False)]
         sizes = [max(span.stop - span.start, 0) for span in spans]
         if not math.prod(sizes):
@@ -126,15 +132,18 @@ class Concatenated:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the parts together."""
         shape = list(self.parts[0].shape)
         shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         return tuple(shape)
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the parts, which have one."""
         return self.parts[0].dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         index = [rows, columns]
         start, stop, _ = index[self.axis].indices(self.shape[self.axis])
         blocks, begin = [], 0
@@ -165,13 +174,16 @@ class Tied:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the one that is kept."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the one that is kept."""
         return self.tensor.dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`; the other one must hold the same."""
         block = self.tensor.read(rows, columns)
         if not same_bits(block, self.copy.read(rows, columns)):
             raise InputError(self.refusal)
@@ -207,13 +219,16 @@ class HalfSplit:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the interleaved one."""
         return self.interleaved.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the interleaved one."""
         return self.interleaved.dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         start, stop, _ = rows.indices(self.shape[0])
         first, last = start // self.head_dim, -(-stop // self.head_dim)  # whole heads that cover the rows
         heads = self.interleaved.read(slice(first * self.head_dim, last * self.head_dim), columns)
@@ -247,9 +262,11 @@ class Computed:
 
     @property
     def dtype(self) -> np.dtype:
+        """In which it is computed."""
         return np.dtype(np.float64 if self.stored_dtype == np.float64 else np.float32)
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         return self.compute(rows, columns).astype(self.dtype, copy=False)
 
 
@@ -262,13 +279,16 @@ class Rounded:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """To which it is rounded."""
         return self.tensor.stored_dtype
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
+        """See `Tensor.read`."""
         return cast(self.tensor.read(rows, columns), self.dtype, self.name)
 
 

@@ -80,6 +80,7 @@ class CommandRating:
         self._turn = threading.Lock()
 
     def __call__(self, text: str) -> float:
+        """The command's figure of a text; one is asked at a time."""
         with self._turn:
             answer = self._asking.submit(self._ask, text)
             try:

@@ -195,6 +195,7 @@ class Remote:
         object.__setattr__(self, '_name', name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Calls it in the process that has it."""
         return object.__getattribute__(self, '_program').request('call', self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:

@@ -57,15 +57,18 @@ class ByTokens:
     def begin(
         self, prompts: Sequence[Sequence[int]], num_tokens: int
     ) -> tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, 'B']]:
+        """The prompts [B, S] with room for what follows, and their lengths [B]."""
         tokens = np.zeros((len(prompts), num_tokens), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
 
     def __call__(self, logits: Float[Array, 'B V'], state: Any) -> Float[Array, 'B V']:
+        """The function's logits."""
         return self.function(logits, *state)
 
     def advance(self, state: Any, tokens: Int[Array, 'B']) -> Any:
+        """The tokens, each behind its row's."""
         so_far, lengths = state
         return so_far.at[jnp.arange(len(tokens)), lengths].set(tokens, mode='drop'), lengths + 1
 

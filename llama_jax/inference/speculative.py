@@ -309,6 +309,7 @@ class SpeculativeSlots(Slots):
         self._spare = -(-2 * (proposer.num_tokens + 1) // _TILE) * _TILE
 
     def fit(self, num_rows: int, room: int) -> None:
+        """With room for what is proposed."""
         super().fit(num_rows, room + self._spare)
         shape = num_rows, self._fitted().cache.max_len
         if self._memory is None:
@@ -317,10 +318,12 @@ class SpeculativeSlots(Slots):
         self._memory = decoding.reshaped(self._memory, *shape)
 
     def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
+        """By the proposer too."""
         self._memory = read(self._proposer, self._remembered(), *self._arrays(pieces, width))
         return super().read(pieces, width)
 
     def decode(self, slots: Collection[int], num_steps: int) -> Steps:
+        """Steps of one to several tokens."""
         self._rows, self._memory, steps, passes = decode(
             self._model, self._weights, self._proposer, self._fitted(), self._remembered(), self._all_but(slots),
             np.int32(num_steps), self._num_candidates,
@@ -330,12 +333,14 @@ class SpeculativeSlots(Slots):
         return steps
 
     def copy(self, slot: int, begin: int, width: int) -> Any:
+        """With the proposer's memory of it."""
         memory = self._remembered()
         tokens = jax.lax.dynamic_slice(memory.tokens, (slot, begin), (1, width))
         own = decoding.copy_block(memory.cache, np.int32(slot), np.int32(begin), width)
         return super().copy(slot, begin, width), tokens, own
 
     def put(self, slot: int, begin: int, block: Any, length: int) -> None:
+        """With the proposer's memory of it."""
         block, tokens, own = block
         super().put(slot, begin, block, length)
         memory = self._remembered()
@@ -344,6 +349,7 @@ class SpeculativeSlots(Slots):
         self._memory = Memory(jax.lax.dynamic_update_slice(memory.tokens, tokens, where), cache)
 
     def to_device(self, block: Any) -> Any:
+        """With the proposer's memory of it."""
         block, tokens, own = block
         return super().to_device(block), self._place(tokens), self._moved(own, self._remembered().cache)
 

@@ -18,6 +18,7 @@ class LlamaForRewardModel(Transformer):
     """The trunk with one number in the place of the next token's logits."""
 
     def setup(self):
+        """The trunk's weights and the head's."""
         super().setup()
         if not self.config.scalar_head:
             raise InputError('this is a language model, which gives no scores; train a reward model from it')

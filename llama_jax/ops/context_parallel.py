@@ -39,6 +39,7 @@ class ContextShard:
     size: int
 
     def rank(self) -> Int[Array, '']:
+        """Number of this part of the sequence, traced."""
         return jax.lax.axis_index(self.axes)
 
     def chunk_starts(self, seq_len: int) -> Int[Array, '2']:

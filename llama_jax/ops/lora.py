@@ -41,6 +41,7 @@ class LoraArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The weight's."""
         return self.base.shape  # pyright: ignore[reportAttributeAccessIssue] - all that are in use have one
 
     def materialize(self) -> Float[Array, '...']:

@@ -49,6 +49,7 @@ class Nf4Array:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The weight's."""
         return self.codes.shape
 
     def materialize(self) -> Float[Array, '...']:

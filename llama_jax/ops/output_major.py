@@ -35,10 +35,12 @@ class OutputMajorArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
         return self.values.shape
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Of the values."""
         return self.values.dtype
 
     def materialize(self) -> Float[Array, '...']:

@@ -50,6 +50,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The weight's."""
         return self.qvalue.shape
 
     def materialize(self) -> Float[Array, '...']:

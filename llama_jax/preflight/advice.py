@@ -54,6 +54,7 @@ class Attempt:
 
     @property
     def total(self) -> int:
+        """Bytes on a device."""
         return self.state + self.temporaries
 
 

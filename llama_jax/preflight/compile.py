@@ -56,6 +56,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes on a device."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
@@ -84,6 +85,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
+        """Whether a chip holds it."""
         return self.memory is not None and self.needed <= self.available
 
 

@@ -36,6 +36,7 @@ class Array:
 
     @property
     def elements(self) -> int:
+        """How many it has."""
         return math.prod(self.dims)
 
     @property
@@ -80,13 +81,16 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
+        """The instruction whose value is returned."""
         return next(i for i in reversed(self.instructions.values()) if i.is_root)
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
+        """By their numbers."""
         return {int(i.argument): i for i in self.instructions.values() if i.opcode == 'parameter'}
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
+        """The instruction that gives an operand."""
         return self.instructions[instruction.operands[index]]
 
 

@@ -62,6 +62,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """The longest of all, which bounds the step."""
         return max(seconds or 0.0 for seconds in dataclasses.asdict(self).values())
 
 

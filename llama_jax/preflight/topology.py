@@ -69,14 +69,17 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """What one chip can do."""
         return CHIPS[self.chip_name]
 
     @property
     def torus(self) -> Torus:
+        """How chips of its kind are joined to slices."""
         return _torus(self.chip)
 
     @property
     def num_chips(self) -> int:
+        """In all slices."""
         return self.num_slices * math.prod(self.shape)
 
     def wraps(self, dimension: int) -> bool:

@@ -47,6 +47,7 @@ class Quantizing:
 
     @property
     def num_bytes(self) -> int:
+        """Of codes and scales."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in (self.codes, self.scale))
 
     def _scales_of_layer(self, layer: int) -> np.ndarray:
@@ -156,23 +157,28 @@ class Codes:
 
     @property
     def is_packed(self) -> bool:
+        """Whether a byte holds two."""
         return self.stored.dtype == np.uint8
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Unpacked."""
         *others, last = self.stored.shape
         return (*others, 2 * last if self.is_packed else last)
 
     @property
     def rows_axis(self) -> int | None:
+        """As it is stored."""
         return self.stored.rows_axis
 
     def blocks(self) -> Iterator[Index]:
+        """As they are stored, in codes."""
         for index in self.stored.blocks():
             start, stop, _ = index[-1].indices(self.stored.shape[-1])
             yield (*index[:-1], slice(2 * start, 2 * stop)) if self.is_packed else index
 
     def read(self, index: Index) -> np.ndarray:
+        """See `LazyArray`; unpacked."""
         if not self.is_packed:
             return self.stored.read(index).astype(self.dtype)
         start, stop, _ = index[-1].indices(self.shape[-1])
@@ -190,16 +196,20 @@ class Dequantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
         return tuple(self.codes.shape)
 
     @property
     def rows_axis(self) -> int | None:
+        """Of the codes."""
         return self.codes.rows_axis
 
     def blocks(self) -> Iterable[Index]:
+        """Of the codes."""
         return self.codes.blocks()
 
     def read(self, index: Index) -> np.ndarray:
+        """See `LazyArray`; codes times scales."""
         spans = [s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True)]
         tiles = [n // count for n, count in zip(self.shape, self.scale.shape, strict=True)]
         covering = [(a // t, -(-b // t)) for (a, b), t in zip(spans, tiles, strict=True)]

@@ -44,13 +44,19 @@ class Tokenizer(Protocol):
     sha256: str
 
     @property
-    def bos_id(self) -> int: ...
+    def bos_id(self) -> int:
+        """The id that begins a document."""
+        ...
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The id that ends a document."""
+        ...
 
     @property
-    def stop_ids(self) -> tuple[int, ...]: ...
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion."""
+        ...
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
