@@ -59,6 +59,7 @@ def test_what_the_output_holds(evaluated):
     assert {'document', 'requests', 'results', 'answer'} <= set(lines[1])
 
 
+@pytest.mark.slow
 def test_the_same_on_eight_devices(commands, given, evaluated, tmp_path):
     arguments = [
         '--tasks=piqa,winogrande',

@@ -91,7 +91,7 @@ def bomb(size):
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.txt.gz'])
 def test_a_line_that_does_not_end_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
     path = tmp_path / name
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n' if 'js' in name else b'') + bomb(256 << 20))
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' if 'js' in name else b'') + bomb(96 << 20))
     for module in (sources, containers):
         monkeypatch.setattr(module, 'MAX_BYTES', 1 << 20)
     tracemalloc.start()

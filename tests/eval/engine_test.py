@@ -80,22 +80,9 @@ def check_parity(engine, torch_log_probs, prepared, answers):
         assert ours == prepared.task.grade(document, [theirs[request] for request in requests])
 
 
-@pytest.fixture(scope='module')
-def few(engine, shared_data):
-    """Eight items of each task, all asked at once."""
-    prepared_tasks = {name: read(shared_data / 'eval', name, 8) for name in TASKS}
-    return prepared_tasks, ask(engine, prepared_tasks.values())
-
-
-@pytest.mark.parametrize('name', TASKS)
-def test_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, few, name):
-    prepared_tasks, answers = few
-    check_parity(engine, torch_log_probs, prepared_tasks[name], answers)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', TASKS)
-def test_many_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
+def test_log_likelihoods_are_those_of_transformers(engine, torch_log_probs, shared_data, name):
     prepared = read(shared_data / 'eval', name, 200)
     check_parity(engine, torch_log_probs, prepared, ask(engine, [prepared]))
 

@@ -20,6 +20,7 @@ from llama_jax.types import InputError
 from tests.command_line import REPOSITORY
 
 pytest.importorskip('lm_eval')
+pytestmark = pytest.mark.slow
 
 LIMIT = 25
 
@@ -119,7 +120,6 @@ def huggingface(huggingface_folder):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
 def test_the_numbers_are_those_of_the_harness_with_transformers(ours, tasks, huggingface):
     check_equal(ours, run(huggingface, tasks))
 
@@ -219,7 +219,6 @@ def test_the_numbers_are_equal_behind_a_chat_template_too(engine, tasks, hugging
     assert prompt.count('user: ') == 2 and prompt.endswith('assistant:')
 
 
-@pytest.mark.slow
 def test_it_needs_no_torch(engine, tasks, stories, tmp_path):
     """In an interpreter that finds every package but those."""
     packages = tmp_path / 'packages'
@@ -306,7 +305,6 @@ def test_settings_of_drawing_are_asked_for_where_they_matter():
     assert greedy.further == (('frequency_penalty', 1.0),)
 
 
-@pytest.mark.slow
 def test_settings_of_drawing_reach_the_sampler(engine):
     """One token alone is kept by a top-k of 1, or a min-p of 1: what is drawn is then the most likely text."""
     plain = {'until': None, 'max_gen_toks': 12}

@@ -26,6 +26,13 @@ from tests import toy
 SAME = 1e-5
 
 
+MESHES = [
+    None,
+    {'fsdp': 2, 'tensor': 4},
+    pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+]
+
+
 @pytest.fixture(scope='module')
 def rows():
     """Tokens of rows of any length, padded on the right, and how many each has."""
@@ -72,7 +79,7 @@ def test_prompts_are_read_in_pieces_as_at_once(model, weights, rows, uncached, w
     assert cache.length.tolist() == rows[1].tolist()
 
 
-@pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize('mesh', MESHES)
 def test_rows_are_read_into_any_slots(model, params, weights, rows, uncached, mesh):
     """The others keep what they have, and a row that only fills up the shape is nowhere."""
     _, alone = read_prompts(model, weights, rows, 16)
@@ -133,7 +140,7 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
     assert sorted(set(rooms)) == [16, 32] and len(rooms) >= 20 / columns
 
 
-@pytest.mark.parametrize('mesh', [None, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize('mesh', MESHES)
 def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, logits_of, mesh):
     """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
     monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', params['blocks']['mlp']['up'][0].size)

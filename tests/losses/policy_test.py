@@ -292,7 +292,7 @@ def test_one_device_is_eight(mesh):
     toy.assert_same_gradients(jax.device_get(found), jax.device_get(wanted))
 
 
-@pytest.mark.parametrize('temperature', [0.7, 1.2])
+@pytest.mark.parametrize('temperature', [0.7, pytest.param(1.2, marks=pytest.mark.slow)])
 def test_a_policy_that_has_not_moved_has_ratio_one(temperature):
     """And at another temperature than answers were drawn at it has not."""
     params = toy.make_params(MODEL)

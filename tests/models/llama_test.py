@@ -171,7 +171,9 @@ def test_remat_and_unrolling_change_neither_results_nor_weights(model, params, k
     assert_same_gradients(loss_and_gradients(other, params, batch), want, 1e-6)
 
 
-@pytest.mark.parametrize('split', [False, True], ids=['one device', 'split rows'])
+@pytest.mark.parametrize(
+    'split', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['one device', 'split rows']
+)
 def test_policies_save_and_offload_what_they_say(split):
     """Told from the program: how often it multiplies, and what it sends to the host's memory."""
     mesh = make_mesh({'data': 2, 'context': 2, 'tensor': 2})

@@ -325,7 +325,7 @@ def test_memory_is_linear_in_the_length():
     assert temporary_bytes(32_768) < 2.2 * temporary_bytes(16_384)
 
 
-@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), (4, 4)])
+@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('num_queries', [1, 4, LENGTH])
 def test_queries_that_continue_a_cache(num_queries, num_heads, num_kv_heads):
     """Row b's queries stand at slots start[b], ...; the slots after them hold rubbish. At once and by tiles."""
@@ -348,7 +348,7 @@ def codes_of_cache(k, v):
     return jax.tree.map(lambda x: x.swapaxes(1, 2), (k, v)), held
 
 
-@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), (4, 4)])
+@pytest.mark.parametrize(('num_heads', 'num_kv_heads'), [(8, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('num_queries', [1, 4, LENGTH])
 def test_a_cache_of_int8_is_attended_to_as_what_it_stands_for(num_queries, num_heads, num_kv_heads):
     q, k, v = random_qkv(num_heads, num_kv_heads, num_queries)

@@ -90,7 +90,9 @@ def moved(kind: str, **options) -> int:
 
 # The one the compiler splits, and the one that runs by default on CPUs, split by `shard_map` as all other kernels are.
 split_attention = pytest.mark.parametrize(
-    'attention', [{}, {'attention': 'chunked'}], ids=['reference', 'chunked']
+    'attention',
+    [{}, pytest.param({'attention': 'chunked'}, marks=pytest.mark.slow)],
+    ids=['reference', 'chunked'],
 )
 
 
