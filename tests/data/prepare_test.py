@@ -199,7 +199,7 @@ def test_killed_at_any_task_it_goes_on_and_does_nothing_twice(raw, once, tmp_pat
 
     monkeypatch.setattr(unit_tasks, '_write', counted)
     kills = 0
-    while True:
+    while kills < 100:
         left = rng.integers(1, 12)
 
         def kill(state):
@@ -364,6 +364,7 @@ lengths = strategies.lists(
 
 @hypothesis.settings(max_examples=25, deadline=None, database=None)
 @hypothesis.given(lengths, strategies.integers(1, 700), strategies.sampled_from([1, 30, 100, 2000, 1 << 20]))
+@hypothesis.example([[40], [60, 50, 50]], 100, 100)  # a file that goes on with the unit of the last
 def test_nothing_is_lost_and_nothing_invented(tmp_path_factory, files, seq_len, unit_bytes):
     folder = tmp_path_factory.mktemp('files')
     rng = np.random.default_rng(0)
