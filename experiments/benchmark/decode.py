@@ -8,6 +8,7 @@ one; the median of some turns.
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,8 +76,14 @@ def main() -> dict[str, Any]:
     prompt_flops = prompt * training_flops_per_token(config, prompt)[0] / 3 - head
     peak = peak_flops_per_device() * jax.device_count()
     bandwidth = copy_bandwidth(_ROUNDS.value)
-    figures: dict[str, Any] = {'model': _MODEL.value, 'dtype': dtype.name, 'copy_bandwidth': bandwidth}
-    print(f'{_MODEL.value}, {dtype.name}, {prompt} + {tokens} tokens, copies at {bandwidth / 1e9:,.0f} GB/s')
+    product_bandwidth = product_read_bandwidth(config)
+    figures: dict[str, Any] = {
+        'model': _MODEL.value, 'dtype': dtype.name, 'copy_bandwidth': bandwidth, 'product_bandwidth': product_bandwidth,
+    }  # fmt: skip
+    print(
+        f'{_MODEL.value}, {dtype.name}, {prompt} + {tokens} tokens, copies at {bandwidth / 1e9:,.0f} GB/s, products of '
+        f'a row with matrices read {product_bandwidth / 1e9:,.1f}'
+    )
     print(
         f'{"prompts":>8}{"step ms":>10}{"of bandwidth":>14}{"tokens/s":>12}{"prompt tokens/s":>17}{"MFU":>7}'
     )
@@ -98,11 +105,12 @@ def main() -> dict[str, Any]:
         num_bytes = weight_bytes + dtype.itemsize * batch * filled
         found = {
             'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
+            'product_share': num_bytes / step / product_bandwidth,
             'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9),
             'prompt_mfu': prompt_flops * batch / max(one - step, 1e-9) / peak, 'first_seconds': first,
         }  # fmt: skip
         figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
-        ms, share, rate, read, mfu, _ = found.values()
+        ms, share, rate, _, read, mfu, _ = found.values()
         print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}{mfu:7.1%}', flush=True)
         for name, times in list(seconds.items())[1:]:
             rate, their_read = batch / times.step, batch * prompt / max(times.one - times.step, 1e-9)
@@ -210,6 +218,29 @@ def copy_bandwidth(rounds: int) -> float:
         return time.perf_counter() - start
 
     return 2 * x.nbytes / median(once, rounds)
+
+
+def product_read_bandwidth(config: LlamaConfig) -> float:
+    """Bytes/s of float32 that the best product of one row with a matrix of the model's reads: of an MLP, or the head.
+
+    The matrices are many, so that no cache holds the next; the best of some turns.
+    """
+    rates, row = [], jnp.ones(config.embed_dim, jnp.float32)
+    for equation, size in (('d,df->f', config.mlp_dim), ('d,fd->f', config.vocab_size)):
+        shape = (config.embed_dim, size) if equation == 'd,df->f' else (size, config.embed_dim)
+        matrices = [jnp.ones(shape, jnp.float32) for _ in range(max(1, (1 << 26) // math.prod(shape)))]
+        multiply = jax.jit(
+            lambda matrices, equation=equation: [jnp.einsum(equation, row, matrix) for matrix in matrices]
+        )
+
+        def once(multiply: Any = multiply, matrices: list[jax.Array] = matrices) -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(multiply(matrices))
+            return time.perf_counter() - start
+
+        once()
+        rates.append(sum(matrix.nbytes for matrix in matrices) / min(once() for _ in range(7)))
+    return max(rates)
 
 
 def median(measure: Callable[[], float], rounds: int) -> float:

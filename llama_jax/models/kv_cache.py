@@ -272,10 +272,9 @@ class KVCache:
 
     def with_layers(self, layers: list[LayerCache] | list[LayerPages]) -> 'KVCache':
         """What all layers have written."""
-        if self.pages:
-            return dataclasses.replace(self, pages=tuple(layer.pages for layer in layers))
-        keys, values = (tuple(getattr(layer, name) for layer in layers) for name in ('keys', 'values'))
-        return dataclasses.replace(self, keys=keys, values=values)
+        names = ('pages',) if self.pages else ('keys', 'values')
+        written = {name: tuple(getattr(layer, name) for layer in layers) for name in names}
+        return dataclasses.replace(self, **written)
 
     def advance(self, num_tokens: Int[Array, 'B'] | int) -> 'KVCache':
         """Counts tokens as read. A row whose last tokens were padding counts only its own: the rest is overwritten."""

@@ -59,7 +59,8 @@ def paged_attention(
       pages: keys, rotated, and values of every row's tokens, those of the queries too.
       start: tokens that each row had read before.
     """
-    # Slow to import, and only a TPU needs it.
+    # Slow to import, and only a TPU needs them.
+    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernel
 
     batch, length, num_heads, head_dim = q.shape
@@ -68,9 +69,11 @@ def paged_attention(
     in_row = room // page
     # A row that has ended may be full, and what its query finds is not read.
     has = jnp.minimum(start + length, room).astype(jnp.int32)
+    # In the main memory, from where the kernel takes what it needs: XLA would fetch all of them, where they fit.
+    in_pages = pages.reshape(batch * in_row, page, *pages.shape[2:])
     out = kernel.ragged_paged_attention(
         q.reshape(batch * length, num_heads, head_dim),
-        pages.reshape(batch * in_row, page, *pages.shape[2:]),
+        pltpu.with_memory_space_constraint(in_pages, pltpu.HBM),
         has,
         jnp.arange(batch * in_row, dtype=jnp.int32).reshape(batch, in_row),
         jnp.arange(batch + 1, dtype=jnp.int32) * length,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernel
 
 from llama_jax.inference import decoding
@@ -39,6 +40,7 @@ def by_table(q, pages, num_tokens, table, query_starts, num_rows, *, sm_scale, *
 def in_pages(monkeypatch):
     """A model whose caches are of pages, with programs of its own; it has the weights of `toy`."""
     monkeypatch.setattr(kernel, 'ragged_paged_attention', by_table)
+    monkeypatch.setattr(pltpu, 'with_memory_space_constraint', lambda x, _: x)  # of a TPU
     monkeypatch.setattr(kv_cache, 'cache_layout', lambda *_: 'pages')
     monkeypatch.setattr(decoding, 'LEAST_ROOM', 16)
     return toy.make_model(unroll=2)

@@ -170,10 +170,10 @@ for number, (name, of_cache) in enumerate(chips):
 def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
     """Widths of 70B in int8 on 16 chips, 8 rows of 4,096 tokens on each: in pages, and in int8 heads first.
 
-    What is left, none to one layer of pages and most of those that are heads first, XLA keeps in a chip's own memory
-    (its space 1) from the time it is fetched to be attended to: the new tokens are written there, and all goes back to
-    the main memory, once, while others are computed. XLA takes them for free; they are a write of the cache more.
-    Nothing of that size moves within the main memory, and no weight.
+    What is left of those that are heads first, XLA keeps in a chip's own memory (its space 1) from the time it is
+    fetched to be attended to: the new tokens are written there, and all goes back to the main memory, once, while
+    others are computed. XLA takes them for free; they are a write of the cache more. Nothing of that size moves within
+    the main memory, and no weight.
     """
     program = TPU_STEPS.replace('FOLDER', str(tmp_path))
     done = subprocess.run(
@@ -187,9 +187,9 @@ def test_a_step_on_a_tpu_copies_no_weight(tmp_path):
         moved = large_moves(text, 8192 * 128)
         in_pages = 'bf16[8,4096,2,128]' in text
         assert in_pages == ('ragged_paged_attention' in text) == (number < 3)
-        assert len(moved) <= (1 if in_pages else 2 * 4), 'each once at most'
+        assert len(moved) <= (0 if in_pages else 2 * 4), 'each once at most'
         for line in moved:
-            back = re.search(r'= ((?:bf16|s8)\[8,(?:4096,2|1,4096),128\]\S*) copy-done\((%[\w.-]+)\)', line)
+            back = re.search(r'= (s8\[8,1,4096,128\]\S*) copy-done\((%[\w.-]+)\)', line)
             assert back, line
             start = re.search(rf'{re.escape(back[2])} = \((\S+), (\S+), .*copy-start', text)
             assert start and start[1] == back[1] and 'S(1)' in start[2] and 'S(' not in start[1], line
