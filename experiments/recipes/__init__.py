@@ -1,0 +1,1 @@
+"""Several commands one after the other, and what small ones of them read."""
