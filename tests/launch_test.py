@@ -29,7 +29,7 @@ NO_PATHS = {
     'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
     'decode_model', 'generator_model', 'finetune_model', 'finetune_parts', 'finetune_read', 'finetune_remat',
     'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
-    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe', 'stages',
+    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe', 'stages', 'data_parts',
 }  # fmt: skip
 
 
