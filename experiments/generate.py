@@ -182,11 +182,9 @@ def main() -> None:
     if not 1 <= _DRAFT_TOKENS.value <= MAX_PROPOSED:
         raise InputError(f'--draft_tokens is {_DRAFT_TOKENS.value}; it must be 1 to {MAX_PROPOSED}')
     constraint = {'schema': _SCHEMA.value, 'regex': _REGEX.value, 'grammar': _GRAMMAR.value}
-    if any(constraint.values()) and (
-        _DRAFT.value or _MESH.value or _IGNORE_EOS.value or _MIN_NEW_TOKENS.value
-    ):
+    if any(constraint.values()) and (_DRAFT.value or _IGNORE_EOS.value or _MIN_NEW_TOKENS.value):
         raise InputError(
-            '--schema, --regex and --grammar go without --draft, --mesh, --ignore_eos and --min_new_tokens'
+            '--schema, --regex and --grammar go without --draft, --ignore_eos and --min_new_tokens'
         )
     if _OUTPUT.value and _FORMAT.present:
         raise InputError('--format is of standard output; what --output holds is JSON Lines')

@@ -2,7 +2,7 @@
 
     python -m experiments.serve --checkpoint=DIR --port=8000
 
-It listens at once and loads meanwhile; docs/serving.md tells what it offers.
+It listens at once, on process 0 of several, and loads meanwhile; docs/serving.md tells what it offers.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import functools
 import os
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 from etils import epath
@@ -18,12 +19,14 @@ from experiments import launch
 from experiments.checkpoint import DTYPES
 from experiments.loading import load_model
 from experiments.settings import partitioner_of_flags
+from llama_jax import runtime
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import read_bytes
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
 from llama_jax.serve.documents import Documents
+from llama_jax.serve.job import follow
 from llama_jax.serve.keys import read_keys
 from llama_jax.serve.served import Served, chat_of, rules_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
@@ -56,6 +59,7 @@ _CONSTRAINTS = flags.DEFINE_bool('constraints', True, 'answers may be held to a 
 _MAX_QUEUE = flags.DEFINE_integer('max_queue', 256, 'answers that may wait for a slot', 0)
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'bytes of a request', 1)
 _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'that running answers have to end', 0.0)
+launch.define_processes()
 
 
 def main() -> None:
@@ -67,14 +71,18 @@ def main() -> None:
         raise InputError(
             f'--host={_HOST.value} is reached by others than this machine; give --api_keys=FILE, whose keys open it'
         )
-    with launch.flags_named('--documents', '--host', '--port'):
-        listener = listen(_HOST.value, _PORT.value)
-        documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
+    if jax.process_count() > 1 and not _MESH.value:
+        raise InputError('--mesh is required where several processes serve together, as in --mesh=tensor=-1')
+    partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value) if _MESH.value else None
+    listener = documents = None
+    with runtime.refused_by_all(), launch.flags_named('--documents', '--host', '--port'):
+        if runtime.is_main_process():
+            listener = listen(_HOST.value, _PORT.value)
+            documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
     limits = Limits(
         _NAME.value or os.path.basename(_CHECKPOINT.value.rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
         tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys), documents,
     )  # fmt: skip
-    partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value) if _MESH.value else None
     checkpoint = (
         _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value,
         _DRAFT_TOKENS.value,
@@ -83,10 +91,13 @@ def main() -> None:
         'num_slots': _SLOTS.value, 'budget_tokens': _BUDGET_TOKENS.value or None, 'max_steps': _STEPS.value,
         'log_probabilities': _TOP_LOGPROBS.value, 'prefix_bytes': (_PREFIX_MIB.value << 20, 0),
     }  # fmt: skip
-    print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
     load = functools.partial(
         _load, checkpoint, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, rows
     )
+    if listener is None:
+        follow(load)
+        return
+    print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
     if failure := serve(load, limits, listener, _DRAIN_SECONDS.value):
         raise failure
 

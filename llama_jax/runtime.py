@@ -211,7 +211,7 @@ def enable_compilation_cache(directory: str = '') -> None:
         or str(Path(user_cache) / 'llama_jax' / 'xla')
     )
     jax.config.update('jax_compilation_cache_dir', chosen)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
@@ -240,9 +240,9 @@ def gather_texts(text: str) -> list[str]:
 def bytes_from_main_process(data: bytes) -> bytes:
     """What process 0 holds, on every process."""
     size = int(from_main_process(np.array(len(data))))
-    padded = np.zeros(size, np.uint8)
+    padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # few sizes, so few programs
     padded[: len(data)] = np.frombuffer(data, np.uint8)[:size]
-    return from_main_process(padded).tobytes()
+    return from_main_process(padded)[:size].tobytes()
 
 
 @contextlib.contextmanager

@@ -30,12 +30,14 @@ class Request:
       tokens: of the prompt, at least one.
       max_new_tokens: at least one; with the prompt they fit into the context.
       key: whose it is; keys take turns.
+      is_stepped: the host says before each of its tokens which may come, so steps are made one by one.
     """
 
     id: Hashable
     tokens: Sequence[int]
     max_new_tokens: int
     key: str = ''
+    is_stepped: bool = False
 
     @property
     def reach(self) -> int:
@@ -332,6 +334,8 @@ class Batcher:
 
     def _decode(self, most: int) -> Decode:
         shares = []
+        if any(row.remaining and row.request.is_stepped for row in self._rows.values()):
+            most = 1
         for slot, row in self._rows.items():
             if steps := min(row.remaining, most):
                 shares.append(Share(slot, row.request, steps))

@@ -4,14 +4,11 @@
     constrained = Constrained(rules, rules.of_schema({'type': 'integer', 'minimum': 0, 'maximum': 9}))
     texts = llama_jax.generate(model, params, tokenizer, prompts, logits_processor=constrained)
 
-The masks are made on the host, for each row that has a rule, while the program waits for them; rows without one do not.
+The masks are made on the host before each step, so steps are made one by one while a row with a rule runs.
 """
 
-import collections
 import dataclasses
-import itertools
 import json
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +22,6 @@ from llama_jax.types import InputError, error_line
 
 # Of a schema, an expression or a grammar, in characters.
 MAX_RULE = 64 << 10
-# Rows whose automata are kept; those that ended long ago go first.
-_MAX_ROWS = 1024
 # What a rule may take: to be read, and at each token. All are far from what people write.
 _LIMITS = {
     'initial_lexer_fuel': 200_000, 'step_lexer_fuel': 100_000, 'step_max_items': 50_000, 'max_lexer_states': 50_000,
@@ -42,12 +37,12 @@ class Rule:
     """What one answer keeps to.
 
     Attributes:
-      number: tells it from others, from 1 on.
+      source: kind and text, of which `Rules.read` makes the same.
       matcher: of llguidance, at the beginning.
       failure: why an answer could not be made by it to the end; '' as long as it could.
     """
 
-    number: int
+    source: tuple[str, str]
     matcher: Any
     failure: str = ''
 
@@ -68,7 +63,6 @@ class Rules:
                 "constraints need the package llguidance: pip install 'llama_jax[serve]'"
             ) from None
         self._library, self.vocab_size = llguidance, vocab_size
-        self._numbers = itertools.count(1)
         self._limits = llguidance.LLParserLimits(**_LIMITS)
         self.stop_ids = sorted(id for id in tokenizer.stop_ids if id < vocab_size)
         self.num_tokens = min(vocab_size, tokenizer.vocab_size)
@@ -83,12 +77,7 @@ class Rules:
         Raises:
           InputError: it is no schema, is one that nothing fits, or is too large.
         """
-        text = json.dumps(schema)
-        try:
-            grammar = self._library.LLMatcher.grammar_from_json_schema(text, defaults=_ONE_SPELLING)
-        except ValueError as error:
-            raise InputError(f'the schema cannot be used: {error_line(error)}') from None
-        return self._read('the schema', text, grammar)
+        return self.read(('schema', json.dumps(schema)))
 
     def of_regex(self, regex: str) -> Rule:
         """Answers match a regular expression, whole.
@@ -96,7 +85,7 @@ class Rules:
         Raises:
           InputError: it is none, or too large.
         """
-        return self._read('the regular expression', regex, self._library.LLMatcher.grammar_from_regex(regex))
+        return self.read(('regular expression', regex))
 
     def of_grammar(self, grammar: str) -> Rule:
         """Answers are words of a grammar in the language of Lark, as llguidance reads it.
@@ -104,15 +93,25 @@ class Rules:
         Raises:
           InputError: it is none, or too large.
         """
-        return self._read('the grammar', grammar, self._library.LLMatcher.grammar_from_lark(grammar))
+        return self.read(('grammar', grammar))
 
-    def _read(self, what: str, text: str, grammar: str) -> Rule:
+    def read(self, source: tuple[str, str]) -> Rule:
+        """What one of the above has read, once more: another process has `Rule.source`."""
+        (kind, text), matcher = source, self._library.LLMatcher
         if len(text) > MAX_RULE:
-            raise InputError(f'{what} has {len(text)} characters; it may have {MAX_RULE}')
-        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise InputError(f'{what} cannot be used: {error_line(ValueError(matcher.get_error()))}')
-        return Rule(next(self._numbers), matcher)
+            raise InputError(f'the {kind} has {len(text)} characters; it may have {MAX_RULE}')
+        try:
+            if kind == 'schema':
+                grammar = matcher.grammar_from_json_schema(text, defaults=_ONE_SPELLING)
+            else:
+                is_regex = kind == 'regular expression'
+                grammar = (matcher.grammar_from_regex if is_regex else matcher.grammar_from_lark)(text)
+            made = matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            if made.is_error():
+                raise ValueError(made.get_error())
+        except ValueError as error:
+            raise InputError(f'the {kind} cannot be used: {error_line(error)}') from None
+        return Rule(source, made)
 
 
 class _Described:
@@ -134,14 +133,32 @@ class _Described:
         return self._encode(_BEFORE + text)[self._num_before :]
 
 
-@dataclasses.dataclass
-class _Row:
-    """Of an answer: its automaton after so many tokens, and which may be next."""
+class _Follower:
+    """One answer, token by token: which may come next, a bit each in the words of `mask`."""
 
-    rule: Rule
-    matcher: Any
-    step: int
-    mask: np.ndarray
+    def __init__(self, rule: Rule, end: np.ndarray, mask_bytes: int):
+        self._rule, self._matcher = rule, rule.matcher.deep_copy()
+        self._end, self._mask_bytes = end, mask_bytes
+        self.mask = self._next()
+
+    def hear(self, token: int) -> None:
+        """Behind its end an answer hears no more."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+            self.mask = self._next()
+
+    def _next(self) -> np.ndarray:
+        """What may be next; where the automaton cannot say, the end alone, and the rule hears why."""
+        matcher = self._matcher
+        if matcher.is_stopped() and not matcher.is_error():
+            return self._end
+        mask = np.zeros_like(self._end)
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, self._mask_bytes)
+        if matcher.is_error() or not mask.any():
+            self._rule.failure = error_line(ValueError(matcher.get_error() or 'no token can come next'))
+            return self._end
+        return mask
 
 
 class Constrained:
@@ -150,84 +167,37 @@ class Constrained:
     def __init__(self, rules: Rules, rule: Rule | None = None):
         """Args: rules: for the tokenizer. rule: of all rows; None: that of the request, if it has one."""
         self._vocab_size, self._rule = rules.vocab_size, rule
-        self._num_words, self._mask_bytes = -(-rules.vocab_size // 32), 4 * -(-rules.num_tokens // 32)
-        self._numbers = itertools.count(1)
-        # A request holds its rule as long as it is answered.
-        self._known: weakref.WeakValueDictionary[int, Rule] = weakref.WeakValueDictionary()
-        self._rows: collections.OrderedDict[int, _Row] = collections.OrderedDict()
-        self._end = np.zeros(self._num_words * 32, bool)
-        self._end[rules.stop_ids] = True
-        self._end = np.packbits(self._end, bitorder='little').view(np.int32)
+        self._mask_bytes = 4 * -(-rules.num_tokens // 32)
+        end = np.zeros(-(-rules.vocab_size // 32) * 32, bool)
+        end[rules.stop_ids] = True
+        self._end = np.packbits(end, bitorder='little').view(np.int32)
 
-    def begin(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Any:
+    def follow(self, rule: Any) -> _Follower | None:
+        """See `RuledProcessor`."""
+        rule = self._rule if rule is None else rule
+        return None if rule is None else _Follower(rule, self._end, self._mask_bytes)
+
+    def states(self, rows: Sequence[Any]) -> Int[np.ndarray, 'B words']:
+        """See `RuledProcessor`; of a row without a rule all may come."""
+        every = np.full_like(self._end, -1)
+        return np.stack([every if row is None else row.mask for row in rows])
+
+    def begin(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Int[np.ndarray, 'B words']:
         """See `LogitsProcessor`."""
         del num_tokens
-        return self.begin_ruled([None] * len(prompts))
+        return self.states([None] * len(prompts))
 
-    def begin_ruled(self, rules: Sequence[Any]) -> Any:
-        """See `RuledProcessor`; a row is its number, 0 where it is free, its rule's, its step and its last token."""
-        given = [self._rule if rule is None else rule for rule in rules]
-        numbers = [next(self._numbers) if rule is not None else 0 for rule in given]
-        self._known.update({rule.number: rule for rule in given if rule is not None})
-        rows, of_rules = np.array(numbers, np.int32), [0 if rule is None else rule.number for rule in given]
-        return rows, np.array(of_rules, np.int32), np.zeros_like(rows), np.zeros_like(rows)
-
-    def __call__(self, logits: Float[Array, 'B V'], state: Any) -> Float[Array, 'B V']:
+    def __call__(self, logits: Float[Array, 'B V'], state: Int[Array, 'B words']) -> Float[Array, 'B V']:
         """See `LogitsProcessor`."""
-        shape = jax.ShapeDtypeStruct((len(logits), self._num_words), jnp.int32)
 
         def masked(logits: Array) -> Array:
-            words = jax.pure_callback(self._masks, shape, *state, vmap_method='sequential')
-            bits = (words[:, :, None] >> jnp.arange(32)[None, None]) & 1
+            bits = (state[:, :, None] >> jnp.arange(32)[None, None]) & 1
             allowed = bits.reshape(len(logits), -1)[:, : self._vocab_size] == 1
             return jnp.where(allowed, logits, -jnp.inf)
 
-        return jax.lax.cond(jnp.any(state[0] > 0), masked, lambda logits: logits, logits)
+        return jax.lax.cond(jnp.any(state != -1), masked, lambda logits: logits, logits)
 
     def advance(self, state: Any, tokens: Int[Array, 'B']) -> Any:
-        """See `LogitsProcessor`."""
-        numbers, rules, step, _ = state
-        return numbers, rules, step + 1, tokens
-
-    def _masks(self, numbers: Any, rules: Any, steps: Any, tokens: Any) -> np.ndarray:
-        """Which tokens may come next in each row, a bit each; of one without a rule all."""
-        masks = np.full((len(numbers), self._num_words), -1, np.int32)
-        columns = (np.asarray(x).tolist() for x in (numbers, rules, steps, tokens))
-        for place, (number, rule, step, token) in enumerate(zip(*columns, strict=True)):
-            if number and (row := self._row(number, rule)) is not None:
-                self._go_on(row, step, token)
-                masks[place] = row.mask
-        return masks
-
-    def _row(self, number: int, rule_number: int) -> _Row | None:
-        row = self._rows.get(number)
-        if row is None:
-            rule = self._known.get(rule_number)
-            if rule is None:
-                return None  # its request is over, so nobody reads what comes of it
-            row = self._rows[number] = _Row(rule, rule.matcher.deep_copy(), 0, self._end)
-            row.mask = self._mask(row)
-            if len(self._rows) > _MAX_ROWS:
-                self._rows.popitem(last=False)
-        self._rows.move_to_end(number)
-        return row
-
-    def _go_on(self, row: _Row, step: int, token: int) -> None:
-        """To this step, of which it may have heard already; behind its end a row hears no more."""
-        if step == row.step + 1 and not row.matcher.is_stopped():
-            row.matcher.consume_token(token)
-            row.mask = self._mask(row)
-        row.step = max(step, row.step)
-
-    def _mask(self, row: _Row) -> np.ndarray:
-        """What may be next; where the automaton cannot say, the end alone, and the rule hears why."""
-        matcher = row.matcher
-        if matcher.is_stopped() and not matcher.is_error():
-            return self._end
-        mask = np.zeros(self._num_words, np.int32)
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, self._mask_bytes)
-        if matcher.is_error() or not mask.any():
-            row.rule.failure = error_line(ValueError(matcher.get_error() or 'no token can come next'))
-            return self._end
-        return mask
+        """See `LogitsProcessor`; the host gives the next."""
+        del tokens
+        return state

@@ -19,7 +19,7 @@ import jax.monitoring
 
 from llama_jax.inference import decoding
 from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
-from llama_jax.inference.logits_processor import LogitsProcessor
+from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.prefix_cache import PrefixCache
 from llama_jax.inference.prompts import check_prompts
 from llama_jax.inference.proposers import Proposer
@@ -116,6 +116,7 @@ class Generator:
         )  # fmt: skip
         self._asked: dict[int, CompletionRequest] = {}
         self._made: dict[int, list[int]] = {}
+        self._processor, self._followers = processor, dict[int, Follower]()  # by the number of a request
         self._num_asked = 0
         self._planned: collections.deque[Extend | Decode] = collections.deque()  # not yet sent
         self._pending: collections.deque[tuple[Sequence[Extend | Decode], decoding.Steps | None]]
@@ -141,9 +142,12 @@ class Generator:
         if (least := asked.sampler.min_new_tokens) > most:
             raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {most}')
         self._slots.expect(asked)
+        follower = self._processor.follow(asked.rule) if isinstance(self._processor, RuledProcessor) else None
         wanted = min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))
         number = self._num_asked
-        self.batcher.submit(Request(number, asked.tokens, wanted, asked.key))
+        self.batcher.submit(Request(number, asked.tokens, wanted, asked.key, follower is not None))
+        if follower is not None:
+            self._followers[number] = follower
         self._asked[number], self._made[number] = asked, []
         self._num_asked += 1
         if asked.like is not None:
@@ -165,12 +169,14 @@ class Generator:
 
     def advance(self) -> list[Progress]:
         """Sends the next to the devices, and tells what came of the one before, on a CPU of this one."""
-        sent = self._next()
+        sent, progress = self._next(), []
+        while self._followers and self._pending:  # which token may come next is known when the last is
+            progress += self._absorb(*self._pending.popleft())
         if sent:
             self._pending.append((sent, self._send(sent)))
         if len(self._pending) > (self._is_ahead and bool(sent)):
-            return self._absorb(*self._pending.popleft())
-        return []
+            progress += self._absorb(*self._pending.popleft())
+        return progress
 
     def _next(self) -> list[Extend | Decode]:
         """One dispatch, or pieces of as many prompts as are read at once; what else had to be planned waits."""
@@ -201,7 +207,11 @@ class Generator:
         largest = max(sent, key=lambda dispatch: dispatch.room)
         self._slots.fit(largest.num_rows, largest.room)
         if isinstance(sent[0], Decode):
-            return self._slots.decode([share.slot for share in sent[0].shares], sent[0].steps)
+            running = {share.slot: _number_of(share.request) for share in sent[0].shares}
+            followers = {
+                s: self._followers[number] for s, number in running.items() if number in self._followers
+            }
+            return self._slots.decode(list(running), sent[0].steps, followers)
         return self._extend([piece for piece in sent if isinstance(piece, Extend)])
 
     def _extend(self, pieces: Sequence[Extend]) -> decoding.Steps | None:
@@ -226,7 +236,8 @@ class Generator:
         begun = {}
         for row, one in enumerate(pieces):
             number = _number_of(one.request)
-            begun[row] = Begun(one.slot, self._asked[number], one.request.max_new_tokens)
+            follower = self._followers.get(number)
+            begun[row] = Begun(one.slot, self._asked[number], one.request.max_new_tokens, follower)
             self._has_begun(number)
         return self._slots.first(last, begun)
 
@@ -294,6 +305,7 @@ class Generator:
         """A request that is over."""
         self._has_begun(number)
         del self._asked[number], self._made[number]
+        self._followers.pop(number, None)
 
     def _has_begun(self, number: int) -> None:
         """The prompt of the request that it is like is kept until all of these have begun."""
@@ -306,11 +318,13 @@ class Generator:
 
     def _kept(self, number: int, asked: CompletionRequest, new: list[int]) -> tuple[int, bool]:
         """How many of the new tokens the request keeps, and whether they end it."""
-        made = self._made[number]
+        made, follower = self._made[number], self._followers.get(number)
         for index, token in enumerate(new):
             if token in asked.stop_ids:
                 return index, True
             made.append(token)
+            if follower is not None:
+                follower.hear(token)
             if asked.is_complete is not None and asked.is_complete(made):
                 return index + 1, True
         return len(new), False

@@ -18,7 +18,7 @@ class LogitsProcessor(Protocol):
 
     Its methods but `begin` are traced, once for each object: it is hashable, and the same one is given again and again.
     What it knows of a row is that row's state, which goes through the program from token to token: the state of an
-    automaton, say. A mask that only the host can tell comes by `jax.pure_callback`.
+    automaton, say. What only the host can tell is for a `RuledProcessor`.
     """
 
     def begin(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Any:
@@ -40,11 +40,28 @@ class LogitsProcessor(Protocol):
 
 
 @runtime_checkable
-class RuledProcessor(LogitsProcessor, Protocol):
-    """One that each request may give a rule of its own."""
+class Follower(Protocol):
+    """Follows one answer on the host, from its beginning."""
 
-    def begin_ruled(self, rules: Sequence[Any]) -> Any:
-        """As `begin`, of rows with these rules; None: a row without."""
+    def hear(self, token: int) -> None:
+        """The next token of the answer."""
+        ...
+
+
+@runtime_checkable
+class RuledProcessor(LogitsProcessor, Protocol):
+    """One that each request may give a rule of its own, kept to on the host: while one runs, steps are made one by one.
+
+    The state of rows comes from the host anew for every step, so that programs are arrays in, arrays out: they run on
+    any mesh, and stay in the compilation cache, which keeps none that calls back.
+    """
+
+    def follow(self, rule: Any) -> Follower | None:
+        """What follows an answer with this rule, or None, at its beginning; None where it has none to keep to."""
+        ...
+
+    def states(self, rows: Sequence[Any]) -> Any:
+        """As `begin`, of rows that these follow; None: a row without a rule."""
         ...
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
-from llama_jax.inference.logits_processor import LogitsProcessor, RuledProcessor
+from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
 from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
 from llama_jax.models.kv_cache import KVCache
@@ -33,11 +34,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """A row whose prompt was read, and which may get so many tokens."""
+    """A row whose prompt was read, which may get so many tokens, and what says which where it has a rule."""
 
     slot: int
     asked: CompletionRequest
     allowed: int
+    follower: Follower | None = None
 
 
 class Slots:
@@ -124,17 +126,35 @@ class Slots:
         settings, seen = self._settings(asked), None
         if settings.adjustments is not None:
             seen = seen_in_prompts([one.tokens for one in asked], self._model.config.vocab_size)
+        if isinstance(self._processor, RuledProcessor):
+            followers = [begun[row].follower if row in begun else None for row in range(size)]
+            settings = dataclasses.replace(settings, state=self._processor.states(followers))
         arrays = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
-        self._rows, steps = decoding.first(
-            self._model, self._weights, rows, last, arrays, self._num_candidates
+        # Nothing is read of the cache, without which one program serves all its rooms.
+        bare = dataclasses.replace(rows.cache, keys=(), values=())
+        changed, steps = decoding.first(
+            self._model,
+            self._weights,
+            dataclasses.replace(rows, cache=bare),
+            last,
+            arrays,
+            self._num_candidates,
         )
+        cache = dataclasses.replace(rows.cache, length=changed.cache.length)
+        self._rows = dataclasses.replace(changed, cache=cache)
         return steps
 
-    def decode(self, slots: Collection[int], num_steps: int) -> decoding.Steps:
-        """Some steps of the rows in these slots; all others stop."""
-        done = self._all_but(slots)
+    def decode(
+        self, slots: Collection[int], num_steps: int, followers: Mapping[int, Follower] | None = None
+    ) -> decoding.Steps:
+        """Some steps of the rows in these slots, one where somebody follows a row, by its slot; all others stop."""
+        rows, done = self._fitted(), self._all_but(slots)
+        if isinstance(self._processor, RuledProcessor):
+            state = self._processor.states([(followers or {}).get(slot) for slot in range(len(rows.token))])
+            settings = dataclasses.replace(rows.settings, state=jax.tree.map(self._placed, state))
+            rows = dataclasses.replace(rows, settings=settings)
         self._rows, steps = decoding.decode(
-            self._model, self._weights, self._fitted(), done, np.int32(num_steps), self._num_candidates
+            self._model, self._weights, rows, done, np.int32(num_steps), self._num_candidates
         )
         return steps
 
@@ -172,8 +192,12 @@ class Slots:
 
     def _bound(self, arrays: Any) -> Any:
         """Arrays bound to their device, as programs give them back: for those that are not, they are compiled anew."""
-        devices = jax.tree.leaves(self._weights)[0].devices()
-        return arrays if len(devices) > 1 else jax.device_put(arrays, *devices)
+        sharding = jax.tree.leaves(self._weights)[0].sharding
+        if sharding.num_devices > 1:
+            return arrays
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.device_put(arrays, sharding)
 
     def compile(self, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int) -> None:
         """Compiles every program, before there are rows.
@@ -219,16 +243,16 @@ class Slots:
         )
         if self._processor is None:
             return settings
-        if isinstance(self._processor, RuledProcessor):
-            state = self._processor.begin_ruled([one.rule for one in asked])
-        else:
-            longest = decoding.power_of_two(self._model.config.max_seq_len)
-            state = self._processor.begin([one.tokens for one in asked], longest)
+        longest = decoding.power_of_two(self._model.config.max_seq_len)
+        state = self._processor.begin([one.tokens for one in asked], longest)
         return dataclasses.replace(settings, processor=self._processor, state=state)
 
     def _size(self, number: int) -> int:
         """Of arrays of so many prompts: on a mesh with several shards of the batch some are nowhere."""
         return -(-number // self._num_read) * self._num_read
+
+    def _placed(self, rows: np.ndarray) -> Array:
+        return self._bound(self._place(rows))
 
     def _place(self, rows: np.ndarray) -> np.ndarray | Array:
         return decoding.place(rows, self._model.partitioner)

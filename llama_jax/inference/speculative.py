@@ -8,7 +8,7 @@ what was accepted, and the rest is overwritten.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
+from llama_jax.inference.logits_processor import Follower
 from llama_jax.inference.proposers import Draft, Heard, Proposal, Proposer, draft_keys
 from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
 from llama_jax.inference.slots import Hidden, Piece, Slots
@@ -322,8 +323,11 @@ class SpeculativeSlots(Slots):
         self._memory = read(self._proposer, self._remembered(), *self._arrays(pieces, width))
         return super().read(pieces, width)
 
-    def decode(self, slots: Collection[int], num_steps: int) -> Steps:
-        """Steps of one to several tokens."""
+    def decode(
+        self, slots: Collection[int], num_steps: int, followers: Mapping[int, Follower] | None = None
+    ) -> Steps:
+        """Steps of one to several tokens, of rows that nobody follows."""
+        assert not followers
         self._rows, self._memory, steps, passes = decode(
             self._model, self._weights, self._proposer, self._fitted(), self._remembered(), self._all_but(slots),
             np.int32(num_steps), self._num_candidates,

@@ -276,8 +276,9 @@ class Transformer(nn.Module):
             tap = None if self.tap is None else functools.partial(self.tap, layer)
             block = Block(*self._block_knobs, tap=tap, name='block', parent=None)
             self.sow('residual', 'into_layer', x)  # kept where somebody asks: `inference.hidden_states`
-            layer_cache = None if cache is None else cache.layer(layer)
-            x, layer_cache = block.apply({'params': weights}, x, rope, segment_ids, layer_cache)
+            # Of alike layers the first alone is traced; the compiler sees each where it stands.
+            apply = block.apply if tap else functools.partial(jax.jit(Block.apply, static_argnums=0), block)
+            x, layer_cache = apply({'params': weights}, x, rope, segment_ids, cache and cache.layer(layer))
             caches.append(layer_cache)
         return x, None if cache is None else cache.with_layers(caches)
 

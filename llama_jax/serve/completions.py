@@ -90,10 +90,8 @@ class _Work:
         """What is being made, and what the model makes of the prompts' tokens, where that is asked for."""
         scores: list[list[TokenScore]] = [[] for _ in self._prompts]
         if self._body.echo and self._body.logprobs is not None:
-            served, worker = self._service.served(), self._service.worker
             for place, prompt in enumerate(self._prompts):
-                scored = worker.call(lambda prompt=prompt: served.score(prompt))
-                scores[place] = await asyncio.wrap_future(scored)
+                scores[place] = await asyncio.wrap_future(self._service.worker.score(prompt))
         if self._body.max_tokens == 0:
             return Ticket(0, lambda: None, is_streamed), scores
         return self._service.submit(self._asked, is_streamed), scores

@@ -84,8 +84,6 @@ def rules_of(tokenizer: Tokenizer, model: LlamaForCausalLM, with_draft: bool) ->
     """What reads constraints for a model, or why there are none."""
     if with_draft:
         return 'a draft proposes tokens, which knows of no constraint'
-    if model.partitioner is not None:
-        return 'the model is spread over a mesh, whose devices do not ask the host'
     try:
         return Rules(tokenizer, model.config.vocab_size)
     except InputError as error:

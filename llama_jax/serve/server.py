@@ -75,7 +75,8 @@ def serve(
     server = _Server(config, service, drain_seconds)
     worker.start(load, server.end_by_failure)
     server.run([listener])
-    worker.close()
+    if not worker.close():
+        os._exit(0)  # Python would take down what the thread compiles with
     return worker.failure
 
 

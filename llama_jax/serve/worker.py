@@ -7,20 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.constraint import Rule
-from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest, Progress
+from llama_jax.inference.scoring import TokenScore
+from llama_jax.serve.job import Job
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.refusal import Refusal, of_input_error
 from llama_jax.serve.served import Served
 from llama_jax.serve.ticket import Piece, Ticket
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 
 _log = logging.getLogger(__name__)
-_T = TypeVar('_T')
 
 # A loop that has not come round for so long is held by something.
 _STALL_SECONDS = 8.0
@@ -68,7 +68,7 @@ class _Row:
 
 
 class Worker:
-    """Loads the model, then answers, until it is closed or has failed twice.
+    """Loads the model, then answers, until it is closed, has failed twice, or once beside other processes.
 
     Attributes:
       served: once all is loaded and compiled; None before.
@@ -81,11 +81,11 @@ class Worker:
         self.failure: BaseException | None = None
         self._metrics = metrics
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
-        self._calls: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
+        self._texts: collections.deque[tuple[Future, Sequence[int]]] = collections.deque()
         self._wakes, self._lock = threading.Event(), threading.Lock()
         self._open: dict[Ticket, int] = {}  # and how many of its rows have not ended
         self._rows: dict[int, _Row] = {}  # by the generator's number
-        self._generator: Generator | None = None
+        self._job: Job | None = None
         self._failures: collections.deque[float] = collections.deque(maxlen=2)
         self._heartbeat: float | None = None
         self._is_closing = False
@@ -95,11 +95,12 @@ class Worker:
         self._thread = threading.Thread(target=self._run, args=(load, on_failure), name='model', daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread after what it is at."""
+    def close(self) -> bool:
+        """Ends the thread after what it is at; whether it has ended, for which loading is not waited."""
         self._is_closing = True
         self._wakes.set()
-        self._thread.join(60)
+        self._thread.join(60 if self.served else 1)
+        return not self._thread.is_alive()
 
     @property
     def is_alive(self) -> bool:
@@ -123,10 +124,10 @@ class Worker:
         self._order(lambda: self._submit(ticket, asked))
         return ticket
 
-    def call(self, function: Callable[[], _T]) -> 'Future[_T]':
-        """Has something else done with the model, one thing between any two dispatches."""
-        future: Future[_T] = Future()
-        self._calls.append((future, function))
+    def score(self, tokens: Sequence[int]) -> 'Future[list[TokenScore]]':
+        """What the model makes of a text's tokens; one text between any two dispatches."""
+        future: Future[list[TokenScore]] = Future()
+        self._texts.append((future, tokens))
         self._wakes.set()
         return future
 
@@ -137,7 +138,7 @@ class Worker:
     def _run(self, load: Callable[[], Served], on_failure: Callable[[], None]) -> None:
         try:
             served = load()
-            self._generator = served.warm_up()
+            self._job = Job(served, served.warm_up())
             with self._metrics.counting_programs():
                 self.served = served
                 while not self._is_closing and self.failure is None:
@@ -146,6 +147,8 @@ class Worker:
                         self._come_round(served)
                     except Exception as error:
                         self._fail(error, served)
+            if self._job is not None:
+                self._job.end()
         except BaseException as error:
             self.failure = error
         self._end()
@@ -153,32 +156,32 @@ class Worker:
             on_failure()
 
     def _come_round(self, served: Served) -> None:
-        if not (self._orders or self._calls or self._rows):
-            self._wakes.wait(_IDLE_SECONDS)
+        job = self._job
+        assert job is not None
+        if not (self._orders or self._texts or self._rows) and not self._wakes.wait(_IDLE_SECONDS):
+            job.meet()
         self._wakes.clear()
         while self._orders:
             self._orders.popleft()()
-        if self._calls:
-            _do(*self._calls.popleft())
+        if self._texts:
+            _score(job, *self._texts.popleft())
         self._metrics.set_rows(len(self._rows), served.num_slots)
         if self._rows:
-            assert self._generator is not None
-            progresses = self._generator.advance()
+            progresses = job.advance()
             self._tell([self._told(one) for one in progresses if one.number in self._rows])
 
     def _submit(self, ticket: Ticket, asked: Sequence[Asked]) -> None:
         if ticket not in self._open:
             return  # nobody wants it any more
-        assert self._generator is not None and self.served is not None
+        assert self._job is not None and self.served is not None
         place, began = 0, time.perf_counter()
         try:
             for one in asked:
                 first = None
                 for stream in range(one.num_rows):
                     watch = Watch(self.served.tokenizer, one.request.tokens, one.stop)
-                    enough = watch.look if one.stop else None
-                    request = dataclasses.replace(one.request, stream=stream, like=first, is_complete=enough)
-                    number = self._generator.submit(request)
+                    request = dataclasses.replace(one.request, stream=stream, like=first)
+                    number = self._job.submit(request, one.stop)
                     first = number if first is None else first
                     self._rows[number] = _Row(ticket, place, watch, one.request.rule, began)
                     place += 1
@@ -190,8 +193,8 @@ class Worker:
         with self._lock:
             self._open.pop(ticket, None)
         for number in [number for number, row in self._rows.items() if row.ticket is ticket]:
-            if self._generator is not None:
-                self._generator.cancel(number)
+            if self._job is not None:
+                self._job.cancel(number)
             del self._rows[number]
             self._metrics.cancelled.inc()
 
@@ -234,14 +237,16 @@ class Worker:
 
     def _fail(self, error: Exception, served: Served) -> None:
         """Something has raised: all requests get an error, and slots are made anew, unless it is the second time."""
-        _log.error('the model failed at a step', exc_info=error)
+        if not isinstance(error, SystemFailure):  # which says all in a line
+            _log.error('the model failed at a step', exc_info=error)
         self._end()
         self._failures.append(time.monotonic())
-        if len(self._failures) == 2 and self._failures[1] - self._failures[0] < _FAILURE_SECONDS:
-            self.failure = error
+        is_again = len(self._failures) == 2 and self._failures[1] - self._failures[0] < _FAILURE_SECONDS
+        if is_again or isinstance(error, SystemFailure):
+            self.failure, self._job = error, None
             return
-        self._generator = None  # before another takes as much memory
-        self._generator = served.make_generator()
+        self._job = None  # before another takes as much memory
+        self._job = Job(served, served.make_generator())
 
     def _end(self) -> None:
         """All that was asked for so far gets an error."""
@@ -249,16 +254,18 @@ class Worker:
             tickets, self._open = list(self._open), {}
         self._rows = {}
         self._tell([(ticket, Refusal(500, 'the model failed at this request')) for ticket in tickets])
-        while self._calls:
-            self._calls.popleft()[0].cancel()
+        while self._texts:
+            self._texts.popleft()[0].cancel()
 
 
-def _do(future: Future, function: Callable[[], Any]) -> None:
+def _score(job: Job, future: Future, tokens: Sequence[int]) -> None:
     if future.set_running_or_notify_cancel():
         try:
-            future.set_result(function())
+            future.set_result(job.score(tokens))
         except Exception as error:
             future.set_exception(error)
+            if isinstance(error, SystemFailure):
+                raise
 
 
 def _put(items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:

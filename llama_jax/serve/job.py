@@ -1,0 +1,121 @@
+"""One model over the devices of one process or several: the first hears clients, all do with it what that one tells."""
+
+import contextlib
+import dataclasses
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from llama_jax import runtime
+from llama_jax.inference.completion import Watch
+from llama_jax.inference.generator import Generator
+from llama_jax.inference.request import CompletionRequest, Progress
+from llama_jax.inference.scoring import TokenScore
+from llama_jax.serve.served import Served
+from llama_jax.types import SystemFailure, error_line
+
+
+class Job:
+    """A generator that all processes drive alike; what is submitted and cancelled, others hear with the next step."""
+
+    def __init__(self, served: Served, generator: Generator):
+        """Args: served: in this process. generator: of it, warmed up."""
+        self._served, self._generator = served, generator
+        self._orders: list[tuple[Any, ...]] = []
+        self._is_alone = jax.process_count() == 1
+
+    def submit(self, request: CompletionRequest, stop: Sequence[str]) -> int:
+        """As `Generator.submit`, of a request that is also over where one of these texts is there."""
+        watch = Watch(self._served.tokenizer, request.tokens, stop) if stop else None
+        number = self._generator.submit(dataclasses.replace(request, is_complete=watch and watch.look))
+        if not self._is_alone:
+            source = None if request.rule is None else request.rule.source
+            self._orders.append(('submit', dataclasses.replace(request, rule=None), tuple(stop), source))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """As `Generator.cancel`."""
+        self._orders.append(('cancel', number))
+        self._generator.cancel(number)
+
+    def advance(self) -> list[Progress]:
+        """As `Generator.advance`."""
+        with self._together('advance'):
+            return self._generator.advance()
+
+    def score(self, tokens: Sequence[int]) -> list[TokenScore]:
+        """As `Served.score`."""
+        with self._together('score', tuple(tokens)):
+            return self._served.score(tokens)
+
+    def meet(self) -> None:
+        """Nothing is to be done; all learn whether the others are there."""
+        with self._together('meet'):
+            pass
+
+    def end(self) -> None:
+        """The others end."""
+        with self._together('end'):
+            pass
+
+    def follow(self) -> None:
+        """Does in another process what the first one tells, until that ends."""
+        while True:
+            with _together():
+                orders = pickle.loads(runtime.bytes_from_main_process(b''))  # of the same command
+                for kind, *arguments in orders:
+                    if kind == 'end':
+                        return
+                    self._do(kind, *arguments)
+
+    def _do(self, kind: str, *arguments: Any) -> None:
+        if kind == 'submit':
+            request, stop, source = arguments
+            if source is not None:
+                assert not isinstance(rules := self._served.rules, str)
+                request = dataclasses.replace(request, rule=rules.read(source))
+            self.submit(request, stop)
+            self._orders = []
+        elif kind == 'cancel':
+            self._generator.cancel(*arguments)
+        elif kind == 'advance':
+            self._generator.advance()
+        elif kind == 'score':
+            self._served.score(*arguments)
+
+    @contextlib.contextmanager
+    def _together(self, *order: Any) -> Iterator[None]:
+        """Within, all processes do the same, after what was ordered before."""
+        orders, self._orders = [*self._orders, order], []
+        if self._is_alone:
+            yield
+            return
+        with _together():
+            runtime.bytes_from_main_process(pickle.dumps(orders))
+            yield
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What fails here, in one of several processes, no other can go on without."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemFailure(
+            f'the processes of the job do not go on together ({error_line(error)}); start all of them again'
+        ) from error
+
+
+def follow(load: Callable[[], Served]) -> None:
+    """What all processes but the first do: they load, and do as they are told. The first one hears signals for all.
+
+    Raises:
+      SystemFailure: another process is gone, or has failed.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):  # a second one ends at once
+        signal.signal(signum, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+    served = load()
+    Job(served, served.warm_up()).follow()
