@@ -1,10 +1,12 @@
 """That reward models learn: a score that is known, and how much better an answer is rated."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from tests.sft_learning_test import OPTIMISED, SEEDS
 
 WORDS = ('dog', 'cat', 'ball', 'cake', 'hat', 'tree', 'boat', 'sun', 'bird', 'car', 'toy', 'bed')
@@ -87,3 +89,55 @@ def test_a_large_margin_widens_gaps_by_rating(commands, shared_data, tmp_path, s
     wider = gaps['large'] - gaps['none']
     print(f'seed {seed}: gaps by rating ' + ', '.join(f'{name} {gap.round(2)}' for name, gap in gaps.items()))
     assert (np.diff(gaps['large']) > 0).all() and (np.diff(wider) > 0).all() and wider[0] > 0
+
+
+def stories_with_endings(text, tokenizer, rng, others):
+    """(pairs to train on, pairs held out): what stands before a story's last two sentences, these and another's.
+
+    Args:
+      text: stories with marks of their ends between them.
+      tokenizer: counts tokens; of a story the last 250 before its ending are shown, and endings of over 80 left out.
+      rng: draws whose ending is the other one.
+      others: endings that each of the 1,500 to train on is compared with; each of the 200 held out with one.
+    """
+    found = []
+    for story in text.split('<|endoftext|>'):
+        sentences = re.split(r'(?<=[.!?"])\s+(?=[A-Z"])', ' '.join(story.split()))
+        if len(sentences) < 6:
+            continue
+        ending, before = ' '.join(sentences[-2:]), sentences[:-2]
+        sizes = [len(tokenizer.encode(sentence)) + 1 for sentence in before]
+        first = next((i for i in range(len(before)) if sum(sizes[i:]) <= 250), len(before))
+        if before[first:] and len(tokenizer.encode(ending)) <= 80:
+            found.append((' '.join(before[first:]), ending))
+
+    def pairs(some, number):
+        for place, (prompt, ending) in enumerate(some):
+            for other in rng.choice(np.delete(np.arange(len(some)), place), number, replace=False):
+                yield {'prompt': prompt, 'chosen': f' {ending}', 'rejected': f' {some[other][1]}'}
+
+    assert len(found) >= 1700
+    return list(pairs(found[200:1700], others)), list(pairs(found[:200], 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_path, seed):
+    """For some 60 updates nothing is learnt, and then it is."""
+    weights = shared_data / 'weights/stories260K'
+    tokenizer = load_tokenizer(weights / 'tok512.model')
+    text = (shared_data / 'text/tinystories_2MiB_sample.txt').read_text()
+    train, held_out = stories_with_endings(text, tokenizer, np.random.default_rng(seed), 2)
+    files = [
+        write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', train), ('test', held_out))
+    ]
+    settings = {
+        'data.seq_len': 512, 'data.share_prompt': True, 'train.batch_size': 16, 'train.num_epochs': 4.0,
+        'optimizer.learning_rate': 2e-3, 'optimizer.warmup_steps': 20,
+    }  # fmt: skip
+    report = trained(commands, shared_data, tmp_path / 'run', *files, seed, **settings)
+    print(
+        f'seed {seed}: right in {100 * report["accuracy"]:.1f} % of {report["pairs"]}; the longer one is in '
+        f'{100 * report["longer_is_better"]:.1f} %, a bag of words in {100 * report["bag_of_words"]:.1f} %'
+    )
+    assert report['pairs'] >= 200 and report['accuracy'] >= 0.75
