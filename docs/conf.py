@@ -61,6 +61,8 @@ nb_execution_timeout = 300
 nb_custom_formats = {'.ipynb': ['generated_pages.read_notebook', {'parameters': NOTEBOOKS}]}
 nb_merge_streams = True
 
+# Of shell scripts that Pygments reads in part; `tests/readme_test.py` has bash read them.
+suppress_warnings = ['misc.highlighting_failure']
 default_role = 'code'  # docstrings quote names as Markdown does
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
