@@ -184,7 +184,7 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
     assert report['bad'] == 7 and len(report['bad_first']) == 5 and report['train']['documents'] == 20
 
 
-LIMIT = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE))'  # `ulimit -f`
+LIMIT = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))'  # `ulimit -f`
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(commands, corpus, fold
     commands.run('prepare_data', *given, f'--output={tmp_path}/whole').succeeded()
     output = tmp_path / 'out'
     line = commands.run(
-        'prepare_data', *given, f'--output={output}', before=LIMIT.replace('SIZE', '20000')
+        'prepare_data', *given, f'--output={output}', before=LIMIT.replace('BYTES', '20000')
     ).error(status=1)  # fmt: skip
     assert str(output) in line and 'cannot be written' in line and 'File too large' in line
     assert not list(output.rglob('manifest.json')) and not list(output.rglob('rows-*'))
