@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.benchmark import accelerator, attention, convert, data, decode, finetune, generator, train
+from experiments.benchmark import accelerator, attention, convert, data, decode, finetune, generator, rl, train
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.types import InputError
@@ -31,6 +31,7 @@ SUITES = {
     'generator': generator.main,
     'finetune': finetune.main,
     'data': data.main,
+    'rl': rl.main,
     'accelerator': accelerator.main,
 }
 

@@ -1,0 +1,124 @@
+"""A policy that is trained is killed at any moment, or by several processes: the same figures and weights."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint.weights import open_params
+from tests.command_line import saved_steps
+from tests.multiprocess_test import WITHOUT_CACHE
+from tests.policy_runs import arguments, begin, logged
+
+# The process kills itself when a function is called for the so-manieth time: at which part of which iteration.
+KILLED = """
+import importlib, os, signal
+module, _, name = 'MOMENT'.partition(':')
+owner, calls = importlib.import_module(module), 0
+*outer, name = name.split('.')
+for part in outer:
+    owner = getattr(owner, part)
+original = getattr(owner, name)
+
+
+def counted(*given, **named):
+    global calls
+    calls += 1
+    if calls == CALLS:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*given, **named)
+
+
+setattr(owner, name, counted)
+"""
+MOMENTS = {  # and how many calls of each there are in an iteration or more
+    'llama_jax.inference.generator:Generator.advance': 12,
+    'experiments.drawing:judge': 2,
+    'experiments.iterations:Iterations._with_advantages': 2,
+    'experiments.iterations:Iterations._minibatch': 4,
+    'llama_jax.checkpoint.training:Checkpointer.save': 2,
+}
+TIMES = ('tokens_per', 'mfu', 'share_', 'data_wait')
+SETTINGS = {
+    'train__num_steps': 8, 'checkpoint__every': 3, 'algorithm__constants': 'epochs=2,beta_target=0.05',
+    'rollout__slots': 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def begun(commands, folder, corpus):
+    return begin(commands, folder, corpus)
+
+
+@pytest.fixture(scope='module')
+def whole(commands, folder, begun):
+    """A run that nothing has ended."""
+    commands.run('ppo', *arguments(folder / 'whole', *begun, **SETTINGS)).succeeded()
+    return folder / 'whole'
+
+
+def assert_same(one, other):
+    lines, others = logged(one), logged(other)
+    assert [line['step'] for line in lines] == [line['step'] for line in others]
+    for a, b in zip(lines, others, strict=True):
+        for key in a.keys() | b.keys():
+            assert key.startswith(TIMES) or a.get(key) == b.get(key), (a['step'], key)
+    a, b = (open_params(run / f'checkpoints/{saved_steps(run)[-1]}') for run in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        of_all = tuple(slice(0, size) for size in a[name].shape)
+        np.testing.assert_array_equal(a[name].read(of_all), b[name].read(of_all), err_msg=name)
+
+
+def kill(commands, run, moment, calls) -> bool:
+    """Whether it was killed before it ended by itself."""
+    before = KILLED.replace('MOMENT', moment).replace('CALLS', str(calls))
+    ended = commands.run('ppo', *run, before=before)
+    assert ended.status in (0, -signal.SIGKILL), ended.stderr
+    return ended.status != 0
+
+
+@pytest.mark.slow
+def test_killed_while_it_draws_and_while_it_learns_it_ends_the_same(commands, folder, begun, whole):
+    run = arguments(folder / 'killed', *begun, **SETTINGS)
+    assert kill(
+        commands, run, 'experiments.iterations:Iterations._minibatch', 6
+    )  # within the second iteration
+    assert saved_steps(folder / 'killed') == [3]
+    assert kill(commands, run, 'llama_jax.inference.generator:Generator.advance', 3)
+    commands.run('ppo', *run).succeeded()
+    assert_same(whole, folder / 'killed')
+
+
+@pytest.mark.long
+def test_killed_at_ten_random_moments_it_ends_the_same(commands, folder, begun, whole):
+    chosen = random.Random()
+    workdir = folder / 'killed_often'
+    run, kills = arguments(workdir, *begun, **SETTINGS), 0
+    while kills < 10:
+        moment = chosen.choice(list(MOMENTS))
+        calls = chosen.randint(1, MOMENTS[moment])
+        print('killed at', moment, calls)
+        if not kill(commands, run, moment, calls):
+            assert_same(whole, workdir)
+            workdir = folder / f'killed_often_{kills}'
+            run = arguments(workdir, *begun, **SETTINGS)
+            continue
+        kills += 1
+    commands.run('ppo', *run).succeeded()
+    assert_same(whole, workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(commands, folder, begun):
+    """Of a device each, as one process of two."""
+    settings = {'mesh__fsdp': 2, 'train__num_steps': 4}
+    commands.run('ppo', *arguments(folder / 'one', *begun, **settings), num_devices=2).succeeded()
+    run = arguments(folder / 'two', *begun, **settings)
+    for ended in commands.run_processes('ppo', *run, num_processes=2, before=WITHOUT_CACHE, timeout=500):
+        ended.succeeded()
+    for a, b in zip(logged(folder / 'one'), logged(folder / 'two'), strict=True):
+        for key in a.keys() - {'sampler_gap', 'sampler_gap_max'}:
+            # Sums of two parts, in any order, by other kernels of the host's collectives.
+            assert key.startswith(TIMES) or a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-6), key
