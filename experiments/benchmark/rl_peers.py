@@ -69,6 +69,7 @@ def grpo(size: Size, folder: Path) -> Turn:
     prompts = [' '.join(f'<{i}>' for i in ids) for ids in random_prompts(size)]
     model = random_llama(size.fitting)[0]
     model.config.pad_token_id, model.generation_config.pad_token_id = 0, 0
+    model.save_pretrained(folder / 'start')  # which it reads its reference from
 
     def reward(completions: Sequence[str], **_: Any) -> list[float]:
         return [len(set(text)) / 10 for text in completions]
@@ -79,10 +80,10 @@ def grpo(size: Size, folder: Path) -> Turn:
             output_dir=str(folder), per_device_train_batch_size=size.answers, num_generations=size.samples,
             max_completion_length=size.answer, max_steps=1, beta=0.04, use_cpu=True, bf16=False, report_to='none',
             gradient_checkpointing=False, learning_rate=OPTIMIZER.learning_rate, save_strategy='no',
-            disable_tqdm=True, logging_steps=10**6,
+            disable_tqdm=True, logging_steps=10**6, model_init_kwargs={'dtype': 'float32'},
         )  # fmt: skip
         trainer: Any = their.GRPOTrainer(
-            model=model, reward_funcs=reward, args=arguments, processing_class=tokenizer,
+            model=str(folder / 'start'), reward_funcs=reward, args=arguments, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_list([{'prompt': one} for one in prompts]),
         )  # fmt: skip
 
