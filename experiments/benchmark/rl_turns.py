@@ -49,10 +49,12 @@ class Size:
 
     @property
     def answers(self) -> int:
+        """To all prompts."""
         return self.prompts * self.samples
 
     @property
     def new_tokens(self) -> int:
+        """Of all answers."""
         return self.answers * self.answer
 
     @property
