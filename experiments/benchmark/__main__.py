@@ -17,7 +17,17 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.benchmark import accelerator, attention, convert, data, decode, finetune, generator, rl, train
+from experiments.benchmark import (
+    accelerator,
+    attention,
+    convert,
+    data,
+    decode,
+    finetune,
+    generator,
+    rl,
+    train,
+)
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.types import InputError
