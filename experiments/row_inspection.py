@@ -46,16 +46,13 @@ def marked(tokens: Any, counts: Any, tokenizer: Tokenizer) -> str:
 
 def plot_lengths(rows: ExampleRows, file: epath.Path) -> epath.Path:
     """Writes a histogram of the examples' tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
     axes.hist([len(example.tokens) for example in rows.examples], bins=50)
     axes.set(xlabel='tokens in an example', ylabel='examples')
     image = io.BytesIO()
     figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
     storage.write_atomically(file, image.getvalue())
     return file

@@ -112,6 +112,8 @@ def _import_violation(module: str, imported: str, files: dict[str, pathlib.Path]
         return f'imports {imported}; flax.linen stays in models'
     if _covers(WEB, imported) and room != WEB_ROOM:
         return f'imports {imported}; the web stays in serve'
+    if imported == 'matplotlib' or _covers({'matplotlib.pyplot'}, imported):
+        return f"imports {imported}, whose state is the caller's; make a matplotlib.figure.Figure"
     if not _covers(set().union(*(allowed for _, allowed in FLOORS[: floor + 1])), imported):
         return f'imports {imported}, which {room or "the face"} may not'
     return None
@@ -196,6 +198,8 @@ def test_library_keeps_the_house_rules():
         ('train/step.py', 'from flax import linen as nn', 'flax.linen stays in models'),
         ('train/step.py', 'import flax.linen as nn', 'flax.linen stays in models'),
         ('eval/task.py', 'import starlette', 'the web stays in serve'),
+        ('eval/report.py', 'from matplotlib import pyplot', "whose state is the caller's"),
+        ('eval/report.py', 'import matplotlib', "whose state is the caller's"),
         ('train/step.py', 'def f():\n    print(1)', 'prints'),
         ('train/step.py', 'import sys\nsys.stdout.write("x")', 'prints'),
         ('train/step.py', 'def f(c: "x", d=ConfigDict): ...', 'uses ConfigDict'),

@@ -29,7 +29,8 @@ NO_PATHS = {
     'axis_rules', 'text_key', 'separator', 'prompt', 'system', 'stop', 'mesh', 'override', 'decode_batches',
     'decode_model', 'generator_model', 'finetune_model', 'finetune_parts', 'finetune_read', 'finetune_remat',
     'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
-    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe', 'stages', 'data_parts',
+    'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe', 'stages', 'data_parts', 'rl_model',
+    'rl_parts',
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_no_flag_is_of_all_commands():
     joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
     assert joining == [
         'dpo', 'evaluate', 'generate', 'ghost_attention', 'ppo', 'pretrain', 'rejection_sampling', 'reward_model',
-        'sft',
+        'serve', 'sft',
     ]  # fmt: skip
 
 

@@ -61,12 +61,10 @@ def describe_judged(report: Mapping[str, Any]) -> list[str]:
 
 def plot_preferences(path: epath.PathLike, found: Judgement, name: str) -> None:
     """Histograms of both answers' figures; how often the better one is, by how probable it is said to be."""
-    import matplotlib
+    from matplotlib.figure import Figure  # which no window shows, and which changes nothing of a notebook's
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    left, right = figure.subplots(1, 2)
     bins = np.histogram_bin_edges(found.figures, 30)
     for side, label in enumerate(('preferred', 'other')):
         left.hist(found.figures[:, side], bins, alpha=0.6, label=label)
@@ -82,5 +80,4 @@ def plot_preferences(path: epath.PathLike, found: Judgement, name: str) -> None:
     right.set(xlabel='sigmoid of the difference', ylabel='share preferred', title='Calibration')
     image = io.BytesIO()
     figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
     write_atomically(epath.Path(path), image.getvalue())
