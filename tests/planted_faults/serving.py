@@ -18,7 +18,7 @@ _RULES = 'inference/constraint_test.py::test_rows_keep_to_their_own_rules_and_ot
 # fmt: off
 FAULTS = (
     *faults_in('llama_jax/serve/worker.py',
-        ('server: a slot goes on for nobody', _GONE, 'self._generator.cancel(number)', 'pass'),
+        ('server: a slot goes on for nobody', _GONE, 'self._job.cancel(number)', 'pass'),
         ('server: choices are drawn alike', _CHOICES, 'stream=stream', 'stream=0'),
         ('server: it goes on failing', _FAILS, 'len(self._failures) == 2', 'len(self._failures) == 3')),
     *faults_in('llama_jax/serve/ticket.py',
@@ -34,7 +34,7 @@ FAULTS = (
         ('chat: tags in a message are tags to a template', _TEXT,
          'text = self._whole.sub(lambda found: self._keep(found[0]), text)', 'pass')),
     *faults_in('llama_jax/inference/constraint.py',
-        ('constraint: a token is not heard', _RULES, 'row.matcher.consume_token(token)', 'pass'),
-        ('constraint: all rows keep to the first rule', _RULES, 'self._known.get(rule_number)',
-         'next(iter(self._known.values()), None)')),
+        ('constraint: a token is not heard', _RULES, 'self._matcher.consume_token(token)', 'pass'),
+        ('constraint: all rows keep to the first rule', _RULES, 'else row.mask for row',
+         'else next(one.mask for one in rows if one) for row')),
 )
