@@ -80,6 +80,12 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
         assert whole.choices[0].text == expected['greedy_text']
         pieces = client.completions.create(**asked, stream=True)
         assert ''.join(piece.choices[0].text for piece in pieces) == expected['greedy_text']
+        address = f'http://127.0.0.1:{port}/metrics'
+        counted = dict(
+            line.split(' ') for line in client._client.get(address).text.splitlines() if line[0] != '#'
+        )
+        drafted, taken = (float(counted[f'llama_draft_tokens{x}_total']) for x in ('', '_accepted'))
+        assert drafted > taken > 0
         stream = client.completions.create(
             **asked | {'max_tokens': 500}, extra_body={'ignore_eos': True}, stream=True
         )
@@ -94,6 +100,28 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
             waiter.join(60)
     assert ended['how'].status == 0, ended['how'].stderr
     assert 'Traceback' not in ended['how'].stderr and expected['greedy_text'][:40] not in ended['how'].stderr
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_while_it_loads(commands, folder, weights):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    pid = commands.start('serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}')
+    killer = threading.Timer(240, os.kill, (pid, signal.SIGKILL))
+    killer.daemon = True
+    killer.start()
+    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
+    wait_for(lambda: get(client, 'health') == 200, 120)
+    wait_for(lambda: 'attention: ' in (folder / '0.stderr').read_text(), 120)  # so it compiles
+    time.sleep(2)
+    assert get(client, 'ready') == 503, 'it has loaded already'
+    os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    done = commands.wait().succeeded()
+    killer.cancel()
+    assert time.monotonic() - began < 30
+    assert not any(word in done.stderr.lower() for word in ('error', 'fatal', 'terminate')), done.stderr
 
 
 @pytest.mark.slow
