@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
@@ -83,32 +82,23 @@ def main() -> None:
         _NAME.value or os.path.basename(_CHECKPOINT.value.rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
         tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys), documents,
     )  # fmt: skip
-    checkpoint = (
-        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value,
-        _DRAFT_TOKENS.value,
-    )  # fmt: skip
     rows = {
         'num_slots': _SLOTS.value, 'budget_tokens': _BUDGET_TOKENS.value or None, 'max_steps': _STEPS.value,
         'log_probabilities': _TOP_LOGPROBS.value, 'prefix_bytes': (_PREFIX_MIB.value << 20, 0),
     }  # fmt: skip
     load = functools.partial(
-        _load, checkpoint, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, rows
-    )
+        _load, rows, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, _CHECKPOINT.value,
+        _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value, _DRAFT_TOKENS.value,
+    )  # fmt: skip
     if listener is None:
-        follow(load)
-        return
+        return follow(load)
     print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
     if failure := serve(load, limits, listener, _DRAIN_SECONDS.value):
         raise failure
 
 
 def _load(
-    checkpoint: tuple[Any, ...],
-    template_name: str,
-    context: int,
-    cache_dtype: str,
-    constrains: bool,
-    rows: Any,
+    rows: Any, template_name: str, context: int, cache_dtype: str, constrains: bool, *checkpoint: Any
 ) -> Served:
     """The model that the flags ask for, in the thread in which it will run."""
     model, params, tokenizer, template, draft = load_model(*checkpoint)
@@ -116,10 +106,11 @@ def _load(
         raise InputError(f'--context is {context}; the model has {most}')
     config = dataclasses.replace(model.config, max_seq_len=context or most)
     model = model.clone(config=config, cache_dtype=cache_dtype)
-    params, tokenizer = unstack(params, jnp.dtype(model.dtype), delete=True), required(tokenizer)
-    if template_name != 'checkpoint':
-        is_file = template_name != 'native'
-        template = read_bytes(epath.Path(template_name)).decode(errors='replace') if is_file else ''
+    params, tokenizer = unstack(params, jax.numpy.dtype(model.dtype), delete=True), required(tokenizer)
+    if template_name == 'native':
+        template = ''
+    elif template_name != 'checkpoint':
+        template = read_bytes(epath.Path(template_name)).decode(errors='replace')
     rules = rules_of(tokenizer, model, draft is not None) if constrains else 'the server was started without'
     return Served.create(model, params, tokenizer, chat_of(tokenizer, template), rules, draft=draft, **rows)
 
