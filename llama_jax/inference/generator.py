@@ -154,6 +154,11 @@ class Generator:
             self._like.setdefault(asked.like, set()).add(number)
         return number
 
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """Tokens that the draft proposed so far, and of them those that were taken."""
+        return self._slots.drafted
+
     def cancel(self, number: int) -> Progress | None:
         """Ends a request, if it has not ended; its slot is free from the next dispatch on."""
         ended = self.batcher.cancel(number)

@@ -43,7 +43,13 @@ class Begun:
 
 
 class Slots:
-    """The rows of one model, each in a slot."""
+    """The rows of one model, each in a slot.
+
+    Attributes:
+      drafted: tokens that a draft proposed so far, and of them those that were taken.
+    """
+
+    drafted: tuple[int, int] = (0, 0)
 
     def __init__(
         self, model: LlamaForCausalLM, params: Params, num_candidates: int, processor: LogitsProcessor | None

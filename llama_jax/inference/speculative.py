@@ -334,6 +334,7 @@ class SpeculativeSlots(Slots):
         )  # fmt: skip
         self.given += int(np.sum(jax.device_get(steps.count)))
         self.passes += int(np.sum(jax.device_get(passes)))
+        self.drafted = self.passes * self._proposer.num_tokens, self.given - self.passes
         return steps
 
     def copy(self, slot: int, begin: int, width: int) -> Any:
@@ -359,10 +360,10 @@ class SpeculativeSlots(Slots):
 
     def describe(self) -> str:
         """One line on what the passes gave."""
-        taken = (self.given - self.passes) / max(1, self.passes * self._proposer.num_tokens)
+        proposed, taken = self.drafted
         return (
             f'{self.given} tokens in {self.passes} passes of the model, {self.given / max(1, self.passes):.2f} each: '
-            f'{taken:.0%} of what was proposed was taken'
+            f'{taken / max(1, proposed):.0%} of what was proposed was taken'
         )
 
     def _remembered(self) -> Memory:

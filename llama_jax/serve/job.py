@@ -26,6 +26,7 @@ class Job:
         self._served, self._generator = served, generator
         self._orders: list[tuple[Any, ...]] = []
         self._is_alone = jax.process_count() == 1
+        self._drafted = generator.drafted
 
     def submit(self, request: CompletionRequest, stop: Sequence[str]) -> int:
         """As `Generator.submit`, of a request that is also over where one of these texts is there."""
@@ -45,6 +46,11 @@ class Job:
         """As `Generator.advance`."""
         with self._together('advance'):
             return self._generator.advance()
+
+    def newly_drafted(self) -> tuple[int, int]:
+        """Tokens that the draft has proposed since this was last asked, and of them those that were taken."""
+        before, self._drafted = self._drafted, self._generator.drafted
+        return self._drafted[0] - before[0], self._drafted[1] - before[1]
 
     def score(self, tokens: Sequence[int]) -> list[TokenScore]:
         """As `Served.score`."""

@@ -34,6 +34,8 @@ class Metrics:
         self.prompt_tokens = counter('prompt_tokens', 'Tokens of prompts.')
         self._cached_tokens = counter('prompt_cached_tokens', 'Tokens of prompts that were not read again.')
         self._generated_tokens = counter('generated_tokens', 'Tokens of answers.')
+        self._drafted = counter('draft_tokens', 'Tokens that a draft proposed.')
+        self._accepted = counter('draft_tokens_accepted', 'Tokens that a draft proposed and the model took.')
         self.first_token_seconds = Histogram(
             'llama_first_token_seconds', 'From a request to its first token.', buckets=_FIRST_TOKEN, registry=registry
         )  # fmt: skip
@@ -58,6 +60,11 @@ class Metrics:
         self._cached_tokens.inc(cached_tokens)
         if num_tokens > 1:
             self._token_seconds.observe(seconds / (num_tokens - 1))
+
+    def tell_drafts(self, proposed: int, accepted: int) -> None:
+        """A draft proposed so many tokens more, of which so many were taken."""
+        self._drafted.inc(proposed)
+        self._accepted.inc(accepted)
 
     @contextlib.contextmanager
     def counting_programs(self) -> Iterator[None]:

@@ -168,6 +168,7 @@ class Worker:
         self._metrics.set_rows(len(self._rows), served.num_slots)
         if self._rows:
             progresses = job.advance()
+            self._metrics.tell_drafts(*job.newly_drafted())
             self._tell([self._told(one) for one in progresses if one.number in self._rows])
 
     def _submit(self, ticket: Ticket, asked: Sequence[Asked]) -> None:

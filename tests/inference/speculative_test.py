@@ -282,6 +282,8 @@ def test_a_draft_leaves_greedy_rows_as_they_are_and_draws_by_the_seed_alone(mode
     assert ended == until(found, stops) != found
     given = [min(len(row) + 1, 20) for row in ended]  # with the stop token, and nothing behind it
     assert generator._slots.given == sum(given) - 4
+    proposed, taken = generator.drafted
+    assert proposed == 3 * generator._slots.passes and proposed > taken > proposed / 2
 
 
 def test_a_copy_takes_fewer_than_half_the_passes(model, params):

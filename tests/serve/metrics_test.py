@@ -12,7 +12,9 @@ DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
 
 
 def test_metrics_are_named_by_the_rules_and_told_of():
-    with serving(lambda: scripted(Script('Hello'))) as (client, _):
+    script = Script('Hello')
+    script.num_steps = 7  # before it is served: not the server's
+    with serving(lambda: scripted(script)) as (client, _):
         asked = {'model': 'toy', 'prompt': 'ab'}
         assert client.post('/v1/completions', json=asked).status_code == 200
         assert client.post('/v1/completions', json=asked | {'n': 0}).status_code == 400
@@ -26,6 +28,8 @@ def test_metrics_are_named_by_the_rules_and_told_of():
     assert (
         samples['llama_requests_completed_total',] == 1 and samples['llama_first_token_seconds_count',] == 1
     )
+    drafted, accepted = samples['llama_draft_tokens_total',], samples['llama_draft_tokens_accepted_total',]
+    assert (drafted, accepted) == (4 * (script.num_steps - 7), 3 * (script.num_steps - 7)) != (0, 0)
     assert samples['llama_requests_refused_total', 'invalid'] == 1
     for family in families:  # what `promtool check metrics` says
         assert re.fullmatch('llama_[a-z_]+', family.name) and family.documentation.endswith('.')

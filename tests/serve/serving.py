@@ -33,6 +33,7 @@ class Script(Generator):
     Attributes:
       answers: of the requests, by turns.
       asked: the requests so far.
+      drafted: tokens that a draft would have proposed, four each step, and of them those taken, three.
       hold: called at each step.
     """
 
@@ -41,6 +42,7 @@ class Script(Generator):
         self.asked, self.cancelled = [], []
         self.rows = {}
         self.numbers = itertools.count()
+        self.num_steps = 0
 
     def warm_up(self):
         pass
@@ -49,6 +51,10 @@ class Script(Generator):
         """Itself, without what ran: another generator where one has failed."""
         self.rows = {}
         return self
+
+    @property
+    def drafted(self):
+        return 4 * self.num_steps, 3 * self.num_steps
 
     def submit(self, request):
         number = next(self.numbers)
@@ -62,6 +68,7 @@ class Script(Generator):
 
     def advance(self):
         self.hold()
+        self.num_steps += 1
         progress = []
         for number in list(self.rows)[: self.slots]:
             request, rest, made = self.rows[number]
