@@ -69,7 +69,8 @@ class Sampling(Part):
         temperature = 1.0 if self.temperature is None else self.temperature
         # Below, logits in fp32 would overflow; nothing but the most likely token would be drawn.
         temperature = 0.0 if temperature < 1e-6 else temperature
-        bias = {int(id) if id.isdecimal() else -1: value for id, value in (self.logit_bias or {}).items()}
+        given = (self.logit_bias or {}).items()  # of ids in texts; Python does not read very long ones
+        bias = {int(id) if id.isdecimal() and len(id) < 20 else -1: value for id, value in given}
         return Sampler(
             temperature=temperature,
             top_k=max(self.top_k or 0, 0),

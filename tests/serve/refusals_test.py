@@ -59,6 +59,7 @@ def refusal(response, status=400):
         ({'top_logprobs': 2}, 'top_logprobs', 'without logprobs'),
         ({'logit_bias': {'600': 1}}, None, None),
         ({'logit_bias': {'a': 1}}, 'logit_bias', 'whole number'),
+        ({'logit_bias': {'9' * 4400: 1}}, 'logit_bias', 'whole number'),
         ({'logit_bias': {'6': 101}}, 'logit_bias', '-100 to 100'),
         ({'stream_options': {}}, 'stream_options', 'of a stream'),
         ({'regex': 'a', 'grammar': 'b'}, 'grammar', 'keeps to one'),
