@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -100,10 +101,12 @@ def test_passages_are_read_and_cited(make_session, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_talks_through_a_terminal(shared_data):
+def test_the_command_talks_through_a_terminal(shared_data, tmp_path):
     here, there = pty.openpty()
     weights = shared_data / 'weights/stories260K/stories260K.gguf'
-    command = [sys.executable, '-m', 'experiments.chat', f'--checkpoint={weights}', '--temperature=0']
+    command = [
+        sys.executable, '-m', 'experiments.chat', f'--checkpoint={weights}', '--temperature=0', '--max_new_tokens=100'
+    ]  # fmt: skip
     process = subprocess.Popen(
         ['setsid', '--ctty', '--wait', *command], stdin=there, stdout=there, stderr=there
     )
@@ -125,18 +128,30 @@ def test_the_command_talks_through_a_terminal(shared_data):
             assert time.monotonic() < end and process.poll() is None, ''.join(seen)
             time.sleep(0.1)
 
+    def type(line):
+        """What is shown until the next line may be typed, but for the log."""
+        before = ''.join(seen)
+        os.write(here, f'{line}\n'.encode())
+        wait_for(before.count('> ') + 1)
+        return re.sub(r'\d\d:\d\d:\d\d .*\r\n', '', ''.join(seen)[len(before) :])
+
     try:
         wait_for(1)
-        os.write(here, b'Once upon a time\n')
-        wait_for(2)
+        type('Once upon a time')
+        type(f'/save {tmp_path}/talk.json')
+        after = type('And then')
+        assert len(after) > 20
+        type('/reset')
+        other = type('And then')
+        type(f'/load {tmp_path}/talk.json')
+        assert type('And then') == after != other
         before = len(seen)
-        os.write(here, b'And then\n')
+        os.write(here, b'Why\n')
         while len(seen) < before + 4:
             time.sleep(0.01)
         os.write(here, b'\x03')
-        wait_for(3)
-        os.write(here, b'/stats\n')
-        wait_for(4)
+        wait_for(''.join(seen[:before]).count('> ') + 1)
+        assert int(re.search(r'(\d+) tokens in', type('/stats'))[1]) < 100
         os.write(here, b'\x04')
         assert process.wait(60) == 0
     finally:
