@@ -1,9 +1,10 @@
 """The bodies of requests, as OpenAI's clients send them: every field with its kind and its range."""
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import MAX_CANDIDATES
@@ -11,6 +12,18 @@ from llama_jax.inference.scoring import MAX_CANDIDATES
 # Texts that may end an answer, as in OpenAI's service.
 _MAX_STOPS = 4
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _check_numbers(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError('a number in it is not finite') from None
+    return value
+
+
+# An object of any kind, such as a schema.
+FreeJson = Annotated[dict[str, Any], AfterValidator(_check_numbers)]
 
 
 class Part(BaseModel):
@@ -147,7 +160,7 @@ class Function(Part):
 
     name: Annotated[str, Field(pattern=r'^[a-zA-Z0-9_.-]{1,64}$')]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: FreeJson | None = None
     strict: bool | None = None
 
 
@@ -175,7 +188,7 @@ class JsonSchema(Part):
     """Of an answer's format."""
 
     name: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias='schema')]
+    schema_: Annotated[FreeJson, Field(alias='schema')]
     strict: bool | None = None
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llama_jax.serve.answering import stream, unless_gone
-from llama_jax.serve.bodies import ChatBody, Part, TextPart
+from llama_jax.serve.bodies import ChatBody, FreeJson, Part, TextPart
 from llama_jax.serve.chats import Answer
 from llama_jax.serve.refusal import Refusal, bad, of_validation
 from llama_jax.serve.service import Service
@@ -40,7 +40,7 @@ class FlatFunction(Part):
     type: Literal['function']
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: FreeJson | None = None
     strict: bool | None = None
 
 
@@ -56,7 +56,7 @@ class Format(Part):
 
     type: Literal['text', 'json_object', 'json_schema'] = 'text'
     name: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias='schema')] = None
+    schema_: Annotated[FreeJson | None, Field(alias='schema')] = None
     strict: bool | None = None
 
 
@@ -76,7 +76,7 @@ class ResponseBody(Part):
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: FreeJson | None = None
     text: Text | None = None
     tools: list[FlatFunction] | None = None
     tool_choice: Literal['none', 'auto', 'required'] | FlatChoice | None = None

@@ -7,6 +7,7 @@ _SLOW = 'serve/worker_test.py::test_a_client_that_stops_reading_frees_its_slot_a
 _FAILS = (
     'serve/worker_test.py::test_a_step_that_fails_is_its_requests_failure_alone_and_a_second_one_the_servers'
 )
+_METRICS = 'serve/metrics_test.py::test_metrics_are_named_by_the_rules_and_told_of'
 _KEYS = 'serve/refusals_test.py::test_keys_open_and_nothing_else_does'
 _PAGES = 'serve/refusals_test.py::test_pages_elsewhere_may_not_ask_unless_they_are_named'
 _BODIES = 'serve/refusals_test.py::test_what_is_no_request_at_all_is_refused'
@@ -19,6 +20,7 @@ _RULES = 'inference/constraint_test.py::test_rows_keep_to_their_own_rules_and_ot
 FAULTS = (
     *faults_in('llama_jax/serve/worker.py',
         ('server: a slot goes on for nobody', _GONE, 'self._job.cancel(number)', 'pass'),
+        ('server: drafts are not counted', _METRICS, 'self._metrics.tell_drafts(*job.newly_drafted())', 'pass'),
         ('server: choices are drawn alike', _CHOICES, 'stream=stream', 'stream=0'),
         ('server: it goes on failing', _FAILS, 'len(self._failures) == 2', 'len(self._failures) == 3')),
     *faults_in('llama_jax/serve/ticket.py',

@@ -1,5 +1,6 @@
 """Bodies that are nearly right: whatever is changed in one, it is answered or refused, and nobody else hears of it."""
 
+import copy
 import json
 import pathlib
 import random
@@ -62,20 +63,22 @@ def places(value):
 
 def mutated(draw, body):
     """The bytes of a body in which a few things are changed."""
-    body = json.loads(json.dumps(body))
+    body = copy.deepcopy(body)
     for _ in range(draw.randint(1, 3)):
         container, key = draw.choice(list(places(body)) or [(body, 'model')])
         kind = draw.randrange(5)
         if kind == 0 and key in container:
             del container[key]
         elif kind == 1:
-            body[draw.choice(FIELDS)] = draw.choice(ODD)
+            body[draw.choice(FIELDS)] = copy.deepcopy(draw.choice(ODD))
         elif kind == 2 and isinstance(container, list):
-            container.append(draw.choice(ODD))
+            container.append(copy.deepcopy(draw.choice(ODD)))
         elif kind == 3 and isinstance(container, dict):
-            container[draw.choice((*container, 'type', 'x'))] = draw.choice(list(container.values()) or [1])
+            container[draw.choice((*container, 'type', 'x'))] = copy.deepcopy(
+                draw.choice(list(container.values()) or [1])
+            )
         else:
-            container[key] = draw.choice(ODD)
+            container[key] = copy.deepcopy(draw.choice(ODD))
     data = bytearray(json.dumps(body, ensure_ascii=draw.random() < 0.5).encode(errors='surrogatepass'))
     if draw.random() < 0.2:
         for _ in range(draw.randint(1, 4)):

@@ -87,6 +87,8 @@ def test_what_is_no_request_at_all_is_refused(client):
     assert 'no JSON' in refusal(post('[' * 2000))['message']
     assert 'empty' in refusal(post(''))['message']
     assert refusal(post('{"model": "toy", "prompt": "a", "temperature": NaN}'))['param'] == 'temperature'
+    endless = '{"model": "toy", "input": "a", "tools": [{"type": "function", "name": "b", "parameters": {"c": 1e999}}]}'
+    assert refusal(post(endless, path='/v1/responses'))['param'] == 'tools[0].parameters'
     refusal(post('{"model": "toy", "prompt": "\\ud800"}'))
     refusal(post('{}', kind='text/plain'), 415)
     refusal(post('x' * 5001), 413)
