@@ -142,7 +142,7 @@ FAULTS: tuple[Fault, ...] = (
          'min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))', 'asked.max_new_tokens')),
     *faults_in('llama_jax/inference/generate.py',
         ('generation: draws depend on the other rows',
-         'eval/engine_test.py::test_draws_depend_on_seed_and_prompt_alone',
+         'inference/generate_test.py::test_a_row_of_its_own_settings_is_what_it_is_alone',
          'stream = number if isinstance(sampler, Sampler) else choice', 'stream = number')),
     *faults_in('llama_jax/inference/batcher.py',
         ('batcher: one key is served until it is empty', 'inference/batcher_test.py::test_keys_take_turns',
