@@ -65,11 +65,11 @@ def test_bars_have_intervals_and_marks():
 
 
 def test_calibration_is_the_share_of_right_answers_by_how_sure():
-    sure, right = np.array([0.55, 0.6, 0.95, 0.97]), np.array([True, False, True, True])
+    sure, right = np.array([0.55, 0.7, 0.95, 0.97]), np.array([True, False, True, True])
     above, below = figures.calibration(sure, right, num_bins=4).axes
-    np.testing.assert_allclose(above.lines[1].get_xdata(), [0.575, 0.96])
+    np.testing.assert_allclose(above.lines[1].get_xdata(), [0.625, 0.96])
     np.testing.assert_allclose(above.lines[1].get_ydata(), [0.5, 1.0])
-    assert 'expected error 0.05' in above.get_title()  # (2 * 0.075 + 2 * 0.04) / 4 = 0.0575
+    assert 'expected error 0.08' in above.get_title()  # (2 * 0.125 + 2 * 0.04) / 4 = 0.0825
     assert [bar.get_height() for bar in below.patches] == [2, 2]
     for wrong in (np.array([]), np.array([1.5])):
         with pytest.raises(InputError, match='from 0 to 1'):

@@ -158,11 +158,7 @@ def assert_holds(folder: epath.Path, ranks: list[dict[str, np.ndarray]]) -> None
             np.testing.assert_array_equal(loaded[name].view(torch.int16).numpy(), value.view(np.int16), name)
 
 
-CASES = [
-    pytest.param(name, ranks, marks=[pytest.mark.slow] if ranks != release.ranks[-1] else [])
-    for name, release in RELEASES.items()
-    for ranks in release.ranks
-]
+CASES = [(name, ranks) for name, release in RELEASES.items() for ranks in release.ranks]
 
 
 @pytest.mark.parametrize(('name', 'ranks'), CASES)
