@@ -87,7 +87,7 @@ def held(
         'judges': device_bytes(list(own.values())),
     }  # fmt: skip
     _, (copy, cache, _) = sampler_arguments(config, objective, target, sampler, longest)
-    of_generate = {'copy': device_bytes(copy), 'cache': device_bytes((cache.keys, cache.values))}
+    of_generate = {'copy': device_bytes(copy), 'cache': device_bytes(cache.arrays)}
     return {
         'generate': always | of_generate, 'score': always, 'update': always | {'gradients': always['weights']}
     }  # fmt: skip

@@ -45,9 +45,9 @@ def conversation(rng: np.random.Generator, asked: Sequence[Question]) -> list[di
     """Of one to five turns, in each of which an instruction may stand, or a preprompt before what is adversarial."""
     messages = []
     for _ in range(rng.integers(1, 6)):
-        question, said, words, safe = asked[rng.integers(len(asked))], '', [], SAFE
+        question, said, words, safe = asked[int(rng.integers(len(asked)))], '', [], SAFE
         if rng.random() < 0.4:
-            kinds = [SOUNDS, MANNERS][slice(*((0, 1), (1, 2), (0, 2))[rng.integers(3)])]
+            kinds = [SOUNDS, MANNERS][slice(*((0, 1), (1, 2), (0, 2))[int(rng.integers(3))])]
             words = [str(rng.choice(kind)) for kind in kinds][:: int(rng.choice([1, -1]))]
             chosen = [next(one for one in CONSTRAINTS if one['word'] == word) for word in words]
             key, between = (('terse', ', '), ('constraint', ' '))[rng.integers(2)]
@@ -102,7 +102,7 @@ def write(folder: pathlib.Path, seed: int = 0, size: int = 1500) -> None:
     }
     for name, adversarial in (('helpful', False), ('safety', True)):
         asked = [one for one in trained if bool(one.place) != adversarial or rng.random() < 0.1]
-        found = (pair(rng, asked[rng.integers(len(asked))]) for _ in range(2 * size))
+        found = (pair(rng, asked[int(rng.integers(len(asked)))]) for _ in range(2 * size))
         files[name] = [one for one in found if one][:size]
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():

@@ -100,8 +100,11 @@ class FileScan:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> 'FileScan':
         """What `dataclasses.asdict` gave, written as JSON and read again."""
-        pieces = [Piece(**piece | {'start': Place(*piece['start'])}) for piece in value['pieces']]
-        return cls(**value | {'pieces': tuple(pieces)} | {key: tuple(value[key]) for key in ('bad', 'empty')})
+        fields: dict[str, Any] = {**value, **{key: tuple(value[key]) for key in ('bad', 'empty')}}
+        fields['pieces'] = tuple(
+            Piece(**piece | {'start': Place(*piece['start'])}) for piece in value['pieces']
+        )
+        return cls(**fields)
 
 
 def state_of(file: str) -> tuple[int, float]:

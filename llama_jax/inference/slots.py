@@ -137,7 +137,7 @@ class Slots:
             settings = dataclasses.replace(settings, state=self._processor.states(followers))
         arrays = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
         # Nothing is read of the cache, without which one program serves all its rooms.
-        bare = dataclasses.replace(rows.cache, keys=(), values=())
+        bare = rows.cache.with_arrays(((), (), ()))
         changed, steps = decoding.first(
             self._model,
             self._weights,

@@ -83,7 +83,7 @@ def constraint_of(record: Mapping[str, Any]) -> Constraint:
     for key in _KEYS:
         if not isinstance(found[key], str) or not found[key].strip():
             raise InputError(f'{key} is {found[key]!r}; it must be a text')
-    return Constraint(*(found[key].strip() for key in _KEYS), dict(record))
+    return Constraint(*[found[key].strip() for key in _KEYS], fields=dict(record))
 
 
 def instruction_of(constraints: Sequence[Constraint], most: int, seed: int, index: int) -> Instruction:

@@ -337,7 +337,7 @@ def test_three_tokens_of_a_model_follow_their_law(model, params):
     begun = decoding.Begun(
         slots, np.full(count, NEW, np.int32), seen_in_prompts([prompt] * count, 64), settings
     )
-    rows, first = decoding.first(model, params, rows.with_cache(cache), last, begun)
+    rows, first = decoding.first(model, params, dataclasses.replace(rows, cache=cache), last, begun)
     memory = speculative.read(draft, speculative.empty_memory(model, draft, count, 32, 32), slots, *piece)
     _, _, steps, passes = speculative.decode(
         model, params, draft, rows, memory, np.zeros(count, bool), np.int32(4)
