@@ -112,7 +112,7 @@ def test_the_table_of_what_is_saved_in_a_grace():
             assert sizes[name] == fitting, (grace, hosts)
 
 
-@pytest.mark.skipif(not shutil.which('shellcheck'), reason='shellcheck is not installed')
+@pytest.mark.skipif(not shutil.which('shellcheck'), reason='needs shellcheck: the extra `lint`')
 def test_shellcheck_finds_nothing():
     # Paths of the guide hold no spaces; $! in a trap is meant to be read when it comes.
     command = [
