@@ -211,5 +211,6 @@ def test_a_head_with_an_adapter(axes):
         return losses[0] + 0.5 * token_log_probabilities(hidden, weight, targets, 3).sum()
 
     found, wanted = (jax.value_and_grad(loss)((a, b), whole) for whole in (False, True))
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    # A sum of losses less half of one that is as large: roundings of the terms, not of what is left.
+    np.testing.assert_allclose(found[0], wanted[0], rtol=4e-6)
     toy.assert_same_gradients(*(dict(zip('ab', gradients, strict=True)) for _, gradients in (found, wanted)))
