@@ -55,9 +55,7 @@ class Quantizing:
         stacked = len(self.leaf.shape) > 2
         counts = (1, *self.counts[1:]) if stacked else self.counts
         found = np.empty(counts, np.float32)
-        for index in self.leaf.blocks():  # whole along what is summed over
-            if stacked and index[0].indices(self.leaf.shape[0])[0] != layer:
-                continue
+        for index in self._blocks_of_layer(layer):
             values = np.asarray(self.leaf.read(index), np.float32)
             _check_finite(values, self.path)
             place = [slice(None)] if stacked else []
@@ -69,6 +67,20 @@ class Quantizing:
             ]
             found[tuple(place)] = self._find_scales(values, count)
         return found
+
+    def _blocks_of_layer(self, layer: int) -> Iterable[Index]:
+        """Indices that cover it as its blocks do, but of this layer alone, and whole along what a product sums over."""
+        shape = self.leaf.shape
+        summed, found = summed_axes(self.path, len(shape)), {}
+        for index in self.leaf.blocks():
+            spans = [one.indices(size)[:2] for one, size in zip(index, shape, strict=True)]
+            if len(shape) > 2:
+                if not spans[0][0] <= layer < spans[0][1]:
+                    continue
+                spans[0] = layer, layer + 1
+            spans = [(0, size) if axis in summed else spans[axis] for axis, size in enumerate(shape)]
+            found[tuple(spans)] = tuple(slice(*span) for span in spans)
+        return found.values()
 
     def _find_scales(self, values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         return scales_of(values, self.form.dtype, counts)

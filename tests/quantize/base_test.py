@@ -1,5 +1,8 @@
 """A base as it is kept: quantised while it is read, the same as in memory, and what it then stands for."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +79,33 @@ def test_a_base_is_what_is_made_in_memory_and_stands_for_what_is_kept(dtype, par
     assert error <= {'float32': 0, 'bfloat16': 5e-3, 'int8': 6e-3, 'int4': 0.2, 'nf4': 0.12}[dtype] * float(
         jnp.abs(params['blocks']['mlp']['up']).max()
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunked(InMemory):
+    """In pieces of two layers, and of a half of every other axis, as a checkpoint of training may lie on disk."""
+
+    rows_axis = None
+
+    def blocks(self):
+        sizes = [2 if axis == 0 and len(self.shape) > 2 else -(-n // 2) for axis, n in enumerate(self.shape)]
+        starts = (range(0, n, size) for n, size in zip(self.shape, sizes, strict=True))
+        for begins in itertools.product(*starts):
+            yield tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'int4', 'nf4'])
+def test_a_base_is_the_same_however_its_pieces_lie(dtype, params, leaves):
+    """Nothing of a scale is read from a part of its weights alone, and no layer is left out."""
+    chunked = {
+        path: Chunked(np.asarray(leaf.read((slice(None),) * len(leaf.shape))))
+        for path, leaf in leaves.items()
+    }
+    expected, found = (base_leaves(some, dtype) for some in (leaves, chunked))
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        for index in array.blocks():
+            np.testing.assert_array_equal(array.read(index), expected[path].read(index), path)
 
 
 def test_no_other_type_is_kept(leaves):
