@@ -14,9 +14,7 @@ from configs import sections
 
 def get_config(recipe: str = 'llama3_8b') -> ConfigDict:
     """MODEL, MODEL,tulu2, MODEL,tulu3 or MODEL,kto."""
-    model, _, kind = recipe.partition(',')
-    if kind not in ('', 'tulu2', 'tulu3', 'kto'):
-        raise ValueError(f'{kind!r} is no recipe of dpo; there are tulu2, tulu3 and kto')
+    model, kind = sections.model_and_recipe(recipe, ('tulu2', 'tulu3', 'kto'))
     config = sections.preferences(model)
     config.data.train = 'data/preferences.jsonl'
     config.train.batch_size = 48  # rows: some 128 pairs of 1,600 tokens

@@ -15,9 +15,7 @@ _KNOWN = ('grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'rloo', 'reinforce')
 
 def get_config(recipe: str = 'llama3_1_8b') -> ConfigDict:
     """MODEL or MODEL,ALGORITHM."""
-    model, _, kind = recipe.partition(',')
-    if kind and kind not in _KNOWN:
-        raise ValueError(f'{kind!r} is no recipe of grpo; there are {", ".join(_KNOWN)}')
+    model, kind = sections.model_and_recipe(recipe, _KNOWN)
     config = sections.policies(model)
     config.algorithm.name = kind or 'grpo'
     config.algorithm.beta = 0.04

@@ -7,6 +7,7 @@ RedPajama-1T's do; `plain` makes one of whatever it is given. Every key may be s
 from ml_collections import ConfigDict
 
 from llama_jax.data.units import UNIT_BYTES
+from llama_jax.types import InputError
 
 # The folder of each source, and where RedPajama-1T has its files.
 _REDPAJAMA = {
@@ -37,7 +38,7 @@ def get_config(recipe: str = 'plain') -> ConfigDict:
     elif recipe == 'plain':
         config.sources.documents = source('')
     else:
-        raise ValueError(f'no recipe {recipe!r}; there are llama and plain')
+        raise InputError(f'unknown recipe {recipe!r}; there are llama and plain')
     return config
 
 

@@ -34,9 +34,7 @@ SAFETY = {
 
 def get_config(recipe: str = 'llama2_7b,helpfulness') -> ConfigDict:
     """MODEL, MODEL,helpfulness or MODEL,safety."""
-    model, _, kind = recipe.partition(',')
-    if kind not in ('', 'helpfulness', 'safety'):
-        raise ValueError(f'{kind!r} is no recipe of a reward model; there are helpfulness and safety')
+    model, kind = sections.model_and_recipe(recipe, ('helpfulness', 'safety'))
     config = sections.preferences(model)
     config.lora.train_whole = 'score'
     mixture = SAFETY if kind == 'safety' else HELPFULNESS

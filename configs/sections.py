@@ -3,7 +3,23 @@
 A task has `sections.all_of(MODEL)` and sets what is different in it; what it alone needs is a section of its own.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
+
+from llama_jax.types import InputError, did_you_mean
+
+
+def model_and_recipe(argument: str, recipes: Iterable[str]) -> tuple[str, str]:
+    """'MODEL,RECIPE' -> (MODEL, RECIPE); 'MODEL' -> (MODEL, '').
+
+    Raises:
+      InputError: there is no such recipe.
+    """
+    model, comma, recipe = argument.partition(',')
+    if comma and recipe not in recipes:
+        raise InputError(f'unknown recipe {recipe!r}; {did_you_mean(recipe, recipes)}')
+    return model, recipe
 
 
 def all_of(preset: str) -> ConfigDict:

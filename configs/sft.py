@@ -12,7 +12,7 @@ from configs import sections
 
 def get_config(argument: str = 'llama2_7b') -> ConfigDict:
     """`configs/sections.py` with what the recipe sets differently."""
-    model, _, recipe = argument.partition(',')
+    model, recipe = sections.model_and_recipe(argument, _RECIPES)
     config = sections.fine_tuning(model)
     config.data.loss_on = 'all'  # answers that count by their record; last: the last of them alone
     config.data.train = 'data/conversations.jsonl'
@@ -25,8 +25,6 @@ def get_config(argument: str = 'llama2_7b') -> ConfigDict:
     config.eval.every = 100
     if model in ('tiny', 'nano') or model.startswith('stories'):
         _small(config)
-    if recipe and recipe not in _RECIPES:
-        raise ValueError(f'no recipe {recipe!r}; there are {", ".join(_RECIPES)}')
     if recipe:
         _RECIPES[recipe](config)
     return config

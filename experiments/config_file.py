@@ -3,6 +3,7 @@
 import functools
 import re
 import runpy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 import configs
 from llama_jax import storage
-from llama_jax.types import did_you_mean, error_line
+from llama_jax.types import InputError, did_you_mean, error_line
 
 # What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
 PATH_KEYS = (
@@ -64,6 +65,13 @@ def find(path: str) -> str:
     return f'{ours}{colon}{argument}' if not epath.Path(file).exists() and ours.is_file() else path
 
 
+def example() -> str:
+    """A configuration that the command at hand takes."""
+    command = epath.Path(sys.argv[0]).stem
+    has_own = (epath.Path(configs.__file__).parent / f'{command}.py').exists()
+    return f'configs/{command if has_own else "pretrain"}.py:llama2_7b'
+
+
 def describe_error(error: Exception, argv: Sequence[str]) -> str:
     """ml_collections names a bad key deep in a traceback: find the argument, and the keys it might have meant."""
     path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
@@ -72,6 +80,8 @@ def describe_error(error: Exception, argv: Sequence[str]) -> str:
         return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
     try:
         known = flatten(_load(path))
+    except InputError as cause:
+        return f'--config={path}: {cause}'
     except Exception as cause:
         return f'--config={path} cannot be loaded: {type(cause).__name__}: {error_line(cause)}'
     settings = {

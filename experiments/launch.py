@@ -280,12 +280,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix('flag --').partition('=')[0]
         if 'must have a value other than None' in str(error):
-            _fail(f'--{name} is required', 2)
-        what, _, trace = str(error).partition('Traceback (most recent call last):')
-        reason = trace.strip().rpartition('\n')[2]  # of a configuration file that raised
-        _fail(
-            config_file.describe_error(error, argv) if name.startswith('config.') else f'{what} {reason}', 2
-        )
+            such = f', such as --config={config_file.example()}' if name == 'config' else ''
+            _fail(f'--{name} is required{such}', 2)
+        of_config = name.partition('.')[0] == 'config'
+        _fail(config_file.describe_error(error, argv) if of_config else str(error), 2)
     except flags.Error as error:
         _fail(str(error), 2)
     except Exception as error:  # a configuration file may raise anything
