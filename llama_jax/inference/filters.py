@@ -44,8 +44,19 @@ def keep_min_p(logits: Float[Array, 'B V'], min_p: Float[Array, 'B']) -> Float[A
 
 def keep_best(logits: Float[Array, 'B V'], is_greedy: Bool[Array, 'B']) -> Float[Array, 'B V']:
     """The most likely token alone, the smallest id of several, in greedy rows."""
-    best = jnp.arange(logits.shape[-1])[None] == jnp.argmax(logits, axis=-1)[:, None]
+    best = jnp.arange(logits.shape[-1])[None] == most_likely(logits)[:, None]
     return jnp.where(best | ~is_greedy[:, None], logits, -jnp.inf)
+
+
+def most_likely(logits: Float[Array, 'B V']) -> Int[Array, 'B']:
+    """The token of each row with the largest logit, the smallest id of several.
+
+    `jnp.argmax` is this with ten times the time on a CPU, which compares pairs one after the other on one core.
+    """
+    ids, size = jnp.arange(logits.shape[-1])[None], logits.shape[-1]
+    is_best = logits == jnp.max(logits, axis=-1, keepdims=True)
+    # Of a row with NaN none is the largest; the last id stands for it, which is one of the vocabulary.
+    return jnp.min(jnp.where(is_best, ids, size - 1), axis=-1).astype(jnp.int32)
 
 
 def _largest(

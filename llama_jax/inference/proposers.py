@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.inference.sampling import SamplerRows, count_drawn, row_key
+from llama_jax.inference.sampling import SamplerRows, count_drawn, draw_tokens, row_key
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import Params
@@ -145,8 +145,7 @@ def draw_proposal(
       seen: see `sampling.seen_in_prompts`.
     """
     logits = settings.filter(settings.adjust(logits.astype(jnp.float32), seen, step))
-    token = jax.vmap(jax.random.categorical)(draft_keys(settings, step)[:, 0], logits)
-    return token.astype(jnp.int32), logits
+    return draw_tokens(draft_keys(settings, step)[:, 0], logits), logits
 
 
 def draft_keys(settings: SamplerRows, step: Int[Array, 'B']) -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from llama_jax.inference.filters import keep_best, keep_min_p, keep_top_k, keep_top_p
+from llama_jax.inference.filters import keep_best, keep_min_p, keep_top_k, keep_top_p, most_likely
 from llama_jax.inference.logits_processor import LogitsProcessor
 from llama_jax.types import InputError
 
@@ -25,6 +25,9 @@ from llama_jax.types import InputError
 MAX_BIASED = 300
 # Stop ids are padded to a multiple of this, so that few shapes serve all.
 STOP_IDS = 8
+# Parts of a vocabulary, of which one is drawn first. Those of Llama are multiples of it: sharded by a power of 2, up to
+# this one, each part is whole on a device. On a CPU so many are the fastest.
+_PARTS = 128
 # Not in any vocabulary: a scatter drops it.
 _NO_TOKEN = np.iinfo(np.int32).max
 
@@ -294,11 +297,11 @@ def draw(
 
     def choose(logits: Array) -> tuple[Array, Array]:
         filtered = settings.filter(logits)
-        tokens = jax.vmap(_draw_row)(filtered, settings.seed, settings.stream, step)
+        tokens = draw_tokens(jax.vmap(row_key)(settings.seed, settings.stream, step), filtered)
         return tokens, _log_probability(filtered, tokens)
 
     def take_best(logits: Array) -> tuple[Array, Array]:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(len(logits))
+        return most_likely(logits), jnp.zeros(len(logits))
 
     tokens, log_probability = jax.lax.cond(jnp.any(settings.temperature > 0), choose, take_best, adjusted)
     return Drawn(tokens, _log_probability(logits, tokens), log_probability)
@@ -309,8 +312,17 @@ def row_key(seed: Array, stream: Array, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
 
-def _draw_row(logits: Float[Array, 'V'], seed: Array, stream: Array, step: Array) -> Int[Array, '']:
-    return jax.random.categorical(row_key(seed, stream, step), logits).astype(jnp.int32)
+@jax.vmap
+def draw_tokens(key: Array, logits: Float[Array, 'V']) -> Int[Array, '']:
+    """A token of each row by its logits: a part of the vocabulary by its mass, then a token of the part.
+
+    So a row takes as many random numbers as there are parts, and tokens in one, not one for each token.
+    """
+    size = -(-len(logits) // _PARTS)
+    parts = jnp.pad(logits, (0, _PARTS * size - len(logits)), constant_values=-jnp.inf).reshape(_PARTS, size)
+    of_part, of_token = jax.random.split(key)
+    part = jax.random.categorical(of_part, jax.nn.logsumexp(parts, axis=-1))
+    return (part * size + jax.random.categorical(of_token, parts[part])).astype(jnp.int32)
 
 
 def _log_probability(logits: Float[Array, 'B V'], tokens: Int[Array, 'B']) -> Float[Array, 'B']:

@@ -22,7 +22,7 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
 from llama_jax.inference.logits_processor import Follower
 from llama_jax.inference.proposers import Draft, Heard, Proposal, Proposer, draft_keys
-from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
+from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw, draw_tokens
 from llama_jax.inference.slots import Hidden, Piece, Slots
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
@@ -78,7 +78,7 @@ def verify(
     # Of equal distributions nothing is rejected but by rounding; then nothing may be left.
     own = jnp.where(jnp.any(above > 0, axis=-1, keepdims=True), jnp.log(above), own_p)
     own_keys = jnp.take_along_axis(keys[..., 2], count[:, None], axis=1)[:, 0]
-    own = jax.vmap(jax.random.categorical)(own_keys, own).astype(jnp.int32)
+    own = draw_tokens(own_keys, own)
     tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).at[jnp.arange(batch), count].set(own)
     raw = jax.nn.log_softmax(flat, axis=-1).reshape(logits.shape)
     return count, Drawn(tokens, _chosen(raw, tokens), _chosen(p, tokens))

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llama_jax.inference.sampling import Sampler, SamplerRows, candidates, count_drawn, seen_in_prompts
+from llama_jax.inference.filters import most_likely
+from llama_jax.inference.sampling import (
+    Sampler,
+    SamplerRows,
+    candidates,
+    count_drawn,
+    draw_tokens,
+    row_key,
+    seen_in_prompts,
+)
 from llama_jax.inference.sampling import draw as draw_rows
 from llama_jax.types import InputError
 
@@ -43,6 +52,14 @@ def expect(sampler, kept):
 def test_temperature_zero_takes_the_most_likely():
     logits = jax.random.normal(jax.random.key(0), (5, 9))
     np.testing.assert_array_equal(tokens_of(Sampler(), logits), np.argmax(logits, axis=-1))
+
+
+def test_of_equally_likely_tokens_the_first_is_taken():
+    rng, inf = np.random.default_rng(0), np.inf
+    logits = rng.integers(3, size=(200, 9)).astype(np.float32)
+    np.testing.assert_array_equal(most_likely(jnp.array(logits)), np.argmax(logits, axis=-1))
+    some = np.array([[-inf, -inf, -inf], [-inf, -0.0, 0.0], [1, np.nan, 2]], np.float32)
+    np.testing.assert_array_equal(most_likely(jnp.array(some)), [0, 1, 2])  # whatever NaN gives is a token
 
 
 def test_all_tokens_are_drawn_by_their_probabilities():
@@ -253,7 +270,24 @@ def test_seed_stream_and_step_each_tell_draws_apart():
     tokens = draw_rows(settings, logits, np.array([0, 0, 0, 1], np.int32)).token.tolist()
     assert len({*tokens}) == 4
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0)
-    assert tokens[1] == int(jax.random.categorical(key, logits[1]))
+    assert tokens[1] == draw_tokens(key[None], logits[1:2])[0]
+
+
+@pytest.mark.parametrize('size', [300, 1280])  # parts of 3 tokens, of which some are padding; of 10
+def test_tokens_of_any_part_of_a_vocabulary_are_drawn_by_their_probabilities(size):
+    rng, draws = np.random.default_rng(size), 20_000
+    logits = rng.normal(scale=3, size=size).astype(np.float32)
+    logits[rng.permutation(size)[: size // 4]] = -np.inf
+    logits[: size // 5] = -np.inf  # parts of nothing that may be drawn
+    keys = jax.vmap(row_key)(*np.ones((2, draws), np.int32), np.arange(draws, dtype=np.int32))
+    tokens = jax.jit(draw_tokens)(keys, np.broadcast_to(logits, (draws, size)))
+    p = np.exp(logits.astype(np.float64))
+    found, wanted = np.bincount(tokens, minlength=size), draws * p / p.sum()
+    assert len(found) == size and not found[wanted == 0].any()
+    often = wanted >= 5
+    found, wanted = (np.append(x[often], x[~often].sum()) for x in (found, wanted))
+    assert often.sum() > 40
+    assert np.sum((found - wanted) ** 2 / wanted) <= scipy.stats.chi2.isf(1e-3, len(wanted) - 1)
 
 
 def test_twenty_settings_are_one_program():
