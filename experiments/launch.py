@@ -52,7 +52,7 @@ def define_config() -> flags.FlagHolder:
 
 def define_xla_options() -> flags.FlagHolder:
     """--xla_options, for the commands that compile a train step; see `xla_options.parse`."""
-    text = 'settings of the compiler for the train step: preset names and NAME=VALUE, by commas'
+    text = 'settings of the compiler for the train step: NAME=VALUE by commas'
     return flags.DEFINE_string('xla_options', '', text)
 
 

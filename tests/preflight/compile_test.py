@@ -14,7 +14,6 @@ import pytest
 
 from llama_jax.preflight import compile as ahead
 from llama_jax.preflight.compile import parse_exhausted
-from llama_jax.xla_options import PRESETS
 from tests.command_line import REPOSITORY, run_python
 
 _skip = pytest.mark.skipif(
@@ -265,32 +264,6 @@ def test_a_decode_step_alone(tmp_path):
     assert 0 < decode['reading']['seconds'] <= 1.01 * decode['roofline']['hbm']
     assert decode['reading']['bytes'] <= decode['hbm']['parameters'] + decode['hbm']['kv_cache']
     assert 'decode step of 8 rows, int8 weights: fits' in finished.stdout
-
-
-PRESETS_FOR_TPUS = """
-import numpy as np
-from jax.sharding import Mesh
-from llama_jax.preflight import compile as ahead
-from llama_jax.preflight.topology import Topology
-from llama_jax.xla_options import PRESETS, unknown
-ahead.isolate_process()
-for topology in ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'):
-    mesh = Mesh(np.array(ahead.topology_devices(Topology.parse(topology))), ('x',))
-    for name, preset in PRESETS.items():
-        if any(kind in mesh.devices.flat[0].device_kind for kind in preset.kinds):
-            print(topology, name, *unknown(preset.options, mesh))
-"""
-
-
-@needs_libtpu
-def test_libtpu_knows_the_settings_of_every_preset_for_tpus():
-    done = subprocess.run(
-        [sys.executable, '-c', PRESETS_FOR_TPUS], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert {name for _, name, *_ in lines} == {name for name in PRESETS if name.startswith('tpu_')}
-    assert [line for line in lines if len(line) > 2] == []
 
 
 # The tiny model, so deep that its state is too large for a slice: a loop compiles as fast however often it runs.
