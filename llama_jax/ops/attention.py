@@ -4,7 +4,7 @@
     chunked     plain JAX, O(T) memory          any platform
     splash      JAX's flash kernel for TPUs     TPU; elsewhere interpreted, which is for tests
     cudnn       cuDNN's flash kernel            NVIDIA GPU, bf16 or fp16
-    shared_prefix  whose segments see a context too, for `inference.scoring`; never by 'auto'
+    shared_prefix  of these two, for segments that see a context too; never by 'auto'
 
 Causal order and packed segments are part of every kernel's contract: a kernel that cannot honour segment ids must be
 refused here, never left to be silently wrong.
@@ -25,7 +25,6 @@ from llama_jax.ops import attention_cudnn, attention_paged
 from llama_jax.ops.attention_cached import Cached, attend_at_once, attend_by_tiles, attend_row_by_row
 from llama_jax.ops.attention_chunked import chunked_attention
 from llama_jax.ops.attention_reference import causal_mask, reference_attention
-from llama_jax.ops.attention_shared_prefix import shared_prefix_attention
 from llama_jax.ops.attention_splash import splash_attention
 from llama_jax.ops.context_parallel import ContextShard, context_shard
 from llama_jax.ops.quantized import QuantizedArray
@@ -86,8 +85,6 @@ def attention(
             mask = mask & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
         return checkpoint_name(reference_attention(q, k, v, mask), 'attention_output')
     kernel = choose(q, k, q_segment_ids is not None, implementation, partitioner)
-    if kernel == 'shared_prefix' and q_segment_ids is not None:
-        return shared_prefix_attention(q, k, v, q_segment_ids)
     # The compiler splits the plain formula by itself, but for rows.
     if (
         partitioner is not None
@@ -269,9 +266,11 @@ def _attend(
         return splash_attention(
             q, k, v, q_segment_ids, kv_segment_ids, shard, interpret=platform != 'tpu'
         )  # fmt: skip
-    if kernel == 'chunked':
+    if kernel in ('chunked', 'shared_prefix'):
         block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
-        return chunked_attention(q, k, v, q_segment_ids, kv_segment_ids, starts, block)
+        return chunked_attention(
+            q, k, v, q_segment_ids, kv_segment_ids, starts, block, sees_context=kernel == 'shared_prefix'
+        )
     if kernel == 'reference':
         mask = causal_mask(q.shape[1], k.shape[1])
         if starts is not None:

@@ -127,9 +127,10 @@ def _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, meas
     def pieces_of(x):
         return jnp.moveaxis(x.reshape(parts, number, size // number, *x.shape[2:]), 1, 0)
 
-    number = num_chunks
-    while number < _MOST_PIECES and not size % (2 * number) and size // (2 * number) >= _LEAST_PIECE:
-        number *= 2
+    number = max(
+        (n for n in range(num_chunks, _MOST_PIECES + 1, num_chunks) if not size % n and size // n >= _LEAST_PIECE),
+        default=num_chunks,
+    )  # fmt: skip
 
     @jax.checkpoint
     def of_piece(x, target, wanted):

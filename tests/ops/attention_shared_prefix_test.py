@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +23,20 @@ def inputs(length, seed=0):
     return q, k, v, jnp.array(np.stack([ids, np.roll(ids, 3)]), jnp.int32)
 
 
-@pytest.mark.parametrize('length', [48, 200])  # in one block, in several
+@pytest.mark.parametrize('length', [48, 200])  # in one tile, in several
 def test_a_query_sees_the_context_and_its_own_continuation(length):
     q, k, v, ids = inputs(length)
     slots = np.arange(length)
-    visible = np.asarray(ids[:, :, None] == ids[:, None, :]) | np.asarray(ids[:, None, :] == SHARED)
-    mask = jnp.array(visible & (slots[:, None] >= slots[None, :]))
-    found = attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, implementation='shared_prefix')
+    of_context = (ids[:, :, None] > 0) & (ids[:, None, :] == SHARED)
+    mask = ((ids[:, :, None] == ids[:, None, :]) | of_context) & (slots[:, None] >= slots[None, :])[None]
+    ours = functools.partial(attention, q_segment_ids=ids, kv_segment_ids=ids, implementation='shared_prefix')
+    found, backward = jax.vjp(ours, q, k, v)
+    wanted, wanted_backward = jax.vjp(lambda *arrays: reference_attention(*arrays, mask), q, k, v)
     # fp32 sums in another order.
-    np.testing.assert_allclose(found, reference_attention(q, k, v, mask), atol=2e-6)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    gradient = jax.random.normal(jax.random.key(1), q.shape)
+    for one, other in zip(backward(gradient), wanted_backward(gradient), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_it_is_asked_for_by_name_and_needs_segments():

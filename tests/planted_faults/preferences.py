@@ -28,7 +28,7 @@ FAULTS: tuple[Fault, ...] = (
          'if texts[i % number] != texts[(i + 1) % number]:', 'if True:')),
     *faults_in('llama_jax/ops/attention_shared_prefix.py',
         ('shared prompts: of the first of the row alone', _ALONE,
-         'SHARED - segment_ids // _MOST', 'SHARED - 0 * segment_ids')),
+         'SHARED - segment_ids // _MOST', 'SHARED + 0 * segment_ids')),
     *faults_in('llama_jax/ops/cross_entropy.py',
         ('answers: log-probabilities are left in the order of the pieces',
          'ops/cross_entropy_test.py::test_where_no_target_is_wanted_nothing_is_projected',
