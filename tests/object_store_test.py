@@ -14,11 +14,12 @@ from etils import epath
 
 from llama_jax import lock, pretrained
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.checkpoint.weights import latest_step, restore_params
+from llama_jax.checkpoint.weights import latest_step, open_params
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import read_documents
 from llama_jax.lock import Locked
+from llama_jax.placement import place
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
@@ -74,7 +75,7 @@ def run(gcs, commands, corpus):
     shape = (pretrained.open(RUN).config.embed_dim,)
     norm = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_one_device())
     step = latest_step(f'{RUN}/checkpoints')
-    restore_params(step, {'final_norm': norm})
+    place('final_norm', open_params(step)['final_norm'], norm)
     newest = int(step.name)
     resumed = commands.run('pretrain', *arguments).succeeded()
     return killed, newest, resumed.stderr

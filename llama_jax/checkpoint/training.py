@@ -26,7 +26,7 @@ class Checkpointer:
     """The checkpoints under one directory, `directory/STEP/{state,metadata}`."""
 
     def __init__(self, directory: epath.PathLike, keep: int = 3, verify: bool = True):
-        """Opens or creates the directory, and clears away what a killed save left.
+        """Opens or creates the directory; what a killed save left goes in the background, before the next save.
 
         Args:
           directory: local or `gs://...`.

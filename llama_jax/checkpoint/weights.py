@@ -20,10 +20,9 @@ from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
 from llama_jax.json_file import read_object
 from llama_jax.models.reward import VALUE
-from llama_jax.placement import BlockArray, copy_tiles, place_all
-from llama_jax.runtime import refused_by_all
+from llama_jax.placement import BlockArray, copy_tiles
 from llama_jax.storage import enable_bucket, prefetch, system_failures
-from llama_jax.types import InputError, LazyArray, Params, error_line
+from llama_jax.types import InputError, LazyArray, error_line
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
 
@@ -81,36 +80,6 @@ def _steps(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 
 
-def restore_params(step_folder: epath.PathLike, abstract_params: Params) -> Params:
-    """The weights alone of a step, cast and placed as `abstract_params` says; each stored chunk is read once.
-
-    Raises:
-      InputError: the step cannot be read, or holds weights of other shapes.
-    """
-    wanted, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
-    with refused_by_all():
-        stored = open_params(step_folder)
-        for path, leaf in wanted:
-            if difference := _compare_shapes(stored, _name(path), leaf):
-                raise InputError(f'checkpoint {absolute(step_folder)} cannot be restored: {difference}')
-    with refused_by_all():
-        restored = place_all([(_name(path), stored[_name(path)], leaf) for path, leaf in wanted])
-    return jax.tree.unflatten(structure, restored)
-
-
-def _compare_shapes(stored: Mapping[str, LazyArray], name: str, leaf: jax.ShapeDtypeStruct) -> str:
-    """That the weight is missing or of another shape; '' where it is not."""
-    if name not in stored:
-        return f'it has no weight {name}'
-    if (shape := tuple(stored[name].shape)) != tuple(leaf.shape):
-        return f'its weight {name} has shape {shape}, the model {tuple(leaf.shape)}'
-    return ''
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
 # Weights that are larger than memory: written and read block by block, through TensorStore, in Orbax's own layout.
 
 
@@ -119,7 +88,7 @@ def save_params(
     leaves: Mapping[str, LazyArray],
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes weights as step 0 of `directory`; Orbax, and so `restore_params`, reads them as any others.
+    """Writes weights as step 0 of `directory`; Orbax reads them as any others.
 
     One file a block (a layer, or a part of one that is large), uncompressed; a few blocks are in memory at a time.
 

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.checkpoint.integrity import find_damage, record_files
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.checkpoint.weights import check_step, latest_step, open_params, restore_params, save_params
+from llama_jax.checkpoint.weights import check_step, latest_step, open_params, save_params
 from llama_jax.partitioning import make_mesh
+from llama_jax.placement import place
 from llama_jax.types import InputError, SystemFailure
 
 
@@ -342,6 +344,9 @@ def test_a_save_that_was_cut_off_is_cleared_away(saved, tmp_path):
     shutil.copytree(saved / '7/state', folder / '9.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp')
     assert latest_step(folder).name == '7'
     assert restore(folder)[0] == 7
+    deadline = time.monotonic() + 60
+    while (folder / '9.orbax-checkpoint-tmp').exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert sorted(path.name for path in folder.iterdir()) == ['3', '7']
 
 
@@ -350,17 +355,12 @@ def test_weights_alone_are_restored_cast_and_placed(saved):
         'w': jax.ShapeDtypeStruct((16, 4), jnp.bfloat16, sharding=sharding(2, 'fsdp')),
         'b': jax.ShapeDtypeStruct((4,), jnp.bfloat16, sharding=sharding(2)),
     }
-    params = restore_params(latest_step(saved), target)
+    stored = open_params(latest_step(saved))
+    params = {name: place(name, stored[name], wanted) for name, wanted in target.items()}
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(7)['params']))
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target)
 
 
-def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
+def test_a_folder_without_steps_is_refused(tmp_path):
     with pytest.raises(InputError, match='no checkpoint under'):
         latest_step(tmp_path / 'none')
-    wrong_shape = {'w': jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding())}
-    more = {'v': jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding())}
-    differs = r'its weight w has shape \(16, 4\), the model \(8, 4\)'
-    for target, message in ((wrong_shape, differs), (more, 'it has no weight v')):
-        with pytest.raises(InputError, match=f'cannot be restored: {message}'):
-            restore_params(latest_step(saved), target)
