@@ -60,5 +60,11 @@ def test_the_picture_is_drawn_from_todays_imports():
     assert found and found.group() == picture(REPOSITORY), 'redraw it: python -m tests.floors_test'
 
 
+def test_where_to_look_tells_every_room():
+    page = _PAGE.read_text()
+    told = re.findall(r'`(\w+)`', ''.join(re.findall(r'^\| (`[^|]*) \|', page, re.MULTILINE)))
+    assert sorted(told) == sorted(FLOOR_OF)
+
+
 if __name__ == '__main__':
     _PAGE.write_text(_BLOCK.sub(lambda _: picture(REPOSITORY), _PAGE.read_text(), count=1))
