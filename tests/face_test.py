@@ -1,6 +1,7 @@
 """The face for a notebook's cell: what it takes, what it refuses and in which words, what it leaves alone."""
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 import re
@@ -25,6 +26,7 @@ from llama_jax.inference.prompts import ids_of
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import abstract_params, abstract_params_and_axes
 from llama_jax.models.presets import with_vocab_size
+from llama_jax.models.tokens import check_tokens
 from llama_jax.partitioning import Partitioner
 from llama_jax.quantize.params import quantize
 from llama_jax.tokenizer.training import train_sentencepiece
@@ -117,6 +119,8 @@ def wrong_calls(face, tmp_path):
     def generate(prompts='a', **settings):
         return lambda: llama_jax.generate(model, params, tokenizer, prompts, **settings)
 
+    checked = functools.partial(check_tokens, config=config, may_be_long=False)
+
     def save(*args, **settings):
         return lambda: llama_jax.save(tmp_path / 'x', *(args or (config, params, tokenizer)), **settings)
 
@@ -169,6 +173,14 @@ def wrong_calls(face, tmp_path):
             lambda: model.apply({'params': params}, tokens - 1),
             'tokens hold the id -1',
             'from 0 to 319',
+        ),
+        'tokens as a list': (lambda: checked([[1, 2]]), 'tokens are a list', 'jnp.asarray(tokens)'),
+        'a single row': (lambda: checked(tokens[0]), 'tokens have the shape (4,)', 'tokens[None]'),
+        'tokens of floats': (lambda: checked(tokens / 2), 'tokens are float32', 'integers'),
+        'segments of another shape': (
+            lambda: checked(tokens, segment_ids=tokens[:, 1:]),
+            'segment_ids have the shape (1, 3)',
+            'tokens (1, 4)',
         ),
         'rows beyond the context': (
             lambda: jax.eval_shape(model.apply, {'params': params}, jnp.zeros((1, 49), jnp.int32)),

@@ -14,14 +14,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache, LayerCache, LayerPages
 from llama_jax.models.remat import REMAT_POLICIES
+from llama_jax.models.tokens import check_tokens
 from llama_jax.models.unstacked import layers_of
 from llama_jax.ops.activations import swiglu
 from llama_jax.ops.attention import IMPLEMENTATIONS, attention
@@ -226,7 +225,10 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         """The normalised output of the last layer, and the cache with these tokens written but not yet counted."""
-        _check_tokens(tokens, self.config, may_be_long=positions is not None or cache is not None)
+        check_tokens(
+            tokens, self.config, may_be_long=positions is not None or cache is not None,
+            positions=positions, segment_ids=segment_ids,
+        )  # fmt: skip
         if segment_ids is not None and cache is not None:
             raise ValueError(
                 'segment_ids with a cache: the cache does not know the segments of the tokens it holds'
@@ -369,25 +371,6 @@ def _abstract_boxes_of(plain: Transformer) -> PyTree:
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
-
-
-def _check_tokens(tokens: Array, config: LlamaConfig, may_be_long: bool) -> None:
-    """Refuses ids that have no row, where they are known, and rows beyond the context."""
-    if not may_be_long and tokens.shape[1] > config.max_seq_len:
-        raise InputError(
-            f'tokens have {tokens.shape[1]} columns, the context of the model is {config.max_seq_len}; give fewer, or '
-            f'ask for a longer one by dataclasses.replace(config, max_seq_len={tokens.shape[1]})'
-        )
-    is_known = not isinstance(tokens, Tracer) and getattr(tokens, 'is_fully_addressable', True)
-    if not is_known or not tokens.size:
-        return
-    known = np.asarray(tokens)  # under a trace, too, where the ids are a constant of it
-    for token in (known.min(), known.max()):
-        if not 0 <= token < config.vocab_size:
-            raise InputError(
-                f'tokens hold the id {token}; the model has ids from 0 to {config.vocab_size - 1}, so give those of '
-                'the tokenizer that its weights were trained with'
-            )
 
 
 def _check_knobs(model: Transformer) -> None:

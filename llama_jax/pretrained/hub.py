@@ -44,9 +44,8 @@ def check_there(path: epath.PathLike, place: epath.Path) -> None:
             f"{text} is an architecture, PRESETS['{text}'], not weights; load a checkpoint by its path or "
             'hf://ORGANISATION/MODEL; random ones are init_params(LlamaForCausalLM(PRESETS[...]), jax.random.key(0))'
         )
-    beside = (
-        [str(f.name) for f in place.parent.iterdir()] if '://' not in text and place.parent.is_dir() else []
-    )
+    is_folder = '://' not in text and place.parent.is_dir()
+    beside = [f.name for f in place.parent.iterdir() if not f.name.startswith('.')] if is_folder else []
     near = did_you_mean(place.name, [*beside[:1000], *(() if '/' in text else PRESETS)])
     hint = near if near.startswith('did you mean') else ''
     if not hint and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', text):
