@@ -1,37 +1,14 @@
 """A policy that is trained is killed at any moment, or by several processes: the same figures and weights."""
 
-import random
-import signal
-
 import numpy as np
 import pytest
 
 from llama_jax.checkpoint.weights import open_params
 from tests.command_line import saved_steps
+from tests.killed import kill, kill_ten_times
 from tests.multiprocess_test import WITHOUT_CACHE
 from tests.policy_runs import arguments, begin, logged
 
-# The process kills itself when a function is called for the so-manieth time: at which part of which iteration.
-KILLED = """
-import importlib, os, signal
-module, _, name = 'MOMENT'.partition(':')
-owner, calls = importlib.import_module(module), 0
-*outer, name = name.split('.')
-for part in outer:
-    owner = getattr(owner, part)
-original = getattr(owner, name)
-
-
-def counted(*given, **named):
-    global calls
-    calls += 1
-    if calls == CALLS:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*given, **named)
-
-
-setattr(owner, name, counted)
-"""
 MOMENTS = {  # and how many calls of each there are in an iteration or more
     'llama_jax.inference.generator:Generator.advance': 12,
     'experiments.drawing:judge': 2,
@@ -71,43 +48,26 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a[name].read(of_all), b[name].read(of_all), err_msg=name)
 
 
-def kill(commands, run, moment, calls) -> bool:
-    """Whether it was killed before it ended by itself."""
-    before = KILLED.replace('MOMENT', moment).replace('CALLS', str(calls))
-    ended = commands.run('ppo', *run, before=before)
-    assert ended.status in (0, -signal.SIGKILL), ended.stderr
-    return ended.status != 0
-
-
 @pytest.mark.slow
 def test_killed_while_it_draws_and_while_it_learns_it_ends_the_same(commands, folder, begun, whole):
-    run = arguments(folder / 'killed', *begun, **SETTINGS)
+    run = ['ppo', *arguments(folder / 'killed', *begun, **SETTINGS)]
     assert kill(
         commands, run, 'experiments.iterations:Iterations._minibatch', 6
     )  # within the second iteration
     assert saved_steps(folder / 'killed') == [3]
     assert kill(commands, run, 'llama_jax.inference.generator:Generator.advance', 3)
-    commands.run('ppo', *run).succeeded()
+    commands.run(*run).succeeded()
     assert_same(whole, folder / 'killed')
 
 
 @pytest.mark.long
 def test_killed_at_ten_random_moments_it_ends_the_same(commands, folder, begun, whole):
-    chosen = random.Random()
-    workdir = folder / 'killed_often'
-    run, kills = arguments(workdir, *begun, **SETTINGS), 0
-    while kills < 10:
-        moment = chosen.choice(list(MOMENTS))
-        calls = chosen.randint(1, MOMENTS[moment])
-        print('killed at', moment, calls)
-        if not kill(commands, run, moment, calls):
-            assert_same(whole, workdir)
-            workdir = folder / f'killed_often_{kills}'
-            run = arguments(workdir, *begun, **SETTINGS)
-            continue
-        kills += 1
-    commands.run('ppo', *run).succeeded()
-    assert_same(whole, workdir)
+    def run(workdir):
+        return ['ppo', *arguments(workdir, *begun, **SETTINGS)]
+
+    kill_ten_times(
+        commands, folder / 'killed_often', run, MOMENTS, lambda workdir: assert_same(whole, workdir)
+    )
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.rl.rollout import Rollout
 from llama_jax.types import InputError
 from tests.command_line import tiny_run
+from tests.killed import kill_ten_times
 from tests.preferences_command_test import arguments
 
 WORDS = ('bad', 'ban', 'balla', 'dio', 'dun', 'fa', 'farst', 'gen', 'gilly', 'ku')
@@ -31,6 +32,13 @@ def adds(self, item):
         os.kill(os.getpid(), 9)
 log.ItemLog.add = adds
 """
+
+
+# Where it is killed, and how many calls of each there are in the whole.
+MOMENTS = {
+    'llama_jax.inference.generator:Generator.advance': 8, 'experiments.candidates:judge': 8,
+    'llama_jax.item_log:ItemLog.add': 8, 'experiments.prompt_file:write_answers': 1,
+}  # fmt: skip
 
 
 def rollout(text, record=0):
@@ -205,6 +213,18 @@ def test_killed_anywhere_or_split_it_is_the_same_file_to_the_byte(
     assert sorted(parts) == sorted(kept[0].read_text().splitlines())
     refused = commands.run(*sampling(base, judge, prompts, output, '--keep=best')).error()
     assert 'again.jsonl is there already; remove it, or write to another place' in refused
+
+
+@pytest.mark.long
+def test_killed_at_ten_random_moments_it_is_the_same_file(commands, folder, base, judge, prompts, kept):
+    def check(output):
+        assert output.read_bytes() == kept[0].read_bytes()
+        assert output.with_suffix('.png').exists() and not pathlib.Path(f'{output}.partial').exists()
+
+    kill_ten_times(
+        commands, folder / 'often.jsonl',
+        lambda output: sampling(base, judge, prompts, output, '--keep=pair'), MOMENTS, check,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
