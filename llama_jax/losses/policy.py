@@ -230,7 +230,7 @@ def policy_loss(
         policy = policy_of(params)
         log_p, entropies = token_distributions(
             hidden_of(model, policy, batch), head_weight(policy), batch.targets, num_chunks, model.partitioner,
-            temperature,
+            temperature, batch.weights > 0,
         )  # fmt: skip
         losses, ratios = policy_losses(algorithm, log_p, batch)
         away = log_p - batch.reference
@@ -296,8 +296,8 @@ def expected_values(model: LlamaForRewardModel, params: Params, batch: PolicyBat
 def drawn_log_probabilities(
     model: LlamaForCausalLM, params: Params, batch: PolicyBatch, *, temperature: float, num_chunks: int = 1
 ) -> Float[Array, 'B T']:
-    """Of each target at the sampling temperature, in nats: what `old` and `reference` are made of."""
+    """Of each target of an answer at the sampling temperature, in nats: what `old` and `reference` are made of."""
     return token_log_probabilities(
         hidden_of(model, params, batch), head_weight(params), batch.targets, num_chunks, model.partitioner,
-        temperature,
+        temperature, batch.weights > 0,
     )  # fmt: skip

@@ -58,16 +58,9 @@ def token_log_probabilities(
     """
 
     def measure(logits, target):
-        return [token_losses(logits / temperature, target)]
+        return [-token_losses(logits / temperature, target)]
 
-    if mask is None:
-        return -_by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
-    parts = 1 if partitioner is None else partitioner.axis_size('batch')
-    if hidden.shape[0] % parts or (partitioner is not None and partitioner.axis_size('length') > 1):
-        losses = _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)[0]
-    else:
-        losses = _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, measure)
-    return jnp.where(mask, -losses, 0.0)
+    return _by_token(hidden, head, targets, mask, num_chunks, partitioner, measure)[0]
 
 
 def token_distributions(
@@ -77,16 +70,17 @@ def token_distributions(
     num_chunks: int = 1,
     partitioner: Partitioner | None = None,
     temperature: float = 1.0,
+    mask: Bool[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     """As `token_log_probabilities`, with the entropy of each token's distribution in nats, which has no gradient."""
 
     def measure(logits, target):
         logits = logits / temperature
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
-        return [token_losses(logits, target), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)]
+        return [-token_losses(logits, target), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)]
 
-    losses, entropies = _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
-    return -losses, jax.lax.stop_gradient(entropies)
+    log_p, entropies = _by_token(hidden, head, targets, mask, num_chunks, partitioner, measure)
+    return log_p, jax.lax.stop_gradient(entropies)
 
 
 def _losses_by_chunk(hidden, head, targets, num_chunks, z_loss, partitioner):
@@ -96,6 +90,18 @@ def _losses_by_chunk(hidden, head, targets, num_chunks, z_loss, partitioner):
         return [token_losses(logits, target, z) for z in _weights(z_loss)]
 
     return _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
+
+
+def _by_token(hidden, head, targets, mask, num_chunks, partitioner, measure):
+    """[B, T] of each of what `measure` makes of logits and targets, 0 where the mask does not ask for it."""
+    if mask is None:
+        return _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
+    parts = 1 if partitioner is None else partitioner.axis_size('batch')
+    if hidden.shape[0] % parts or (partitioner is not None and partitioner.axis_size('length') > 1):
+        found = _by_chunk(hidden, head, targets, num_chunks, partitioner, measure)
+    else:
+        found = _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, measure)
+    return [jnp.where(mask, values, 0.0) for values in found]
 
 
 def _by_chunk(hidden, head, targets, num_chunks, partitioner, measure):
@@ -114,7 +120,7 @@ def _by_chunk(hidden, head, targets, num_chunks, partitioner, measure):
 
 
 def _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, measure):
-    """[B, T] of what `measure` makes, 0 in pieces of which no target is wanted; `parts` devices split the rows."""
+    """[B, T] of each of what `measure` makes, 0 in pieces that hold none; `parts` devices split the rows."""
     _chunks((hidden,), num_chunks)  # refuses what does not divide
     weight = _gathered_parts(head, hidden.dtype, partitioner)
     size = mask.size // parts
@@ -135,17 +141,21 @@ def _of_wanted(hidden, head, targets, mask, num_chunks, parts, partitioner, meas
     @jax.checkpoint
     def of_piece(x, target, wanted):
         def project(x):
-            return measure(einsum('btd,vd->btv', x, weight, jnp.float32), target)[0]
+            return measure(einsum('btd,vd->btv', x, weight, jnp.float32), target)
 
-        return jax.lax.cond(jnp.any(wanted), project, lambda x: jnp.zeros(target.shape, jnp.float32), x)
+        def leave_out(x):
+            return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(project, x)]
+
+        return jax.lax.cond(jnp.any(wanted), project, leave_out, x)
 
     def body(_, piece):
         return None, of_piece(*piece)
 
     arrays = [pieces_of(in_order(x)) for x in (hidden, targets, mask)]
-    _, losses = jax.lax.scan(body, None, arrays)
-    losses = jnp.moveaxis(losses, 0, 1).reshape(parts, size)
-    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1).reshape(mask.shape)
+    _, found = jax.lax.scan(body, None, arrays)
+    back = jnp.argsort(order, axis=1)
+    found = [jnp.moveaxis(values, 0, 1).reshape(parts, size) for values in found]
+    return [jnp.take_along_axis(values, back, axis=1).reshape(mask.shape) for values in found]
 
 
 def _gathered_parts(head, dtype, partitioner):

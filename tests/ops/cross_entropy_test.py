@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from llama_jax.ops import cross_entropy
-from llama_jax.ops.cross_entropy import head_cross_entropy, token_log_probabilities, token_losses
+from llama_jax.ops.cross_entropy import (
+    head_cross_entropy,
+    token_distributions,
+    token_log_probabilities,
+    token_losses,
+)
 from llama_jax.ops.lora import LoraArray
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.types import InputError
@@ -179,8 +184,13 @@ def test_where_no_target_is_wanted_nothing_is_projected(parts, monkeypatch):
         jax.effects_barrier()
         assert len(taken) == 2 * parts  # of 16 pieces, on each device
         part = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)(split, head, of_wanted)
+        found = jax.jit(token_distributions, static_argnums=(3, 4))(
+            split, head, targets, 4, partitioner, mask=mask
+        )
     np.testing.assert_allclose(part[0], whole[0], rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), part[1], whole[1])
+    for values, everywhere in zip(found, token_distributions(hidden, head, targets, 4), strict=True):
+        np.testing.assert_allclose(values, jnp.where(mask, everywhere, 0.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 1e-2])
