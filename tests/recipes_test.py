@@ -9,10 +9,13 @@ import subprocess
 
 import numpy as np
 import pytest
+from etils import epath
 
 from experiments import config_file
-from experiments.recipes import small_data, small_world
+from experiments.recipes import chat_table, small_data, small_world
 from experiments.recipes.small_world import Question, gold, obeys
+from llama_jax.data.records import Prompted
+from llama_jax.types import InputError
 from tests.command_line import REPOSITORY
 
 SCRIPT = REPOSITORY / 'experiments/recipes/llama2_chat.sh'
@@ -105,3 +108,43 @@ def test_the_small_world_is_made_of_its_seed_and_marks_its_answers(tmp_path):
     safe = np.mean([gold('', small_world.taken_answer(rng, Question('', 'A', owner='B'), 0.4), taken | {'owner': 'B'})
                     for _ in range(2000)])  # fmt: skip
     assert abs(safe + 0.2) < 4 * 2 * (0.24 / 2000) ** 0.5, 'two times in five, to 4 standard errors'
+
+
+def test_each_stage_stands_beside_what_it_was_made_from_by_its_own_judge(tmp_path):
+    """R_c is the safety model's score where a prompt is tagged, and where it is below a sigmoid of 0.15."""
+    folder = epath.Path(tmp_path)
+
+    def write(name, value):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+
+    def judged(*pairs):
+        return ''.join(
+            json.dumps({'prompt': prompt, 'candidates': [
+                {'scores': {'runs/helpful': helpful, 'runs/safety': safe}, 'num_tokens': 4, 'stopped': True}
+            ]}) + '\n' for prompt, helpful, safe in zip(('see', 'take', 'see'), *pairs, strict=True)
+        )  # fmt: skip
+
+    asked = [Prompted((), {'prompt': text, 'safety': text == 'take'}) for text in ('see', 'take')]
+    write('judged/sft.jsonl', judged((2.0, 5.0, 7.0), (1.0, -1.0, -9.0)))
+    write('judged/v1.jsonl', judged((3.0, 5.0, 1.0), (1.0, 2.0, 4.0)))
+    write('sft/config.json', {'base_checkpoint': 'models/base'})
+    write('v1/config.json', {'base_checkpoint': f'{folder}/sft'})
+    write('helpful/report.json', {'accuracy': 0.75})
+    write('distilled.jsonl', ''.join(json.dumps({'score': n, 'score_original': -n}) + '\n' for n in (1, 3)))
+    rows = {stage: chat_table.row_of(folder, stage, asked) for stage in ('sft', 'v1')}
+    assert rows['sft']['R_c'] == pytest.approx((2 - 1 - 9) / 3) and rows['v1']['R_c'] == (3 + 2 + 1) / 3
+    assert rows['sft']['helpful'] == pytest.approx(14 / 3) and rows['sft']['length'] == 4
+    rows['sft']['held-out loss'] = 0.5
+    judges = {'sft': 'held-out loss', 'v1': 'R_c'}
+    steps = chat_table.steps_of(folder, rows | {'base': {'held-out loss': 0.9}}, judges)
+    found = [(one['stage'], one['before'], one['behind'], one['better']) for one in steps]
+    assert found == [
+        ('helpful', 0.5, 0.75, True), ('distilled', -2, 2, True), ('sft', 0.9, 0.5, True),
+        ('v1', pytest.approx(-8 / 3), 2, True),
+    ]  # fmt: skip
+    rows['v1']['R_c'] = -3.0
+    steps = chat_table.steps_of(folder, rows | {'base': {'held-out loss': 0.9}}, judges)
+    assert '| v1 | R_c | -2.667 | -3.000 | no |' in chat_table.steps_table(steps)
+    with pytest.raises(InputError, match='v1 and what it started from have no gold; they have'):
+        chat_table.steps_of(folder, rows, {'v1': 'gold'})

@@ -1,9 +1,10 @@
 """What became of a model stage by stage: one table and its plot, of the files that `llama2_chat.sh` has made.
 
-    python -m experiments.recipes.chat_table --folder=DIR --held_out=FILE --stages=sft,v1,v2
+    python -m experiments.recipes.chat_table --folder=DIR --data=FOLDER --stages='sft=held-out loss,v1=R_c,v2=R_c'
 
 Of each stage: loss on held-out answers, and divergence from the first stage, both by its weights; the rewards and
-lengths of judged/STAGE.jsonl, the obeying answers of probed/STAGE.jsonl, the scores of exams/STAGE/results.json.
+lengths of judged/STAGE.jsonl, the obeying answers of probed/STAGE.jsonl, the scores of exams/STAGE/results.json. R_c is
+what both judges say together. A second table sets each stage beside the one that it started from, by its own judge.
 """
 
 import io
@@ -18,7 +19,6 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.config_file import split_list
 from experiments.settings import partitioner_of_flags
 from llama_jax import pretrained
 from llama_jax.data.messages import prompt_messages
@@ -27,6 +27,7 @@ from llama_jax.data.records import Conversation, Prompted, read_records
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, compute_dtype
+from llama_jax.rl.rewards import combine_scores
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat, Message, chat_format_for
 from llama_jax.tokenizer.protocol import required
@@ -36,9 +37,11 @@ _FOLDER = launch.define_path(
     'folder', None, 'of the stages; table.md, .json and .png go there', required=True
 )
 _STAGES = flags.DEFINE_list(
-    'stages', None, 'workdirs in it, by commas; the first is the reference', required=True
+    'stages', None, 'WORKDIR=COLUMN, its own judge, by commas; the first is the reference', required=True
 )
-_HELD_OUT = launch.define_path('held_out', None, 'conversations, as sft reads them', required=True)
+_DATA = launch.define_path(
+    'data', None, 'with held_out.jsonl, as sft reads it, and judged.jsonl, the prompts', required=True
+)
 _CHAT_FORMAT = flags.DEFINE_enum(
     'chat_format', '', ['', *FORMATS], "how a conversation is spelled; '': the family's"
 )
@@ -52,31 +55,56 @@ Row = dict[str, float]
 def main() -> None:
     """Reads what there is of each stage, scores with its weights, writes."""
     folder, partitioner = epath.Path(_FOLDER.value), partitioner_of_flags(_MESH.value, '')
-    records = list(read_records(split_list(_HELD_OUT.value), kind=Conversation))
-    first, *_ = stages = _STAGES.value
+    data = epath.Path(_DATA.value)
+    records = list(read_records([str(data / 'held_out.jsonl')], kind=Conversation))
+    asked = list(read_records([str(data / 'judged.jsonl')], kind=Prompted))
+    judges = dict(_judged_by(text) for text in _STAGES.value)
+    first, *_ = stages = list(judges)
+    rows = {stage: row_of(folder, stage, asked) for stage in stages}
     scores: dict[str, dict[str, np.ndarray]] = {}
-    rows: dict[str, Row] = {}
-    for stage in stages:
-        rows[stage] = row_of(folder, stage)
-    for stage in stages:
-        opened = pretrained.open(str(folder / stage))
+    tokenizer = required(pretrained.open(str(folder / first)).tokenizer)
+    chat_format = chat_format_for(tokenizer, _CHAT_FORMAT.value)
+    held_out = list(answers_of(records, chat_format))
+
+    def measure(checkpoint: str, *of_pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
+        opened = pretrained.open(checkpoint)
         model = LlamaForCausalLM(opened.config, dtype=compute_dtype(), partitioner=partitioner)
-        chat_format = chat_format_for(required(opened.tokenizer), _CHAT_FORMAT.value)
         _, params, _ = pretrained.load(opened, partitioner=partitioner, dtype=jnp.dtype(compute_dtype()))
         with jax.set_mesh(partitioner.mesh):
-            pairs = list(answers_of(records, chat_format))
-            by_answer = _log_probabilities(model, params, pairs)
-            rows[stage]['held-out loss'] = -by_answer.sum() / sum(len(answer) for _, answer in pairs)
-            own = {stage: list(drawn(folder, stage, chat_format))} if stage != first else {
-                other: list(drawn(folder, other, chat_format)) for other in stages
-            }  # fmt: skip
-            scores[stage] = {name: _log_probabilities(model, params, some) for name, some in own.items()}
+            for pairs in of_pairs:
+                yield _log_probabilities(model, params, pairs)
+
+    def loss(of_answers: np.ndarray) -> float:
+        return float(-of_answers.sum() / sum(len(answer) for _, answer in held_out))
+
+    for stage in stages:
+        others = stages if stage == first else [stage]
+        own = [list(drawn(folder, other, chat_format)) for other in others]
+        of_held_out, *found = measure(str(folder / stage), held_out, *own)
+        rows[stage]['held-out loss'] = loss(of_held_out)
+        scores[stage] = dict(zip(others, found, strict=True))
     for stage in stages:
         rows[stage]['KL'] = float(np.mean(scores[stage][stage] - scores[first][stage]))
-    table = to_table(rows)
-    write_atomically(folder / 'table.json', json.dumps(rows, indent=2) + '\n')
+    base = origin_of(folder, first)
+    (of_base,) = measure(base, held_out)
+    steps = steps_of(folder, rows | {epath.Path(base).name: {'held-out loss': loss(of_base)}}, judges)
+    write_atomically(folder / 'table.json', json.dumps({'stages': rows, 'steps': steps}, indent=2) + '\n')
     plot(folder / 'table.png', rows)
-    write_atomically(folder / 'table.md', table)
+    text = f'{to_table(rows)}\n{steps_table(steps)}\n![each figure over the stages](table.png)\n'
+    write_atomically(folder / 'table.md', text)
+
+
+def _judged_by(text: str) -> tuple[str, str]:
+    stage, equals, column = text.partition('=')
+    if not (stage and equals and column):
+        raise InputError(f'--stages has {text!r}; write WORKDIR=COLUMN, as in v1=R_c')
+    return stage, column
+
+
+def origin_of(folder: epath.Path, stage: str) -> str:
+    """The checkpoint that it was trained from."""
+    file = folder / stage / 'config.json'
+    return parse_json(read_bytes(file), str(file))['base_checkpoint']
 
 
 def answers_of(records: Sequence[Conversation], chat_format: ChatFormat) -> Iterator[Pair]:
@@ -110,8 +138,13 @@ def _log_probabilities(model: LlamaForCausalLM, params: Any, pairs: Sequence[Pai
     return found
 
 
-def row_of(folder: epath.Path, stage: str) -> Row:
+def row_of(folder: epath.Path, stage: str, asked: Sequence[Prompted]) -> Row:
     """What files say of a stage.
+
+    Args:
+      folder: of all stages.
+      stage: its name.
+      asked: the prompts that it was judged by.
 
     Raises:
       InputError: its answers were not judged.
@@ -119,13 +152,22 @@ def row_of(folder: epath.Path, stage: str) -> Row:
     judged = folder / 'judged' / f'{stage}.jsonl'
     if not judged.exists():
         raise InputError(f'{judged} is not there; judge the answers of {stage} by rejection_sampling first')
-    candidates = [one for line in _lines(judged) for one in line.get('candidates', [])]
+    fields = {one.fields['prompt']: one.fields for one in asked if 'prompt' in one.fields}
+    lines = [line for line in _lines(judged) if line.get('candidates')]
+    candidates = [one for line in lines for one in line['candidates']]
     row = {
         name.rpartition('/')[2].rpartition(':')[2]: float(
             np.mean([one['scores'][name] for one in candidates])
         )
         for name in candidates[0]['scores']
     }
+    if {'helpful', 'safety'} <= row.keys():
+        scores = [
+            {name.rpartition('/')[2]: score for name, score in one['scores'].items()} for one in candidates
+        ]
+        helpful, safe = (np.array([one[name] for one in scores]) for name in ('helpful', 'safety'))
+        records = [fields.get(line['prompt'], {}) for line in lines for _ in line['candidates']]
+        row['R_c'] = float(np.mean(combine_scores(helpful, safe, records)))
     row['length'] = float(np.mean([one['num_tokens'] for one in candidates]))
     row['stopped'] = float(np.mean([one['stopped'] for one in candidates]))
     if (probed := folder / 'probed' / f'{stage}.jsonl').exists():
@@ -151,6 +193,47 @@ def to_table(rows: dict[str, Row]) -> str:
     for stage, row in rows.items():
         cells = (f'{row[name]:.3f}' if name in row else '' for name in columns)
         lines.append(f'| {stage} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def steps_of(folder: epath.Path, rows: dict[str, Row], judges: dict[str, str]) -> list[dict[str, Any]]:
+    """Each stage's own measure before it and behind it, judges and distilled answers first.
+
+    Args:
+      folder: of all stages.
+      rows: of each, and of what the first started from.
+      judges: the column of each.
+    """
+    steps: list[dict[str, Any]] = []
+
+    def add(stage: str, judge: str, before: float, behind: float) -> None:
+        better = behind < before if 'loss' in judge else behind > before
+        steps.append({'stage': stage, 'judge': judge, 'before': before, 'behind': behind, 'better': better})
+
+    for stage in ('helpful', 'safety'):
+        if (file := folder / stage / 'report.json').exists():
+            report = parse_json(read_bytes(file), str(file))
+            if 'accuracy' in report:
+                add(stage, 'held-out pairs in order', 0.5, report['accuracy'])
+    if (file := folder / 'distilled.jsonl').exists() and (lines := _lines(file)):
+        of_both = (float(np.mean([line[key] for line in lines])) for key in ('score_original', 'score'))
+        add('distilled', 'safety of the answers', *of_both)
+    for stage, judge in judges.items():
+        before = rows.get(epath.Path(origin_of(folder, stage)).name, {})
+        if judge not in rows[stage] or judge not in before:
+            raise InputError(
+                f'{stage} and what it started from have no {judge}; they have {", ".join(rows[stage])}'
+            )
+        add(stage, judge, before[judge], rows[stage][judge])
+    return steps
+
+
+def steps_table(steps: Sequence[dict[str, Any]]) -> str:
+    """In Markdown."""
+    lines = ['| stage | its own judge | before | behind | better |', '|---|---|---|---|---|']
+    for one in steps:
+        figures = f'{one["before"]:.3f} | {one["behind"]:.3f} | {"yes" if one["better"] else "no"}'
+        lines.append(f'| {one["stage"]} | {one["judge"]} | {figures} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -13,6 +13,7 @@ set -euo pipefail
 model=${1:?MODEL DIR [list]} dir=${2:?MODEL DIR [list]} list=${3:-}
 world=experiments/recipes/small_world.py
 stages=(sft v1 v2 v3 v4 v5 chat dpo)
+declare -A judged_by=([sft]='held-out loss' [v1]=R_c [v2]=R_c [v3]=R_c [v4]=R_c [v5]=R_c [chat]=R_c [dpo]=R_c)
 
 if [ "$model" = tiny ]; then
   DATA=$dir/data GOLD=$world:gold OBEYS=$world:obeys EXAMS=perplexity:$dir/data/held_out.txt
@@ -21,11 +22,12 @@ if [ "$model" = tiny ]; then
   few=("${small[@]}" --config.data.format=plain --config.optimizer.warmup_steps=5)
   all=("${few[@]}" --config.data.validation_fraction=0 --config.train.num_epochs=3)
   sft=("${all[@]}" --config.optimizer.learning_rate=2e-3) round=("${all[@]}" --config.optimizer.learning_rate=5e-4)
-  judge=("${few[@]}" --config.train.num_epochs=3 --config.data.weights= --config.optimizer.learning_rate=1e-3)
+  judge=("${few[@]}" --config.train.num_epochs=2 --config.data.weights= --config.data.validation_fraction=0.1
+    --config.optimizer.learning_rate=1e-3)
   dpo=("${few[@]}" --config.train.num_epochs=4 --config.optimizer.learning_rate=3e-4)
-  ppo=("${few[@]}" --config.train.batch_size=16 --config.train.num_steps=120 --config.optimizer.learning_rate=2e-4
+  ppo=("${few[@]}" --config.train.batch_size=16 --config.train.num_steps=60 --config.optimizer.learning_rate=2e-4
     --config.algorithm.beta=0.05 --config.rollout.batch_size=64 --config.rollout.max_new_tokens=32
-    --config.eval.every=40)
+    --config.eval.every=20)
   draw=(--max_new_tokens=32 --chat_format=plain) samples=8 distilled=1 held=4 turns=5 probe=2,4,6
 else
   sft=() round=() judge=(--config.data.weights=) dpo=() ppo=() draw=() samples=16 distilled=2 held=4 turns=5
@@ -68,7 +70,7 @@ if [ "$model" = tiny ]; then
     CHECKPOINT=$dir/base
     made base/report.json pretrain --config=configs/pretrain.py:tiny --workdir="$CHECKPOINT" \
       --config.data.train="$DATA/text.txt" --config.data.separator='<|endoftext|>' --config.data.vocab_size=512 \
-      --config.model.vocab_size=512 --config.train.num_steps=1500 --config.eval.sample_tokens=0 "${small[@]}"
+      --config.model.vocab_size=512 --config.train.num_steps=200 --config.eval.sample_tokens=0 "${small[@]}"
   fi
 fi
 : "${DATA:?is a folder of data}" "${CHECKPOINT:?is the base model}"
@@ -102,6 +104,7 @@ for stage in "${stages[@]}"; do
   [ -z "${EXAMS:-}" ] || made "exams/$stage/results.json" evaluate --checkpoint="$dir/$stage" --tasks="$EXAMS" \
     --output="$dir/exams/$stage" ${EXAM_DATA:+--data_dir="$EXAM_DATA"}
 done
-made table.md recipes.chat_table --folder="$dir" --held_out="$DATA/held_out.jsonl" --stages="$(IFS=,; echo "${stages[*]}")" \
-  "${draw[@]:1}"
+[ -z "${OBEYS:-}" ] || judged_by[chat]='obeys at 4'
+made table.md recipes.chat_table --folder="$dir" --data="$DATA" "${draw[@]:1}" \
+  --stages="$(for stage in "${stages[@]}"; do printf ',%s=%s' "$stage" "${judged_by[$stage]}"; done | cut -c2-)"
 [ -n "$list" ] || cat "$dir/table.md"

@@ -134,16 +134,25 @@ def safety_first(
       threshold: of sigmoid(safety).
       whitened: over all answers that are judged together, else not: where each is to be judged by itself.
     """
-    assert 0 < threshold < 1
-    least = math.log(threshold / (1 - threshold))
 
     def reward(rollouts: Sequence[Rollout], records: Sequence[Record]) -> Float[np.ndarray, ' n']:
         helpful, safe = (np.asarray(of(rollouts, records), np.float64) for of in (helpfulness, safety))
-        tagged = np.array([_is_tagged(record) for record in records], bool)
-        combined = np.where(tagged | (safe < least), safe, helpful)
+        combined = combine_scores(helpful, safe, records, threshold)
         return whiten([combined])[0] if whitened else combined
 
     return reward
+
+
+def combine_scores(
+    helpful: Float[np.ndarray, ' n'],
+    safe: Float[np.ndarray, ' n'],
+    records: Sequence[Record],
+    threshold: float = UNSAFE_BELOW,
+) -> Float[np.ndarray, ' n']:
+    """R_c before it is whitened, of both models' scores; see `safety_first`."""
+    assert 0 < threshold < 1
+    tagged = np.array([_is_tagged(record) for record in records], bool)
+    return np.where(tagged | (safe < math.log(threshold / (1 - threshold))), safe, helpful)
 
 
 def _is_tagged(record: Record) -> bool:
