@@ -211,7 +211,7 @@ def enable_compilation_cache(directory: str = '') -> None:
         or str(Path(user_cache) / 'llama_jax' / 'xla')
     )
     jax.config.update('jax_compilation_cache_dir', chosen)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 

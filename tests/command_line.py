@@ -28,9 +28,8 @@ import gc, json, os, runpy, sys
 import experiments.training, llama_jax.eval.tasks, llama_jax.export, llama_jax.preflight.compile
 import llama_jax.train.validation, matplotlib.pyplot, tensorboardX
 from array_record.python import array_record_module
-from tests.command_line import add_nano, end, keep_small_programs
+from tests.command_line import add_nano, end
 add_nano()
-keep_small_programs()
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)
 ended = set()
@@ -57,21 +56,6 @@ for line in sys.stdin:
     ended.update((request['argv'][0], status) for request, status in zip(requests, statuses))
     print(json.dumps(statuses), flush=True)
 """
-
-
-def keep_small_programs() -> None:
-    """Has commands keep programs that compile in less than half a second: the next run of the same is a test's too."""
-    import jax
-
-    from llama_jax import runtime
-
-    enable = runtime.enable_compilation_cache
-
-    def enable_and_keep(directory: str = '') -> None:
-        enable(directory)
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
-
-    runtime.enable_compilation_cache = enable_and_keep
 
 
 def end(status: int) -> NoReturn:

@@ -11,7 +11,7 @@ Every process of a job makes the same calls and gets the same answers.
 import collections
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -342,8 +342,12 @@ class Generator:
         block_bytes = grid * self._slots.token_bytes
         return PrefixCache(grid, block_bytes, device_bytes, host_bytes, jax.device_get, self._slots.to_device)
 
-    def warm_up(self) -> None:
-        """Compiles every program that requests can need, before the first of them; none is compiled after."""
+    def warm_up(self, also: Sequence[Callable[[], object]] = ()) -> None:
+        """Compiles every program that requests can need, before the first of them; none is compiled after.
+
+        Args:
+          also: what else compiles programs of the model.
+        """
         assert not self._asked
         began, batcher, seconds_each = time.perf_counter(), self.batcher, []
 
@@ -353,7 +357,7 @@ class Generator:
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            self._slots.compile(batcher.rooms(), self._at_once, batcher.grid)
+            self._slots.compile(batcher.rooms(), self._at_once, batcher.grid, also)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began

@@ -1,8 +1,9 @@
 """Rows on the devices, as many and with as much room as a plan says; see `inference.decoding` for their programs."""
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
 from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
+from llama_jax.inference.warming import run_all
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import Params
@@ -205,33 +207,53 @@ class Slots:
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
         return jax.device_put(arrays, sharding)
 
-    def compile(self, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int) -> None:
+    def compile(
+        self,
+        rooms: Mapping[int, int],
+        widths: Mapping[int, int],
+        grid: int,
+        also: Sequence[Callable[[], object]] = (),
+    ) -> None:
         """Compiles every program, before there are rows.
 
         Args:
           rooms: of a row, and with each how many rows there are.
           widths: of pieces, and of each how many may be read at once.
           grid: width of a block that is kept.
+          also: what else compiles programs of the model.
         """
         assert self._rows is None
+
+        def compile_room(room: int) -> None:
+            copy.copy(self)._compile_room(room, rooms, widths, grid)
+
+        run_all([*(functools.partial(compile_room, room) for room in rooms), *also], self._model)
+        self._adjusts = True
         for room, num_rows in rooms.items():
-            self._rows = None
-            for self._adjusts in (False, True):
-                self.fit(num_rows, room)
-                for width, at_once in widths.items():
-                    for begin in (0, 1) if width >= decoding.LONG_PIECE else (0,):
-                        for number in {1, at_once} if width <= room else ():
-                            last = self.read([Piece(num_rows, begin, ())] * number, width)  # in no slot
-                            self.first(last, {})
-                self.decode((), 0)
-            for width in {grid, *rooms}:
-                if width <= room:
-                    self.put(0, 0, self.copy(0, 0, width), 0)
             for other, other_rows in rooms.items():
                 self._rows = None
                 self.fit(num_rows, room)
                 decoding.reshaped(self._fitted(), other_rows, other)
         self._rows, self._adjusts = None, False
+
+    def _compile_room(
+        self, room: int, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int
+    ) -> None:
+        """Compiles what rows with so much room need."""
+        num_rows = rooms[room]
+        # Pieces but the last are a block wide, so only what has room for more can go on with a prompt.
+        begins = (0, 1) if room > grid else (0,)
+        for self._adjusts in (False, True):
+            self.fit(num_rows, room)
+            for width, at_once in widths.items():
+                for begin in begins if width >= decoding.LONG_PIECE else (0,):
+                    for number in {1, at_once} if width <= room else ():
+                        last = self.read([Piece(num_rows, begin, ())] * number, width)  # in no slot
+                        self.first(last, {})
+            self.decode((), 0)
+        for width in {grid, *rooms}:
+            if width <= room:
+                self.put(0, 0, self.copy(0, 0, width), 0)
 
     def _fitted(self) -> decoding.Rows:
         assert self._rows is not None

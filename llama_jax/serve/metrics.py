@@ -3,12 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 
+import jax
 import jax.monitoring
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -46,6 +48,9 @@ class Metrics:
         self._ended = counter('requests_completed', 'Rows that were answered.')
         self.cancelled = counter('requests_cancelled', 'Rows whose client went away.')
         self.refused = counter('requests_refused', 'Requests that were not answered.', 'reason')
+        arrays = Gauge('llama_arrays', 'Arrays on the devices.', registry=registry)
+        arrays.set_function(lambda: len(jax.live_arrays()))
+        ProcessCollector(registry=registry)
         self._programs = counter('programs_compiled', 'Programs compiled since the server was ready.')
 
     def set_rows(self, number: int, num_slots: int) -> None:

@@ -66,9 +66,8 @@ class Served:
     def warm_up(self) -> Generator:
         """A generator, after every program that requests can need was compiled."""
         generator = self.make_generator()
-        generator.warm_up()
-        for width in {_padded(1 << power, self.context) for power in range(self.context.bit_length() + 1)}:
-            self.score([0] * width)
+        widths = {_padded(1 << power, self.context) for power in range(self.context.bit_length() + 1)}
+        generator.warm_up([functools.partial(self.score, [0] * width) for width in sorted(widths)])
         return generator
 
 

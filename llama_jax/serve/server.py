@@ -14,6 +14,7 @@ from llama_jax.serve.app import make_app
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.served import Served
 from llama_jax.serve.service import Limits, Service
+from llama_jax.serve.ticket import SOCKET_BYTES
 from llama_jax.serve.worker import Worker
 from llama_jax.types import InputError
 
@@ -33,6 +34,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Else megabytes of an answer would wait there for a client who reads nothing. Linux takes twice as much.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES // 2)
         listener.bind(address)
     except OSError as error:
         raise InputError(

@@ -9,8 +9,10 @@ from llama_jax.inference.completion import FinishReason
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.serve.refusal import Refusal
 
-# What may wait for a client that reads too slowly; the connection itself holds as much again as makes 256 KB.
-_MAX_BYTES = 192 << 10
+# What may wait for a client that reads too slowly: with what the connection holds, 64 KB in Uvicorn and as much in the
+# socket, 256 KB.
+_MAX_BYTES = 128 << 10
+SOCKET_BYTES = 64 << 10
 # About what a piece becomes in JSON, besides its text, and each log-probability in it.
 _PIECE_BYTES, _SCORE_BYTES = 256, 96
 
@@ -25,7 +27,7 @@ class Piece:
       num_tokens: new ones.
       scores: of these, and of the stop token that ended the row.
       finish: how it ended; None while it goes on.
-      cached_tokens: of its prompt that were not read again; of the last piece.
+      cached_tokens: of its prompt that were not read again; of the last piece of the first row of each prompt.
     """
 
     row: int
@@ -60,15 +62,14 @@ class Ticket:
         self._num_bytes = 0
         self._has_come = asyncio.Event()
 
-    def put(self, item: Piece | Refusal) -> None:
-        """One more, in the thread of the event loop."""
-        if isinstance(item, Piece) and self._limit is not None:
-            self._num_bytes += item.size
-            if self._num_bytes > self._limit:
-                self._cancel()
-                item = Refusal(408, 'the answer was read too slowly, and has ended', code='slow_reader')
-                self._limit = None
-        self._waiting.append(item)
+    def put(self, items: Sequence[Piece | Refusal]) -> None:
+        """Some more, in the thread of the event loop; too much may not wait from before."""
+        if self._limit is not None and self._num_bytes > self._limit:
+            self._cancel()
+            items = [Refusal(408, 'the answer was read too slowly, and has ended', code='slow_reader')]
+            self._limit = None
+        self._num_bytes += sum(item.size for item in items if isinstance(item, Piece))
+        self._waiting.extend(items)
         self._has_come.set()
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -85,7 +86,7 @@ class Ticket:
             if isinstance(item, Refusal):
                 self._num_open = 0
                 raise item
-            self._num_bytes -= item.size if self._limit is not None else 0
+            self._num_bytes -= item.size
             self._num_open -= item.finish is not None
             yield item
 

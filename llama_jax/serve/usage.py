@@ -23,7 +23,7 @@ class Usage:
     def take(self, piece: Piece) -> None:
         """One more."""
         self.completion_tokens += piece.num_tokens
-        self.cached_tokens = min(self.prompt_tokens, self.cached_tokens + piece.cached_tokens)
+        self.cached_tokens += piece.cached_tokens
 
     def to_json(self) -> dict[str, Any]:
         """As completions and chats have it."""

@@ -1,5 +1,6 @@
 """The thread in which the model runs: requests come in from the web, pieces of their answers go out."""
 
+import asyncio
 import collections
 import dataclasses
 import logging
@@ -27,6 +28,8 @@ _STALL_SECONDS = 8.0
 # A second failure within so many seconds of the first is no accident.
 _FAILURE_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
+# An event loop that takes longer to pass on what it was told is held by something.
+_LOOP_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Row:
       watch: makes its text.
       rule: that it keeps to.
       began: when it was asked for.
+      reads_prompt: others of the same prompt take it over.
       first: when its first token came; 0 before.
       tokens: so far.
     """
@@ -63,6 +67,7 @@ class _Row:
     watch: Watch
     rule: Rule | None
     began: float
+    reads_prompt: bool
     first: float = 0.0
     tokens: list[int] = dataclasses.field(default_factory=list)
 
@@ -87,6 +92,7 @@ class Worker:
         self._rows: dict[int, _Row] = {}  # by the generator's number
         self._job: Job | None = None
         self._failures: collections.deque[float] = collections.deque(maxlen=2)
+        self._passed_on: list[threading.Event] = []  # by each event loop: what it was told last
         self._heartbeat: float | None = None
         self._is_closing = False
 
@@ -184,7 +190,7 @@ class Worker:
                     request = dataclasses.replace(one.request, stream=stream, like=first)
                     number = self._job.submit(request, one.stop)
                     first = number if first is None else first
-                    self._rows[number] = _Row(ticket, place, watch, one.request.rule, began)
+                    self._rows[number] = _Row(ticket, place, watch, one.request.rule, began, stream == 0)
                     place += 1
         except InputError as error:
             self._cancel(ticket)
@@ -221,17 +227,26 @@ class Worker:
             self._open[row.ticket] -= 1
             if not self._open[row.ticket]:
                 del self._open[row.ticket]
-        self._metrics.tell_end(len(row.tokens), ended.cached_tokens, now - row.first)
-        return row.ticket, dataclasses.replace(piece, finish=ended.reason, cached_tokens=ended.cached_tokens)
+        cached = ended.cached_tokens if row.reads_prompt else 0
+        self._metrics.tell_end(len(row.tokens), cached, now - row.first)
+        return row.ticket, dataclasses.replace(piece, finish=ended.reason, cached_tokens=cached)
 
     def _tell(self, items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:
-        """Hands over, by one call for each event loop."""
+        """Hands over, by one call for each event loop, once that has passed on what it was told before.
+
+        So the model is never further ahead, and what waits then waits for a client who does not read.
+        """
+        for passed_on in self._passed_on:
+            passed_on.wait(_LOOP_SECONDS)
+        self._passed_on = []
         by_loop: dict[Any, list[tuple[Ticket, Piece | Refusal]]] = {}
         for ticket, item in items:
             by_loop.setdefault(ticket.loop, []).append((ticket, item))
         for loop, own in by_loop.items():
+            passed_on = threading.Event()
             try:
-                loop.call_soon_threadsafe(_put, own)
+                loop.call_soon_threadsafe(_put, own, passed_on)
+                self._passed_on.append(passed_on)
             except RuntimeError:  # the loop is closed, so nobody listens
                 for ticket, _ in own:
                     self._cancel(ticket)
@@ -269,6 +284,10 @@ def _score(job: Job, future: Future, tokens: Sequence[int]) -> None:
                 raise
 
 
-def _put(items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:
+def _put(items: Sequence[tuple[Ticket, Piece | Refusal]], passed_on: threading.Event) -> None:
+    by_ticket: dict[Ticket, list[Piece | Refusal]] = {}
     for ticket, item in items:
-        ticket.put(item)
+        by_ticket.setdefault(ticket, []).append(item)
+    for ticket, own in by_ticket.items():
+        ticket.put(own)
+    asyncio.get_running_loop().call_soon(passed_on.set)  # behind those who wait for what was put

@@ -44,7 +44,7 @@ class Script(Generator):
         self.numbers = itertools.count()
         self.num_steps = 0
 
-    def warm_up(self):
+    def warm_up(self, also=()):
         pass
 
     def anew(self):
@@ -84,7 +84,7 @@ class Script(Generator):
             ended = None
             if is_over:
                 reason = 'length' if len(made) == request.max_new_tokens and stop_id is None else 'stop'
-                ended = Ended(Request(number, request.tokens, request.max_new_tokens), reason, len(made))
+                ended = Ended(Request(number, request.tokens, request.max_new_tokens), reason, len(made), 1)
                 del self.rows[number]
             scored = [*new, *([stop_id] if stop_id is not None else [])]
             scores = [TokenScore(t, -0.5, -0.5, ((t, -0.5), (0, -2.0))) for t in scored]

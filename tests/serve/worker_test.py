@@ -7,8 +7,12 @@ import time
 
 import pytest
 
+from llama_jax.inference.request import CompletionRequest
 from llama_jax.serve import worker as worker_module
 from llama_jax.serve.app import make_app
+from llama_jax.serve.refusal import Refusal
+from llama_jax.serve.ticket import Piece, Ticket
+from llama_jax.serve.worker import Asked
 from tests.serve.serving import Script, scripted, serving
 
 BODY = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900}
@@ -79,6 +83,43 @@ def test_a_client_that_stops_reading_frees_its_slot_and_little_waits_for_it():
         )
         wait_for(lambda: script.cancelled == [0])
         assert len(script.asked) == 1 and service.worker.num_rows == 0
+
+
+def test_what_is_told_at_once_does_not_wait_for_a_client():
+    async def read():
+        ticket = Ticket(1, lambda: cancelled.append(1), is_streamed=True)
+        large, pieces = Piece(0, 'x' * 200_000, 1), ticket.pieces()
+        for _ in range(3):
+            ticket.put([large])
+            assert await anext(pieces) == large
+        assert not cancelled
+        ticket.put([large])
+        ticket.put([large])
+        assert cancelled == [1] and await anext(pieces) == large
+        with pytest.raises(Refusal, match='too slowly'):
+            await anext(pieces)
+
+    cancelled = []
+    asyncio.run(read())
+
+
+def test_the_model_waits_for_what_passes_its_tokens_on():
+    """Else tokens that nobody has had time for would count as those of a slow client."""
+    script, ahead = Script('x' * 900, steps=1), []
+    with serving(lambda: scripted(script)) as (_, service):
+
+        async def read():
+            ticket = service.worker.submit([Asked(CompletionRequest([1], 900), (), 1)], is_streamed=True)
+            async for _ in ticket.pieces():
+                before = script.num_steps
+                time.sleep(0.1)
+                ahead.append(script.num_steps - before)
+                if len(ahead) == 3:
+                    break
+            ticket.close()
+
+        asyncio.run(read())
+    assert max(ahead) <= 2
 
 
 def test_too_much_at_a_time_is_sent_away_and_may_come_again():

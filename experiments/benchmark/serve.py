@@ -1,0 +1,229 @@
+"""What a server adds to the model: clients that stream from one, beside the generator alone, and llama.cpp's server.
+
+All complete one prompt by the same random weights, greedily, in turns. Servers are processes of their own, clients
+threads of this one. A time to the first token is that of a client who has the server to itself.
+"""
+
+import contextlib
+import dataclasses
+import http.client
+import importlib.util
+import json
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments.benchmark.decode_peers import write_gguf
+from experiments.settings import find_preset
+from llama_jax.inference.generator import Generator
+from llama_jax.inference.request import CompletionRequest
+from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.unstacked import unstack
+from llama_jax.types import InputError
+
+_MODEL = flags.DEFINE_string('serve_model', 'stories_110m', 'a preset')
+_CLIENTS = flags.DEFINE_list('serve_clients', '1,4,8', 'at a time, several by commas')
+_PROMPT = flags.DEFINE_integer('serve_prompt', 32, 'tokens of a prompt', lower_bound=3)
+_TOKENS = flags.DEFINE_integer('serve_tokens', 32, 'new tokens', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer('serve_rounds', 3, 'turns', lower_bound=1)
+_PEER = flags.DEFINE_boolean('serve_peer', True, "measure llama.cpp's server beside, where it is installed")
+
+# Without an answer for so long a server is not ready, or stuck.
+_SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Some clients at a time.
+
+    Attributes:
+      tokens_per_second: of all together.
+      first_seconds: to the first token, median.
+    """
+
+    tokens_per_second: float
+    first_seconds: float
+
+
+def main() -> dict[str, Any]:
+    """Tokens/s and time to the first token of each, and ratios, in a table."""
+    if not all(number.isdecimal() and int(number) for number in _CLIENTS.value):
+        raise InputError(f'--serve_clients={",".join(_CLIENTS.value)} must be whole numbers, as in 1,4,8')
+    numbers, tokens = [int(number) for number in _CLIENTS.value], _TOKENS.value
+    context = max(64, 1 << (_PROMPT.value + tokens).bit_length())
+    config = dataclasses.replace(find_preset(_MODEL.value), max_seq_len=context)
+    model = LlamaForCausalLM(config, dtype=jnp.dtype('float32'))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    # Letters are tokens by themselves, behind that of the beginning and a space.
+    prompt = ('PROMPT' * _PROMPT.value)[: _PROMPT.value - 2]
+    with contextlib.ExitStack() as at_exit:
+        folder = at_exit.enter_context(tempfile.TemporaryDirectory())
+        path = write_gguf(config, params, folder, 'float32')
+        servers = {'server': _ours(path, max(numbers))}
+        if _PEER.value and _has_peer():
+            servers['llama_cpp'] = _theirs(path, context)
+        contenders: dict[str, Callable[[int], Turn]] = {
+            'generator': _alone(model, unstack(params, delete=True), max(numbers), prompt, tokens)
+        }
+        for name, command in servers.items():
+            port = at_exit.enter_context(_running(command, folder))
+            # Which else would repel repetitions, and take its time for it.
+            more = {'repeat_penalty': 1.0} if name == 'llama_cpp' else {}
+            contenders[name] = _asked_by_clients(port, {'prompt': prompt, 'max_tokens': tokens} | more)
+        turns = _take_turns(contenders, numbers, _ROUNDS.value)
+    return _tell(turns, numbers)
+
+
+def _tell(turns: Mapping[tuple[str, int], list[Turn]], numbers: list[int]) -> dict[str, Any]:
+    figures: dict[str, Any] = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': _TOKENS.value}
+    print(f'{"clients":>8}{"tokens/s":>10}{"first ms":>10}{"ratio":>7}')
+    for (name, number), own in turns.items():
+        rate = statistics.median(turn.tokens_per_second for turn in own)
+        first = statistics.median(turn.first_seconds for turn in own)
+        figures |= {f'{name}_{number}_tokens_per_second': rate, f'{name}_{number}_first_seconds': first}
+        ratios = [
+            ours.tokens_per_second / turn.tokens_per_second
+            for ours, turn in zip(turns['server', number], own, strict=True)
+        ]
+        told = f'{number:8}{rate:10,.1f}{1e3 * first:10,.1f}'
+        if name == 'server':
+            print(f'{told}{"":7}  server', flush=True)
+            continue
+        ratio = figures[f'{number}_ratio_to_{name}'] = statistics.median(ratios)
+        print(f'{told}{ratio:7.2f}  {name} ({min(ratios):.2f} to {max(ratios):.2f})', flush=True)
+    least = min(numbers)
+    late = [
+        ours.first_seconds - own.first_seconds
+        for ours, own in zip(turns['server', least], turns['generator', least], strict=True)
+    ]
+    figures['first_ms_beyond_prefill'] = 1e3 * statistics.median(late)
+    print(
+        f'first token with {least} clients: {figures["first_ms_beyond_prefill"]:.1f} ms after the generator alone'
+    )
+    return figures
+
+
+def _take_turns(
+    contenders: Mapping[str, Callable[[int], Turn]], numbers: list[int], rounds: int
+) -> dict[tuple[str, int], list[Turn]]:
+    """After a turn that warms up; {(who, clients): turns}."""
+    turns: dict[tuple[str, int], list[Turn]] = {(name, n): [] for n in numbers for name in contenders}
+    for contender in contenders.values():
+        contender(1)
+    for _ in range(rounds):
+        for (name, number), own in turns.items():
+            own.append(contenders[name](number))
+    return turns
+
+
+def _alone(
+    model: LlamaForCausalLM, params: Any, slots: int, prompt: str, tokens: int
+) -> Callable[[int], Turn]:
+    """The generator with the settings of the server, in this process."""
+    generator = Generator(model, params, num_slots=slots, max_steps=4, log_probabilities=0)
+    generator.warm_up()
+    ids = [1, 3 + ord(' '), *(3 + byte for byte in prompt.encode())]
+
+    def complete(number: int) -> Turn:
+        start, firsts, made = time.perf_counter(), {}, 0
+        for _ in range(number):
+            generator.submit(CompletionRequest(ids, tokens, stop_ids=()))
+        for progress in generator.run():
+            firsts.setdefault(progress.number, time.perf_counter() - start)
+            made += len(progress.tokens)
+        assert made == number * tokens
+        return Turn(made / (time.perf_counter() - start), statistics.median(firsts.values()))
+
+    return complete
+
+
+def _ours(path: str, slots: int) -> list[str]:
+    return [
+        '-m', 'experiments.serve', f'--checkpoint={path}', '--port=PORT', f'--slots={slots}', '--name=model',
+        '--dtype=float32', '--top_logprobs=0', '--constraints=false', '--prefix_mib=0',
+    ]  # fmt: skip
+
+
+def _has_peer() -> bool:
+    """Whether llama.cpp's server can be started: what it needs besides itself comes by an extra."""
+    return all(importlib.util.find_spec(name) for name in ('llama_cpp', 'fastapi', 'starlette_context'))
+
+
+def _theirs(path: str, context: int) -> list[str]:
+    # A new client would end the answer of the one before.
+    return [
+        '-m', 'llama_cpp.server', '--model', path, '--model_alias', 'model', '--port', 'PORT', '--n_ctx', str(context),
+        '--n_threads', '2', '--n_threads_batch', '2', '--interrupt_requests', 'false',
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _running(command: list[str], folder: str) -> Iterator[int]:
+    """The port of a server, once it answers."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, *(part.replace('PORT', str(port)) for part in command)]
+    log = f'{folder}/{port}.log'
+    with open(log, 'w') as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            end = time.monotonic() + _SECONDS
+            while not _answers(port):
+                if process.poll() is not None or time.monotonic() > end:
+                    with open(log) as told:
+                        raise InputError(f'{" ".join(command[1:3])} does not start: {told.read()[-300:]}')
+                time.sleep(0.2)
+            yield port
+        finally:
+            process.kill()
+
+
+def _answers(port: int) -> bool:
+    try:
+        return _stream(port, {'prompt': 'PROMPT', 'max_tokens': 1})[0] == 1
+    except (OSError, http.client.HTTPException, InputError):
+        return False
+
+
+def _asked_by_clients(port: int, asked: dict[str, Any]) -> Callable[[int], Turn]:
+    def complete(number: int) -> Turn:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(number) as pool:
+            answers = list(pool.map(lambda _: _stream(port, asked), range(number)))
+        made = sum(count for count, _ in answers)
+        return Turn(made / (time.perf_counter() - start), statistics.median(first for _, first in answers))
+
+    return complete
+
+
+def _stream(port: int, asked: dict[str, Any]) -> tuple[int, float]:
+    """Tokens of an answer, and seconds to the first.
+
+    Raises:
+      InputError: it is shorter than asked for, so the rates would not compare.
+    """
+    asked = {'model': 'model', 'temperature': 0, 'stream': True} | asked
+    start, first, finish = time.perf_counter(), 0.0, None
+    with contextlib.closing(http.client.HTTPConnection('127.0.0.1', port, timeout=_SECONDS)) as connection:
+        headers = {'content-type': 'application/json'}
+        connection.request('POST', '/v1/completions', json.dumps(asked), headers)
+        for line in connection.getresponse():
+            found = re.match(rb'data: ({.*})', line)
+            if found is None:
+                continue
+            first = first or time.perf_counter() - start
+            finish = json.loads(found[1])['choices'][0]['finish_reason'] or finish
+    if finish != 'length':
+        raise InputError(f'an answer of {asked["max_tokens"]} tokens ended by {finish}; give fewer')
+    return asked['max_tokens'], first
