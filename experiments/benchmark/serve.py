@@ -82,11 +82,12 @@ def main() -> dict[str, Any]:
             more = {'repeat_penalty': 1.0} if name == 'llama_cpp' else {}
             contenders[name] = _asked_by_clients(port, {'prompt': prompt, 'max_tokens': tokens} | more)
         turns = _take_turns(contenders, numbers, _ROUNDS.value)
-    return _tell(turns, numbers)
+    figures = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': tokens}
+    return figures | _tell(turns, min(numbers))
 
 
-def _tell(turns: Mapping[tuple[str, int], list[Turn]], numbers: list[int]) -> dict[str, Any]:
-    figures: dict[str, Any] = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': _TOKENS.value}
+def _tell(turns: Mapping[tuple[str, int], list[Turn]], least: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
     print(f'{"clients":>8}{"tokens/s":>10}{"first ms":>10}{"ratio":>7}')
     for (name, number), own in turns.items():
         rate = statistics.median(turn.tokens_per_second for turn in own)
@@ -102,7 +103,6 @@ def _tell(turns: Mapping[tuple[str, int], list[Turn]], numbers: list[int]) -> di
             continue
         ratio = figures[f'{number}_ratio_to_{name}'] = statistics.median(ratios)
         print(f'{told}{ratio:7.2f}  {name} ({min(ratios):.2f} to {max(ratios):.2f})', flush=True)
-    least = min(numbers)
     late = [
         ours.first_seconds - own.first_seconds
         for ours, own in zip(turns['server', least], turns['generator', least], strict=True)

@@ -1,0 +1,22 @@
+"""`benchmark --suite=serve`: a server as a process, clients that stream, and the generator alone."""
+
+import json
+
+import pytest
+
+
+@pytest.mark.slow
+def test_clients_stream_beside_the_generator(commands, folder):
+    file = folder / 'figures.json'
+    done = commands.run(
+        'benchmark', '--suite=serve', '--serve_model=nano', '--serve_clients=1,2', '--serve_tokens=4',
+        '--serve_rounds=1', '--noserve_peer', f'--json={file}',
+    ).succeeded()  # fmt: skip
+    figures = json.loads(file.read_text())
+    for number in (1, 2):
+        ours, alone = (figures[f'{name}_{number}_tokens_per_second'] for name in ('server', 'generator'))
+        assert figures[f'{number}_ratio_to_generator'] == pytest.approx(ours / alone)
+        assert figures[f'server_{number}_first_seconds'] > 0
+    assert 'after the generator alone' in done.stdout
+    refused = commands.run('benchmark', '--suite=serve', '--serve_clients=0').error()
+    assert '--serve_clients=0 must be whole numbers' in refused
