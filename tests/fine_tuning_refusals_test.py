@@ -5,6 +5,7 @@ A row of the table is a case or some; what each part refuses besides stands in t
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import dpo, sft
-from experiments import workdir
+from experiments import config_file, workdir
 from experiments.start import starting_architecture
 from llama_jax import export, pretrained
 from llama_jax.convert import gguf_file, huggingface, peft
@@ -254,6 +255,12 @@ def test_a_row_of_the_table(row, tmp_path, tokenizer):
         row(tmp_path, tokenizer)
     assert '\n' not in str(refusal.value)
     assert not (tmp_path / 'x').exists()
+
+
+def test_dora_is_no_setting_of_adapters_that_are_trained():
+    arguments = ['--config=configs/sft.py:tiny,alpaca_lora', '--config.lora.use_dora=True']
+    line = config_file.describe_error(AttributeError('use_dora'), arguments)
+    assert re.fullmatch(r'unknown config key --config\.lora\.use_dora; did you mean (lora\.\w+( or )?)+\?', line)
 
 
 @pytest.mark.parametrize(
