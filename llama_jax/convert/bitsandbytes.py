@@ -176,48 +176,29 @@ def stored_codes(source: Source) -> dict[str, BlockArray]:
         if (size := stored_blocks(source).get(weight.path)) is None:
             continue
         matrices: Any = source.tensors[weight.path]
-        found[f'{weight.path}/codes'] = part_leaf(weight, source, [_Codes(matrix) for matrix in matrices])
-        found[f'{weight.path}/absmax'] = part_leaf(
-            weight, source, [_Absmax(matrix) for matrix in matrices], counts_of(weight, source, size)
-        )
+        codes = [_RowByRow(one.shape, np.dtype(jnp.uint4), one.read_codes) for one in matrices]
+        largest = [
+            _RowByRow((one.shape[0], one.shape[1] // size), np.dtype(np.float32), one.absmax)
+            for one in matrices
+        ]
+        found[f'{weight.path}/codes'] = part_leaf(weight, source, codes)
+        found[f'{weight.path}/absmax'] = part_leaf(weight, source, largest, counts_of(weight, source, size))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Codes:
-    """The codes of a matrix, in the order of its values."""
+class _RowByRow:
+    """A matrix of what is read by its places, row after row."""
 
-    matrix: 'FourBit'
-    dtype = np.dtype(jnp.uint4)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
+    shape: tuple[int, int]
+    dtype: np.dtype
+    read_places: Callable[[slice], np.ndarray]
 
     def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
         width = self.shape[1]
-        codes = self.matrix.read_codes(start * width, max(start, stop) * width)
-        return codes.reshape(-1, width)[:, columns].astype(self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Absmax:
-    """The largest value of each block of a matrix whose rows are whole blocks."""
-
-    matrix: 'FourBit'
-    dtype = np.dtype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1] // self.matrix.size
-
-    def read(self, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
-        start, stop, _ = rows.indices(self.shape[0])
-        width = self.shape[1]
-        return self.matrix.absmax(slice(start * width, max(start, stop) * width)).reshape(-1, width)[
-            :, columns
-        ]
+        found = self.read_places(slice(start * width, max(start, stop) * width))
+        return found.reshape(-1, width)[:, columns].astype(self.dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,16 +251,17 @@ class FourBit:
                 block[strip] = whole[:, first:last]
         return block
 
-    def read_codes(self, begin: int, end: int) -> np.ndarray:
-        """uint8, a range of the weights row by row."""
-        pairs = self.codes.read(slice(begin // 2, -(-end // 2)))
-        return np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[begin % 2 : begin % 2 + end - begin]
+    def read_codes(self, places: slice) -> np.ndarray:
+        """uint8, of the weights at such places, row by row."""
+        pairs = self.codes.read(slice(places.start // 2, -(-places.stop // 2)))
+        first = places.start % 2
+        return np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[first : first + places.stop - places.start]
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         """float32 [rows, in]."""
         width = self.shape[1]
         begin, end = start * width, stop * width
-        codes = self.read_codes(begin, end)
+        codes = self.read_codes(slice(begin, end))
         first = begin // self.size
         scales = np.repeat(self.absmax(slice(first, -(-end // self.size))), self.size)
         begin -= first * self.size
