@@ -260,7 +260,9 @@ def test_a_row_of_the_table(row, tmp_path, tokenizer):
 def test_dora_is_no_setting_of_adapters_that_are_trained():
     arguments = ['--config=configs/sft.py:tiny,alpaca_lora', '--config.lora.use_dora=True']
     line = config_file.describe_error(AttributeError('use_dora'), arguments)
-    assert re.fullmatch(r'unknown config key --config\.lora\.use_dora; did you mean (lora\.\w+( or )?)+\?', line)
+    assert re.fullmatch(
+        r'unknown config key --config\.lora\.use_dora; did you mean (lora\.\w+( or )?)+\?', line
+    )
 
 
 @pytest.mark.parametrize(
