@@ -7,6 +7,7 @@ takes either. It is a representation for as long as a program runs, never writte
 
 import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.ops.linear import Representation
-from llama_jax.ops.output_major import OutputMajorArray
+from llama_jax.ops.output_major import OutputMajorArray, by_outputs
+from llama_jax.ops.quantized import QuantizedArray
 from llama_jax.types import Array, Params
 
 # Axes of a layer's matrix that a product sums over, where they are not the first one alone.
 _NUM_SUMMED = {'o': 2}
-# Values of a layer's matrix from which on a CPU multiplies several rows with it faster by outputs.
+# Values of a layer's matrix of float32 from which on a CPU that is not of AMD multiplies several rows with it faster by
+# outputs.
 _LEAST_BY_OUTPUTS = 1 << 20
 
 
@@ -35,8 +38,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
       params: as a checkpoint has them, in any representation whose arrays have the layers as their first axis; abstract
         ones too. Those of layers apart are given back.
       dtype: of the computation: arrays of matrices in a wider floating-point type are rounded to it once, as they would
-        be in each of their products; on one CPU large ones of the layers in float32 become `OutputMajorArray`. None:
-        nothing is changed.
+        be in each of their products; on one CPU those of the layers become `OutputMajorArray` where it multiplies few
+        rows faster so. None: nothing is changed.
       delete: the given arrays are deleted one after the other, as soon as they are unstacked or rounded, so that one
         weight at a time is in memory twice. Otherwise they stay, beside these.
 
@@ -64,16 +67,29 @@ def _is_representation(node: Any) -> bool:
 
 
 def _layers(name: str, weight: Any, dtype: jax.typing.DTypeLike | None, delete: bool) -> tuple[Any, ...]:
+    num_summed = 0
     if _is_representation(weight):  # its types are its own
         leaves, structure = jax.tree.flatten(weight)
-        columns = [_split(leaf, leaf.dtype, delete) for leaf in leaves]
-        return tuple(structure.unflatten(row) for row in zip(*columns, strict=True))
-    own_dtype = _narrower(weight, weight.ndim - 1, dtype)
-    is_small = weight.ndim < 3 or math.prod(weight.shape[1:]) < _LEAST_BY_OUTPUTS
-    if dtype is None or is_small or own_dtype != jnp.float32 or not _is_on_one_cpu(weight):
-        return _split(weight, own_dtype, delete)
-    num_summed = _NUM_SUMMED.get(name, 1)
-    return tuple(OutputMajorArray(leaf, num_summed) for leaf in _split(weight, own_dtype, delete, num_summed))
+        is_int8 = isinstance(weight, QuantizedArray) and weight.qvalue.dtype == jnp.int8
+        if dtype is not None and is_int8 and _is_on_one_cpu(weight.qvalue):
+            num_summed = _NUM_SUMMED.get(name, 1)
+        columns = [_split(leaf, leaf.dtype, delete, num_summed) for leaf in leaves]
+        layers = tuple(structure.unflatten(row) for row in zip(*columns, strict=True))
+    else:
+        own_dtype = _narrower(weight, weight.ndim - 1, dtype)
+        if dtype is not None and weight.ndim > 2 and _is_on_one_cpu(weight):
+            is_large = math.prod(weight.shape[1:]) >= _LEAST_BY_OUTPUTS and not _is_by_amd()
+            if own_dtype.itemsize == 2 or (is_large and own_dtype == jnp.float32):
+                num_summed = _NUM_SUMMED.get(name, 1)
+        layers = _split(weight, own_dtype, delete, num_summed)
+    return tuple(OutputMajorArray(layer, num_summed) for layer in layers) if num_summed else layers
+
+
+@functools.cache
+def _is_by_amd() -> bool:
+    """Whether the processor is one of AMD's, as Linux says."""
+    told = pathlib.Path('/proc/cpuinfo')
+    return told.exists() and 'AuthenticAMD' in told.read_text()
 
 
 def _is_on_one_cpu(leaf: Any) -> bool:
@@ -120,7 +136,7 @@ def _splitting(num_layers: int, dtype: Any, sharding: Any, num_summed: int) -> A
     shardings = None if sharding is None else (sharding,) * num_layers
 
     def one(leaf: Array) -> Array:
-        return OutputMajorArray.create(leaf, num_summed).values if num_summed else leaf
+        return by_outputs(leaf, num_summed) if num_summed else leaf
 
     return jax.jit(
         lambda leaf: tuple(one(leaf[layer].astype(dtype)) for layer in range(num_layers)),

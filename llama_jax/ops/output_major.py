@@ -1,14 +1,14 @@
 """A matrix kept by its outputs, a `Representation` of `ops.linear`: what a CPU multiplies few activations with.
 
-XLA's CPU reads a single row's product with a matrix at the memory's speed in either order. Of 2 to 32 rows it packs the
-matrix for each product, which takes 1.6 times as long where what is summed over does not lie side by side.
+XLA's CPU reads a single row's product with a matrix of float32 at the memory's speed in either order; one of integers
+or 16 bits by its outputs alone, which it then converts within the product (`ops.tiles_cpu`). Of several rows it packs a
+float32 matrix for each product: what of that is faster by outputs depends on the processor (`models.unstacked`).
 """
 
 import math
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.ops import linear
@@ -20,33 +20,30 @@ class OutputMajorArray:
     """A weight whose first axes a product sums over.
 
     Attributes:
-      values: of the weight's shape, in the order of its transposition.
+      values: of the weight's shape, in the order of its transposition; of integers with scales each of both.
       num_summed: axes that are summed over.
     """
 
-    values: Float[Array, '...']
+    values: linear.Weight
     num_summed: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, weight: Float[Array, '...'], num_summed: int) -> 'OutputMajorArray':
-        """Of a weight in its own order."""
-        size = math.prod(weight.shape[:num_summed])
-        return cls(weight.reshape(size, -1).T.reshape(weight.shape), num_summed)
+    def create(cls, weight: linear.Weight, num_summed: int) -> 'OutputMajorArray':
+        """Of a weight in its own order, or of integers with scales of as many axes."""
+        return cls(jax.tree.map(lambda leaf: by_outputs(leaf, num_summed), weight), num_summed)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
-        return self.values.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of the values."""
-        return self.values.dtype
+        return self.values.shape  # pyright: ignore[reportAttributeAccessIssue] - all that are in use have one
 
     def materialize(self) -> Float[Array, '...']:
         """The weight in its own order."""
-        size = math.prod(self.shape[: self.num_summed])
-        return self.values.reshape(-1, size).T.reshape(self.shape)
+
+        def in_own_order(leaf: Array) -> Array:
+            return leaf.reshape(-1, self._size(leaf)).T.reshape(leaf.shape)
+
+        return linear.materialize(jax.tree.map(in_own_order, self.values))
 
     def einsum(
         self, equation: str, x: Float[Array, '...'], output_dtype: jax.typing.DTypeLike | None
@@ -56,9 +53,11 @@ class OutputMajorArray:
         of_weight, out = rest.split('->')
         summed, kept = of_weight[: self.num_summed], of_weight[self.num_summed :]
         assert of_x.endswith(summed) and out == of_x.removesuffix(summed) + kept, equation
-        size = math.prod(self.shape[: self.num_summed])
-        rows = x.reshape(-1, size)
-        y = linear.einsum('bd,fd->bf', rows, self.values.reshape(-1, size), output_dtype)
+        rows = x.reshape(-1, math.prod(self.shape[: self.num_summed]))
+        matrix = jax.tree.map(lambda leaf: leaf.reshape(-1, self._size(leaf)), self.values)
+        # Before a loop of steps: within a product the other shape would be found anew for each of its values.
+        matrix = jax.lax.optimization_barrier(matrix)
+        y = linear.product('bd,fd->bf', rows, matrix, output_dtype)
         return y.reshape(*x.shape[: len(of_x) - self.num_summed], *self.shape[self.num_summed :])
 
     def take(
@@ -66,3 +65,11 @@ class OutputMajorArray:
     ) -> Float[Array, 'B T D']:
         """As `ops.linear.take`."""
         return linear.take(self.materialize(), rows, dtype, partitioner)
+
+    def _size(self, leaf: Array) -> int:
+        return math.prod(leaf.shape[: self.num_summed])
+
+
+def by_outputs(leaf: Array, num_summed: int) -> Array:
+    """An array of the same shape in the order of its transposition."""
+    return leaf.reshape(math.prod(leaf.shape[:num_summed]), -1).T.reshape(leaf.shape)

@@ -13,7 +13,7 @@ half a byte a weight, and taken apart by shifts. Of a loop of steps XLA makes th
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llama_jax.ops import few_rows_gpu
+from llama_jax.ops import few_rows_gpu, tiles_cpu
 from llama_jax.partitioning import Partitioner
 
 # Largest code of each type.
@@ -264,7 +264,7 @@ def _sum_over_tiles(x: Float[Array, 'B D'], codes: Int[Array, 'D F'], scale: Flo
 
     wanted = max(_TILE_BYTES // (4 * num_out), min(num_rows, _MAX_TILE_ROWS))
     zeros = jnp.zeros((num_rows, num_out // planes), jnp.float32)
-    sums = _over_tiles(size, unit, wanted, add_tile, (zeros,) * planes)
+    sums = tiles_cpu.over_tiles(size, unit, wanted, add_tile, (zeros,) * planes)
     y = jnp.stack(sums, -1).reshape(num_rows, num_out)
     return y if unit > 1 else y * scale
 
@@ -274,6 +274,10 @@ def _tiles_side_by_side(
 ) -> Array:
     num_out, size = codes.shape
     group = size // scale.shape[1]
+    if codes.dtype == jnp.int8 and len(x) <= tiles_cpu.FEW_ROWS:
+        if group == size:
+            return tiles_cpu.few_rows_product(x, [codes], lambda codes: codes.astype(jnp.float32), scale)
+        return tiles_cpu.few_rows_product(x, [codes, scale], _dequantized)
     is_paired = codes.dtype == jnp.int4 and group % 2 == 0
     planes = 2 if is_paired else 1
     codes = _as_bytes(codes) if is_paired else codes
@@ -292,15 +296,7 @@ def _tiles_side_by_side(
         return jax.lax.dynamic_update_slice_in_dim(y, made, start, 1)
 
     wanted = max(_TILE_BYTES // (4 * size), min(x.shape[0], _MAX_TILE_ROWS))
-    return _over_tiles(num_out, 1, wanted, put_tile, jnp.zeros((x.shape[0], num_out), jnp.float32))
-
-
-def _over_tiles(size: int, unit: int, wanted: int, step: Callable, start: jax.Array | tuple):
-    """`step(result, first, length)` for tiles of about `wanted` rows, whole units each, that cover `size` rows."""
-    length = min(max(wanted // unit, 1) * unit, size)
-    number, rest = divmod(size, length)
-    result = jax.lax.fori_loop(0, number, lambda i, result: step(result, i * length, length), start)
-    return step(result, number * length, rest) if rest else result
+    return tiles_cpu.over_tiles(num_out, 1, wanted, put_tile, jnp.zeros((x.shape[0], num_out), jnp.float32))
 
 
 def _as_bytes(codes: Int[Array, 'D F']) -> Int[Array, 'D F2']:

@@ -26,7 +26,7 @@ def quantize(params: Params, dtype: str, group: int | None = None) -> Params:
     """
 
     def is_by_outputs(weight: Any) -> bool:
-        return isinstance(weight, OutputMajorArray)
+        return isinstance(weight, OutputMajorArray) and not is_quantized(weight)
 
     params = jax.tree.map(lambda w: w.materialize() if is_by_outputs(w) else w, params, is_leaf=is_by_outputs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
@@ -48,7 +48,8 @@ def dequantize(params: Params) -> Params:
 
 def is_quantized(weight: Any) -> bool:
     """Whether it is integers with scales; where trees of weights are walked, such a one is a leaf."""
-    return isinstance(weight, QuantizedArray | Nf4Array)
+    values = weight.values if isinstance(weight, OutputMajorArray) else weight
+    return isinstance(values, QuantizedArray | Nf4Array)
 
 
 def _quantized(path: str, weight: jax.Array, form: Form | None) -> Any:

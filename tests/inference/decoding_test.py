@@ -16,9 +16,10 @@ from llama_jax.models import unstacked
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
-from llama_jax.ops.linear import einsum
+from llama_jax.ops.linear import einsum, materialize
 from llama_jax.ops.output_major import OutputMajorArray
 from llama_jax.partitioning import Partitioner, make_mesh
+from llama_jax.quantize.params import quantize
 from llama_jax.types import InputError
 from tests import toy
 
@@ -144,6 +145,7 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
 def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, logits_of, mesh):
     """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
     monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', params['blocks']['mlp']['up'][0].size)
+    monkeypatch.setattr(unstacked, '_is_by_amd', lambda: False)
     tokens, want = rows[0], np.stack([logits_of(row) for row in rows[0]])
     if mesh is not None:
         partitioner = Partitioner(make_mesh(mesh))
@@ -213,13 +215,26 @@ def test_weights_are_unstacked_once_for_as_long_as_they_live(params):
     assert decode_weights(weights, jnp.float32) is weights
     assert weights['embed'] is params['embed']  # what is no layer's is not copied
     half = decode_weights(params, jnp.bfloat16)
-    assert half['blocks'][0]['attention']['q'].dtype == half['embed'].dtype == jnp.bfloat16
+    assert half['blocks'][0]['attention']['q'].values.dtype == half['embed'].dtype == jnp.bfloat16
     assert half['blocks'][0]['mlp_norm'].dtype == half['final_norm'].dtype == jnp.float32
     large = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(weights['blocks'])]
     del params, weights, half
     gc.collect()
     alive = {array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.size}
     assert not alive & set(large)
+
+
+def test_on_an_amd_matrices_of_float32_stay_and_those_of_integers_lie_by_outputs(monkeypatch, params):
+    monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', 0)
+    monkeypatch.setattr(unstacked, '_is_by_amd', lambda: True)
+    integers = quantize(params, 'int8')
+    for weights, lie_so in ((params, False), (integers, True)):
+        down = unstack(weights, jnp.float32)['blocks'][0]['mlp']['down']
+        assert isinstance(down, OutputMajorArray) == lie_so
+        want = materialize(weights['blocks']['mlp']['down'])[0]
+        np.testing.assert_array_equal(materialize(down), want)
+    with pytest.raises(InputError, match='quantised already'):
+        quantize(unstack(integers, jnp.float32), 'int4')
 
 
 def test_unstacking_leaves_no_second_copy_where_it_may_delete(params):
@@ -229,5 +244,7 @@ def test_unstacking_leaves_no_second_copy_where_it_may_delete(params):
     np.testing.assert_array_equal(weights['final_norm'], params['final_norm'])
     for layer, tree in enumerate(weights['blocks']):
         want = params['blocks']['mlp']['down'][layer].astype(jnp.bfloat16)
-        np.testing.assert_array_equal(tree['mlp']['down'], want)  # no float32, which would lie by outputs
+        np.testing.assert_array_equal(
+            tree['mlp']['down'].materialize(), want
+        )  # of 16 bits, it lies by outputs
     assert unstack(weights) is weights
