@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import settings
-from experiments.objective import compile_step, objective_of, scored
+from experiments.objective import Objective, compile_step, objective_of, scored
 from experiments.policy import make_scorer, sampler_partitioner
 from experiments.policy_memory import gathers_weights, held, sampler_arguments
 from llama_jax.chips import GIB
@@ -58,7 +58,7 @@ def drawing_programs(
     }  # fmt: skip
     yield (
         'generate', f'a step of generation of {rows} rows x {cache.max_len} tokens',
-        _beside(report, sum(plan['generate'].values()) - copy - cached),
+        with_beside(report, sum(plan['generate'].values()) - copy - cached),
     )  # fmt: skip
 
     score = make_scorer(config, scored(model))
@@ -68,10 +68,20 @@ def drawing_programs(
     arguments_of = device_bytes(target.params) + device_bytes(objective.frozen)
     work = Work(batch, (causal / 3 * batch, full / 3 * batch), arguments_of)
     report = step_report(compiled, work, topology, ahead.places(partitioner.mesh))
-    yield 'score', f'score of {config.train.batch_size} rows', _beside(report, device_bytes(target.opt_state))
+    yield (
+        'score',
+        f'score of {config.train.batch_size} rows',
+        with_beside(report, device_bytes(target.opt_state)),
+    )
 
 
-def _beside(report: dict[str, Any], beside: int) -> dict[str, Any]:
+def unread(config: ConfigDict, objective: Objective) -> int:
+    """Bytes of a device that an update does not read: a policy's reference speaks where answers are scored."""
+    return device_bytes(objective.frozen) if 'algorithm' in config and not config.lora.rank else 0
+
+
+def with_beside(report: dict[str, Any], beside: int) -> dict[str, Any]:
+    """The report of a program, with bytes of a device that lie beside it while it runs."""
     fits = report['fits'] and report['hbm']['total'] + beside <= report['hbm']['available']
     return report | {'beside': beside, 'fits': fits}
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from experiments import launch, settings
 from experiments.config_file import flatten
 from experiments.objective import Objective, compile_step, objective_of
-from experiments.policy_preflight import beside_line, drawing_programs
+from experiments.policy_preflight import beside_line, drawing_programs, unread, with_beside
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
@@ -109,6 +109,9 @@ def main() -> None:
         report['train'] = step_report(compiled, work, topology, ahead.places(partitioner.mesh))
         line = settings_line(report['settings'])
         print(describe(f'{title}, train step of {line}', report['train']), flush=True)
+        if beside := unread(config, make_objective(config, llama, devices)[0]):
+            report['train'] = with_beside(report['train'], beside)
+            print(beside_line(report['train']), flush=True)
         if found := compile_before(config, llama, devices, _XLA_OPTIONS.value):
             report['before'] = step_report(*found, topology, ahead.places(partitioner.mesh))
             print(describe(f'{title}, the pass before each update', report['before']), flush=True)
@@ -160,7 +163,7 @@ def compile_training(
     work = Work(
         tokens=tokens,
         flops=(causal * tokens, full * tokens),
-        parameters=gradients + device_bytes(objective.frozen),
+        parameters=gradients + device_bytes(objective.frozen) - unread(config, objective),
         optimizer=device_bytes(target.opt_state),
         gradients=gradients,
         num_layers=llama.num_layers,

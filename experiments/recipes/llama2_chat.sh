@@ -7,8 +7,8 @@
 # was trained with, where that is not beside it); or a preset such as llama2_7b with CHECKPOINT=CKPT and DATA=FOLDER, of
 # the files that experiments/recipes/small_data.py names. Killed, the same command goes on where it was; a stage is made
 # again once its folder or file in DIR is gone. `list` prints the commands. EXAMS=TASKS with EXAM_DATA=FOLDER are taken
-# by every stage; GOLD and OBEYS are rewards (FILE.py:function): what answers are truly worth, where that is known, and
-# whether they obey.
+# by every stage, and those of tiny left out by EXAMS= alone; GOLD and OBEYS are rewards (FILE.py:function): what answers
+# are truly worth, where that is known, and whether they obey. An answer of tiny has up to ANSWER_TOKENS (32).
 set -euo pipefail
 model=${1:?MODEL DIR [list]} dir=${2:?MODEL DIR [list]} list=${3:-}
 world=experiments/recipes/small_world.py
@@ -16,9 +16,10 @@ stages=(sft v1 v2 v3 v4 v5 chat dpo)
 declare -A judged_by=([sft]='held-out loss' [v1]=R_c [v2]=R_c [v3]=R_c [v4]=R_c [v5]=R_c [chat]=R_c [dpo]=R_c)
 
 if [ "$model" = tiny ]; then
-  DATA=$dir/data GOLD=$world:gold OBEYS=$world:obeys EXAMS=perplexity:$dir/data/held_out.txt
+  DATA=$dir/data GOLD=$world:gold OBEYS=$world:obeys EXAMS=${EXAMS-perplexity:$dir/data/held_out.txt}
   small=(--config.model.dtype=float32 --config.model.remat=none --config.train.loss_chunks=1 --config.data.seq_len=256
     --config.train.batch_size=8 --config.log.tensorboard=false)
+  answer=${ANSWER_TOKENS:-32}
   few=("${small[@]}" --config.data.format=plain --config.optimizer.warmup_steps=5)
   all=("${few[@]}" --config.data.validation_fraction=0 --config.train.num_epochs=3)
   sft=("${all[@]}" --config.optimizer.learning_rate=2e-3) round=("${all[@]}" --config.optimizer.learning_rate=5e-4)
@@ -26,9 +27,9 @@ if [ "$model" = tiny ]; then
     --config.optimizer.learning_rate=1e-3)
   dpo=("${few[@]}" --config.train.num_epochs=4 --config.optimizer.learning_rate=3e-4)
   ppo=("${few[@]}" --config.train.batch_size=16 --config.train.num_steps=60 --config.optimizer.learning_rate=2e-4
-    --config.algorithm.beta=0.05 --config.rollout.batch_size=64 --config.rollout.max_new_tokens=32
+    --config.algorithm.beta=0.05 --config.rollout.batch_size=64 --config.rollout.max_new_tokens=$answer
     --config.eval.every=20)
-  draw=(--max_new_tokens=32 --chat_format=plain) samples=8 distilled=1 held=4 turns=5 probe=2,4,6
+  draw=(--max_new_tokens=$answer --chat_format=plain) samples=8 distilled=1 held=4 turns=5 probe=2,4,6
 else
   sft=() round=() judge=(--config.data.weights=) dpo=() ppo=() draw=() samples=16 distilled=2 held=4 turns=5
   probe=2,4,6,20
