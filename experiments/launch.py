@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from experiments import config_file
 from experiments.checkpoint import DTYPES
-from llama_jax import runtime, signals
+from llama_jax import runtime, signals, storage
 from llama_jax.tokenizer.chat_format import FORMATS
 from llama_jax.types import InputError, SystemFailure
 
@@ -202,6 +202,8 @@ def describe_failure(error: Exception) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, BrokenPipeError):
         return 'what read the output has closed it', 1
+    if reason := storage.bucket_reason(error):
+        return f'a bucket cannot be used: {reason}', 2 if storage.is_closed(error) else 1
     if not isinstance(error, OSError) or error.errno is None:
         return '', 0
     line = ': '.join(str(part) for part in (error.filename, error.strerror) if part)

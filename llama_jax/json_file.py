@@ -77,7 +77,8 @@ def read_bytes(path: epath.Path, max_bytes: int = MAX_BYTES) -> bytes:
         with path.open('rb') as file:
             data = read_at_most(file, max_bytes + 1)
     except OSError as error:
-        kind = InputError if isinstance(error, _PATH_ERRORS) else SystemFailure
+        is_closed = error.errno is None and str(error).startswith('Forbidden')  # as a bucket's client says it
+        kind = InputError if is_closed or isinstance(error, _PATH_ERRORS) else SystemFailure
         raise kind(f'{path} cannot be read: {error.strerror or error_line(error)}') from error
     if len(data) > max_bytes:
         raise InputError(f'{path} has more than {max_bytes} bytes; no such file is that large')

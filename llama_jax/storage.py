@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # What a wrong path causes; such errors name it, and stay what they are.
 _PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_BUCKET_CLIENTS = ('gcsfs', 'aiohttp', 'google', 'requests')
 _PATH_ERROR_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY)
 
 
@@ -37,6 +39,7 @@ def enable_bucket(path: str | os.PathLike) -> None:
         raise InputError(f"{text} needs the package gcsfs: pip install 'llama_jax[gcs]'")
     import fsspec
 
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it logs, with a traceback, it raises too
     # Otherwise gcsfs answers from what a folder held at first; TensorStore and other processes write there too.
     for protocol in ('gs', 'gcs'):
         fsspec.config.conf.setdefault(protocol, {})['use_listings_cache'] = False
@@ -122,9 +125,25 @@ def _system_reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         of_path = isinstance(error, _PATH_ERRORS) or error.errno in _PATH_ERROR_NUMBERS
         return '' if of_path else error.strerror or error_line(error)
-    if type(error).__module__.partition('.')[0] in ('gcsfs', 'aiohttp', 'google'):
-        return f'{type(error).__name__}: {error_line(error)}'
+    if reason := bucket_reason(error):
+        return reason
     return _system_reason(error.__cause__) if error.__cause__ else ''
+
+
+def bucket_reason(error: BaseException) -> str:
+    """What the client of a bucket that is closed or out of reach says in an error; '' where the error is not its own."""
+    if type(error).__module__.partition('.')[0] in _BUCKET_CLIENTS:
+        return f'{type(error).__name__}: {error_line(error)}'
+    frames = (
+        traceback.walk_tb(error.__traceback__) if isinstance(error, OSError) and error.errno is None else ()
+    )
+    raised_in = [frame.f_globals.get('__name__', '') for frame, _ in frames][-1:]
+    return error_line(error) if any(name.startswith('gcsfs.') for name in raised_in) else ''
+
+
+def is_closed(error: BaseException) -> bool:
+    """Whether `bucket_reason` is that a bucket may not be used: trying again is of no use."""
+    return getattr(error, 'code', None) in (401, 403) or str(error).startswith('Forbidden')
 
 
 def expand_user(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llama_jax.json_file import MAX_BYTES, read_array
-from llama_jax.storage import enable_bucket
+from llama_jax.storage import bucket_reason, enable_bucket
 from llama_jax.types import InputError, error_line
 
 
@@ -128,7 +128,11 @@ def open_file(path: epath.Path, offset: int = 0) -> Iterator[Any]:
         raise InputError(
             f'{name} is cut short or not {packed} ({error_line(error)}); copy it again'
         ) from error
-    except OSError as error:
+    except Exception as error:
+        if reason := bucket_reason(error):
+            raise InputError(f'cannot read {name}: {reason}') from error
+        if not isinstance(error, OSError):
+            raise
         if packed and error.errno is None:  # what bz2 says of the content
             raise InputError(
                 f'{name} is cut short or not {packed} ({error_line(error)}); copy it again'

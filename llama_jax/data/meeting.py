@@ -36,14 +36,16 @@ class Meeting:
     def wait(self, is_there: Callable[[], bool], what: str | Callable[[], str]) -> None:
         """Returns when it is there; says now and then what is waited for.
 
-        Raises:
-          InputError: another machine has given up.
+          Raises:
+            InputError: another machine has given up.
+        SystemFailure: it has, and what failed was the system.
         """
         said = time.monotonic()
         while not is_there():
             for name, line in self._said().items():
                 if self._known.get(name) != line and name != self._own.name:
-                    raise InputError(json.loads(line)['line'])
+                    heard = json.loads(line)
+                    raise (SystemFailure if heard['of_system'] else InputError)(heard['line'])
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 _log.info('waiting for %s', what if isinstance(what, str) else what())
@@ -57,7 +59,8 @@ class Meeting:
         except (InputError, SystemFailure) as error:
             if self.machine.count > 1 and self._folder.exists() and self._said() == self._known:
                 line = f'machine {self.machine.index} has given up: {error_line(error)}; mend that, and start all again'
-                write_atomically(self._own, json.dumps({'line': line, 'time': time.time_ns()}))
+                said = {'line': line, 'of_system': isinstance(error, SystemFailure), 'time': time.time_ns()}
+                write_atomically(self._own, json.dumps(said))
             raise
 
     def _said(self) -> dict[str, str]:

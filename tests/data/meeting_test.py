@@ -8,7 +8,7 @@ import pytest
 from llama_jax.data import meeting, unit_tasks
 from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import WORK, prepare
-from llama_jax.types import InputError
+from llama_jax.types import InputError, SystemFailure
 from tests.data.packing_test import Letters, documents
 
 
@@ -24,14 +24,14 @@ def asked(tmp_path, monkeypatch):
 
 
 def together(asked):
-    """What each of three machines, in threads, ended with: '' where it was done."""
-    ends = [''] * 3
+    """What each of three machines, in threads, ended with: '' where it was done, else its line, and its kind."""
+    ends, kinds = [''] * 3, [None] * 3
 
     def one(index):
         try:
             prepare(asked, Letters(), machine=Machine(index, 3))
-        except InputError as error:
-            ends[index] = str(error)
+        except (InputError, SystemFailure) as error:
+            ends[index], kinds[index] = str(error), type(error)
 
     threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in (2, 0, 1)]
     for thread in threads:
@@ -39,27 +39,32 @@ def together(asked):
     for thread in threads:
         thread.join(timeout=600)
         assert not thread.is_alive()
-    return ends
+    assert len(set(kinds) - {None}) <= 1  # all end with one status
+    return ends, kinds[0]
 
 
-def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(asked, tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', [InputError, SystemFailure])
+def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(
+    asked, tmp_path, monkeypatch, kind
+):
     write = unit_tasks._write
 
     def refuse(task, *args, **kwargs):
         if task.number % 3 == 1:  # of machine 1
-            raise InputError('the file is gone')
+            raise kind('the file is gone')
         return write(task, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(unit_tasks, '_write', refuse)
-        ends = together(asked)
+        ends, ended = together(asked)
+        assert ended is kind
         assert ends[1] == 'the file is gone'
         heard = 'machine 1 has given up: the file is gone; mend that, and start all again'
         assert ends[0] == ends[2] == heard
         assert list((tmp_path / 'data' / WORK).glob('given-up-*.json'))
-        assert together(asked)[0] == heard  # said anew, not what stood there
-    assert together(asked) == [''] * 3
+        assert together(asked)[0][0] == heard  # said anew, not what stood there
+    assert together(asked) == ([''] * 3, None)
     assert not (tmp_path / 'data' / WORK).exists() and (tmp_path / 'data/manifest.json').exists()
     assert (
-        'already holds prepared data' in together(asked)[2]
+        'already holds prepared data' in together(asked)[0][2]
     )  # nobody waits for a machine 0 that is refused too

@@ -25,6 +25,10 @@ import google_crc32c
 _PAGE = 100  # objects a listing returns at most; the real limit is 1000
 
 
+class Answered(Exception):
+    """A request ends with this status; see `FakeGCS.before`."""
+
+
 class FakeGCS:
     """A server on loopback, for use with `with`; buckets need not be made.
 
@@ -33,7 +37,8 @@ class FakeGCS:
       counts: requests by kind: insert, get, read, list, delete, copy, bucket.
       sent: bytes of content that were read, by name of the object.
       refused: what was asked for and an object store does not have.
-      before: called with (kind, name) before each request takes effect; raising ConnectionError drops it.
+      before: called with (kind, name) before each request takes effect; raising ConnectionError drops it, and Answered
+        answers it with a status instead.
     """
 
     def __init__(self, before: Callable[[str, str], None] = lambda kind, name: None):
@@ -175,6 +180,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._refuse()
         except ConnectionError:
             self.close_connection = True
+        except Answered as answered:
+            self._send(answered.args[0], {})
 
     def _read_body(self) -> bytes:
         if 'chunked' not in self.headers.get('Transfer-Encoding', ''):
@@ -251,14 +258,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if first is not None and int(first) != len(data):
             self._send(503, {})
             return
-        data += body
         if total == '*':
+            data += body
             assert len(body) % (256 << 10) == 0, 'parts before the last are multiples of 256 KiB'
             self._send(308, b'', {'Range': f'bytes=0-{len(data) - 1}'} if data else {})
             return
-        assert int(total) == len(data)
-        del self.store._uploads[upload_id]
-        self._insert((bucket, name), data, query)
+        assert int(total) == len(data) + len(body)
+        self._insert((bucket, name), data + body, query)
+        del self.store._uploads[upload_id]  # what was dropped is sent again
 
     def _insert(self, key: tuple[str, str], data: bytes, query: dict[str, str]) -> None:
         self._begin('insert', key[1])
