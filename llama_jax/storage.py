@@ -131,7 +131,7 @@ def _system_reason(error: BaseException) -> str:
 
 
 def bucket_reason(error: BaseException) -> str:
-    """What the client of a bucket that is closed or out of reach says in an error; '' where the error is not its own."""
+    """What an error says of a bucket that is closed or out of reach; '' where it is not of a bucket's client."""
     if type(error).__module__.partition('.')[0] in _BUCKET_CLIENTS:
         return f'{type(error).__name__}: {error_line(error)}'
     frames = (

@@ -159,6 +159,10 @@ class CommandLine:
         self.start(name, *arguments, **options)
         return self.wait()
 
+    def start_each(self, name: str, *each: Sequence[str]) -> list[int]:
+        """Starts a command several times at once, with arguments of its own each; `wait_processes` must follow."""
+        return self._start(name, dict(enumerate(each)), self._num_devices, '')
+
     def start_processes(
         self, name: str, *arguments: str, num_processes: int, num_devices: int = 1, before: str = '', **also
     ) -> list[int]:

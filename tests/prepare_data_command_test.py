@@ -4,13 +4,14 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import time
 
 import pytest
 
 from llama_jax.data.prepare import WORK
-from tests.command_line import children
+from tests.command_line import children, run_python
 
 
 @pytest.fixture(scope='module')
@@ -47,19 +48,36 @@ def finished_tasks(output):
     return len(list((output / WORK).glob('*'))) if (output / WORK).exists() else 0
 
 
-@pytest.mark.slow
+def await_tasks(output, more):
+    """Returns when so many more tasks are done."""
+    enough, end = finished_tasks(output) + more, time.monotonic() + 120
+    while finished_tasks(output) < enough and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def units_done(output):
+    """{record of a unit: what tells whether it was written again}."""
+    return {file.name: file.stat().st_ino for file in (output / WORK).glob('unit-*.json')}
+
+
+@pytest.mark.parametrize(
+    'kills', [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+)
 def test_killed_at_any_moment_with_any_number_of_workers_it_writes_the_same_bytes(
-    commands, command, whole, tmp_path
+    commands, command, whole, tmp_path, kills
 ):
     assert len(whole) > 40  # rows and origins of each unit
-    rng, output = random.Random(0), tmp_path / 'out'
-    for kill in range(4):
-        pid = commands.start('prepare_data', *command, f'--output={output}', f'--num_workers={1 + kill % 3}')
-        enough, end = finished_tasks(output) + rng.randint(1, 4), time.monotonic() + 120
-        while finished_tasks(output) < enough and time.monotonic() < end:
-            time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
+    rng, output, done = random.Random(0), tmp_path / 'out', {}
+    for kill in range(kills):
+        given = [*command, f'--output={output}', f'--num_workers={1 + kill % 3}']
+        pid = commands.start('prepare_data', *given, before='import os; os.setpgrp()')
+        await_tasks(output, 1 if kills > 4 else rng.randint(1, 4))
+        time.sleep(rng.random() / 20)
+        os.killpg(pid, signal.SIGKILL)
         assert commands.wait().status == -signal.SIGKILL, f'it had ended before kill {kill}'
+        now = units_done(output)
+        assert done.items() <= now.items()  # of what was recorded nothing is done again
+        done = now
     commands.run('prepare_data', *command, f'--output={output}', '--num_workers=2').succeeded()
     assert contents(output) == whole
 
@@ -67,13 +85,72 @@ def test_killed_at_any_moment_with_any_number_of_workers_it_writes_the_same_byte
 @pytest.mark.slow
 def test_a_worker_that_is_killed_costs_one_more_try(commands, command, whole, tmp_path):
     output = tmp_path / 'out'
-    pid, end = (
-        commands.start('prepare_data', *command, f'--output={output}', '--num_workers=2'),
-        time.monotonic() + 120,
-    )
-    while finished_tasks(output) < 3 and time.monotonic() < end:
-        time.sleep(0.002)
+    pid = commands.start('prepare_data', *command, f'--output={output}', '--num_workers=2')
+    await_tasks(output, 3)
     os.kill(children(pid)[0], signal.SIGKILL)
     finished = commands.wait().succeeded()
     assert 'a worker ended by signal 9 at' in finished.stderr and 'it is tried once more' in finished.stderr
     assert contents(output) == whole
+
+
+KILLED_AT = """
+import os, signal, sys
+if sys.argv[0] == '-c':  # a worker
+    from llama_jax.data import unit_tasks
+    held_out = unit_tasks.is_held_out
+    def is_held_out(text, fraction):
+        if text.startswith('200 '):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return held_out(text, fraction)
+    unit_tasks.is_held_out = is_held_out
+"""
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_two_workers_is_named_and_the_next_run_goes_on(commands, command, whole, tmp_path):
+    output = tmp_path / 'out'
+    given = [*command, f'--output={output}', '--num_workers=2']
+    (tmp_path / 'sitecustomize.py').write_text(KILLED_AT)
+    line = commands.run(
+        'prepare_data', *given, before=f'import sys; sys.path.insert(0, {str(tmp_path)!r})'
+    ).error(status=1)
+    named = re.search(r'two workers ended by signal 9 at unit (\d+), (\S+)\.jsonl record (\d+); where', line)
+    assert (named[1], named[2][-5:]) == ('1', 'part0') and 100 < int(named[3]) <= 200  # where its unit begins
+    assert not list(output.rglob('manifest.json'))
+    commands.run('prepare_data', *given).succeeded()
+    assert contents(output) == whole
+
+
+@pytest.mark.slow
+def test_of_three_machines_one_is_killed_and_takes_part_again(commands, command, whole, tmp_path):
+    output = tmp_path / 'out'
+    machines = [
+        [*command, f'--output={output}', '--num_workers=1', '--num_shards=3', f'--shard_index={index}']
+        for index in range(3)
+    ]
+    pids = commands.start_each('prepare_data', *machines)
+    await_tasks(output, 6)
+    os.kill(pids[1], signal.SIGKILL)
+    assert not list(output.rglob('manifest.json'))  # the others wait
+    again = run_python('prepare_data', *machines[1]).succeeded()
+    assert 'going on with what was begun' in again.stderr
+    first, killed, last = commands.wait_processes(pids)
+    assert killed.status == -signal.SIGKILL
+    assert first.succeeded().stdout == again.stdout == last.succeeded().stdout
+    assert contents(output) == whole
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_hashes_time_zone_or_the_order_files_were_made_in(
+    command, whole, folder, tmp_path, monkeypatch
+):
+    files = sorted(folder.glob('part*.jsonl'))
+    texts = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    for file, text in reversed(list(zip(files, texts, strict=True))):
+        file.write_bytes(text)
+    monkeypatch.setenv('PYTHONHASHSEED', '12345')
+    monkeypatch.setenv('TZ', 'Asia/Kathmandu')
+    run_python('prepare_data', *command, f'--output={tmp_path}/out', '--num_workers=2').succeeded()
+    assert contents(tmp_path / 'out') == whole

@@ -36,7 +36,7 @@ class Meeting:
     def wait(self, is_there: Callable[[], bool], what: str | Callable[[], str]) -> None:
         """Returns when it is there; says now and then what is waited for.
 
-          Raises:
+        Raises:
             InputError: another machine has given up.
         SystemFailure: it has, and what failed was the system.
         """
