@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from llama_jax.data.bad_records import BadRecords
+from llama_jax.data.preparation import Preparation, TextSource
+from llama_jax.data.prepare import prepare
 from llama_jax.data.sources import Reading, list_files, read_documents, read_file
 from llama_jax.types import InputError
+from tests.data.packing_test import Letters
 
 
 def texts(count=200, seed=0):
@@ -79,6 +82,46 @@ def test_the_same_documents_are_in_every_container_and_from_every_place(tmp_path
         assert [record.content for record in records] == wanted, name
         for index in (1, 32, 33, 71, len(records) - 1):
             assert list(read_file(str(tmp_path / name), reading, records[index].place)) == records[index:]
+
+
+def write_tfds(folder, documents):
+    """The source that reads the documents as a TFDS data set."""
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class Kept(tfds.core.GeneratorBasedBuilder):
+            VERSION, code_path = tfds.core.Version('1.0.0'), None
+
+            def _info(self):
+                fields = tfds.features.FeaturesDict({'text': tfds.features.Text()})
+                return tfds.core.DatasetInfo(builder=self, features=fields, disable_shuffling=True)
+
+            def _split_generators(self, dl_manager):
+                return {'train': ((number, {'text': text}) for number, text in enumerate(documents))}
+
+            def _generate_examples(self):
+                raise NotImplementedError
+
+        Kept(data_dir=folder, file_format='array_record').download_and_prepare()
+    return f'tfds:kept@{folder}'
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # TFDS warns of what it uses itself
+def test_five_hundred_documents_have_one_fingerprint_whatever_holds_them(tmp_path):
+    documents, folder = [text.strip('\n') for text in texts(500)], tmp_path / 'files'
+    folder.mkdir()
+    sources = [f'{folder}/{name}' for name in write_all(folder, documents)]
+    sources.append(write_tfds(tmp_path / 'tfds', documents))
+    found = {}
+    for number, source in enumerate(sources):
+        asked = TextSource('s', (source,), Reading(separator='<|end|>'))
+        report = prepare(Preparation(f'{tmp_path}/{number}', (asked,), 64, unit_bytes=4000), Letters())
+        row = report['sources']['s']['train']
+        found[source] = row['fingerprint'], row['documents'], row['shards']
+    assert len(sources) == 15 and len(set(found.values())) == 1, found
+    assert next(iter(found.values()))[1:] == (500, 5)
 
 
 def test_a_file_that_is_cut_short_is_no_bad_record(tmp_path):
