@@ -1,6 +1,8 @@
 """Folders of thousands of shards: what requests and descriptors they take, and what is said when something breaks."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from llama_jax.data.prepared import MANIFEST, PreparedRows, origins_file
 from llama_jax.data.shards import write_prepared
 from llama_jax.storage import enable_bucket
 from llama_jax.types import InputError
-from tests.command_line import tiny_run
+from tests.command_line import REPOSITORY, tiny_run
 from tests.data.packing_test import Letters, documents
 from tests.reference import fake_gcs
 from tests.reference.fake_gcs import FakeGCS
@@ -122,3 +124,72 @@ prepared._open_shard = functools.lru_cache(prepared._max_open_shards())(prepared
     commands.run('pretrain', *arguments, before=limit).succeeded()
     lines = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['step'] == 50
+
+
+# Reads a source as preparing does, and prints what came of it and by how many MiB its peak grew.
+SCAN = """
+import pathlib, re, sys
+from llama_jax.data.bad_records import BadRecords
+from llama_jax.data.sources import Reading, read_file
+from llama_jax.data.units import UNIT_BYTES, read_piece, scan_file
+from llama_jax.types import InputError
+import pyarrow.parquet, zstandard
+
+def peak():
+    status = pathlib.Path('/proc/self/status').read_text()  # getrusage would count what forked this process
+    return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024
+
+before, bad = peak(), BadRecords('skip')
+scan = scan_file(sys.argv[1], 0, Reading(), UNIT_BYTES, bad)
+last = scan.pieces[-1]
+for number, text in read_piece(sys.argv[1], last, Reading()):
+    pass
+print(scan.num_documents, scan.num_bytes, bad.count, len(scan.pieces), round(peak() - before), *bad.named, sep='|')
+"""
+
+
+def scan(file):
+    done = subprocess.run(
+        [sys.executable, '-c', SCAN, file],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    print(done.stdout)
+    documents, size, bad, pieces, grown, *named = done.stdout.strip().split('|')
+    return int(documents), int(size), int(bad), int(pieces), int(grown), named
+
+
+@pytest.mark.long
+def test_a_row_group_of_a_gigabyte_takes_little_memory(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rng, text = np.random.default_rng(0), tmp_path / 'a.parquet'
+    letters = rng.integers(97, 123, 1 << 24, np.uint8).tobytes().decode()
+    schema = pyarrow.schema([('text', pyarrow.large_string()), ('id', pyarrow.int64())])
+    places = rng.integers(0, (1 << 24) - 50_000, 20_000)
+    with parquet.ParquetWriter(text, schema, compression='none', use_dictionary=False) as writer:
+        texts = [letters[place : place + 50_000] for place in places]
+        writer.write_table(pyarrow.table({'text': texts, 'id': range(20_000)}, schema), row_group_size=20_000)
+    del texts
+    file = parquet.ParquetFile(text)
+    assert file.num_row_groups == 1 and text.stat().st_size > 1_000_000_000
+    documents, size, bad, pieces, grown, _ = scan(text)
+    assert (documents, size, bad, pieces) == (20_000, 1_000_000_000, 0, 4)
+    assert grown < 300  # MiB; of row groups of 250 and 500 MB it is 200 too
+
+
+@pytest.mark.long
+def test_a_line_of_300_megabytes_is_passed_over_and_one_of_64_is_read(tmp_path):
+    file = tmp_path / 'a.jsonl'
+    with open(file, 'w') as written:
+        for text in ('first', 'a b' * 100_000_000, 'second', 'a é ' * 13_000_000, 'third'):
+            written.write(json.dumps({'text': text}) + '\n')
+    assert file.stat().st_size > 360_000_000
+    documents, size, bad, _, grown, named = scan(file)
+    assert (documents, size, bad) == (4, 65_000_016, 1)
+    assert named == [f'{file} line 2 has more than 128 MiB; cut it into several']
+    assert grown < 700  # MiB: the line, its text as JSON gives it in two bytes a letter, and in UTF-8
