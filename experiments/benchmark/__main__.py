@@ -26,7 +26,6 @@ from experiments.benchmark import (
     finetune,
     generator,
     rl,
-    serve,
     train,
 )
 from experiments.benchmark import eval as evaluation
@@ -43,7 +42,6 @@ SUITES = {
     'finetune': finetune.main,
     'data': data.main,
     'rl': rl.main,
-    'serve': serve.main,
     'accelerator': accelerator.main,
 }
 

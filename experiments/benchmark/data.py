@@ -44,6 +44,7 @@ _SIZE = flags.DEFINE_integer('data_mb', 64, 'of text', lower_bound=1)
 _SENTENCEPIECE = launch.define_path('data_sentencepiece', '', 'tokenizer.model of Llama 2')
 _TIKTOKEN = launch.define_path('data_tiktoken', '', 'tokenizer.model of Llama 3')
 _ROUNDS = flags.DEFINE_integer('data_rounds', 3, 'turns that each contender takes', lower_bound=1)
+_CONTENDERS = flags.DEFINE_list('data_contenders', [], 'of prepare: only these two or more; empty: all')
 
 
 def main() -> Iterator[dict[str, Any]]:
@@ -59,7 +60,7 @@ def main() -> Iterator[dict[str, Any]]:
         folder = Path(temporary)
         texts = write_text(split_list(_TEXT.value), _SIZE.value * 1_000_000, folder)
         setting = data_preparation.Setting(
-            folder, texts, _SENTENCEPIECE.value, _TIKTOKEN.value, _ROUNDS.value
+            folder, texts, _SENTENCEPIECE.value, _TIKTOKEN.value, _ROUNDS.value, tuple(_CONTENDERS.value)
         )
         for part in _PARTS.value:
             found = PARTS[part](setting)

@@ -18,6 +18,7 @@ from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.pretrained import load_tokenizer
 from llama_jax.tokenizer.huggingface_files import huggingface_files
+from llama_jax.types import InputError
 
 _SEQ_LEN = 2048
 
@@ -32,6 +33,7 @@ class Setting:
       sentencepiece: file of a tokenizer.
       tiktoken: file of another.
       rounds: turns that each contender takes.
+      contenders: names of those that prepare; empty: all.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Setting:
     sentencepiece: str
     tiktoken: str
     rounds: int
+    contenders: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -79,15 +82,20 @@ def prepare_beside_others(setting: Setting) -> dict[str, float]:
         files = huggingface_files(tiktoken, max_seq_len=8192)
         (setting.folder / 'tokenizer.json').write_bytes(files['tokenizer.json'])
         contenders['datatrove'] = lambda: _datatrove(setting)
-    times = take_turns(contenders, setting.rounds)
+    for name in setting.contenders:
+        if name not in contenders:
+            raise InputError(f'--data_contenders has {name!r}; they are {", ".join(contenders)}')
+    chosen = {name: turn for name, turn in contenders.items() if name in (setting.contenders or contenders)}
+    times = take_turns(chosen, setting.rounds)
     found = {
         f'{name}_mb_per_second': setting.num_bytes / 1e6 / statistics.median(times[name]) for name in times
     }
-    found |= ratios('times_sentencepiece', times['ours_llama2'], times['sentencepiece'])
-    found |= ratios('times_tiktoken', times['ours_llama3'], times['tiktoken'])
-    found |= ratios('two_workers_times_one', times['ours_llama2'], times['one_worker'])
-    if 'datatrove' in times:
-        found |= ratios('times_datatrove', times['ours_llama3'], times['datatrove'])
+    for name, ours, other in (
+        ('times_sentencepiece', 'ours_llama2', 'sentencepiece'), ('times_tiktoken', 'ours_llama3', 'tiktoken'),
+        ('two_workers_times_one', 'ours_llama2', 'one_worker'), ('times_datatrove', 'ours_llama3', 'datatrove'),
+    ):  # fmt: skip
+        if ours in times and other in times:
+            found |= ratios(name, times[ours], times[other])
     return found
 
 
