@@ -26,6 +26,7 @@ from experiments.benchmark import (
     finetune,
     generator,
     rl,
+    serve,
     train,
 )
 from experiments.benchmark import eval as evaluation
@@ -42,6 +43,7 @@ SUITES = {
     'finetune': finetune.main,
     'data': data.main,
     'rl': rl.main,
+    'serve': serve.main,
     'accelerator': accelerator.main,
 }
 

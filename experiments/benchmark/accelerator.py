@@ -140,11 +140,6 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         train('train_7b_adafactor', 90, f'--optimizer=adafactor --remat=projections --batch_size={2 * rows}'),
         train('train_7b_unrolled', 150, f'--unroll=LAYERS --remat=projections --batch_size={2 * rows}'),
         train('train_7b_full', 90, f'--remat=full --batch_size={4 * rows}'),
-        train(
-            'train_7b_overlap',
-            90,
-            f'--remat=projections --batch_size={2 * rows} --xla_options={"gpu" if is_gpu else "tpu"}_overlap',
-        ),
         suite('attention_long', 90, 'attention', f'{shapes}=1,32768,32,8,128'),
     ]
     return [check for check in checks if is_gpu and rows == 1 or check.name != 'train_7b_peer']

@@ -7,6 +7,7 @@ one; the median of some turns.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import statistics
@@ -26,6 +27,7 @@ from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
+from llama_jax.models.unstacked import unstack
 from llama_jax.ops.quantized import CODE_MAX
 from llama_jax.quantize.params import quantize
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
@@ -36,8 +38,11 @@ _BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, sever
 _PROMPT = flags.DEFINE_integer('decode_prompt', 64, 'tokens of a prompt', lower_bound=1)
 _TOKENS = flags.DEFINE_integer('decode_tokens', 64, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('decode_rounds', 3, 'turns', lower_bound=1)
-_WEIGHTS = flags.DEFINE_enum(
-    'decode_weights', 'auto', ['auto', *CODE_MAX], 'their type; auto: of the computation'
+_WEIGHTS = flags.DEFINE_list(
+    'decode_weights',
+    'auto',
+    f'their type: auto (that of the computation), bfloat16, {", ".join(CODE_MAX)}; several by commas take turns, '
+    'and the first is compared with the others',
 )
 _PEER = flags.DEFINE_boolean(
     'decode_peer', False, 'measure Hugging Face and llama.cpp beside, where they are installed'
@@ -56,17 +61,21 @@ def main() -> dict[str, Any]:
         )
     if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
         raise InputError(f'--decode_batches={",".join(_BATCHES.value)} must be whole numbers, as in 1,32')
+    kinds = [name.strip() for name in _WEIGHTS.value]
+    allowed = 'auto', 'bfloat16', *CODE_MAX
+    if not kinds or len({*kinds}) < len(kinds) or not {*kinds} <= {*allowed}:
+        raise InputError(f'--decode_weights={",".join(kinds)} must be of {", ".join(allowed)}, each once')
+    if _PEER.value and kinds[0] != 'auto':
+        raise InputError(
+            f'--decode_peer has weights of its own, not --decode_weights={kinds[0]}; leave out one, or begin with auto'
+        )
     dtype = jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     model = LlamaForCausalLM(config, dtype=dtype)
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))(
+    whole = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))(
         jax.random.key(0)
     )
-    if _PEER.value and _WEIGHTS.value in CODE_MAX:
-        raise InputError(
-            f'--decode_peer has weights of its own, not --decode_weights={_WEIGHTS.value}; leave out one'
-        )
-    if _WEIGHTS.value in CODE_MAX:
-        params = quantize(params, _WEIGHTS.value)
+    params = weights_of(whole, kinds[0])
+    others = {name: unstack(weights_of(whole, name), dtype) for name in kinds[1:]}
     filled = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (prompt + tokens / 2)
     # Of the embedding a step reads a row a prompt, unless it is the head too.
     parts_read = {name: part for name, part in params.items() if name != 'embed' or config.tie_embeddings}
@@ -90,13 +99,14 @@ def main() -> dict[str, Any]:
     for batch in map(int, _BATCHES.value):
         ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, prompt)).tolist()
 
-        def complete(number: int, ids: list[list[int]] = ids) -> float:
+        def complete(number: int, params: Params = params, ids: list[list[int]] = ids) -> float:
             start = time.perf_counter()
             generate_tokens(model, params, ids, max_new_tokens=number, sampler=Sampler(), stop_ids=(-1,))
             return time.perf_counter() - start
 
         with contextlib.ExitStack() as at_exit:
             contenders: dict[str, Callable[[int], float]] = {'llama_jax': complete}
+            contenders |= {name: functools.partial(complete, params=own) for name, own in others.items()}
             if _PEER.value:
                 contenders |= find_peers(config, params, ids, at_exit)
             seconds = take_turns(contenders, tokens, _ROUNDS.value)
@@ -122,15 +132,22 @@ def main() -> dict[str, Any]:
             turns = [
                 theirs / mine for theirs, mine in zip(times.steps, seconds['llama_jax'].steps, strict=True)
             ]
+            what = f'{name}: {kinds[0]} is ' if name in others else f'{name}: ours is '
             print(
-                f'{"":8}{1e3 * times.step:10.3f}{"":14}{rate:12,.0f}{their_read:17,.0f}{"":7}  {name}: ours is ',
-                end='',
+                f'{"":8}{1e3 * times.step:10.3f}{"":14}{rate:12,.0f}{their_read:17,.0f}{"":7}  {what}', end=''
             )
             print(f'{times.step / step:.2f} times as fast, {min(turns):.2f} to {max(turns):.2f}', flush=True)
         if _PROFILE.value:
             kernels = show_kernels(lambda: complete(tokens), one + step * (tokens - 1))
             figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
     return figures
+
+
+def weights_of(params: Params, kind: str) -> Params:
+    """Those of the computation's type as `kind`, a value of --decode_weights."""
+    if kind in CODE_MAX:
+        return quantize(params, kind)
+    return unstack(params, kind) if kind != 'auto' else params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,18 +60,24 @@ def llama_cpp(config: LlamaConfig, params: Params, ids: Sequence[int], dtype: st
       ids: of the prompt.
       dtype: a key of `gguf.WRITTEN_TYPES`.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_gguf(config, params, folder, dtype)
+        # In a process of its own, which it may end: on some machines by an instruction that they do not have.
+        context = multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(1, context, _open_llama_cpp, (path, config.max_seq_len)) as process:
+            yield lambda number: process.submit(_complete_by_llama_cpp, list(ids), number).result()
+
+
+def write_gguf(config: LlamaConfig, params: Params, folder: str, dtype: str) -> str:
+    """The file of such weights, with tokens without meaning; arguments as for `llama_cpp`."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator='/'): _InMemory(np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = epath.Path(folder) / 'model.gguf'
-        source = native_source(config, leaves, 'random weights')
-        gguf.write(source, path, dtype=dtype, vocabulary=_vocabulary(config.vocab_size))
-        # In a process of its own, which it may end: on some machines by an instruction that they do not have.
-        context = multiprocessing.get_context('spawn')
-        with ProcessPoolExecutor(1, context, _open_llama_cpp, (str(path), config.max_seq_len)) as process:
-            yield lambda number: process.submit(_complete_by_llama_cpp, list(ids), number).result()
+    path = epath.Path(folder) / 'model.gguf'
+    source = native_source(config, leaves, 'random weights')
+    gguf.write(source, path, dtype=dtype, vocabulary=_vocabulary(config.vocab_size))
+    return str(path)
 
 
 def _open_llama_cpp(path: str, context: int) -> None:

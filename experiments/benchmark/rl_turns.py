@@ -179,6 +179,7 @@ def peaks(size: Size, model: str, folder: Path) -> dict[str, int]:
         'data.format': 'plain', 'data.seq_len': min(size.config.max_seq_len, 4 * (size.prompt + size.answer)),
         'data.validation_fraction': 0.0, 'train.batch_size': size.prompts, 'train.num_steps': 2, 'lora.rank': 8,
         'log.tensorboard': False, 'model.dtype': 'float32', 'model.weights': 'float32', 'eval.every': 0,
+        'model.remat': 'attention', 'train.loss_chunks': 4,  # recipes differ in these
     }  # fmt: skip
     own = {
         'reward_model': {'data.train': pairs, 'data.weights': '', 'train.num_epochs': 0, 'reward.margin': 'none'},
