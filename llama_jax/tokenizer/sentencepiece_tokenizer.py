@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from llama_jax.tokenizer.vocabulary import Ended, Ends
 from llama_jax.types import InputError, error_line
 
 _SPECIAL = (UNKNOWN, CONTROL)
+_BEHIND_A_WORD = re.compile('(?<=[^ ▁]) (?=.)', re.DOTALL)
+_CUT_CHARS = 1 << 20  # of a text that merges in pieces: the time of a merge grows with what waits for one
 
 
 class SentencePieceTokenizer(Ended):
@@ -53,6 +57,11 @@ class SentencePieceTokenizer(Ended):
         self.special_tokens = {
             text: id for id, (text, _, kind) in enumerate(model.pieces) if kind in _SPECIAL
         }
+        # No piece goes on with a space behind anything else, so merges before such a space and behind it do not touch,
+        # and the space is what every text is read with before it.
+        is_plain = not (model.is_unigram or model.charsmap or model.remove_extra_whitespaces)
+        runs_on = any(re.search('[^▁]▁', text) for text, _, _ in model.pieces)
+        self._may_be_cut = is_plain and model.add_dummy_prefix and not runs_on
         self._rewrites = model.rewrites
         self._drops_every_space = model.remove_extra_whitespaces  # that stands first
         self._drops_a_space = model.add_dummy_prefix or model.remove_extra_whitespaces
@@ -77,10 +86,27 @@ class SentencePieceTokenizer(Ended):
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:
         """Ids of many texts, without BOS and EOS, in so many threads; 0: as many as there are cores."""
-        texts = [without_surrogates(text) for text in texts]
-        return self._processor.Encode(
-            texts, return_type='numpy', num_threads=num_threads or os.cpu_count() or 1
+        parts = [list(self._cut(without_surrogates(text))) for text in texts]
+        ids = iter(
+            self._processor.Encode(
+                list(itertools.chain(*parts)),
+                return_type='numpy',
+                num_threads=num_threads or os.cpu_count() or 1,
+            )
         )
+        found = [[next(ids) for _ in own] for own in parts]
+        return [own[0] if len(own) == 1 else np.concatenate(own) for own in found]
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """A long text in pieces whose ids, one after the other, are its own."""
+        begin = 0
+        while self._may_be_cut and len(text) - begin > _CUT_CHARS:
+            space = _BEHIND_A_WORD.search(text, begin + _CUT_CHARS)
+            if space is None:
+                break
+            yield text[begin : space.start()]
+            begin = space.end()
+        yield text[begin:]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without control tokens and the dummy-prefix space, as in Meta's wrapper."""

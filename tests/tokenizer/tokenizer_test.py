@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from llama_jax.tokenizer import sentencepiece_tokenizer
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
@@ -91,6 +92,19 @@ def test_long_runs_are_cut_for_tiktoken_and_nothing_is_lost(shared_data):
     assert tokenizer.encode('a ' + run) == tokenizer.encode('a ' + 'x' * 25_000) + cut[len(cut) * 25 // 60 :]
     mixed = 'word ' * 100_000 + ' ' * 30_000 + run
     assert tokenizer.decode(tokenizer.encode(mixed)) == mixed
+
+
+def test_a_long_text_is_cut_for_sentencepiece_where_no_id_changes(shared_data, monkeypatch):
+    tokenizer = load_tokenizer(shared_data / 'tokenizers/llama2/tokenizer.model')
+    files = ('tinyshakespeare.txt', 'c4_demo.jsonl', 'wikitext2_valid.txt')
+    texts = [(shared_data / 'text' / file).read_text()[:30_000] for file in files]
+    texts += ['a  b   c ' * 100, ' ' * 200, '▁ a▁ b' * 50, 'é中 \n x\t ' * 60, 'a ' * 30 + ' ', 'x' * 300, '']
+    whole = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    assert whole == [tokenizer.encode(text) for text in texts]
+    for length in (1, 2, 7, 50):
+        monkeypatch.setattr(sentencepiece_tokenizer, '_CUT_CHARS', length)
+        assert len(list(tokenizer._cut(texts[0]))) > 30_000 / (length + 30)
+        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
 
 
 def test_special_tokens_are_named_by_publisher_and_some_of_them_end_an_answer(shared_data):
