@@ -1,5 +1,7 @@
 """That reward models learn: a score that is known, and how much better an answer is rated."""
 
+import gzip
+import hashlib
 import json
 import re
 
@@ -141,3 +143,31 @@ def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_pa
         f'{100 * report["longer_is_better"]:.1f} %, a bag of words in {100 * report["bag_of_words"]:.1f} %'
     )
     assert report['pairs'] >= 200 and report['accuracy'] >= 0.75
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('fold', [0, 1])  # of five
+def test_which_of_two_answers_is_harmless_is_learnt_a_little(commands, shared_data, tmp_path, fold):
+    """A fifth of the prompts by a model that was trained on the others; both are 3 standard errors."""
+    train, held_out = [], []
+    with gzip.open(shared_data / 'finetune/hh_harmless_base_test.jsonl.gz', 'rt') as file:
+        for line in map(json.loads, file):
+            prompt = line['chosen'].rpartition('\n\nAssistant:')[0]
+            is_held_out = hashlib.sha256(prompt.encode()).digest()[0] % 5 == fold
+            (held_out if is_held_out else train).append(line)
+    files = [
+        write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', train), ('test', held_out))
+    ]
+    settings = {
+        'data.format': 'hh', 'data.on_error': 'skip', 'data.too_long': 'oldest', 'data.seq_len': 256,
+        'data.share_prompt': True, 'train.batch_size': 4, 'optimizer.warmup_steps': 20,
+    }  # fmt: skip
+    report = trained(commands, shared_data, tmp_path / 'run', *files, 0, **settings)
+    right, pairs = report['accuracy'], report['pairs']
+    z = (right - 0.5) / report['standard_error']
+    print(
+        f'fold {fold}: right in {100 * right:.1f} % of {pairs}, z {z:.1f}; the longer one is in '
+        f'{100 * report["longer_is_better"]:.1f} %, a bag of words in {100 * report["bag_of_words"]:.1f} %; the '
+        "paper's two models of 70B are in 71.0 and 74.7 %"
+    )
+    assert pairs >= 200 and z >= 3 / 2**0.5
