@@ -176,6 +176,13 @@ def test_policy_gradients_that_make_no_sense_are_refused(overrides, message):
         _ = policy.check_policy(config), policy.sampler_partitioner(config, training)
 
 
+@pytest.mark.parametrize('key', ['top_p', 'top_k', 'min_new_tokens'])
+def test_a_policy_is_drawn_from_its_whole_distribution(key):
+    """What the sampler would cut away the ratio would still count: there are no such keys."""
+    argv = ['--config=configs/ppo.py:tiny', f'--config.rollout.{key}=1']
+    assert f'unknown config key --config.rollout.{key}; ' in config_file.describe_error(KeyError(key), argv)
+
+
 def recipes():
     """(name, what it says of itself) of each recipe: functions of pretrain and sft, files of the others."""
     for module in (pretrain, sft):
