@@ -86,18 +86,18 @@ def main() -> None:
         'num_slots': _SLOTS.value, 'budget_tokens': _BUDGET_TOKENS.value or None, 'max_steps': _STEPS.value,
         'log_probabilities': _TOP_LOGPROBS.value, 'prefix_bytes': (_PREFIX_MIB.value << 20, 0),
     }  # fmt: skip
-    load = functools.partial(
-        _load, rows, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, _CHECKPOINT.value,
+    loads = functools.partial(
+        load, rows, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, _CHECKPOINT.value,
         _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value, _DRAFT_TOKENS.value,
     )  # fmt: skip
     if listener is None:
-        return follow(load)
+        return follow(loads)
     print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
-    if failure := serve(load, limits, listener, _DRAIN_SECONDS.value):
+    if failure := serve(loads, limits, listener, _DRAIN_SECONDS.value):
         raise failure
 
 
-def _load(
+def load(
     rows: Any, template_name: str, context: int, cache_dtype: str, constrains: bool, *checkpoint: Any
 ) -> Served:
     """The model that the flags ask for, in the thread in which it will run."""
