@@ -80,6 +80,14 @@ def test_what_is_damaged_and_what_cannot_be_read_are_told_apart(tmp_path, monkey
         rows[0]
     assert ' is damaged' not in str(caught.value)
 
+    def out_of_reach(file, sha256):
+        raise RuntimeError('Retry policy exhausted, with a last message of PerformWork() - CURL error [52]')
+
+    out_of_reach.cache_clear = lambda: None
+    monkeypatch.setattr(prepared, '_open_shard', out_of_reach)  # what it says after a quarter of an hour
+    with pytest.raises(InputError, match='cannot be read at row 0: Retry policy exhausted'):
+        rows[0]
+
 
 @pytest.mark.slow
 def test_in_a_bucket_a_flipped_byte_and_a_shard_that_is_gone_are_two_lines(gcs, tmp_path):

@@ -176,7 +176,7 @@ class PreparedRows:
                     f'{file} cannot be opened: the process has as many files open as it may have, {limit}; '
                     'raise that limit (ulimit -n)'
                 ) from error
-            of_system = any(words in reason for words in (' failed: ', ' error, with a last message of '))
+            of_system = any(words in reason for words in (' failed: ', ', with a last message of '))
             if of_system and 'Corrupted' not in reason:  # of the file nothing is known
                 raise InputError(f'{file} cannot be read at row {number}: {reason}') from error
             raise InputError(
