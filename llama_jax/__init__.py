@@ -1,6 +1,14 @@
 """llama_jax: a functional Flax implementation of Meta's Llama, from one chip to pods.
 
-The names below are the library's face. They are imported when first used, so that `import llama_jax` costs little.
+    checkpoints   load, save, load_tokenizer
+    models        LlamaForCausalLM, LlamaConfig, RopeScaling, PRESETS, init_params, KVCache, unstack
+    text          generate, complete, stream, infill, Sampler, ChatSession
+    training      trainer, pretrain_dataset, metrics
+    insight       describe, inspect, hidden_states, token_log_probabilities, figures
+    devices       Partitioner, make_mesh, preflight
+    errors        InputError
+
+help(llama_jax.NAME) tells of one. They are imported when first used, so that `import llama_jax` costs little.
 """
 
 from etils import epy as _epy
@@ -35,9 +43,10 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax.train.trainer import trainer as trainer
     from llama_jax.types import InputError as InputError
 
-__all__ = sorted({name for name in globals()['__dir__']() if not name.startswith('_')})
+_FACE = sorted({name for name in globals()['__dir__']() if not name.startswith('_')})
 __version__ = '0.1.0'
 
 
 def __dir__() -> list[str]:
-    return __all__
+    """The face alone. There is no `__all__`, for which `help(llama_jax)` would print each class, on 2,000 lines."""
+    return _FACE
