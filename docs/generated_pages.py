@@ -22,7 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 from experiments import __main__ as commands
-from experiments import config_file
+from experiments.run import config_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = ('pretrain', 'sft', 'reward_model', 'dpo', 'ppo', 'grpo', 'prepare_data')

@@ -14,9 +14,9 @@ from typing import Any
 from absl import flags
 
 from experiments import launch
-from experiments.checkpoint import DTYPES
-from experiments.conversation import HELP, Conversation
-from experiments.loading import load_model
+from experiments.prompting.checkpoint import DTYPES
+from experiments.prompting.conversation import HELP, Conversation
+from experiments.prompting.loading import load_model
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.kv_cache import CACHE_DTYPES

@@ -15,8 +15,8 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from experiments.checkpoint import check_tokenizer
-from experiments.workdir import hold_folder
+from experiments.prompting.checkpoint import check_tokenizer
+from experiments.run.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
 from llama_jax.convert.weight_mean import mean_of

@@ -7,10 +7,11 @@ report.json holds how held-out pairs are ordered by the rewards that the policy 
 nothing.
 """
 
-from experiments import launch, preferences, training
-from experiments.baseline import held_out_baseline, with_baseline
-from experiments.objective import loss_of, objective_of, reading_model
-from experiments.reference import frozen_reference, keep_reference
+from experiments import launch, training
+from experiments.policy.reference import frozen_reference, keep_reference
+from experiments.run import preferences
+from experiments.run.baseline import held_out_baseline, with_baseline
+from experiments.run.objective import loss_of, objective_of, reading_model
 from llama_jax import runtime
 from llama_jax.data.loader import batches
 from llama_jax.data.preferences import collate_preferences

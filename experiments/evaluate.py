@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from experiments import launch, preference_files
-from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
-from experiments.config_file import split_list
-from experiments.settings import partitioner_of_flags
-from experiments.workdir import hold_folder
+from experiments import launch
+from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.run import preference_files
+from experiments.run.config_file import split_list
+from experiments.run.settings import partitioner_of_flags
+from experiments.run.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.data.records import check_records
 from llama_jax.eval.engine import Engine

@@ -21,10 +21,10 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.checkpoint import DTYPES
-from experiments.constraint import read_constraint
-from experiments.loading import load_model
-from experiments.prompt_file import (
+from experiments.prompting.checkpoint import DTYPES
+from experiments.prompting.constraint import read_constraint
+from experiments.prompting.loading import load_model
+from experiments.prompting.prompt_file import (
     Item,
     answer_lines,
     check_output,
@@ -34,7 +34,7 @@ from experiments.prompt_file import (
     read_items,
     write_answers,
 )
-from experiments.settings import partitioner_of_flags
+from experiments.run.settings import partitioner_of_flags
 from llama_jax import runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages

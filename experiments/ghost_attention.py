@@ -20,11 +20,11 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.candidates import Asked, complete
-from experiments.config_file import split_list
-from experiments.ghost_dialogs import Held, held_dialogs, held_prompts
-from experiments.prompt_file import open_output, write_answers
-from experiments.sampled_policy import SampledPolicy, hash_of, request_of
+from experiments.policy.candidates import Asked, complete
+from experiments.policy.ghost_dialogs import Held, held_dialogs, held_prompts
+from experiments.policy.sampled import SampledPolicy, hash_of, request_of
+from experiments.prompting.prompt_file import open_output, write_answers
+from experiments.run.config_file import split_list
 from llama_jax import runtime
 from llama_jax.data.records import Conversation, Prompted, parse_key_map, read_records
 from llama_jax.json_file import parse_object, read_bytes

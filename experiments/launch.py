@@ -14,8 +14,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import config_file
-from experiments.checkpoint import DTYPES
+from experiments.prompting.checkpoint import DTYPES
+from experiments.run import config_file
 from llama_jax import runtime, signals, storage
 from llama_jax.tokenizer.chat_format import FORMATS
 from llama_jax.types import InputError, SystemFailure

@@ -11,8 +11,8 @@ reward at the beginning and the end, and reward_over_kl.png how it rose.
 from typing import Any
 
 from experiments import launch, training
-from experiments.iterations import HELD_OUT
-from experiments.policy_run import begin_policy
+from experiments.policy.beginning import begin_policy
+from experiments.policy.iterations import HELD_OUT
 from llama_jax import runtime
 from llama_jax.rl.frontier import plot_frontier
 from llama_jax.train.metrics import read_metrics

@@ -19,10 +19,11 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import launch, settings
-from experiments.config_file import flatten
-from experiments.objective import Objective, compile_step, objective_of
-from experiments.policy_preflight import beside_line, drawing_programs, unread, with_beside
+from experiments import launch
+from experiments.policy.preflight import beside_line, drawing_programs, unread, with_beside
+from experiments.run import settings
+from experiments.run.config_file import flatten
+from experiments.run.objective import Objective, compile_step, objective_of
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig

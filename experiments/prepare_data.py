@@ -21,10 +21,10 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from experiments import launch
-from experiments.config_file import split_list
-from experiments.data_inspection import inspect
-from experiments.data_report import describe_report, draw_report
-from experiments.workdir import hold_folder
+from experiments.preparation.inspection import inspect
+from experiments.preparation.report import describe_report, draw_report
+from experiments.run.config_file import split_list
+from experiments.run.workdir import hold_folder
 from llama_jax import storage
 from llama_jax.data.preparation import Advance, Machine, Preparation, TextSource
 from llama_jax.data.prepare import prepare

@@ -14,10 +14,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import launch, training
-from experiments.config_file import split_list
-from experiments.data_schedule import schedule_of
-from experiments.objective import language_modelling
-from experiments.workdir import unit_bytes_of
+from experiments.run.config_file import split_list
+from experiments.run.data_schedule import schedule_of
+from experiments.run.objective import language_modelling
+from experiments.run.workdir import unit_bytes_of
 from llama_jax import runtime
 from llama_jax.data.datasets import PretrainData, pretrain_dataset
 from llama_jax.data.loader import batches, read_ahead

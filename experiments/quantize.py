@@ -15,8 +15,8 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments import launch
-from experiments.checkpoint import open_with_tokenizer
-from experiments.workdir import hold_folder
+from experiments.prompting.checkpoint import open_with_tokenizer
+from experiments.run.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, evaluate, prepare

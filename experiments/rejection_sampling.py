@@ -3,9 +3,9 @@
     python -m experiments.rejection_sampling --checkpoint=CKPT --prompts=FILE --rewards=CKPT --output=FILE.jsonl
 
 A record of --prompts has prompt, messages or what else `sft` reads before an answer; what more it holds is handed to
-the rewards (`experiments.rewards`). A line of the output has prompt and completion, of --keep=pair chosen and rejected
-too; the first line of a prompt has all its candidates with their scores. Beside it FILE.png shows what more samples, or
-hotter ones, bring. The same command goes on where it was killed, prompt by prompt.
+the rewards (`experiments.policy.rewards`). A line of the output has prompt and completion, of --keep=pair chosen and
+rejected too; the first line of a prompt has all its candidates with their scores. Beside it FILE.png shows what more
+samples, or hotter ones, bring. The same command goes on where it was killed, prompt by prompt.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.candidates import Asked, asked_of, complete, from_pool, read_pool
-from experiments.config_file import split_list
-from experiments.prompt_file import open_output, write_answers
-from experiments.sampled_policy import SampledPolicy, hash_of, request_of
+from experiments.policy.candidates import Asked, asked_of, complete, from_pool, read_pool
+from experiments.policy.sampled import SampledPolicy, hash_of, request_of
+from experiments.prompting.prompt_file import open_output, write_answers
+from experiments.run.config_file import split_list
 from llama_jax import runtime
 from llama_jax.data.records import Prompted, parse_key_map, read_records
 from llama_jax.json_file import read_bytes

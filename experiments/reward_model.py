@@ -11,8 +11,9 @@ import dataclasses
 import functools
 from typing import Any
 
-from experiments import launch, preferences, training
-from experiments.objective import objective_of, reading_model, scored
+from experiments import launch, training
+from experiments.run import preferences
+from experiments.run.objective import objective_of, reading_model, scored
 from llama_jax import runtime
 from llama_jax.checkpoint.model_file import add_to_config
 from llama_jax.data.loader import batches

@@ -15,9 +15,9 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.checkpoint import DTYPES
-from experiments.loading import load_model
-from experiments.settings import partitioner_of_flags
+from experiments.prompting.checkpoint import DTYPES
+from experiments.prompting.loading import load_model
+from experiments.run.settings import partitioner_of_flags
 from llama_jax import runtime
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.inference.speculative import MAX_PROPOSED

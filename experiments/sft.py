@@ -11,12 +11,12 @@ import logging
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import held_out_answers as answers
 from experiments import launch, training
-from experiments.config_file import split_list
-from experiments.objective import objective_of
-from experiments.row_inspection import describe_rows, plot_lengths
-from experiments.untrained_tokens import with_trained_tokens
+from experiments.run import held_out_answers as answers
+from experiments.run.config_file import split_list
+from experiments.run.objective import objective_of
+from experiments.run.row_inspection import describe_rows, plot_lengths
+from experiments.run.untrained_tokens import with_trained_tokens
 from llama_jax import runtime
 from llama_jax.data.examples import Encoder, ExampleData, collate_examples, example_dataset
 from llama_jax.data.loader import batches

@@ -16,14 +16,14 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import settings
-from experiments.adapters import check_base
-from experiments.config_file import split_list
-from experiments.data_schedule import schedule_of
 from experiments.launch import flags_named
-from experiments.objective import Objective, compile_step
-from experiments.start import find_tokenizer, open_origin, starting_architecture
-from experiments.workdir import (
+from experiments.run import settings
+from experiments.run.adapters import check_base
+from experiments.run.config_file import split_list
+from experiments.run.data_schedule import schedule_of
+from experiments.run.objective import Objective, compile_step
+from experiments.run.start import find_tokenizer, open_origin, starting_architecture
+from experiments.run.workdir import (
     Fork,
     check_data,
     check_overrides,

@@ -10,9 +10,9 @@ import pytest
 from etils import epath
 
 from configs import sections
-from experiments.adapters import check_base
-from experiments.objective import compile_step, objective_of
-from experiments.settings import make_lora_config
+from experiments.run.adapters import check_base
+from experiments.run.objective import compile_step, objective_of
+from experiments.run.settings import make_lora_config
 from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from configs import pretrain
-from experiments import config_file
+from experiments.run import config_file
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 400

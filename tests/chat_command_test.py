@@ -14,7 +14,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from experiments.conversation import Conversation
+from experiments.prompting.conversation import Conversation
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from configs import dpo, grpo, ppo, pretrain, reward_model, sections, sft
-from experiments import config_file, policy, settings
+from experiments.policy import objective as policy
+from experiments.run import config_file, settings
 from llama_jax.eval.published import published_scores
 from llama_jax.losses.policy import PRESETS as PRESETS_OF_POLICIES
 from llama_jax.models.presets import PRESETS

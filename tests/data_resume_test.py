@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from experiments.data_inspection import describe_passage, rows_of_step
+from experiments.preparation.inspection import describe_passage, rows_of_step
 from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.provenance import passages_of, read_text, reading_of
 from llama_jax.tokenizer.tokenizer import load_tokenizer

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from configs import pretrain
-from experiments import workdir as workdirs
-from experiments.data_schedule import constant_weights, parse_schedule, schedule_of
+from experiments.run import workdir as workdirs
+from experiments.run.data_schedule import constant_weights, parse_schedule, schedule_of
 from llama_jax.data.mixture import Skip, Stage
 from llama_jax.types import InputError
 

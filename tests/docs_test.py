@@ -9,7 +9,7 @@ import re
 import pytest
 
 from configs import dpo, ppo, pretrain, reward_model, sft
-from experiments import config_file
+from experiments.run import config_file
 from llama_jax.models.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -13,8 +13,8 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import dpo, sft
-from experiments import config_file, workdir
-from experiments.start import starting_architecture
+from experiments.run import config_file, workdir
+from experiments.run.start import starting_architecture
 from llama_jax import export, pretrained
 from llama_jax.convert import gguf_file, huggingface, peft
 from llama_jax.convert.bitsandbytes import with_whole_weights

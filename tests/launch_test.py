@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import ppo, pretrain
-from experiments import config_file, launch, settings
-from experiments.data_schedule import schedule_of
+from experiments import launch
+from experiments.run import config_file, settings
+from experiments.run.data_schedule import schedule_of
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh

@@ -15,7 +15,7 @@ from packaging import requirements, utils
 
 import llama_jax
 from experiments import __main__ as commands
-from experiments import config_file
+from experiments.run import config_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']

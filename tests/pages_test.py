@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax
-from experiments import config_file
+from experiments.run import config_file
 from tests.serve.serving import Script, scripted, serving
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from configs import ppo, sft
-from experiments.objective import Objective
-from experiments.policy_preflight import unread, with_beside
+from experiments.policy.preflight import unread, with_beside
+from experiments.run.objective import Objective
 
 
 def test_an_update_reads_the_base_of_adapters_but_no_reference():

@@ -11,9 +11,9 @@ from tests.policy_runs import arguments, begin, logged
 
 MOMENTS = {  # and how many calls of each there are in an iteration or more
     'llama_jax.inference.generator:Generator.advance': 12,
-    'experiments.drawing:judge': 2,
-    'experiments.iterations:Iterations._with_advantages': 2,
-    'experiments.iterations:Iterations._minibatch': 4,
+    'experiments.policy.drawing:judge': 2,
+    'experiments.policy.iterations:Iterations._with_advantages': 2,
+    'experiments.policy.iterations:Iterations._minibatch': 4,
     'llama_jax.checkpoint.training:Checkpointer.save': 2,
 }
 TIMES = ('tokens_per', 'mfu', 'share_', 'data_wait')
@@ -53,7 +53,7 @@ def test_killed_while_it_draws_and_while_it_learns_it_ends_the_same(commands, fo
     run = ['ppo', *arguments(folder / 'killed', *begun, **SETTINGS)]
     # At the end of the second iteration. The checkpoint of step 6, within it, may be there; before it was begun that of
     # step 3, within the first, had been written.
-    assert kill(commands, run, 'experiments.iterations:Iterations._minibatch', 8)
+    assert kill(commands, run, 'experiments.policy.iterations:Iterations._minibatch', 8)
     assert saved_steps(folder / 'killed') in ([3], [3, 6])
     assert kill(commands, run, 'llama_jax.inference.generator:Generator.advance', 3)
     commands.run(*run).succeeded()

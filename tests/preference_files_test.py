@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import preference_files
+from experiments.run import preference_files
 from llama_jax.data.preferences import PreferenceRows
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner, make_mesh

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.prompt_file import (
+from experiments.prompting.prompt_file import (
     answer_lines,
     complete_items,
     open_output,

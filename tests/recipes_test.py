@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import config_file
 from experiments.recipes import chat_table, small_data, small_world
 from experiments.recipes.small_world import Question, gold, obeys
+from experiments.run import config_file
 from llama_jax.data.records import Prompted
 from llama_jax.types import InputError
 from tests.command_line import REPOSITORY

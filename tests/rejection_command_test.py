@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments.rewards import Term, parse_rewards, task_reward
+from experiments.policy.rewards import Term, parse_rewards, task_reward
 from llama_jax.eval.task import Graders
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.rl.rollout import Rollout
@@ -36,8 +36,8 @@ log.ItemLog.add = adds
 
 # Where it is killed, and how many calls of each there are in the whole.
 MOMENTS = {
-    'llama_jax.inference.generator:Generator.advance': 8, 'experiments.candidates:judge': 8,
-    'llama_jax.item_log:ItemLog.add': 8, 'experiments.prompt_file:write_answers': 1,
+    'llama_jax.inference.generator:Generator.advance': 8, 'experiments.policy.candidates:judge': 8,
+    'llama_jax.item_log:ItemLog.add': 8, 'experiments.prompting.prompt_file:write_answers': 1,
 }  # fmt: skip
 
 

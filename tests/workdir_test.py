@@ -7,8 +7,8 @@ from etils import epath
 
 from configs import dpo, ppo, pretrain, reward_model, sft
 from configs.pretrain import get_config
-from experiments import config_file, workdir
-from experiments.workdir import CONFIG_FILE, check_data, check_workdir, record_run
+from experiments.run import config_file, workdir
+from experiments.run.workdir import CONFIG_FILE, check_data, check_workdir, record_run
 from llama_jax.types import InputError
 
 RECORD = {'config': {'seed': 0}, 'base_checkpoint': '', 'data_fingerprint': 'abc'}
@@ -155,7 +155,7 @@ def test_processes_that_find_other_newest_steps_of_a_fork_are_refused(monkeypatc
 def test_a_runs_tokenizer_keeps_what_its_files_say(tmp_path):
     """A fine-tune's stop tokens and added tokens go into the workdir, and come back when the run resumes."""
     pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")
-    from experiments.start import find_tokenizer
+    from experiments.run.start import find_tokenizer
     from llama_jax.tokenizer.conversion import own_files
     from tests.tokenizer import kinds
 

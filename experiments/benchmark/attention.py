@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.checkpoint import DTYPES, dtype_name
+from experiments.prompting.checkpoint import DTYPES, dtype_name
 from llama_jax.ops.attention import attention, choose
 from llama_jax.types import InputError
 

@@ -21,8 +21,8 @@ from etils import epath
 
 from experiments import launch
 from experiments.benchmark.peak import run_measured
-from experiments.config_file import split_list
-from experiments.settings import find_preset
+from experiments.run.config_file import split_list
+from experiments.run.settings import find_preset
 from llama_jax.convert import meta
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16

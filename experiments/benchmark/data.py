@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import launch
 from experiments.benchmark import data_preparation, data_reading
-from experiments.config_file import split_list
+from experiments.run.config_file import split_list
 from llama_jax.data.sources import read_documents
 from llama_jax.types import InputError
 

@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments.benchmark import decode_peers
 from experiments.benchmark.profile import show_kernels
-from experiments.settings import find_preset
+from experiments.run.settings import find_preset
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.config import LlamaConfig

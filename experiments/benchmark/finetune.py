@@ -33,8 +33,8 @@ from experiments.benchmark.convert import make_checkpoint
 from experiments.benchmark.finetune_steps import RANK, Training, Turn
 from experiments.benchmark.peak import run_measured
 from experiments.benchmark.profile import show_kernels
-from experiments.config_file import split_list
-from experiments.settings import find_preset
+from experiments.run.config_file import split_list
+from experiments.run.settings import find_preset
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.types import InputError, error_line

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.settings import find_preset
+from experiments.run.settings import find_preset
 from llama_jax import pretrained
 from llama_jax.data.examples import Example, ExampleRows, collate_examples
 from llama_jax.data.packing import lm_batch

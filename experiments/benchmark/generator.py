@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.settings import find_preset
+from experiments.run.settings import find_preset
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.models.llama import LlamaForCausalLM, init_params

@@ -23,8 +23,8 @@ from experiments.benchmark import rl_peers as peers
 from experiments.benchmark import rl_turns as turns
 from experiments.benchmark.finetune import Contender, compare, of, ratio
 from experiments.benchmark.rl_turns import Size
-from experiments.config_file import split_list
-from experiments.settings import find_preset
+from experiments.run.config_file import split_list
+from experiments.run.settings import find_preset
 from llama_jax.types import InputError
 
 _MODEL = flags.DEFINE_string('rl_model', 'stories_15m', 'a preset')

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import grpo as grpo_config
-from experiments import drawing as drawing_of_run
 from experiments.benchmark.convert import make_checkpoint
 from experiments.benchmark.finetune_steps import Turn
 from experiments.benchmark.peak import run_measured
-from experiments.policy_run import begin_policy
+from experiments.policy import drawing as drawing_of_run
+from experiments.policy.beginning import begin_policy
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.reward import LlamaForRewardModel

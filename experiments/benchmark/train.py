@@ -21,8 +21,8 @@ from absl import flags
 from experiments import launch
 from experiments.benchmark.huggingface import random_llama
 from experiments.benchmark.profile import show_kernels
-from experiments.checkpoint import DTYPES, dtype_name
-from experiments.settings import compiler_options, find_preset
+from experiments.prompting.checkpoint import DTYPES, dtype_name
+from experiments.run.settings import compiler_options, find_preset
 from llama_jax.data.packing import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig

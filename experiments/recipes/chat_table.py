@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.settings import partitioner_of_flags
+from experiments.run.settings import partitioner_of_flags
 from llama_jax import pretrained
 from llama_jax.data.messages import prompt_messages
 from llama_jax.data.preferences import encode_answer

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from experiments.launch import flags_named
-from experiments.policy import recipe_of
-from experiments.prompts import Prompts
-from experiments.settings import make_lora_config
+from experiments.policy.objective import recipe_of
+from experiments.policy.prompts import Prompts
+from experiments.run.settings import make_lora_config
 from experiments.training import Run
 from llama_jax import runtime, storage
 from llama_jax.lora import merge

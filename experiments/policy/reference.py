@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.objective import loss_of, reading_model
-from experiments.policy import abstract_reference
-from experiments.preferences import figures_of
-from experiments.start import first_params
+from experiments.policy.objective import abstract_reference
+from experiments.run.objective import loss_of, reading_model
+from experiments.run.preferences import figures_of
+from experiments.run.start import first_params
 from experiments.training import Plan, Run
 from llama_jax import runtime, storage
 from llama_jax.data.preference_dataset import PreferenceData

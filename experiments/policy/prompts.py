@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config_file import split_list
 from experiments.launch import flags_named
+from experiments.run.config_file import split_list
 from experiments.training import Plan
 from llama_jax.data.records import Prompted, parse_key_map, read_records
 from llama_jax.rl.rollout import check_room

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from experiments.drawing import Drawing, Drawn
-from experiments.policy import is_compared, make_scorer, recipe_of, shape_of
-from experiments.prompts import Prompts
+from experiments.policy.drawing import Drawing, Drawn
+from experiments.policy.objective import is_compared, make_scorer, recipe_of, shape_of
+from experiments.policy.prompts import Prompts
 from experiments.training import METRICS_FILE, Run
 from llama_jax import runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS

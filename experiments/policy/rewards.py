@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments.adapters import SharedBase
-from experiments.config_file import split_list
-from experiments.workdir import CONFIG_FILE, read_record
+from experiments.run.adapters import SharedBase
+from experiments.run.config_file import split_list
+from experiments.run.workdir import CONFIG_FILE, read_record
 from llama_jax import pretrained
 from llama_jax.eval.task import Completion, Completions, Graders, Task
 from llama_jax.eval.tasks import find_task

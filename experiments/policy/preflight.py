@@ -8,10 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import settings
-from experiments.objective import Objective, compile_step, objective_of, scored
-from experiments.policy import make_scorer, sampler_partitioner
-from experiments.policy_memory import gathers_weights, held, sampler_arguments
+from experiments.policy.memory import gathers_weights, held, sampler_arguments
+from experiments.policy.objective import make_scorer, sampler_partitioner
+from experiments.run import settings
+from experiments.run.objective import Objective, compile_step, objective_of, scored
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
 from llama_jax.preflight import compile as ahead

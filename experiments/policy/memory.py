@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.settings import make_lora_config
+from experiments.run.settings import make_lora_config
 from llama_jax.chips import GIB
 from llama_jax.inference.decoding import LEAST_ROOM, power_of_two, rows_of, with_whole_rows
 from llama_jax.losses.policy import policy_of

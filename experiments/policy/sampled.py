@@ -10,12 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.candidates import Asked, draw_all
-from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.launch import flags_named
-from experiments.prompt_file import check_output, parse_shard
-from experiments.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
-from experiments.settings import partitioner_of_flags
+from experiments.policy.candidates import Asked, draw_all
+from experiments.policy.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
+from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.prompting.prompt_file import check_output, parse_shard
+from experiments.run.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes

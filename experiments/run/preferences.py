@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments.config_file import split_list
-from experiments.data_schedule import constant_weights
 from experiments.launch import flags_named
-from experiments.objective import Objective, pair_loss
+from experiments.run.config_file import split_list
+from experiments.run.data_schedule import constant_weights
+from experiments.run.objective import Objective, pair_loss
 from experiments.training import Plan
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.preference_dataset import PreferenceData, Reading, preference_dataset

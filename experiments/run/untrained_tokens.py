@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 
-from experiments.objective import Objective
+from experiments.run.objective import Objective
 from llama_jax.models.untrained_rows import fill_untrained, find_untrained
 from llama_jax.tokenizer.chat_format import ChatFormat, Llama3ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer

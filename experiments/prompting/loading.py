@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from experiments import launch
-from experiments.checkpoint import DTYPES, dtype_name, open_with_tokenizer
-from experiments.draft import make_proposer, open_draft
+from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.prompting.draft import make_proposer, open_draft
 from llama_jax import pretrained, runtime
 from llama_jax.inference.proposers import Proposer
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.launch import flags_named
-from experiments.settings import make_lora_config
+from experiments.run.settings import make_lora_config
 from llama_jax import pretrained
 from llama_jax.checkpoint.model_file import MODEL_FILE, read_adapters
 from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters, with_base

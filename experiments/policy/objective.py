@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.adapters import adapted
-from experiments.config_file import split_list
 from experiments.launch import flags_named
-from experiments.settings import make_lora_config, mesh_sizes
-from experiments.start import first_scores
+from experiments.run.adapters import adapted
+from experiments.run.config_file import split_list
+from experiments.run.settings import make_lora_config, mesh_sizes
+from experiments.run.start import first_scores
 from llama_jax import pretrained
 from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters, only_layers
 from llama_jax.losses.policy import (

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.candidates import Asked, shown_prompt
+from experiments.policy.candidates import Asked, shown_prompt
 from llama_jax.data.records import Conversation, Messages, Prompted
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.rl.ghost_attention import Constraint, Instruction, dialogs_of, instruction_of, learnt

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.rewards import Judges
+from experiments.policy.rewards import Judges
 from llama_jax import runtime
 from llama_jax.data.messages import one_or_more_messages
 from llama_jax.data.preferences import encode_answer

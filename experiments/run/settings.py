@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.checkpoint import DTYPES
-from experiments.config_file import flatten, split_list
 from experiments.launch import flags_named
+from experiments.prompting.checkpoint import DTYPES
+from experiments.run.config_file import flatten, split_list
 from llama_jax import xla_options
 from llama_jax.eval.harness import PreparedTask, prepare
 from llama_jax.eval.task import Graders

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from experiments.adapters import adapted
-from experiments.config_file import split_list
 from experiments.launch import flags_named
-from experiments.policy import abstract_reference, policy_objective
-from experiments.start import first_params, first_scores
+from experiments.policy.objective import abstract_reference, policy_objective
+from experiments.run.adapters import adapted
+from experiments.run.config_file import split_list
+from experiments.run.start import first_params, first_scores
 from llama_jax import pretrained
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss, ratio_sums
 from llama_jax.losses.language_model import language_model_loss

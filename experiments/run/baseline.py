@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from experiments.objective import Objective, baseline_sums
-from experiments.preferences import pairs_target
+from experiments.run.objective import Objective, baseline_sums
+from experiments.run.preferences import pairs_target
 from experiments.training import Plan
 from llama_jax.data.loader import PaddedRows, batches
 from llama_jax.data.preference_dataset import PreferenceData

@@ -5,14 +5,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import launch, training
-from experiments.adapters import SharedBase
-from experiments.iterations import Iterations
-from experiments.objective import objective_of, scored
-from experiments.policy import check_policy, sampler_partitioner
-from experiments.policy_memory import available_memory, check_memory, held
-from experiments.prompts import read_prompts
-from experiments.reference import frozen_reference
-from experiments.rewards import check_rewards, open_rewards, parse_rewards
+from experiments.policy.iterations import Iterations
+from experiments.policy.memory import available_memory, check_memory, held
+from experiments.policy.objective import check_policy, sampler_partitioner
+from experiments.policy.prompts import read_prompts
+from experiments.policy.reference import frozen_reference
+from experiments.policy.rewards import check_rewards, open_rewards, parse_rewards
+from experiments.run.adapters import SharedBase
+from experiments.run.objective import objective_of, scored
 from llama_jax import runtime
 from llama_jax.data.records import check_records
 from llama_jax.train.state import abstract_state

@@ -10,7 +10,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from experiments.config_file import split_list
+from experiments.run.config_file import split_list
 from llama_jax.data.mixture import Skip, Stage
 from llama_jax.types import InputError
 

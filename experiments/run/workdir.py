@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.config_file import flatten
-from experiments.data_schedule import parse_schedule
 from experiments.launch import flags_named
+from experiments.run.config_file import flatten
+from experiments.run.data_schedule import parse_schedule
 from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS

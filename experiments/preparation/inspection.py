@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from experiments.config_file import flatten, split_list
-from experiments.data_report import draw_report
-from experiments.data_schedule import parse_schedule
-from experiments.workdir import read_record
+from experiments.preparation.report import draw_report
+from experiments.run.config_file import flatten, split_list
+from experiments.run.data_schedule import parse_schedule
+from experiments.run.workdir import read_record
 from llama_jax import pretrained, storage
 from llama_jax.data.datasets import pretrain_dataset
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared

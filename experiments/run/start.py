@@ -11,10 +11,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.config_file import split_list
 from experiments.launch import flags_named
-from experiments.settings import find_preset
-from experiments.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, read_record
+from experiments.run.config_file import split_list
+from experiments.run.settings import find_preset
+from experiments.run.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, read_record
 from llama_jax import pretrained, runtime
 from llama_jax.data.datasets import train_tokenizer
 from llama_jax.models.config import LlamaConfig

@@ -1,0 +1,1 @@
+"""Prepared rows as people read them."""

@@ -1,0 +1,1 @@
+"""What a training run is made of: its settings, its start, its objective, its workdir, what is looked at on the way."""
