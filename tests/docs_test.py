@@ -155,7 +155,7 @@ def commands():
 
 FILE = r'[\w./-]+\.(?:py|md|toml)|(?:llama_jax|tests|experiments|configs|docs)/[\w./-]*'
 # What ends so is a file that some program writes.
-WRITTEN = r'.*\.(?:py|md|toml|jsonl?|model|bin|pth?|txt|png|gz|ya?ml|safetensors|chk|jinja)'
+WRITTEN = r'.*\.(?:py|md|toml|jsonl?|model|bin|pth?|txt|png|gz|ya?ml|safetensors|chk|jinja|lock)'
 
 
 def wrong_names(text, file):

@@ -176,8 +176,8 @@ def stored_codes(source: Source) -> dict[str, BlockArray]:
         if (size := stored_blocks(source).get(weight.path)) is None:
             continue
         matrices: Any = source.tensors[weight.path]
-        codes = [_RowByRow(one.shape, np.dtype(jnp.uint4), one.read_codes) for one in matrices]
-        largest = [
+        codes: list[Any] = [_RowByRow(one.shape, np.dtype(jnp.uint4), one.read_codes) for one in matrices]
+        largest: list[Any] = [
             _RowByRow((one.shape[0], one.shape[1] // size), np.dtype(np.float32), one.absmax)
             for one in matrices
         ]

@@ -7,6 +7,7 @@ weights of a tile again.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def chunked_attention(
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = query_blocks(q_segment_ids, 'edge'), _pad(kv_segment_ids, 1, padded_keys, 'edge')
-    out = _chunked(queries, keys, values, segments, block_starts, sees_context)
+    out: Any = _chunked(queries, keys, values, segments, block_starts, sees_context)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, starts.shape[0], padded_chunk, num_heads, head_dim)
     return out[:, :, :chunk].reshape(q.shape)
 

@@ -11,7 +11,7 @@ WRONG = """
 import experiments.benchmark.attention
 import llama_jax.ops.attention as front
 chunked = front.chunked_attention
-front.chunked_attention = lambda q, k, v, q_ids, kv_ids, *rest: chunked(q, k, v, None, None, *rest)
+front.chunked_attention = lambda q, k, v, q_ids, kv_ids, *rest, **more: chunked(q, k, v, None, None, *rest, **more)
 experiments.benchmark.attention.KERNELS = {'cpu': ('chunked',)}
 experiments.benchmark.attention._CPU_CASES = [(8, 64, True, 'bfloat16')]
 """
