@@ -44,7 +44,8 @@ def few_rows_product(
 
     # What the rows are made of XLA would compute anew for each output, within the product, but for what a branch gives.
     x = x.astype(jnp.float32)
-    x = jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: x + jnp.nan, lambda x: x, x)
+    # Either branch gives the same; of two that are written alike XLA would make none.
+    x = jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
     num_bytes, num_out = sum(part.size * part.dtype.itemsize for part in parts), len(parts[0])
     if len(x) == 1 or num_bytes <= _SHARED_BYTES:
         return each(parts, scale)
