@@ -42,7 +42,7 @@ def test_metrics_are_named_by_the_rules_and_told_of():
             assert not re.search('(milli|minutes|hours|created)', sample.name)
     names = {name for name, *_ in samples}
     page = (DOCS / 'serving.md').read_text()
-    told = set(re.findall('(?:llama|process)_[a-z_]+', page)) - {'llama_jax', 'process_id'}
+    told = set(re.findall('`((?:llama|process)_[a-z_]+)', page)) - {'llama_jax', 'process_id'}
     shown = set(
         re.findall(
             'llama_[a-z_]+', json.dumps(json.loads((DOCS / 'serving_dashboard.json').read_text())['panels'])
