@@ -180,7 +180,7 @@ def _results(
     waiting: dict[Request, list[int]] = {}
     missing = {}
     for index in todo:
-        distinct = set(prepared.requests[index])
+        distinct = dict.fromkeys(prepared.requests[index])  # in their order: batches follow from it
         missing[index] = len(distinct)
         for request in distinct:
             waiting.setdefault(request, []).append(index)

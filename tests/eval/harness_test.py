@@ -50,6 +50,23 @@ def test_equal_requests_are_asked_once_and_what_was_cut_is_counted():
     assert len(engine.asked) == 7 and engine.asked[0].context == 'same'
 
 
+def test_requests_are_asked_in_the_order_of_the_items():
+    """Whatever a process hashes texts to: from what is batched together the last bits of scores follow."""
+    engine = Counting()
+    evaluate(prepare(toy_task(num_documents=20), ''), engine, progress=False)
+    assert [asked.context for asked in engine.asked] == ['same', *(f'a{index}' for index in range(20))]
+    engine.asked.clear()
+    evaluate(prepare(choices_task(), ''), engine, progress=False)
+    assert [asked.continuation for asked in engine.asked] == [f' {index}' for index in range(20)]
+
+
+def choices_task():
+    return dataclasses.replace(
+        toy_task(num_documents=1),
+        ask=lambda d, prefix: [Continuation('a', f' {index}') for index in range(20)],
+    )
+
+
 def test_a_killed_evaluation_goes_on(tmp_path):
     path = tmp_path / 'samples' / 'toy.jsonl'
     header = {'task': 'toy', 'model': 'm'}
