@@ -67,7 +67,8 @@ class Meeting:
         if self.machine.count == 1 or not self._folder.exists():
             return {}
         said = {}
-        for file in self._folder.glob('given-up-*.json'):
-            with contextlib.suppress(InputError):  # it goes where its machine starts again, and at the end
-                said[file.name] = json.dumps(read_object(file))
+        with contextlib.suppress(FileNotFoundError):  # the folder goes at the end
+            for file in self._folder.glob('given-up-*.json'):
+                with contextlib.suppress(InputError):  # it goes where its machine starts again, and at the end
+                    said[file.name] = json.dumps(read_object(file))
         return dict(sorted(said.items()))

@@ -24,7 +24,7 @@ from llama_jax.data.meeting import Meeting
 from llama_jax.data.preparation import ALONE, Advance, Machine, Preparation
 from llama_jax.data.prepared import MANIFEST, VALIDATION
 from llama_jax.data.shards import Shape, write_manifest
-from llama_jax.data.unit_tasks import plan_units, scan_all, write_all
+from llama_jax.data.unit_tasks import BEGUN, plan_units, scan_all, write_all
 from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.data.workers import Workers
 from llama_jax.json_file import read_object
@@ -65,7 +65,7 @@ def prepare(
       SystemFailure: the disk is full, or a worker died twice at one task.
     """
     enable_bucket(preparation.output)
-    work = epath.Path(preparation.output) / WORK
+    work, report = epath.Path(preparation.output) / WORK, epath.Path(preparation.output) / REPORT
     meeting = Meeting(work, machine)
     with meeting.told():
         files = [list_inputs(source.inputs) for source in preparation.sources]
@@ -76,14 +76,18 @@ def prepare(
                 scans = scan_all(preparation, work, files, workers, meeting, advance)
                 units = plan_units(preparation, scans)
                 entries = write_all(preparation, tokenizer, work, units, workers, meeting, advance)
-        except BaseException:
+            if not machine.index:
+                return _finish(preparation, tokenizer, work, scans, entries, draw)
+            meeting.wait(lambda: not (work / BEGUN).exists(), 'machine 0 to write the manifests')
+        except BaseException as error:
+            # Machine 0 takes the records away as soon as it has seen the last one: one that looks later misses them.
+            missed = isinstance(error, FileNotFoundError | InputError) and not (work / BEGUN).exists()
+            if machine.index and missed and report.exists():
+                return read_object(report)
             if machine.count == 1 and not any(work.glob('scan-*.json')):  # nothing came of it
                 _remove(work, preparation)
             raise
-        if not machine.index:
-            return _finish(preparation, tokenizer, work, scans, entries, draw)
-        meeting.wait(lambda: not (work / 'config.json').exists(), 'machine 0 to write the manifests')
-    return read_object(epath.Path(preparation.output) / REPORT)
+    return read_object(report)
 
 
 def _check_once(files: Sequence[Sequence[str]]) -> None:
@@ -116,7 +120,7 @@ def _begin(
     def has_begun() -> bool:
         # What refuses machine 0 refuses this one too; all else is written when there is a record.
         refused = _what_is_there(preparation)
-        if not (work / 'config.json').exists():
+        if not (work / BEGUN).exists():
             if refused:
                 raise InputError(refused)
             return False
@@ -124,15 +128,15 @@ def _begin(
 
     if meeting.machine.index:
         meeting.wait(has_begun, 'machine 0 to begin')
-    if (work / 'config.json').exists():
-        _compare(read_object(work / 'config.json'), now, preparation.output)
+    if (work / BEGUN).exists():
+        _compare(read_object(work / BEGUN), now, preparation.output)
         _log.info('%s: going on with what was begun', preparation.output)
         return
     if (output / REPORT).exists():  # killed at the last moment
         work.rmtree(missing_ok=True)
     if refused := _what_is_there(preparation):
         raise InputError(refused)
-    write_atomically(work / 'config.json', json.dumps(now))
+    write_atomically(work / BEGUN, json.dumps(now))
 
 
 def _what_is_there(preparation: Preparation) -> str:
@@ -241,7 +245,7 @@ def _finish(
 
 
 def _remove(work: epath.Path, preparation: Preparation) -> None:
-    (work / 'config.json').unlink(missing_ok=True)  # what the others look for
+    (work / BEGUN).unlink(missing_ok=True)  # what the others look for
     work.rmtree(missing_ok=True)
     output = epath.Path(preparation.output)
     if '://' not in preparation.output and output.exists() and not any(output.iterdir()):

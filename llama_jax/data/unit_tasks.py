@@ -23,6 +23,7 @@ from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.types import InputError
 
+BEGUN = 'config.json'  # beside the records: what is prepared
 _FILES_A_SCAN = 1000  # at most, for many small ones
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def scan_all(
     for source, names in enumerate(files):
         for first, batch in _batches_of_files(names, preparation.unit_bytes):
             tasks.append(_Scan(f'scan-{len(tasks):06d}.json', source, first, tuple(batch)))
-    own = [task for task in meeting.machine.share(tasks) if not _is_scanned(work / task.record)]
+    own = _left(tasks, lambda task: _is_scanned(work / task.record), work, meeting)
     _run(
         own, functools.partial(_scan, preparation=preparation, work=os.fspath(work)), workers,
         Advance('reading', 0, sum(len(task.files) for task in own)), advance, lambda task: len(task.files),
@@ -151,7 +152,7 @@ def write_all(
     meeting: Meeting, advance: Callable[[Advance], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Writes every unit; the entries of all machines' units, when they are done."""
-    own = [unit for unit in meeting.machine.share(units) if not _is_written(preparation, unit, work)]
+    own = _left(units, lambda unit: _is_written(preparation, unit, work), work, meeting)
     _run(
         own,
         functools.partial(
@@ -272,6 +273,19 @@ def _run(
         return what + (message['place'] if message else task.files[0])
 
     workers.run(tasks, work, done=done, told=told, describe=describe)
+
+
+def _left(
+    tasks: Sequence[Any], is_done: Callable[[Any], bool], work: epath.Path, meeting: Meeting
+) -> list[Any]:
+    """This machine's tasks without a record.
+
+    Raises:
+      FileNotFoundError: there are no records any more.
+    """
+    own = [task for task in meeting.machine.share(tasks) if not is_done(task)]
+    (work / BEGUN).stat()  # goes before any record does
+    return own
 
 
 def _await_records(work: epath.Path, tasks: Sequence[Any], meeting: Meeting) -> None:

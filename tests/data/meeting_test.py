@@ -2,12 +2,14 @@
 
 import json
 import threading
+import time
 
 import pytest
 
 from llama_jax.data import meeting, unit_tasks
+from llama_jax.data import prepare as prepare_module
 from llama_jax.data.preparation import Machine, Preparation, TextSource
-from llama_jax.data.prepare import WORK, prepare
+from llama_jax.data.prepare import REPORT, WORK, prepare
 from llama_jax.types import InputError, SystemFailure
 from tests.data.packing_test import Letters, documents
 
@@ -68,3 +70,39 @@ def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(
     assert (
         'already holds prepared data' in together(asked)[0][2]
     )  # nobody waits for a machine 0 that is refused too
+
+
+@pytest.mark.parametrize('look', ['_await_records', '_is_scanned', '_is_written'])
+def test_a_machine_that_looks_when_the_records_have_been_taken_away_is_done(
+    asked, tmp_path, monkeypatch, look
+):
+    folder, finish, now = tmp_path / 'data', prepare_module._finish, getattr(unit_tasks, look)
+    finishing, looking, reports = threading.Event(), threading.Event(), []
+
+    def finish_later(*args):
+        finishing.set()
+        assert looking.wait(60)
+        return finish(*args)
+
+    def look_later(*args):
+        if threading.current_thread().name == 'started again':
+            looking.set()
+            while (folder / WORK).exists():
+                time.sleep(0.01)
+        return now(*args)
+
+    def take_part(index):
+        reports.append(prepare(asked, Letters(), machine=Machine(index, 3)))
+
+    monkeypatch.setattr(prepare_module, '_finish', finish_later)
+    monkeypatch.setattr(unit_tasks, look, look_later)
+    threads = [threading.Thread(target=take_part, args=(index,), daemon=True) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    assert finishing.wait(60)
+    threads.append(threading.Thread(target=take_part, args=(2,), daemon=True, name='started again'))
+    threads[-1].start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert reports == [json.loads((folder / REPORT).read_text())] * 4
+    assert not (folder / WORK).exists()
