@@ -23,7 +23,7 @@ from experiments import launch
 from experiments.policy.preflight import beside_line, drawing_programs, unread, with_beside
 from experiments.run import settings
 from experiments.run.config_file import flatten
-from experiments.run.objective import Objective, compile_step, objective_of
+from experiments.run.objective import Objective, compile_step, forward_flops_per_token, objective_of
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
@@ -160,7 +160,7 @@ def compile_training(
     rng = jax.eval_shape(lambda: jax.random.key(0))
     gradients = device_bytes(target.params)
     tokens = config.train.batch_size * config.data.seq_len
-    causal, full = training_flops_per_token(llama, config.data.seq_len, objective.beside_base)
+    causal, full = objective.flops_per_token(config.data.seq_len)
     work = Work(
         tokens=tokens,
         flops=(causal * tokens, full * tokens),
@@ -191,11 +191,9 @@ def compile_before(
         return None
     target = abstract_state(objective.params, objective.axes, optax.identity(), partitioner)
     tokens = config.train.batch_size * config.data.seq_len
-    # Forward alone is a third of training: of the policy, and of a reference beside it.
-    passes = 1 + (config.loss.reference == 'live')
-    causal, full = (passes * n / 3 * tokens for n in training_flops_per_token(llama, config.data.seq_len))
+    causal, full = forward_flops_per_token(objective.read_before, config.data.seq_len)
     held = device_bytes(target.params) + device_bytes(objective.frozen)
-    work = Work(tokens, (causal, full), held, num_layers=llama.num_layers)
+    work = Work(tokens, (causal * tokens, full * tokens), held, num_layers=llama.num_layers)
 
     def measure(params: Any, frozen: Any, batch: Any) -> jax.Array:
         return before(objective.view(params, frozen), frozen, batch)

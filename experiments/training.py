@@ -49,7 +49,7 @@ from llama_jax.train import metrics
 from llama_jax.train.loop import LoopConfig, Measurement, Trained, train
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
-from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
+from llama_jax.train.throughput import peak_flops_per_device
 from llama_jax.types import InputError, PyTree
 
 METRICS_FILE = 'metrics.jsonl'
@@ -267,12 +267,12 @@ def fit(
       described: step -> what else is logged of it.
     """
     plan, objective = run.plan, run.objective
-    config, llama = plan.config, plan.model.config
+    config = plan.config
     benchmarks = [evaluate_tasks(plan, objective)] if plan.eval_tasks else []
     loop = LoopConfig(
         num_steps=config.train.num_steps, batch_size=config.train.batch_size,
         tokens_per_step=config.train.batch_size * config.data.seq_len,
-        flops_per_token=training_flops_per_token(llama, config.data.seq_len, objective.beside_base),
+        flops_per_token=objective.flops_per_token(config.data.seq_len, and_before=True),
         peak_flops=peak_flops_per_device(),
         log_every=config.log.every, checkpoint_every=config.checkpoint.every,
         profile=(config.log.get('profile_start', 0), config.log.get('profile_steps', 0)),

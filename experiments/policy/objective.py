@@ -227,6 +227,7 @@ def policy_objective(
         batch=PolicyBatch.abstract(
             *shape, num_answers, partitioner.batch_sharding(*shape), partitioner.sharding(('batch',))
         ),
+        models=(model.config, *([value_model.config] if recipe.algorithm.has_values else [])),
         view=lambda params, frozen: made.view(policy_of(params), frozen),
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.policy.memory import gathers_weights, held, sampler_arguments
-from experiments.policy.objective import make_scorer, sampler_partitioner
+from experiments.policy.objective import is_compared, make_scorer, sampler_partitioner
 from experiments.run import settings
-from experiments.run.objective import Objective, compile_step, objective_of, scored
+from experiments.run.objective import Objective, compile_step, forward_flops_per_token, objective_of, scored
 from llama_jax.chips import GIB
 from llama_jax.models.config import LlamaConfig
 from llama_jax.preflight import compile as ahead
@@ -64,9 +64,10 @@ def drawing_programs(
     score = make_scorer(config, scored(model))
     compiled = ahead.compile_ahead(score, target.params, objective.frozen, objective.batch)
     batch = config.train.batch_size * config.data.seq_len
-    causal, full = training_flops_per_token(llama, config.data.seq_len)
+    read = (*objective.models, *([llama] if is_compared(config) else []))
+    causal, full = forward_flops_per_token(read, config.data.seq_len)
     arguments_of = device_bytes(target.params) + device_bytes(objective.frozen)
-    work = Work(batch, (causal / 3 * batch, full / 3 * batch), arguments_of)
+    work = Work(batch, (causal * batch, full * batch), arguments_of)
     report = step_report(compiled, work, topology, ahead.places(partitioner.mesh))
     yield (
         'score',

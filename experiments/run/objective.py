@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ from llama_jax import pretrained
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss, ratio_sums
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.losses.reward import reward_loss
+from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner
 from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.step import compile_train_step
+from llama_jax.train.throughput import training_flops_per_token
 from llama_jax.types import InputError, LMBatch, LossFn, Params, PreferenceBatch, PyTree
 
 
@@ -36,17 +38,37 @@ class Objective:
     first_params: Callable[[Params], Params]  # `params` with shardings -> those that a new run starts with
     loss_fn: LossFn
     batch: PyTree  # the abstract global batch with its shardings
+    models: tuple[LlamaConfig, ...]  # which a batch goes through forward and backward
+    read: tuple[LlamaConfig, ...] = ()  # forward alone
     frozen: PyTree = dataclasses.field(default_factory=dict)  # what the loss reads and nothing changes
     # (params, frozen) -> the model's whole weights, which are validated, examined and sampled from.
     view: Callable[[Params, PyTree], Params] = lambda params, frozen: params
     # (whole weights, frozen, batch) -> what the next batch is compared with: a pass forward before each update.
     before: Callable[[Params, PyTree, PyTree], jax.Array] | None = None
+    read_before: tuple[LlamaConfig, ...] = ()  # which that batch goes through
     beside_base: bool = False  # what is trained stands beside frozen weights, whose gradient nobody takes
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what model.json says of them
 
     def weights(self, state: TrainState) -> Params:
         """The whole weights as they are in `state`."""
         return self.view(state.params, self.frozen)
+
+    def flops_per_token(self, seq_len: int, *, and_before: bool = False) -> tuple[float, float]:
+        """Of an update, and of the pass before it where that is asked for: as `training_flops_per_token`."""
+        trained = (training_flops_per_token(model, seq_len, self.beside_base) for model in self.models)
+        read = (*self.read, *self.read_before) if and_before else self.read
+        return _sums((*trained, forward_flops_per_token(read, seq_len)))
+
+
+def forward_flops_per_token(models: Iterable[LlamaConfig], seq_len: int) -> tuple[float, float]:
+    """One token's way forward through these models, a third of training: (causal, full)."""
+    causal, full = _sums(training_flops_per_token(model, seq_len) for model in models)
+    return causal / 3, full / 3
+
+
+def _sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    pairs = tuple(pairs)
+    return sum(causal for causal, _ in pairs), sum(full for _, full in pairs)
 
 
 def objective_of(
@@ -96,6 +118,7 @@ def language_modelling(
             model, z_loss=config.train.get('z_loss', 0.0), num_chunks=config.train.loss_chunks
         ),
         batch=LMBatch.abstract(*shape, partitioner.batch_sharding(*shape)),
+        models=(model.config,),
     )
 
 
@@ -112,6 +135,7 @@ def scoring(
         first_params=functools.partial(first_scores, model, base, config.seed),
         loss_fn=pair_loss(config, model),
         batch=_pairs_batch(config, partitioner, num_pairs),
+        models=(model.config,),
     )
 
 
@@ -124,16 +148,20 @@ def preferring(
     reference: Params | None = None,
 ) -> Objective:
     """A policy with all weights, and a reference that is frozen, or whose log-probabilities are in the batch."""
+    is_live = loss_of(config).has_reference and config.loss.reference == 'live'
     if reference is None:
-        is_live = loss_of(config).has_reference and config.loss.reference == 'live'
         reference = abstract_reference(model, partitioner) if is_live else {}
+    before = None if loss_of(config).has_pairs else _baseline(config, model)
     return Objective(
         *abstract_params_and_axes(model),
         first_params=functools.partial(first_params, model, base, config.seed),
         loss_fn=pair_loss(config, model),
         batch=_pairs_batch(config, partitioner, num_pairs),
+        models=(model.config,),
+        read=(model.config,) * is_live,
         frozen=reference,
-        before=None if loss_of(config).has_pairs else _baseline(config, model),
+        before=before,
+        read_before=(model.config,) * (1 + is_live) if before else (),
     )
 
 

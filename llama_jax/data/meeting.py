@@ -69,6 +69,8 @@ class Meeting:
         said = {}
         with contextlib.suppress(FileNotFoundError):  # the folder goes at the end
             for file in self._folder.glob('given-up-*.json'):
-                with contextlib.suppress(InputError):  # it goes where its machine starts again, and at the end
+                with contextlib.suppress(
+                    InputError
+                ):  # it goes where its machine starts again, and at the end
                     said[file.name] = json.dumps(read_object(file))
         return dict(sorted(said.items()))

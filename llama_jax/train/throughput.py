@@ -18,7 +18,8 @@ def training_flops_per_token(config: LlamaConfig, seq_len: int, frozen: bool = F
     counted.
     """
     norms = config.num_layers * 2 * config.embed_dim
-    weights = config.num_block_params - norms + config.vocab_size * config.embed_dim
+    head = config.embed_dim * (1 if config.scalar_head else config.vocab_size)
+    weights = config.num_block_params - norms + head
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len
     of_weights = (4.0 if frozen else 6.0) * weights
     return of_weights + attention / 2, of_weights + attention
