@@ -9,7 +9,7 @@ clock's. `--finetune_parts` chooses among
     dpo      pairs a second with a live reference and a kept one, beside TRL's
     shared   pairs whose prompts are four times as long as their answers: each prompt once, or before each answer
     nf4      an update of adapters beside a base in nf4, and in float32
-    memory   the peak of processes: preferences beside likelihood, and a base that is quantised while it is read
+    memory   what programs and processes hold: preferences beside likelihood; a base quantised while it is read
 """
 
 import dataclasses
@@ -223,7 +223,7 @@ def bases(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, Any
 _TRAIN = """
 import dataclasses, sys
 from experiments.benchmark import finetune_steps as steps
-steps.train_alone(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+steps.train_alone(*sys.argv[1:4], *map(int, sys.argv[4:]))
 """
 _READ_BASE = """
 import sys
@@ -233,14 +233,21 @@ steps.read_base(sys.argv[1])
 
 
 def measure_memory(preset: str, size: Size, read: str, scratch: str) -> dict[str, Any]:
-    """Peaks of processes that make some updates, or read a base in nf4, beside the size of what is read."""
-    peaks = {}
+    """What updates hold, peaks of processes that make some, or read a base in nf4, beside the size of what is read."""
+    peaks, held = {}, {}
     for loss in ('likelihood', 'preferences'):
-        arguments = (preset, loss, size.batch_size, size.packed)
+        rows = steps.rows_of(loss, size.config.vocab_size, size.batch_size, size.packed)
+        held[loss] = steps.held_bytes(size.model, Training(loss, rank=RANK), rows)
+        arguments = (preset, loss, size.remat, size.batch_size, size.packed)
         _, peaks[loss] = run_measured([sys.executable, '-c', _TRAIN, *map(str, arguments)])
-        print(f'{loss}, adapters: peak memory {peaks[loss] / 1e6:,.0f} MB', flush=True)
-    figures: dict[str, Any] = {f'memory_{loss}_peak_mb': round(peak / 1e6) for loss, peak in peaks.items()}
-    figures['memory_preferences_to_likelihood'] = peaks['preferences'] / peaks['likelihood']
+        print(
+            f'{loss}, adapters: the program holds {held[loss] / 1e6:,.0f} MB, peak memory {peaks[loss] / 1e6:,.0f} MB',
+            flush=True,
+        )
+    figures: dict[str, Any] = {}
+    for name, found in (('peak', peaks), ('held', held)):
+        figures |= {f'memory_{loss}_{name}_mb': round(number / 1e6) for loss, number in found.items()}
+        figures[f'memory_{name}_of_preferences_to_likelihood'] = found['preferences'] / found['likelihood']
     with tempfile.TemporaryDirectory(dir=scratch or None) as folder:
         make_checkpoint(read, Path(folder) / 'meta')
         num_bytes = sum(file.stat().st_size for file in (Path(folder) / 'meta').rglob('*.pth'))

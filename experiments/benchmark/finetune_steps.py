@@ -28,9 +28,9 @@ from llama_jax.quantize.base import base_target
 from llama_jax.quantize.forms import NF4
 from llama_jax.quantize.params import quantize
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.train.state import abstract_state, new_state, shardings_of
+from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import LMBatch, LossFn, Params, PreferenceBatch
+from llama_jax.types import LMBatch, LossFn, Params, PreferenceBatch, PyTree
 
 Turn = Callable[[], Any]  # what a contender does in its turn; ends when the work has ended
 
@@ -162,7 +162,22 @@ class Training:
 
 def our_turn(model: LlamaForCausalLM, training: Training, batches: Sequence[Any]) -> Turn:
     """An update on each of the batches, from random weights, on one device; the turn gives the last loss."""
-    partitioner = Partitioner(make_mesh({'fsdp': 1}, jax.devices()[:1]))
+    step, state, frozen = begin(model, training)
+    placed_batches = [place(batch) for batch in batches]
+    rng = jax.random.key(2)
+
+    def turn() -> float:
+        nonlocal state
+        for batch in placed_batches:
+            state, metrics = step(state, frozen, batch, rng)
+        return float(metrics['loss'])
+
+    return turn
+
+
+def begin(model: LlamaForCausalLM, training: Training) -> tuple[Callable[..., Any], TrainState, PyTree]:
+    """(`train_step` compiled for one device, its first state of random weights, what is frozen)."""
+    partitioner = one_device()
     model = model.clone(partitioner=partitioner)
     tx = make_optimizer(OPTIMIZER, OPTIMIZER.learning_rate)
     params, axes = abstract_params_and_axes(model)
@@ -178,21 +193,26 @@ def our_turn(model: LlamaForCausalLM, training: Training, batches: Sequence[Any]
         frozen = kept_as(weights, placed, jnp.dtype(model.dtype).name)
     target = abstract_state(params, axes, tx, partitioner)
     start = jax.jit(functools.partial(new_state, tx=tx), out_shardings=shardings_of(target))
-    state = start(weights)
-    step = compile_train_step(target, loss_fn=loss_fn, tx=tx)
-    placed_batches = [
-        jax.device_put(batch, jax.tree.map(lambda leaf: partitioner.sharding(('batch',)), batch))
-        for batch in batches
-    ]
-    rng = jax.random.key(2)
+    return compile_train_step(target, loss_fn=loss_fn, tx=tx), start(weights), frozen
 
-    def turn() -> float:
-        nonlocal state
-        for batch in placed_batches:
-            state, metrics = step(state, frozen, batch, rng)
-        return float(metrics['loss'])
 
-    return turn
+def one_device() -> Partitioner:
+    """All on the first."""
+    return Partitioner(make_mesh({'fsdp': 1}, jax.devices()[:1]))
+
+
+def place(batch: Any) -> Any:
+    """A batch on the device."""
+    sharding = one_device().sharding(('batch',))
+    return jax.device_put(batch, jax.tree.map(lambda leaf: sharding, batch))
+
+
+def held_bytes(model: LlamaForCausalLM, training: Training, batch: Any) -> int:
+    """What the compiled program of an update holds: its arguments, and the block of all that it computes."""
+    step, state, frozen = begin(model, training)
+    lowered: Any = step
+    memory = lowered.lower(state, frozen, place(batch), jax.random.key(2)).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def kept_as(weights: Params, placed: Params, dtype: str) -> Params:
@@ -202,17 +222,19 @@ def kept_as(weights: Params, placed: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), made, target)
 
 
-def train_alone(preset: str, loss: str, batch_size: int, packed_length: int) -> None:
+def rows_of(loss: str, vocab_size: int, batch_size: int, packed_length: int) -> LMBatch | PreferenceBatch:
+    """Packed rows that a loss is of: of conversations, or of pairs."""
+    if loss == 'likelihood':
+        return packed(draw_examples(960, vocab_size, packed_length + 1), packed_length, batch_size, 1)[0]
+    return paired(draw_pairs(960, vocab_size, packed_length), packed_length, batch_size)
+
+
+def train_alone(preset: str, loss: str, remat: str, batch_size: int, packed_length: int) -> None:
     """Three updates of adapters, for a process of its own whose memory is measured."""
     config = find_preset(preset)
     config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, packed_length))
-    model = LlamaForCausalLM(config, dtype=jnp.float32, remat='attention')
-    if loss == 'likelihood':
-        batch = packed(
-            draw_examples(960, config.vocab_size, packed_length + 1), packed_length, batch_size, 1
-        )[0]
-    else:
-        batch = paired(draw_pairs(960, config.vocab_size, packed_length), packed_length, batch_size)
+    model = LlamaForCausalLM(config, dtype=jnp.float32, remat=remat)
+    batch = rows_of(loss, config.vocab_size, batch_size, packed_length)
     our_turn(model, Training(loss, rank=RANK), [batch] * 3)()
 
 

@@ -98,6 +98,17 @@ def test_an_update_of_each_kind_learns(training):
 
 
 @pytest.mark.slow
+def test_beside_a_base_preferences_need_no_more_memory_than_likelihood():
+    """The base is the reference: one copy, no activations kept; answers alone meet the head."""
+    model = toy.make_model(attention_implementation='chunked')
+    held = [
+        steps.held_bytes(model, steps.Training(loss, rank=2), steps.rows_of(loss, VOCABULARY, 4, 1024))
+        for loss in ('preferences', 'likelihood')
+    ]
+    assert held[0] <= 1.1 * held[1]
+
+
+@pytest.mark.slow
 def test_parts_give_their_ratios(small):
     with flagsaver.flagsaver(finetune_parts='packing,shared'):
         *_, figures = finetune.main()
