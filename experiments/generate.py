@@ -221,7 +221,7 @@ def main() -> None:
         'max_new_tokens': _MAX_NEW_TOKENS.value, 'stop': _STOP.value, 'stop_ids': stop_ids,
         'ignore_eos': _IGNORE_EOS.value, 'special_tokens': _SPECIAL_TOKENS.value,
     }  # fmt: skip
-    if items:
+    if _PROMPTS.value:  # of which a shard may hold none
         ids = [prompt_ids(tokenizer, p, _SPECIAL_TOKENS.value) if isinstance(p, str) else p for p in prompts]
 
         def texts_of(ids, samplers):
@@ -247,7 +247,8 @@ def main() -> None:
                     write_answers(_OUTPUT.value, lines)
                 else:
                     as_text = _FORMAT.value == 'text'
-                    print('\n'.join([completions[item.index] for item in items] if as_text else lines))
+                    for line in [completions[item.index] for item in items] if as_text else lines:
+                        print(line)
         return
     if len(prompts) == 1 and _FORMAT.value == 'text' and sys.stdout.isatty() and jax.process_count() == 1:
         for piece in stream(

@@ -101,7 +101,7 @@ def main() -> None:
                     lines.append(one.line(what, best, found[what.index]))
         if runtime.is_main_process():
             shown = {turn: float(obeying[turn - 1]) for turn in probed or range(1, turns + 1)}
-            if probed:
+            if probed and mine:
                 plot_obedience(epath.Path(given['output']).with_suffix('.png'), shown)
             lines.sort(key=lambda line: line['index'])
             write_answers(given['output'], [json.dumps(line) for line in lines])
@@ -135,6 +135,8 @@ def read_constraints(path: str) -> tuple[Constraint, ...]:
 
 def describe(shown: dict[int, float], held: Sequence[Held], num_lines: int) -> str:
     """As people read it."""
+    if not held:
+        return '0 dialogs'
     terse = np.mean([one.instruction.is_terse for one in held])
     lines = [f'{len(held)} dialogs, {terse:.0%} with a terse instruction, {num_lines} answers written']
     rows = (f'{turn:6d}{share:10.1%}' for turn, share in shown.items())

@@ -25,13 +25,13 @@ from experiments.preparation.inspection import inspect
 from experiments.preparation.report import describe_report, draw_report
 from experiments.run.config_file import split_list
 from experiments.run.workdir import hold_folder
-from llama_jax import storage
+from llama_jax import pretrained, storage
 from llama_jax.data.preparation import Advance, Machine, Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source
 from llama_jax.data.units import UNIT_BYTES
-from llama_jax.pretrained import load_tokenizer
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'recipe of several sources: FILE.py:RECIPE')
@@ -109,7 +109,10 @@ def main() -> None:
     with launch.flags_named(*(f'--{name}' for name in asked)):
         preparation = Preparation(_OUTPUT.value, sources, **asked)
     with launch.flags_named('--tokenizer'):
-        tokenizer = load_tokenizer(tokenizer_file)
+        tokenizer = pretrained.load_tokenizer(tokenizer_file)
+    # What opens all checkpoints takes workers half a second and 30 MB to import; the vocabulary of a GGUF needs it.
+    is_gguf = storage.read_range(epath.Path(tokenizer.path), 0, 4) == b'GGUF'
+    opens = pretrained.load_tokenizer if is_gguf else load_tokenizer
     with launch.flags_named('--shard_index', '--num_shards'):
         machine = Machine(_SHARD_INDEX.value, _NUM_SHARDS.value)
     if machine.count == 1:  # several tell each other what is wrong
@@ -126,7 +129,7 @@ def main() -> None:
     ):
         report = prepare(
             preparation, tokenizer, num_workers=_NUM_WORKERS.value or len(os.sched_getaffinity(0)), machine=machine,
-            advance=progress.advance, draw=draw_report,
+            open_tokenizer=opens, advance=progress.advance, draw=draw_report,
         )  # fmt: skip
     if _VERIFY.value:
         for source in preparation.sources:

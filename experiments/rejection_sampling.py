@@ -136,7 +136,11 @@ def describe(
     everyone = [one for candidates in prompts for one in candidates]
     lines = [
         f'{len(prompts)} prompts, {len(everyone)} candidates, {num_lines} kept ({keep.kind}), '
-        f'{num_without} prompts without any',
+        f'{num_without} prompts without any'
+    ]
+    if not everyone:
+        return lines[0]
+    lines += [
         f'stopped {np.mean([one.stopped for one in everyone]):.1%}, '
         f'mean tokens {np.mean([one.num_tokens for one in everyone]):.1f}',
     ]

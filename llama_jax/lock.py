@@ -53,9 +53,7 @@ def hold(folder: epath.Path, *, beside: bool = False) -> Callable[[], None]:
     file = folder.parent / f'.{folder.name}.{FILE}' if beside else folder / FILE
     if '://' in os.fspath(folder):
         return _BeatingLock(file).release
-    made = [path for path in file.parents if not path.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    release = _system_lock(file) or _BeatingLock(file).release
+    made, release = _lock_in_folder(file)
 
     def let_go() -> None:
         release()
@@ -64,6 +62,19 @@ def hold(folder: epath.Path, *, beside: bool = False) -> Callable[[], None]:
                 os.rmdir(path)
 
     return let_go
+
+
+def _lock_in_folder(file: epath.Path) -> tuple[list[epath.Path], Callable[[], None]]:
+    """(the folders that were made for the file, the deepest first; what lets go of it)."""
+    for is_last in [False] * 99 + [True]:
+        made = [path for path in file.parents if not path.exists()]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return made, _system_lock(file) or _BeatingLock(file).release
+        except FileNotFoundError:  # who had made the folder has let go of it just now, and it went
+            if is_last:
+                raise
+    raise AssertionError
 
 
 def _system_lock(file: epath.Path) -> Callable[[], None] | None:
@@ -159,8 +170,10 @@ class _BeatingLock:
         end = time.monotonic() + (0 if _has_died(first) else _DEAD_SECONDS)
         if end > time.monotonic():
             logger.info('%s names %s; waiting to see whether it is alive', self._file, _owner(first))
-        while time.monotonic() < end and self._file.exists():
-            if (now := self._read()) != first:
+        while time.monotonic() < end:
+            if not self._file.exists() and self._create():
+                return  # it has let go of it
+            if (now := self._read()) and now != first:
                 raise _locked(self._file, now)
             time.sleep(min(1.0, _BEAT_SECONDS / 4))
         self._write()

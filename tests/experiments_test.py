@@ -122,6 +122,9 @@ def test_generate_completes_a_file(commands, run, tmp_path):
     }
     assert [found[index] for index in range(3)] == answers
     assert 'is there already' in commands.run('generate', *arguments, f'--output={output}').error()
+    none = [*arguments, '--shard=3/4', f'--output={tmp_path}/none.jsonl']  # more parts than lines
+    commands.run('generate', *none).succeeded()
+    assert (tmp_path / 'none.jsonl').read_text() == ''
 
 
 @pytest.mark.slow

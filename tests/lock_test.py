@@ -89,19 +89,39 @@ def test_of_many_at_once_one_has_it(tmp_path):
     assert len(times) >= 40
 
 
+def test_a_folder_that_another_takes_away_is_made_again(tmp_path, monkeypatch):
+    """As who is refused at once does, that it has made for its lock, and left empty."""
+    folder, begin, taken = epath.Path(tmp_path / 'a/run'), lock._system_lock, []
+
+    def locks(file):
+        if not taken:
+            shutil.rmtree(tmp_path / 'a')
+            taken.append(file)
+        return begin(file)
+
+    monkeypatch.setattr(lock, '_system_lock', locks)
+    release = hold(folder)
+    assert taken and (folder / lock.FILE).exists()
+    release()
+    assert not list(tmp_path.iterdir())
+    (gone := tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError):  # and not for ever
+        hold(epath.Path('run'))
+
+
 @pytest.fixture
 def beating(monkeypatch):
-    """Locks as where the file system has none, and less patient."""
+    """Locks as where the file system has none; a beat may be late by a minute on a busy machine."""
     monkeypatch.setattr(lock, '_system_lock', lambda file: None)
     monkeypatch.setattr(lock, '_BEAT_SECONDS', 0.1)
-    monkeypatch.setattr(lock, '_DEAD_SECONDS', 1.0)
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 60.0)
 
 
-def as_of_another_host(file):
-    owner = json.loads(file.read_text())
-    owner |= {'host': 'elsewhere', 'process': 7, 'boot': 'another', 'token': 'another'}
+def as_of_another_host(file, owner):
+    owner = owner | {'host': 'elsewhere', 'process': 7, 'boot': 'another', 'token': 'another'}
     file.write_text(json.dumps(owner))
-    return owner
 
 
 def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating, monkeypatch):
@@ -112,19 +132,24 @@ def test_without_locks_of_the_system_an_owner_is_heard(tmp_path, beating, monkey
         hold(folder)
     release()
     assert not file.exists()
-    # Dead on another host: nobody writes its file.
-    file.write_text(json.dumps(first))
-    as_of_another_host(file)
+    # Dead on this host, its number given to another process since; at once.
+    file.write_text(json.dumps(first | {'started': '1'}))
+    start = time.monotonic()
+    hold(folder)()
+    assert time.monotonic() - start < 30
+    # Alive on another, and letting go of it while its file is looked at.
+    as_of_another_host(file, first)
+    reads = iter([lambda file: json.loads(file.read_text()), lambda file: file.unlink() or {}])
+    with monkeypatch.context() as patch:
+        patch.setattr(lock._BeatingLock, '_read', lambda self: next(reads)(self._file))
+        release = hold(folder)
+    release()
+    # Dead on another: nobody writes its file.
+    monkeypatch.setattr(lock, '_DEAD_SECONDS', 1.0)
+    as_of_another_host(file, first)
     start = time.monotonic()
     hold(folder)()
     assert time.monotonic() - start > 1.0
-    # Dead on this one, its number given to another process since; at once.
-    with monkeypatch.context() as patient:
-        patient.setattr(lock, '_DEAD_SECONDS', 60.0)
-        file.write_text(json.dumps(first | {'started': '1'}))
-        start = time.monotonic()
-        hold(folder)()
-        assert time.monotonic() - start < 30
     # Damaged, by nobody.
     file.write_bytes(bytes(100))
     hold(folder)()
@@ -140,7 +165,8 @@ def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
 
     monkeypatch.setattr(lock.os, '_exit', end)
     hold(epath.Path(tmp_path))
-    as_of_another_host(tmp_path / lock.FILE)
+    file = tmp_path / lock.FILE
+    as_of_another_host(file, json.loads(file.read_text()))
     patience = time.monotonic() + 60
     while not ended and time.monotonic() < patience:
         time.sleep(0.01)

@@ -415,7 +415,7 @@ def test_what_is_wrong_is_one_line_from_each_process(commands, corpus, folder, t
     finished = commands.run_processes(
         'pretrain', *arguments(tmp_path / 'run', corpus),
         '--initialization_timeout=2' if None in one.values() else '--initialization_timeout=300',
-        *(argument.replace('EMPTY', str(empty)) for argument in both), num_processes=2, timeout=60, **one,
+        *(argument.replace('EMPTY', str(empty)) for argument in both), num_processes=2, timeout=240, **one,
     )  # fmt: skip
     assert len(finished) == len(messages)
     for process, message in zip(finished, messages, strict=True):

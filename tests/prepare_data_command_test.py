@@ -87,6 +87,16 @@ def test_killed_at_any_moment_with_any_number_of_workers_it_writes_the_same_byte
 
 
 @pytest.mark.slow
+def test_workers_open_whatever_tokenizer_one_process_does(commands, command, shared_data, tmp_path):
+    given = [*command, f'--tokenizer={shared_data}/weights/stories260K/stories260K.gguf']
+    for count in (1, 2):
+        commands.run(
+            'prepare_data', *given, f'--output={tmp_path}/{count}', f'--num_workers={count}'
+        ).succeeded()
+    assert contents(tmp_path / '2') == contents(tmp_path / '1')
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_one_more_try(commands, command, whole, tmp_path):
     output = tmp_path / 'out'
     pid = commands.start('prepare_data', *command, f'--output={output}', '--num_workers=2')

@@ -29,7 +29,7 @@ from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.data.workers import Workers
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, write_atomically
-from llama_jax.tokenizer.tokenizer import Tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.types import InputError
 
 WORK = 'preparation.partial'
@@ -44,6 +44,7 @@ def prepare(
     *,
     num_workers: int = 1,
     machine: Machine = ALONE,
+    open_tokenizer: Callable[[str], Tokenizer] = load_tokenizer,
     advance: Callable[[Advance], None] = lambda advance: None,
     draw: Callable[[dict[str, Any]], bytes] | None = None,
 ) -> dict[str, Any]:
@@ -51,9 +52,10 @@ def prepare(
 
     Args:
       preparation: what is prepared.
-      tokenizer: gives the ids; with several workers it is opened again from its file.
+      tokenizer: gives the ids.
       num_workers: processes on this machine.
       machine: which of several this is; all are given the same preparation, and return when all is done.
+      open_tokenizer: by which each of several workers opens it again, from its file; a function of a module.
       advance: called now and then.
       draw: the report -> its picture (PNG), written beside it.
 
@@ -75,7 +77,9 @@ def prepare(
             with Workers(num_workers) as workers:
                 scans = scan_all(preparation, work, files, workers, meeting, advance)
                 units = plan_units(preparation, scans)
-                entries = write_all(preparation, tokenizer, work, units, workers, meeting, advance)
+                entries = write_all(
+                    preparation, tokenizer, open_tokenizer, work, units, workers, meeting, advance
+                )
             if not machine.index:
                 return _finish(preparation, tokenizer, work, scans, entries, draw)
             meeting.wait(lambda: not (work / BEGUN).exists(), 'machine 0 to write the manifests')

@@ -20,7 +20,7 @@ from llama_jax.data.units import FileScan, Piece, is_held_out, join_pieces, read
 from llama_jax.data.workers import Tell, Workers
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
-from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError
 
 BEGUN = 'config.json'  # beside the records: what is prepared
@@ -148,8 +148,8 @@ def plan_units(preparation: Preparation, scans: Sequence[Sequence[FileScan]]) ->
 
 
 def write_all(
-    preparation: Preparation, tokenizer: Tokenizer, work: epath.Path, units: Sequence[_Unit], workers: Workers,
-    meeting: Meeting, advance: Callable[[Advance], None],
+    preparation: Preparation, tokenizer: Tokenizer, open_tokenizer: Callable[[str], Tokenizer], work: epath.Path,
+    units: Sequence[_Unit], workers: Workers, meeting: Meeting, advance: Callable[[Advance], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Writes every unit; the entries of all machines' units, when they are done."""
     own = _left(units, lambda unit: _is_written(preparation, unit, work), work, meeting)
@@ -157,7 +157,7 @@ def write_all(
         own,
         functools.partial(
             _write, preparation=preparation, work=os.fspath(work),
-            tokenizer=tokenizer if workers.count == 1 else os.fspath(tokenizer.path),
+            tokenizer=tokenizer if workers.count == 1 else os.fspath(tokenizer.path), open_tokenizer=open_tokenizer,
         ),
         workers,
         Advance('writing', 0, len(own), all_bytes=sum(piece.num_bytes for unit in own for piece in unit.pieces)),
@@ -190,16 +190,17 @@ def _places(folder: epath.Path, entries: dict[str, Any]) -> Iterator[tuple[epath
 
 
 @functools.lru_cache(1)
-def _load(path: str) -> Tokenizer:
-    return load_tokenizer(path)
+def _opened(path: str, open_tokenizer: Callable[[str], Tokenizer]) -> Tokenizer:
+    return open_tokenizer(path)
 
 
 def _write(
-    task: _Unit, tell: Tell, *, preparation: Preparation, work: str, tokenizer: Tokenizer | str
-) -> dict[str, int]:
+    task: _Unit, tell: Tell, *, preparation: Preparation, work: str, tokenizer: Tokenizer | str,
+    open_tokenizer: Callable[[str], Tokenizer],
+) -> dict[str, int]:  # fmt: skip
     num_threads = 0
     if isinstance(tokenizer, str):
-        tokenizer, num_threads = _load(tokenizer), 1
+        tokenizer, num_threads = _opened(tokenizer, open_tokenizer), 1
     source = preparation.sources[task.source]
     folder = preparation.folder(source)
     for place in (folder, folder / VALIDATION) if preparation.validation_fraction else (folder,):

@@ -18,7 +18,7 @@ from tests.serve.serving import Script, scripted, serving
 BODY = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900}
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'it never came about'
@@ -66,7 +66,7 @@ async def call(app, body, reads, leaves=True):
 
 @pytest.mark.parametrize('body', [{'stream': True}, {}])
 def test_a_client_that_goes_away_frees_its_slot(body):
-    script = Script('x' * 900, steps=1, hold=lambda: time.sleep(0.005))
+    script = Script('x' * 900, steps=1, hold=lambda: time.sleep(0.02))  # 18 s, if nobody went away
     with serving(lambda: scripted(script)) as (_, service):
         asyncio.run(call(make_app(service), BODY | {'n': 2} | body, reads=3 if body else 0))
         wait_for(lambda: len(script.cancelled) == 2)
@@ -124,7 +124,7 @@ def test_the_model_waits_for_what_passes_its_tokens_on():
 
 def test_too_much_at_a_time_is_sent_away_and_may_come_again():
     go = threading.Event()
-    script = Script('Hello', slots=2, hold=lambda: go.wait(20))
+    script = Script('Hello', slots=2, hold=lambda: go.wait(60))
     with serving(lambda: scripted(script), max_queue=3) as (client, service):
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(complete(client))) for _ in range(5)]
@@ -147,7 +147,7 @@ def test_while_it_loads_or_ends_it_lives_and_sends_away():
     loaded = threading.Event()
 
     def load():
-        assert loaded.wait(20)
+        assert loaded.wait(60)
         return scripted(Script('Hello'))
 
     timer = threading.Timer(0.5, loaded.set)
@@ -201,7 +201,7 @@ def test_what_breaks_off_in_a_stream_is_an_event():
 def test_a_thread_that_is_held_is_seen(monkeypatch):
     monkeypatch.setattr(worker_module, '_STALL_SECONDS', 0.3)
     go = threading.Event()
-    with serving(lambda: scripted(Script('Hello', hold=lambda: go.wait(20)))) as (client, _):
+    with serving(lambda: scripted(Script('Hello', hold=lambda: go.wait(60)))) as (client, _):
         assert client.get('/health').status_code == 200
         thread = threading.Thread(target=lambda: complete(client))
         thread.start()

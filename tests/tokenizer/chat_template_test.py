@@ -99,7 +99,7 @@ def check_limits(templates):
         assert any(
             words in message for words in ('computes for more than 0.2 s', 'Error', 'more than', 'process')
         ), message
-        assert time.monotonic() - start < 20, template[:80]
+        assert time.monotonic() - start < 60, template[:80]
     large = "{% set x = 'a' * 400000000 %}{% set y = x ~ x %}"
     assert 'MemoryError' in refusal(ChatTemplate('', cpu_seconds=10), large)  # with time for it
     # Python, the limit, and nothing beyond.
