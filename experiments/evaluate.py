@@ -118,6 +118,11 @@ def main() -> None:
             partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
             pair_files, names = preference_files.split_tasks(split_list(_TASKS.value))
             tasks = find_tasks(names, _DATA_DIR.value) if names or not pair_files else []
+            for flag in (
+                (_NUM_FEWSHOT, _COMPARE) if not tasks else () if pair_files else (_CHAT_FORMAT, _ON_ERROR)
+            ):
+                if flag.present:
+                    raise InputError(f'--{flag.name} is of none of --tasks={_TASKS.value}; leave it out')
             with launch.flags_named('--tasks'):
                 check_records(pair_files)
             graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)

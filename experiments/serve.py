@@ -65,6 +65,9 @@ def main() -> None:
     """Listens, loads, serves."""
     with launch.flags_named('--top_logprobs'):
         check_candidates(_TOP_LOGPROBS.value)
+    for flag, of in ((_DRAFT_TOKENS, _DRAFT), (_AXIS_RULES, _MESH)):
+        if flag.present and not of.value:
+            raise InputError(f'--{flag.name} is of --{of.name}, which is not given')
     keys = read_keys(_API_KEYS.value) if _API_KEYS.value else ()
     if not keys and not is_loopback(_HOST.value):
         raise InputError(
@@ -110,7 +113,8 @@ def load(
     if template_name == 'native':
         template = ''
     elif template_name != 'checkpoint':
-        template = read_bytes(epath.Path(template_name)).decode(errors='replace')
+        with launch.flags_named('--chat_template'):
+            template = read_bytes(epath.Path(template_name)).decode(errors='replace')
     rules = rules_of(tokenizer, model, draft is not None) if constrains else 'the server was started without'
     return Served.create(model, params, tokenizer, chat_of(tokenizer, template), rules, draft=draft, **rows)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from ray import serve
 
+from experiments.prompting.checkpoint import DTYPES
 from experiments.serve import load
+from llama_jax.inference.scoring import check_candidates
 from llama_jax.serve.app import make_app
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.service import Limits, Service
@@ -49,6 +51,12 @@ def app(args: Mapping[str, str]) -> serve.Application:
         if not str(args[name]).isdecimal():
             raise InputError(f'{name} is {args[name]!r}; it must be a whole number')
     numbers = {name: int(args.get(name, default)) for name, default in _NUMBERS.items()}
+    for name in ('replicas', 'slots', 'steps'):
+        if numbers[name] < 1:
+            raise InputError(f'{name} is {numbers[name]}; it must be at least 1')
+    check_candidates(numbers['top_logprobs'])
+    if texts['dtype'] not in ('auto', *DTYPES):
+        raise InputError(f'dtype is {texts["dtype"]!r}; it is one of auto, {", ".join(DTYPES)}')
     if not texts['checkpoint']:
         raise InputError('checkpoint is missing; give checkpoint=CKPT')
 

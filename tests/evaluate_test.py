@@ -172,6 +172,7 @@ def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path
 # What is refused: the arguments, and what the line says.
 REFUSED = {
     'no task': (['--tasks='], '--tasks is empty'),
+    'of pairs': (['--tasks=piqa', '--chat_format=llama3'], '--chat_format is of none of --tasks=piqa'),
     'unknown task': (['--tasks=hellaswagg'], "unknown task 'hellaswagg'; did you mean hellaswag"),
     'unknown model': (['--tasks=piqa', '--compare=llama2_8b'], "no published scores of 'llama2_8b'"),
     'missing file': (['--tasks=piqa', '--data_dir=nowhere'], 'no items of piqa in nowhere; expected piqa/'),

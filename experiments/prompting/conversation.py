@@ -14,7 +14,8 @@ from llama_jax.inference.chat import check_messages
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.serve.documents import Documents, citations, with_passages
-from llama_jax.types import InputError, did_you_mean
+from llama_jax.storage import write_atomically
+from llama_jax.types import InputError, SystemFailure, did_you_mean
 
 HELP = (
     '/reset begins anew; /system TEXT says how it is to answer; /undo takes the last answer back;\n'
@@ -56,7 +57,7 @@ class Conversation:
             if name == 'quit':
                 return False
             self._obey(name, rest.strip())
-        except (InputError, OSError) as error:
+        except (InputError, SystemFailure, OSError) as error:
             self._show(f'{error}\n')
         return True
 
@@ -88,9 +89,7 @@ class Conversation:
     def _save(self, file: str, messages: list[dict[str, Any]]) -> None:
         if os.path.exists(file):
             raise InputError(f'{file} is there already; name another file')
-        beside = epath.Path(f'{file}.partial')
-        beside.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + '\n')
-        os.replace(beside, file)
+        write_atomically(epath.Path(file), json.dumps(messages, ensure_ascii=False, indent=1) + '\n')
 
     def _answer(self, line: str) -> None:
         passages = self._documents.find(line) if self._documents else []

@@ -201,8 +201,8 @@ class Batcher:
         self.row_multiple = row_multiple
         if not self._num_rows(self.least_room):
             raise InputError(
-                f'memory holds {budget_tokens} tokens; {row_multiple} of {self.least_room} are the least that rows '
-                'take, so give it more'
+                f'budget_tokens is {budget_tokens}; rows take {row_multiple * self.least_room} at least, '
+                f'{row_multiple} of {self.least_room}'
             )
         self.steps, self.prefix_cache = steps, prefix_cache
         self._waiting: dict[str, deque[Request]] = {}  # by key, in the order of their turns

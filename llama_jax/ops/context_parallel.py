@@ -23,8 +23,6 @@ from jaxtyping import Array, Int
 from llama_jax.partitioning import LogicalAxes, Partitioner
 from llama_jax.types import InputError
 
-MeshAxes = str | tuple[str, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class ContextShard:

@@ -269,9 +269,12 @@ class Worker:
         with self._lock:
             tickets, self._open = list(self._open), {}
         self._rows = {}
-        self._tell([(ticket, Refusal(500, 'the model failed at this request')) for ticket in tickets])
+        failed = Refusal(500, 'the model failed at this request')
+        self._tell([(ticket, failed) for ticket in tickets])
         while self._texts:
-            self._texts.popleft()[0].cancel()
+            future, _ = self._texts.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(failed)
 
 
 def _score(job: Job, future: Future, tokens: Sequence[int]) -> None:

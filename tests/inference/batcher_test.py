@@ -271,7 +271,7 @@ def test_a_row_that_memory_never_holds_is_refused():
         InputError, match='a prompt of 30 tokens with up to 3 new ones takes room for 64; memory holds 63'
     ):
         make_batcher(budget_tokens=63).submit(Request(0, [1] * 30, 3))
-    with pytest.raises(InputError, match='memory holds 7 tokens; 1 of 8 are the least that rows take'):
+    with pytest.raises(InputError, match='budget_tokens is 7; rows take 8 at least, 1 of 8'):
         make_batcher(budget_tokens=7)
 
 

@@ -23,6 +23,7 @@ def weights(shared_data):
         (['--checkpoint=DIR', '--host=0.0.0.0'], '--host=0.0.0.0 is reached by others .* --api_keys=FILE'),
         (['--checkpoint=DIR', '--api_keys=DIR/keys'], 'keys line 2 is no key'),
         (['--checkpoint=DIR', '--top_logprobs=21'], '21; there may be from 0'),
+        (['--checkpoint=DIR', '--draft_tokens=3'], '--draft_tokens is of --draft, which is not given'),
         (['--checkpoint=DIR/nothing', '--port=0'], 'nothing'),
         (['--checkpoint=DIR', '--port=TAKEN'], '--port .* cannot be listened on: .*; give another'),
     ],

@@ -167,11 +167,12 @@ def test_while_it_loads_or_ends_it_lives_and_sends_away():
 
 
 def test_a_step_that_fails_is_its_requests_failure_alone_and_a_second_one_the_servers():
-    fails, failures = threading.Event(), []
+    fails, failures, scores = threading.Event(), [], []
 
     def hold():
         if fails.is_set():
             fails.clear()
+            scores.append(service.worker.score([1]))  # it waits for its turn
             raise ZeroDivisionError('in a step')
 
     script = Script('Hello', hold=hold)
@@ -181,6 +182,7 @@ def test_a_step_that_fails_is_its_requests_failure_alone_and_a_second_one_the_se
         failed = complete(client)
         assert failed.status_code == 500 and failed.json()['error']['type'] == 'server_error'
         assert 'ZeroDivision' not in failed.text and service.worker.failure is None
+        assert scores[0].exception(60).status == 500  # cancelled, nobody would answer
         assert complete(client).json()['choices'][0]['text'] == 'Hello'
         fails.set()
         streamed = client.post('/v1/completions', json=BODY | {'stream': True})
