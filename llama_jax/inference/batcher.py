@@ -168,6 +168,7 @@ class Batcher:
         grid: int,
         widths: Sequence[int],
         steps: tuple[int, int, int],
+        later_widths: Sequence[int] | None = None,
         least_room: int | None = None,
         row_multiple: int = 1,
         prefix_cache: PrefixCache | None = None,
@@ -180,6 +181,7 @@ class Batcher:
           budget_tokens: that memory holds, of all rows together: each takes the room of the longest.
           grid: tokens of a piece, a power of two.
           widths: that the last piece of a prompt may have besides `grid`; it gets the least that covers it.
+          later_widths: the same of a last piece that is not the first; None: `widths`.
           steps: of a dispatch at most: while nothing waits; while requests wait for a slot; between two pieces, where
             0 lets rows wait until no piece can be read, which is fastest where nobody looks on.
           least_room: of a row, a power of two; None: `grid`.
@@ -190,10 +192,12 @@ class Batcher:
           InputError: memory does not hold one row.
         """
         self.grid, self.widths = grid, tuple(sorted({*widths, grid}))
+        self.later_widths = self.widths if later_widths is None else tuple(sorted({*later_widths, grid}))
         self.least_room = max(least_room or grid, self.widths[0])
-        # Then a room that covers a prompt covers the padding of its last piece too.
+        # Then a room that covers a prompt covers the padding of its last piece too. Behind a first one it does anyway.
         for less, width in itertools.pairwise((0, *self.widths)):
             assert width & (width - 1) == 0 and width <= min(max(2 * less, self.least_room), grid)
+        assert max(self.later_widths) == grid
         assert min(steps[:2]) > 0 <= steps[2]
         assert prefix_cache is None or prefix_cache.block_tokens == grid
         assert num_slots % row_multiple == 0
@@ -330,7 +334,8 @@ class Batcher:
         return Extend(slot, row.request, blocks, begin, row.read, width, *self._shape(), shares)
 
     def _next_width(self, row: _Row) -> int:
-        return next((width for width in self.widths if width >= row.unread), self.grid)
+        widths = self.later_widths if row.read else self.widths
+        return next((width for width in widths if width >= row.unread), self.grid)
 
     def _decode(self, most: int) -> Decode:
         shares = []

@@ -1,10 +1,10 @@
 """The programs of generation, over rows that are independent: one may begin while others go on.
 
-`extend` reads a piece of some prompts into the cache, `first` draws their first tokens and puts them among the rows,
+`read` reads a piece of some prompts into the cache, `first` draws their first tokens and puts them among the rows,
 `decode` then gives every running row a token a step. There is one program of each for its shapes (rows, width of a
-piece, room of the cache): what is asked of the rows is in arrays. The room is a power of two that covers the longest
-row alive, so a step reads no more than twice what is there; when a row outgrows it, the cache is copied into twice the
-room once, and the next program goes on.
+piece, room of the cache, but not for a first piece): what is asked of the rows is in arrays. The room is a power of two
+that covers the longest row alive, so a step reads no more than twice what is there; when a row outgrows it, the cache
+is copied into twice the room once, and the next program goes on.
 """
 
 import dataclasses
@@ -179,6 +179,41 @@ def _placed(model: LlamaForCausalLM, cache: KVCache) -> KVCache:
     return cache.map(functools.partial(model.partitioner.shard, axes=cache.axes, name='cache'))
 
 
+def read(
+    model: LlamaForCausalLM,
+    params: Params,
+    cache: KVCache,
+    slots: Int[Any, 'P'] | None,
+    start: Int[Any, 'P'],
+    tokens: Int[Any, 'P T'],
+    counts: Int[Any, 'P'],
+    is_first: bool = False,
+) -> tuple[KVCache, Float[Array, 'P D']]:
+    """As `extend`; pieces that begin their rows are read apart, by programs that serve caches of all rooms."""
+    if not is_first:
+        return extend(model, params, cache, slots, start, tokens, counts)
+    room = min(cache.max_len, max(LEAST_ROOM, tokens.shape[1]))
+    begun, last = begin(model, params, tokens, counts, room)
+    return _put(model, cache, slots, begun), last
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'room'))
+def begin(
+    model: LlamaForCausalLM, params: Params, tokens: Int[Array, 'P T'], counts: Int[Array, 'P'], room: int
+) -> tuple[KVCache, Float[Array, 'P D']]:
+    """The first piece of some prompts: a cache of it with so much room, and each one's last hidden state."""
+    cache = empty_cache(model, len(tokens), room)
+    is_long = tokens.shape[1] >= LONG_PIECE
+    return extend(model, params, cache, None, jnp.zeros_like(counts), tokens, counts, is_long)
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def _put(model: LlamaForCausalLM, cache: KVCache, slots: Int[Array, 'P'] | None, begun: KVCache) -> KVCache:
+    """The cache with rows that `begin` gave."""
+    slots = jnp.arange(len(begun.length)) if slots is None else slots
+    return _placed(model, cache.put_rows(slots, begun, jnp.zeros_like(begun.length), begun.max_len))
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'is_first'), donate_argnames='cache')
 def extend(
     model: LlamaForCausalLM,
@@ -200,7 +235,7 @@ def extend(
       start: tokens of each row before the piece.
       tokens: the piece.
       counts: tokens of each row in it.
-      is_first: all rows begin with it, so the kernels of training read it: better ones from `LONG_PIECE` tokens on.
+      is_first: all rows begin with it, and the kernels of training read it: better ones from `LONG_PIECE` tokens on.
     """
     own = cache if slots is None else _placed(model, cache.take_rows(slots))
     own = dataclasses.replace(own, length=start, is_empty=is_first)
@@ -361,28 +396,3 @@ def _fitting(shape: tuple[int, ...], sharding: NamedSharding | None):
         return jnp.pad(array, [(0, size - kept) for size, kept in zip(shape, array.shape, strict=True)])
 
     return jax.jit(fit, out_shardings=sharding)
-
-
-@functools.partial(jax.jit, static_argnames='width')
-def copy_block(cache: KVCache, slot: Int[Array, ''], start: Int[Array, ''], width: int) -> Any:
-    """Keys and values of `width` tokens of a row, from `start` on."""
-
-    def copy(array: Array) -> Array:
-        row = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(row, start, width, axis=cache.token_axis - 1)
-
-    return jax.tree.map(copy, cache.arrays)
-
-
-@functools.partial(jax.jit, donate_argnames='cache')
-def put_block(
-    cache: KVCache, slot: Int[Array, ''], start: Int[Array, ''], block: Any, length: Int[Array, '']
-) -> KVCache:
-    """The cache with what `copy_block` gave in a row, of which then so many tokens count."""
-
-    def put(array: Array, block: Array) -> Array:
-        where = {0: slot, cache.token_axis: start}
-        return jax.lax.dynamic_update_slice(array, block[None], [where.get(axis, 0) for axis in range(4)])
-
-    written = cache.with_arrays(jax.tree.map(put, cache.arrays, block))
-    return dataclasses.replace(written, length=cache.length.at[slot].set(length))

@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 # of padding is as much work as any other, has shorter ones; other devices are kept busy by long pieces alone.
 _WIDTHS = {'cpu': (8, 16, 32, 64, 128, 256)}
 _ACCELERATORS_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+# The last of several pieces may be padded to fewer, as beside the others that is little; on accelerators to any.
+_LATER_WIDTHS = {'cpu': (32, 128)}
 # The same where beginnings of prompts are kept, in blocks of a piece.
 _BLOCK = 256
 # Tokens of a piece of several prompts, where nobody looks on: as many as keep a device busy.
@@ -73,8 +75,8 @@ class Generator:
           num_slots: rows that are decoded together.
           budget_tokens: that the cache may hold, of all rows together; None: as many as all slots could come to have.
           max_steps: tokens that a row is given before they are looked at.
-          is_watched: rows go on between any two pieces of prompts, each of which is read by itself; else once no more
-            can be read.
+          is_watched: rows go on between any two pieces of prompts, each of which is read by itself, and may have any
+            settings without another program; else rows go on once no more can be read.
           reads_together: where nobody watches, short prompts are read together: faster, but last bits may depend on the
             company.
           log_probabilities: each token is scored, and so many of the most likely ones at its place; None: none is.
@@ -88,7 +90,7 @@ class Generator:
           InputError: the budget does not hold one row, a number is out of range, or the draft does not fit.
         """
         num_candidates = min(MAX_CANDIDATES, model.config.vocab_size) if log_probabilities else 0
-        options = model, params, num_candidates, processor
+        options = model, params, num_candidates, processor, is_watched
         self._slots = Slots(*options) if draft is None else SpeculativeSlots(draft, *options)
         self._config, self._log_probabilities = model.config, log_probabilities
         context, platform = model.config.max_seq_len, platform_of(model.partitioner)
@@ -103,6 +105,7 @@ class Generator:
             widths = [*(w for w in widths if w < _BLOCK), _BLOCK] if any(prefix_bytes) else widths
         widths = sorted({min(width, longest) for width in widths})
         grid, num_slots = max(widths), decoding.rows_of(num_slots, model.partitioner)
+        later = [width for width in widths if width in _LATER_WIDTHS.get(platform, widths) or width == grid]
         together = _TOGETHER.get(platform, _ACCELERATORS_TOGETHER)
         if is_watched or not reads_together or any(prefix_bytes):
             together = 1
@@ -110,7 +113,7 @@ class Generator:
         self._prefixes = self._prefix_cache(grid, *prefix_bytes) if any(prefix_bytes) else None
         self.batcher = Batcher(
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
-            widths=widths, least_room=min(decoding.LEAST_ROOM, longest),
+            widths=widths, later_widths=later, least_room=min(decoding.LEAST_ROOM, longest),
             steps=(max_steps, others, at_once if is_watched else 0), prefix_cache=self._prefixes,
             row_multiple=decoding.rows_of(1, model.partitioner),
         )  # fmt: skip
@@ -357,7 +360,8 @@ class Generator:
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            self._slots.compile(batcher.rooms(), self._at_once, batcher.grid, also)
+            later = {width: self._at_once[width] for width in batcher.later_widths}
+            self._slots.compile(batcher.rooms(), self._at_once, later, batcher.grid, also)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began

@@ -110,6 +110,13 @@ class Adjustments:
     bias: Float[Any, 'B biased']
     min_new_tokens: Int[Any, 'B']
 
+    def changes(self, step: Int[Array, 'B']) -> Bool[Array, 'B']:
+        """Whether each row's logits change before its token of this number."""
+        of_words = (
+            (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+        )
+        return of_words | (step < self.min_new_tokens) | jnp.any(self.biased != _NO_TOKEN, axis=-1)
+
 
 @flax.struct.dataclass
 class SamplerRows:
@@ -231,15 +238,19 @@ class SamplerRows:
         if asked is None:
             return logits
         assert seen is not None
-        logits = logits.at[rows, asked.biased].add(asked.bias, mode='drop')
-        repetition = asked.repetition_penalty[:, None]
-        repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
-        logits = jnp.where(seen > 0, repeated, logits)
-        drawn = seen >> 1
-        logits -= asked.frequency_penalty[:, None] * drawn
-        logits -= asked.presence_penalty[:, None] * (drawn > 0)
-        banned = jnp.where((step < asked.min_new_tokens)[:, None], self.stop_ids, _NO_TOKEN)
-        return logits.at[rows, banned].set(-jnp.inf, mode='drop')
+
+        def adjusted(logits: Array) -> Array:
+            logits = logits.at[rows, asked.biased].add(asked.bias, mode='drop')
+            repetition = asked.repetition_penalty[:, None]
+            repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
+            logits = jnp.where(seen > 0, repeated, logits)
+            drawn = seen >> 1
+            logits -= asked.frequency_penalty[:, None] * drawn
+            logits -= asked.presence_penalty[:, None] * (drawn > 0)
+            banned = jnp.where((step < asked.min_new_tokens)[:, None], self.stop_ids, _NO_TOKEN)
+            return logits.at[rows, banned].set(-jnp.inf, mode='drop')
+
+        return jax.lax.cond(jnp.any(asked.changes(step)), adjusted, lambda logits: logits, logits)
 
     def filter(self, logits: Float[Array, 'B V']) -> Float[Array, 'B V']:
         """Logits of the distribution that is drawn from: after temperature and filters, -inf for what they drop.

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llama_jax.inference import decoding
+from llama_jax.inference.cache_blocks import copy_block, put_block
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
@@ -54,7 +55,12 @@ class Slots:
     drafted: tuple[int, int] = (0, 0)
 
     def __init__(
-        self, model: LlamaForCausalLM, params: Params, num_candidates: int, processor: LogitsProcessor | None
+        self,
+        model: LlamaForCausalLM,
+        params: Params,
+        num_candidates: int,
+        processor: LogitsProcessor | None,
+        adjusts: bool = False,
     ):
         """No rows yet.
 
@@ -63,12 +69,13 @@ class Slots:
           params: its weights; see `decode_weights`.
           num_candidates: see `decoding.Steps`.
           processor: changes the logits of all rows.
+          adjusts: rows have room for penalties and the like from the beginning, not once a request asks for any.
         """
         self._model = decoding.with_whole_rows(model)
         self._weights = decode_weights(params, model.dtype)
         self._num_candidates, self._processor = num_candidates, processor
         # What all requests so far need of the rows' settings.
-        self._num_stops, self._adjusts = STOP_IDS, False
+        self._num_stops, self._adjusts = STOP_IDS, adjusts
         # On a mesh with several shards of the batch as many prompts are read at once; all but the first are nowhere.
         self._num_read = decoding.rows_of(1, model.partitioner)
         self._rows: decoding.Rows | None = None
@@ -108,12 +115,12 @@ class Slots:
     def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
         """Reads pieces of prompts by a program for so many of `width` tokens; all begin their rows, or none."""
         rows = self._fitted()
-        cache, last = decoding.extend(self._model, self._weights, rows.cache, *self._arrays(pieces, width))
+        cache, last = decoding.read(self._model, self._weights, rows.cache, *self._arrays(pieces, width))
         self._rows = dataclasses.replace(rows, cache=cache)
         return last
 
     def _arrays(self, pieces: Sequence[Piece], width: int) -> tuple[Any, ...]:
-        """What `decoding.extend` is told of pieces."""
+        """What `decoding.read` is told of pieces."""
         num_slots, size = len(self._fitted().token), self._size(len(pieces))
         slots, tokens = np.full(size, num_slots, np.int32), np.zeros((size, width), np.int32)
         starts, counts = np.zeros((2, size), np.int32)
@@ -121,8 +128,8 @@ class Slots:
             slots[row], starts[row], counts[row] = piece.slot, piece.begin, len(piece.tokens)
             tokens[row, : counts[row]] = piece.tokens
         starts, tokens, counts = map(self._place, (starts, tokens, counts))
-        is_first = width >= decoding.LONG_PIECE and pieces[0].begin == 0
-        return None if num_slots == size == 1 else self._place(slots), starts, tokens, counts, is_first
+        where = None if num_slots == size == 1 else self._place(slots)
+        return where, starts, tokens, counts, pieces[0].begin == 0
 
     def first(self, last: Hidden, begun: Mapping[int, Begun]) -> decoding.Steps:
         """The first tokens of rows whose prompts were read; `begun` is by the place of each among the hidden states."""
@@ -174,12 +181,12 @@ class Slots:
 
     def copy(self, slot: int, begin: int, width: int) -> Any:
         """Keys and values of some tokens, which `put` takes."""
-        return decoding.copy_block(self._fitted().cache, np.int32(slot), np.int32(begin), width)
+        return copy_block(self._fitted().cache, np.int32(slot), np.int32(begin), width)
 
     def put(self, slot: int, begin: int, block: Any, length: int) -> None:
         """What `copy` gave goes into a slot, which then has `length` tokens."""
         rows = self._fitted()
-        cache = decoding.put_block(rows.cache, np.int32(slot), np.int32(begin), block, np.int32(length))
+        cache = put_block(rows.cache, np.int32(slot), np.int32(begin), block, np.int32(length))
         self._rows = dataclasses.replace(rows, cache=cache)
 
     def to_device(self, block: Any) -> Any:
@@ -211,6 +218,7 @@ class Slots:
         self,
         rooms: Mapping[int, int],
         widths: Mapping[int, int],
+        later: Mapping[int, int],
         grid: int,
         also: Sequence[Callable[[], object]] = (),
     ) -> None:
@@ -218,39 +226,79 @@ class Slots:
 
         Args:
           rooms: of a row, and with each how many rows there are.
-          widths: of pieces, and of each how many may be read at once.
+          widths: of pieces that begin a prompt, and of each how many may be read at once.
+          later: the same of those that go on with one.
           grid: width of a block that is kept.
           also: what else compiles programs of the model.
         """
         assert self._rows is None
 
-        def compile_room(room: int) -> None:
-            copy.copy(self)._compile_room(room, rooms, widths, grid)
+        def alone(compile_some: Callable[..., None], *args: Any) -> Callable[[], None]:
+            return lambda: compile_some(copy.copy(self), *args)
 
-        run_all([*(functools.partial(compile_room, room) for room in rooms), *also], self._model)
-        self._adjusts = True
-        for room, num_rows in rooms.items():
+        # What all rooms share comes first, lest two compile it.
+        lasts: dict[int, Hidden] = {}
+        begins = [
+            alone(Slots._compile_begin, rooms, width, {1, widths[width]}, lasts)
+            for width in sorted(widths)[::-1]
+        ]
+        run_all(begins, self._model)
+        of_rooms = [
+            alone(Slots._compile_room, room, rooms, widths, later, grid) for room in sorted(rooms)[::-1]
+        ]
+        run_all([alone(Slots._compile_first, rooms, lasts), *of_rooms, *also], self._model)
+        before = self._adjusts
+        for room in rooms:
             for other, other_rows in rooms.items():
-                self._rows = None
-                self.fit(num_rows, room)
+                self._start(True, rooms, room)
                 decoding.reshaped(self._fitted(), other_rows, other)
-        self._rows, self._adjusts = None, False
+        self._rows, self._adjusts = None, before
+
+    def _start(self, adjusts: bool, rooms: Mapping[int, int], room: int) -> None:
+        """Rows with so much room, with or without adjustments."""
+        self._rows, self._adjusts = None, adjusts
+        self.fit(rooms[room], room)
+
+    def _compile_begin(
+        self, rooms: Mapping[int, int], width: int, numbers: Collection[int], lasts: dict[int, Hidden]
+    ) -> None:
+        """Compiles what reads pieces of a width that begin prompts; `lasts` gets what reading so many gives."""
+        room = min(room for room in rooms if room >= width)
+        self._start(self._adjusts, rooms, room)
+        for number in numbers:
+            lasts[number] = self.read([Piece(rooms[room], 0, ())] * number, width)  # in no slot
+
+    def _compile_first(self, rooms: Mapping[int, int], lasts: Mapping[int, Hidden]) -> None:
+        """Compiles what draws first tokens."""
+        for adjusts in sorted({self._adjusts, True}):
+            for room in {num_rows: room for room, num_rows in rooms.items()}.values():
+                self._start(adjusts, rooms, room)
+                for last in lasts.values():
+                    self.first(last, {})
 
     def _compile_room(
-        self, room: int, rooms: Mapping[int, int], widths: Mapping[int, int], grid: int
+        self,
+        room: int,
+        rooms: Mapping[int, int],
+        widths: Mapping[int, int],
+        later: Mapping[int, int],
+        grid: int,
     ) -> None:
         """Compiles what rows with so much room need."""
         num_rows = rooms[room]
-        # Pieces but the last are a block wide, so only what has room for more can go on with a prompt.
-        begins = (0, 1) if room > grid else (0,)
-        for self._adjusts in (False, True):
-            self.fit(num_rows, room)
-            for width, at_once in widths.items():
-                for begin in begins if width >= decoding.LONG_PIECE else (0,):
-                    for number in {1, at_once} if width <= room else ():
-                        last = self.read([Piece(num_rows, begin, ())] * number, width)  # in no slot
-                        self.first(last, {})
+        for adjusts in sorted({self._adjusts, True}):
+            self._start(adjusts, rooms, room)
             self.decode((), 0)
+        begun = {
+            (max(width, decoding.LEAST_ROOM), n): width for width, most in widths.items() for n in (1, most)
+        }
+        for (_, number), width in begun.items():
+            if width <= room:
+                self.read([Piece(num_rows, 0, ())] * number, width)
+        # Pieces but the last are a block wide, so only what has room for more can go on with a prompt.
+        for width, at_once in later.items() if room > grid else ():
+            for number in {1, at_once}:
+                self.read([Piece(num_rows, 1, ())] * number, width)
         for width in {grid, *rooms}:
             if width <= room:
                 self.put(0, 0, self.copy(0, 0, width), 0)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.inference import decoding
+from llama_jax.inference.cache_blocks import copy_block, put_block
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
 from llama_jax.inference.logits_processor import Follower
@@ -130,10 +131,10 @@ def read(
     counts: Int[Any, 'P'],
     is_first: bool = False,
 ) -> Memory:
-    """A piece of some prompts goes where `decoding.extend`, of the same arguments, puts it."""
+    """A piece of some prompts goes where `decoding.read`, of the same arguments, puts it."""
     cache = memory.cache
     if isinstance(proposer, Draft):
-        cache, _ = decoding.extend(
+        cache, _ = decoding.read(
             proposer.model, proposer.params, cache, slots, start, tokens, counts, is_first
         )
     where = jnp.arange(len(start)) if slots is None else slots
@@ -341,7 +342,7 @@ class SpeculativeSlots(Slots):
         """With the proposer's memory of it."""
         memory = self._remembered()
         tokens = jax.lax.dynamic_slice(memory.tokens, (slot, begin), (1, width))
-        own = decoding.copy_block(memory.cache, np.int32(slot), np.int32(begin), width)
+        own = copy_block(memory.cache, np.int32(slot), np.int32(begin), width)
         return super().copy(slot, begin, width), tokens, own
 
     def put(self, slot: int, begin: int, block: Any, length: int) -> None:
@@ -350,7 +351,7 @@ class SpeculativeSlots(Slots):
         super().put(slot, begin, block, length)
         memory = self._remembered()
         where = (np.int32(slot), np.int32(begin))
-        cache = decoding.put_block(memory.cache, *where, own, np.int32(length))
+        cache = put_block(memory.cache, *where, own, np.int32(length))
         self._memory = Memory(jax.lax.dynamic_update_slice(memory.tokens, tokens, where), cache)
 
     def to_device(self, block: Any) -> Any:

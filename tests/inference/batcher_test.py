@@ -49,7 +49,8 @@ class Trace:
         widths = WIDTHS[rng.integers(3) :]
         self.batcher = Batcher(
             num_slots=int(rng.integers(1, 5)), context=CONTEXT, budget_tokens=int(rng.integers(64, 260)),
-            grid=GRID, widths=widths, steps=tuple(rng.integers((1, 1, 0), 7).tolist()),
+            grid=GRID, widths=widths, later_widths=widths[rng.integers(2) :: 2],
+            steps=tuple(rng.integers((1, 1, 0), 7).tolist()),
             least_room=int(rng.choice([widths[0], GRID, 2 * GRID])), prefix_cache=self.prefixes,
         )  # fmt: skip
         self.rows: dict[int, Row] = {}  # by slot, as the device has them
@@ -157,7 +158,8 @@ class Trace:
         assert row.request == request and not row.runs and len(row.tokens) == begin
         left = len(request.tokens) - begin
         assert begin % GRID == 0 and len(piece.tokens) == min(left, GRID)
-        assert piece.width == min(width for width in {*self.batcher.widths} if width >= min(left, GRID))
+        widths = self.batcher.later_widths if begin else self.batcher.widths
+        assert piece.width == min(width for width in widths if width >= min(left, GRID))
         assert begin + piece.width <= piece.room
         row.tokens += piece.tokens
         row.runs = bool(piece.shares)

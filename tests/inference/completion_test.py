@@ -116,13 +116,13 @@ def test_tokens_are_scored_by_the_model_and_after_the_filters(ask, logits_of):
 
 def test_choices_of_a_prompt_that_is_read_once_differ_and_repeat(monkeypatch, model, params, ask):
     settings = {'temperature': 1.0, 'seed': 7, 'max_new_tokens': 8}
-    pieces, extend = [], decoding.extend
+    pieces, read = [], decoding.read
 
     def counted(model, params, cache, slots, start, tokens, *rest):
         pieces.append(tokens.shape)
-        return extend(model, params, cache, slots, start, tokens, *rest)
+        return read(model, params, cache, slots, start, tokens, *rest)
 
-    monkeypatch.setattr(decoding, 'extend', counted)
+    monkeypatch.setattr(decoding, 'read', counted)
     (choices,) = ask(PROMPTS[1:2], n=3, **settings)
     assert pieces == [(1, 8)]
     choices = [one.tokens for one in choices]

@@ -68,7 +68,7 @@ def read_prompts(model, weights, rows, width, num_slots=None, order=None):
         counts = np.clip(lengths - start, 0, width)
         begin = np.minimum(lengths, start)
         piece = padded[:, start : start + width]
-        cache, last = decoding.extend(model, weights, cache, slots, begin, piece, counts, start == 0)
+        cache, last = decoding.read(model, weights, cache, slots, begin, piece, counts, start == 0)
         hidden = jnp.where((counts > 0)[:, None], last, hidden)
     return einsum('bd,vd->bv', hidden, weights['head'], jnp.float32), cache
 

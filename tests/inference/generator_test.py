@@ -1,5 +1,6 @@
 """Requests of any kind through shared slots: each is answered as if it were alone, to the bit."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -142,12 +143,18 @@ def compilations():
     [(16, {}), pytest.param(512, {'prefix_bytes': (200_000, 10**6)}, marks=pytest.mark.slow)],
 )
 def test_nothing_is_compiled_once_it_is_warm(monkeypatch, compilations, caplog, context, settings):
-    monkeypatch.setattr(generator_module, '_WIDTHS', {'cpu': (16, 256)})  # few, as each takes a while
+    monkeypatch.setattr(generator_module, '_WIDTHS', {'cpu': (16, 128, 256)})  # few, as each takes a while
     model = make_model(context)
     generator = Generator(model, toy.make_params(model), num_slots=4, **settings)
+    if context > 256:
+        jax.clear_caches()
     with caplog.at_level(logging.INFO):
         compilations.clear()
         generator.warm_up()
+    if context > 256:
+        # For any settings, and any room that a first piece is put into; later pieces have fewer widths.
+        programs = collections.Counter(details['fun_name'] for details in compilations)
+        assert [programs[f'jit({name})'] for name in ('decode', 'first', 'begin', 'extend')] == [2, 1, 3, 2]
     assert f'{len(compilations)} programs compiled in' in caplog.text
     assert f'rows: 4 of up to {context} tokens' in caplog.text  # the plan
     compilations.clear()
