@@ -30,11 +30,13 @@ from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.unstacked import unstack
+from llama_jax.pretrained import load_tokenizer
+from llama_jax.tokenizer.protocol import prompt_ids
 from llama_jax.types import InputError
 
 _MODEL = flags.DEFINE_string('serve_model', 'stories_110m', 'a preset')
 _CLIENTS = flags.DEFINE_list('serve_clients', '1,4,8', 'at a time, several by commas')
-_PROMPT = flags.DEFINE_integer('serve_prompt', 32, 'tokens of a prompt', lower_bound=3)
+_PROMPT = flags.DEFINE_integer('serve_prompt', 32, 'tokens of a prompt', lower_bound=8)
 _TOKENS = flags.DEFINE_integer('serve_tokens', 32, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('serve_rounds', 3, 'turns', lower_bound=1)
 _PEER = flags.DEFINE_boolean('serve_peer', True, "measure llama.cpp's server beside, where it is installed")
@@ -65,16 +67,15 @@ def main() -> dict[str, Any]:
     config = dataclasses.replace(find_preset(_MODEL.value), max_seq_len=context)
     model = LlamaForCausalLM(config, dtype=jnp.dtype('float32'))
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
-    # Letters are tokens by themselves, behind that of the beginning and a space.
-    prompt = ('PROMPT' * _PROMPT.value)[: _PROMPT.value - 2]
     with contextlib.ExitStack() as at_exit:
         folder = at_exit.enter_context(tempfile.TemporaryDirectory())
         path = write_gguf(config, params, folder, 'float32')
+        prompt, ids = _prompt(path, _PROMPT.value)
         servers = {'server': _ours(path, max(numbers))}
         if _PEER.value and _has_peer():
             servers['llama_cpp'] = _theirs(path, context)
         contenders: dict[str, Callable[[int], Turn]] = {
-            'generator': _alone(model, unstack(params, delete=True), max(numbers), prompt, tokens)
+            'generator': _alone(model, unstack(params, delete=True), max(numbers), ids, tokens)
         }
         for name, command in servers.items():
             port = at_exit.enter_context(_running(command, folder))
@@ -127,13 +128,25 @@ def _take_turns(
     return turns
 
 
+def _prompt(path: str, number: int) -> tuple[str, list[int]]:
+    """A text of so many tokens by a checkpoint's tokenizer, and these: a few more would be read by another program.
+
+    Each letter is a token, behind that of the beginning and those of a space.
+    """
+    tokenizer = load_tokenizer(path)
+    before = len(prompt_ids(tokenizer, 'PROMPT')) - len('PROMPT')
+    text = ('PROMPT' * number)[: number - before]
+    ids = list(prompt_ids(tokenizer, text))
+    assert len(ids) == number
+    return text, ids
+
+
 def _alone(
-    model: LlamaForCausalLM, params: Any, slots: int, prompt: str, tokens: int
+    model: LlamaForCausalLM, params: Any, slots: int, ids: list[int], tokens: int
 ) -> Callable[[int], Turn]:
     """The generator with the settings of the server, in this process."""
     generator = Generator(model, params, num_slots=slots, max_steps=4, log_probabilities=0)
     generator.warm_up()
-    ids = [1, 3 + ord(' '), *(3 + byte for byte in prompt.encode())]
 
     def complete(number: int) -> Turn:
         start, firsts, made = time.perf_counter(), {}, 0

@@ -1,5 +1,6 @@
 """One server of two processes: the answers of one process, and an end for both where one is gone."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,10 +8,15 @@ import socket
 import threading
 import time
 
+import httpx2
 import openai
 import pytest
 
 from tests.serve.command_test import get, wait_for
+from tests.serve.soak import Sizes, Soak
+
+# Of a context of 64.
+SMALL = Sizes(('', 'Once upon a time', 'Lily had a'), (5, 20), left=40, large=56, child=24, logprobs=1)
 
 
 def start(commands, weights, port):
@@ -75,6 +81,20 @@ def test_two_processes_answer_as_one_and_end_together(server):
         complete(client, expected, prompt='One day', max_tokens=1, echo=True, logprobs=1).choices[0].logprobs
     )
     assert len(echoed.tokens) > 2 and all(-20 < value <= 0 for value in echoed.token_logprobs[1:])
+    os.kill(pids[0], signal.SIGTERM)
+    waiter.join(60)
+    assert [process.succeeded().status for process in ended] == [0, 0]
+
+
+@pytest.mark.long
+def test_many_clients_of_two_processes_leave_no_trace(server, shared_data):
+    client, pids, waiter, ended, _ = server
+    address = str(client.base_url).removesuffix('/v1/')
+    soak = Soak(address, SMALL.expected(shared_data / 'weights/stories260K/stories260K.gguf'), SMALL)
+    with httpx2.Client(timeout=60) as http:
+        asyncio.run(soak.each_once())
+        soak.leaves_no_trace(http, 16, 60, 20)
+    assert min(soak.counts.values()) > 3, soak.counts
     os.kill(pids[0], signal.SIGTERM)
     waiter.join(60)
     assert [process.succeeded().status for process in ended] == [0, 0]
