@@ -40,7 +40,7 @@ def main() -> dict[str, Any]:
     model = LlamaForCausalLM(dataclasses.replace(find_preset(_MODEL.value), max_seq_len=2 * long))
     model = model.clone(dtype=jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
     init = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, key)))
-    params = unstack(init(jax.random.key(0)), delete=True)
+    params = unstack(init(jax.random.key(0)), model.dtype, delete=True)
     pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         'slots': share_slots(model, params, slots, _PROMPTS.value, _LENGTH.value),
         'prefix': know_beginnings(model, params, long),

@@ -6,8 +6,6 @@ takes either. It is a representation for as long as a program runs, never writte
 """
 
 import functools
-import math
-import pathlib
 from typing import Any
 
 import jax
@@ -21,9 +19,6 @@ from llama_jax.types import Array, Params
 
 # Axes of a layer's matrix that a product sums over, where they are not the first one alone.
 _NUM_SUMMED = {'o': 2}
-# Values of a layer's matrix of float32 from which on a CPU that is not of AMD multiplies several rows with it faster by
-# outputs.
-_LEAST_BY_OUTPUTS = 1 << 20
 
 
 def is_unstacked(params: Params) -> bool:
@@ -38,8 +33,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
       params: as a checkpoint has them, in any representation whose arrays have the layers as their first axis; abstract
         ones too. Those of layers apart are given back.
       dtype: of the computation: arrays of matrices in a wider floating-point type are rounded to it once, as they would
-        be in each of their products; on one CPU those of the layers become `OutputMajorArray` where it multiplies few
-        rows faster so. None: nothing is changed.
+        be in each of their products; on one CPU those of the layers become `OutputMajorArray`, by which it multiplies few
+        rows faster. None: nothing is changed.
       delete: the given arrays are deleted one after the other, as soon as they are unstacked or rounded, so that one
         weight at a time is in memory twice. Otherwise they stay, beside these.
 
@@ -78,18 +73,9 @@ def _layers(name: str, weight: Any, dtype: jax.typing.DTypeLike | None, delete: 
     else:
         own_dtype = _narrower(weight, weight.ndim - 1, dtype)
         if dtype is not None and weight.ndim > 2 and _is_on_one_cpu(weight):
-            is_large = math.prod(weight.shape[1:]) >= _LEAST_BY_OUTPUTS and not _is_by_amd()
-            if own_dtype.itemsize == 2 or (is_large and own_dtype == jnp.float32):
-                num_summed = _NUM_SUMMED.get(name, 1)
+            num_summed = _NUM_SUMMED.get(name, 1)
         layers = _split(weight, own_dtype, delete, num_summed)
     return tuple(OutputMajorArray(layer, num_summed) for layer in layers) if num_summed else layers
-
-
-@functools.cache
-def _is_by_amd() -> bool:
-    """Whether the processor is one of AMD's, as Linux says."""
-    told = pathlib.Path('/proc/cpuinfo')
-    return told.exists() and 'AuthenticAMD' in told.read_text()
 
 
 def _is_on_one_cpu(leaf: Any) -> bool:

@@ -46,8 +46,6 @@ _FEW_ROWS = 16
 # Of the float32 that a CPU makes of a tile: it stays in the cache (2 MiB a core where this was found to be fastest),
 # and is gone when the next is made.
 _TILE_BYTES = 1 << 20
-# That a CPU's product of a single row with a tall matrix of float32 is the sum of: in two thirds of the time.
-_PARTS = 4
 
 
 def einsum(
@@ -88,10 +86,16 @@ def product(
     ):
         by_tiles = functools.partial(_einsum_by_tiles, equation, output_dtype=output_dtype)
         return jax.lax.platform_dependent(x, weight, cpu=by_tiles, default=whole)
-    if _is_tall(equation, x, weight):
-        in_parts = functools.partial(_single_row_in_parts, equation, output_dtype=output_dtype)
-        return jax.lax.platform_dependent(x, weight, cpu=in_parts, default=whole)
     return whole(x, weight)
+
+
+def by_outputs_product(
+    x: Float[Array, 'B D'], matrix: Weight, output_dtype: jax.typing.DTypeLike | None
+) -> Float[Array, 'B F']:
+    """As `product`, of a matrix by its outputs on a CPU: of 16 bits it meets any number of rows tile by tile."""
+    if not isinstance(matrix, Representation) and _is_narrow(matrix):
+        return _einsum_by_tiles('bd,fd->bf', x, matrix, output_dtype)
+    return product('bd,fd->bf', x, matrix, output_dtype)
 
 
 def take(
@@ -145,30 +149,6 @@ def _summed_sizes(equation: str, weight: Array) -> list[int]:
     ]
 
 
-def _is_tall(equation: str, x: Float[Array, '...'], weight: Array) -> bool:
-    """Whether it is of one row of float32 and a matrix with at least twice as many rows as columns."""
-    summed = _summed_sizes(equation, weight)
-    return (
-        x.dtype == weight.dtype == jnp.float32
-        and _sums_last_axes(equation)
-        and list(weight.shape[: len(summed)]) == summed
-        and math.prod(summed) == x.size
-        and 2 * weight.size <= x.size**2
-        and x.size % _PARTS == 0
-    )
-
-
-def _single_row_in_parts(
-    equation: str, x: Float[Array, '...'], weight: Array, output_dtype: jax.typing.DTypeLike | None
-) -> Float[Array, '...']:
-    """The product of a single row as the sum of those of parts of it, which a CPU's cores share."""
-    num_summed = len(_summed_sizes(equation, weight))
-    parts = weight.reshape(_PARTS, x.size // _PARTS, -1)
-    y = jnp.einsum('pd,pdf->pf', x.reshape(_PARTS, -1), parts).sum(axis=0)
-    shape = *x.shape[: x.ndim - num_summed], *weight.shape[num_summed:]
-    return y.reshape(shape).astype(output_dtype or x.dtype)
-
-
 def _einsum_by_tiles(
     equation: str, x: Float[Array, '...'], weight: Array, output_dtype: jax.typing.DTypeLike | None
 ) -> Float[Array, '...']:
@@ -190,12 +170,12 @@ def _einsum_by_tiles(
         # Together with what changes from tile to tile: the whole weight would be converted once, before the loop.
         own, start = jax.lax.optimization_barrier((matrix, start))
         tile = jax.lax.dynamic_slice_in_dim(own, start, length).astype(jnp.float32)
-        if is_summed_first:
-            return y + jax.lax.dynamic_slice_in_dim(rows, start, length, axis=1) @ tile
-        return jax.lax.dynamic_update_slice_in_dim(y, rows @ tile.T, start, axis=1)
+        return y + jax.lax.dynamic_slice_in_dim(rows, start, length, axis=1) @ tile
 
     if not is_summed_first and len(rows) <= tiles_cpu.FEW_ROWS:
         y = tiles_cpu.few_rows_product(rows, [matrix], lambda matrix: matrix.astype(jnp.float32))
+    elif not is_summed_first:
+        y = tiles_cpu.tiled_product([rows], [matrix], lambda matrix: [matrix.astype(jnp.float32)])
     else:
         y = jnp.zeros((len(rows), math.prod(kept)), jnp.float32)
         y = tiles_cpu.over_tiles(len(matrix), 1, _TILE_BYTES // (4 * matrix.shape[1]), step, y)
@@ -204,7 +184,28 @@ def _einsum_by_tiles(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _einsum(equation, x, weight, output_dtype):
-    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=output_dtype)
+    def whole(x, weight):
+        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=output_dtype)
+
+    def weight_first(x, weight):
+        size = math.prod(_summed_sizes(equation, weight))
+        y = tiles_cpu.weight_first_product(x.reshape(-1, size), weight.reshape(-1, size))
+        return y.reshape(jax.eval_shape(whole, x, weight).shape).astype(output_dtype or x.dtype)
+
+    if _is_weight_first(equation, x, weight):
+        return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=whole)
+    return whole(x, weight)
+
+
+def _is_weight_first(equation: str, x: Float[Array, '...'], weight: Array) -> bool:
+    """Whether a CPU multiplies faster with the weight left: some rows, and float32 that lies by its outputs."""
+    operands, out = equation.split('->')
+    return (
+        x.dtype == weight.dtype == jnp.float32
+        and _sums_last_axes(equation)
+        and operands[-1] not in out
+        and tiles_cpu.is_weight_first(x.size // math.prod(_summed_sizes(equation, weight)))
+    )
 
 
 def _forward(equation, x, weight, output_dtype):

@@ -1,8 +1,7 @@
 """A matrix kept by its outputs, a `Representation` of `ops.linear`: what a CPU multiplies few activations with.
 
-XLA's CPU reads a single row's product with a matrix of float32 at the memory's speed in either order; one of integers
-or 16 bits by its outputs alone, which it then converts within the product (`ops.tiles_cpu`). Of several rows it packs a
-float32 matrix for each product: what of that is faster by outputs depends on the processor (`models.unstacked`).
+A matrix of integers or 16 bits is converted within the product of a single row where it lies so. One of float32 may then
+stand left in the product of some rows, where XLA's CPU does not pack it, as it does on the right (`ops.tiles_cpu`).
 """
 
 import math
@@ -57,7 +56,7 @@ class OutputMajorArray:
         matrix = jax.tree.map(lambda leaf: leaf.reshape(-1, self._size(leaf)), self.values)
         # Before a loop of steps: within a product the other shape would be found anew for each of its values.
         matrix = jax.lax.optimization_barrier(matrix)
-        y = linear.product('bd,fd->bf', rows, matrix, output_dtype)
+        y = linear.by_outputs_product(rows, matrix, output_dtype)
         return y.reshape(*x.shape[: len(of_x) - self.num_summed], *self.shape[self.num_summed :])
 
     def take(

@@ -283,20 +283,17 @@ def _tiles_side_by_side(
     codes = _as_bytes(codes) if is_paired else codes
     parts = x.reshape(x.shape[0], size // planes, planes)
 
-    def put_tile(y: Array, start: Array | int, length: int) -> Array:
-        tile = jax.lax.dynamic_slice_in_dim(codes, start, length)
-        of_tile = jax.lax.dynamic_slice_in_dim(scale, start, length)
-        made = jnp.zeros((x.shape[0], length), jnp.float32)
-        for plane, values in enumerate(_planes(tile, is_paired)):
-            if scale.shape[1] > 1:
-                values = values.reshape(length, scale.shape[1], -1) * of_tile[..., None]
-            made += parts[..., plane] @ values.reshape(length, -1).T
-        if scale.shape[1] == 1:
-            made *= of_tile.T
-        return jax.lax.dynamic_update_slice_in_dim(y, made, start, 1)
+    def floats(tile: Array, *of_tile: Array) -> list[Array]:
+        values = _planes(tile, is_paired)
+        if not of_tile:
+            return values
+        groups = [plane.reshape(len(tile), scale.shape[1], -1) * of_tile[0][..., None] for plane in values]
+        return [plane.reshape(len(tile), -1) for plane in groups]
 
-    wanted = max(_TILE_BYTES // (4 * size), min(x.shape[0], _MAX_TILE_ROWS))
-    return tiles_cpu.over_tiles(num_out, 1, wanted, put_tile, jnp.zeros((x.shape[0], num_out), jnp.float32))
+    parts = [parts[..., plane] for plane in range(planes)]
+    if group < size:
+        return tiles_cpu.tiled_product(parts, [codes, scale], floats)
+    return tiles_cpu.tiled_product(parts, [codes], floats) * scale.T
 
 
 def _as_bytes(codes: Int[Array, 'D F']) -> Int[Array, 'D F2']:

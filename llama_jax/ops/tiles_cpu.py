@@ -14,6 +14,10 @@ from jaxtyping import Array, Float
 
 # Up to so many rows one after the other take less time than all of them with a tile's float32.
 FEW_ROWS = 8
+# More than one row and up to so many take less time right of the weight than left.
+_WEIGHT_FIRST_ROWS = 64
+# Of the float32 that is made of a tile. A product much smaller than one of so many bytes is left to a single core.
+_TILE_BYTES = 3 << 20
 # A weight of fewer bytes stays in the cache that all cores share, from one row to the next. Of a larger one all rows
 # meet a piece of so many bytes before the next, which stays in that of a core.
 _SHARED_BYTES, _PIECE_BYTES = 8 << 20, 512 << 10
@@ -57,6 +61,47 @@ def few_rows_product(
 
     wanted = _PIECE_BYTES * num_out // num_bytes
     return over_tiles(num_out, 1, wanted, put_piece, jnp.zeros((len(x), num_out), jnp.float32))
+
+
+def is_weight_first(num_rows: int) -> bool:
+    """Whether so many rows are multiplied faster as `weight_first_product`."""
+    return 1 < num_rows <= _WEIGHT_FIRST_ROWS
+
+
+def weight_first_product(x: Float[Array, 'B D'], matrix: Float[Array, 'F D']) -> Float[Array, 'B F']:
+    """`x @ matrix.T` with the matrix left: the barrier keeps XLA from turning it round."""
+    return jax.lax.optimization_barrier(matrix @ x.T).T
+
+
+def tiled_product(
+    x: Sequence[Float[Array, 'B d']],
+    parts: Sequence[Array],
+    floats: Callable[..., Sequence[Float[Array, 'f d']]],
+) -> Float[Array, 'B F']:
+    """`x @ floats(*parts).T` in float32, of which no more than a tile is there at once.
+
+    Args:
+      x: activations, in as many parts along what is summed as `floats` gives of the weight.
+      parts: what the weight is made of, each with its outputs first.
+      floats: the weight, or that of some outputs, of the parts.
+    """
+    num_rows, num_out, size = len(x[0]), len(parts[0]), sum(part.shape[1] for part in x)
+    first = is_weight_first(num_rows)
+    right = [part.T if first else part for part in x]
+
+    def put_tile(y: Array, start: Array | int, length: int) -> Array:
+        # Together with what changes from tile to tile: the whole weight would be converted once, before the loop; and
+        # with the activations: of a single tile it would be, before a loop of steps.
+        own, start, others = jax.lax.optimization_barrier((tuple(parts), start, right))
+        tiles = floats(*(jax.lax.dynamic_slice_in_dim(part, start, length) for part in own))
+        made = sum(
+            tile @ other if first else other @ tile.T for tile, other in zip(tiles, others, strict=True)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(y, made, start, 0 if first else 1)
+
+    zeros = jnp.zeros((num_out, num_rows) if first else (num_rows, num_out), jnp.float32)
+    y = over_tiles(num_out, 1, _TILE_BYTES // (4 * size), put_tile, zeros)
+    return jax.lax.optimization_barrier(y).T if first else y
 
 
 def over_tiles(size: int, unit: int, wanted: int, step: Callable, start: Any) -> Any:

@@ -12,7 +12,6 @@ from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler, SamplerRows
-from llama_jax.models import unstacked
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
@@ -142,10 +141,8 @@ def test_rows_that_outgrow_their_room_go_on_in_more(monkeypatch, model, params):
 
 
 @pytest.mark.parametrize('mesh', MESHES)
-def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, logits_of, mesh):
+def test_unstacked_weights_are_the_same_model(model, params, rows, logits_of, mesh):
     """With a cache and without, alone and on a mesh, where they are placed as the stacked ones are."""
-    monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', params['blocks']['mlp']['up'][0].size)
-    monkeypatch.setattr(unstacked, '_is_by_amd', lambda: False)
     tokens, want = rows[0], np.stack([logits_of(row) for row in rows[0]])
     if mesh is not None:
         partitioner = Partitioner(make_mesh(mesh))
@@ -155,9 +152,8 @@ def test_unstacked_weights_are_the_same_model(monkeypatch, model, params, rows, 
     apply = jax.jit(lambda params, tokens, cache: model.apply({'params': params}, tokens, cache=cache))
     weights = unstack(params, jnp.float32)
     for layer in weights['blocks']:
-        for part, name in ('mlp', 'down'), ('attention', 'o'):
+        for part, name in ('mlp', 'down'), ('attention', 'o'), ('attention', 'k'):
             assert isinstance(layer[part][name], OutputMajorArray) == (mesh is None)
-        assert not isinstance(layer['attention']['k'], OutputMajorArray)  # it is small
         if mesh is not None:
             q = params['blocks']['attention']['q']
             assert layer['attention']['q'].sharding.spec == PartitionSpec(*q.sharding.spec[1:])
@@ -224,13 +220,11 @@ def test_weights_are_unstacked_once_for_as_long_as_they_live(params):
     assert not alive & set(large)
 
 
-def test_on_an_amd_matrices_of_float32_stay_and_those_of_integers_lie_by_outputs(monkeypatch, params):
-    monkeypatch.setattr(unstacked, '_LEAST_BY_OUTPUTS', 0)
-    monkeypatch.setattr(unstacked, '_is_by_amd', lambda: True)
+def test_on_a_cpu_matrices_lie_by_outputs(params):
     integers = quantize(params, 'int8')
-    for weights, lie_so in ((params, False), (integers, True)):
+    for weights in params, integers:
         down = unstack(weights, jnp.float32)['blocks'][0]['mlp']['down']
-        assert isinstance(down, OutputMajorArray) == lie_so
+        assert isinstance(down, OutputMajorArray)
         want = materialize(weights['blocks']['mlp']['down'])[0]
         np.testing.assert_array_equal(materialize(down), want)
     with pytest.raises(InputError, match='quantised already'):

@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax.ops import tiles_cpu
 from llama_jax.ops.linear import einsum
+from llama_jax.ops.output_major import OutputMajorArray
 
 
 @pytest.mark.parametrize('num_rows', [1, 5])
@@ -37,10 +38,34 @@ def test_a_matrix_by_its_outputs_takes_no_memory_beside_it(num_rows):
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes // 16  # the rows' sums
 
 
-def test_a_single_row_with_a_tall_matrix_is_summed_in_parts():
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of the compiler for CPUs')
+@pytest.mark.parametrize(('num_rows', 'is_left'), [(1, False), (2, True), (64, True), (65, False)])
+def test_of_some_rows_the_matrix_stands_left(num_rows, is_left):
     rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 1, 4, 16), (4, 16, 24)))
-    found = einsum('btgh,ghd->btd', jnp.asarray(x), jnp.asarray(weight))
-    wanted = np.einsum('btgh,ghd->btd', *(np.float64(a) for a in (x, weight)))
-    np.testing.assert_allclose(found, wanted, atol=1e-5)  # fp32 sums of 64 products of size 1
-    assert found.shape == wanted.shape
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, num_rows, 96), (160, 96)))
+    program = jax.jit(lambda x, w: einsum('btd,vd->btv', x, w)).lower(x, weight).compile()
+    wanted = np.einsum('btd,vd->btv', *(np.float64(a) for a in (x, weight)))
+    np.testing.assert_allclose(program(x, weight), wanted, atol=1e-4)  # sums of 96 products of size 1
+    assert (f'f32[160,{num_rows}]' in program.as_text()) == is_left
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of the compiler for CPUs')
+@pytest.mark.parametrize('num_rows', [12, 80])
+def test_many_rows_meet_a_weight_of_16_bits_by_its_outputs_tile_by_tile(num_rows, monkeypatch):
+    """In a loop of steps too, before which nothing is converted; of tiles with a rest, and of a single one."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((num_rows, 320)).astype(np.float32), rng.standard_normal((320, 700))
+    by_outputs = OutputMajorArray.create(jnp.asarray(weight, jnp.bfloat16), 1)
+    wanted = np.float64(x) @ np.asarray(by_outputs.materialize(), np.float64)
+    for tile_bytes in 4 * 320 * 256, tiles_cpu._TILE_BYTES:
+        monkeypatch.setattr(tiles_cpu, '_TILE_BYTES', tile_bytes)
+
+        def steps(x, weight):
+            return jax.lax.fori_loop(0, 3, lambda _, y: einsum('bd,df->bf', x + 0 * y[:, :320], weight), y0)
+
+        y0 = jnp.zeros((num_rows, 700))
+        program = jax.jit(steps).lower(x, by_outputs).compile()
+        np.testing.assert_allclose(program(x, by_outputs), wanted, atol=1e-5 * np.abs(wanted).max())
+        assert 'while' in program.as_text()
+        before = program.as_text().split('ENTRY')[1]
+        assert 'f32[700,320]' not in before and 'f32[320,700]' not in before
