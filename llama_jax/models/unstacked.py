@@ -33,8 +33,8 @@ def unstack(params: Params, dtype: jax.typing.DTypeLike | None = None, *, delete
       params: as a checkpoint has them, in any representation whose arrays have the layers as their first axis; abstract
         ones too. Those of layers apart are given back.
       dtype: of the computation: arrays of matrices in a wider floating-point type are rounded to it once, as they would
-        be in each of their products; on one CPU those of the layers become `OutputMajorArray`, by which it multiplies few
-        rows faster. None: nothing is changed.
+        be in each of their products; on one CPU those of the layers become `OutputMajorArray`, by which few rows are
+        multiplied faster. None: nothing is changed.
       delete: the given arrays are deleted one after the other, as soon as they are unstacked or rounded, so that one
         weight at a time is in memory twice. Otherwise they stay, beside these.
 

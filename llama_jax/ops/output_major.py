@@ -1,7 +1,7 @@
 """A matrix kept by its outputs, a `Representation` of `ops.linear`: what a CPU multiplies few activations with.
 
-A matrix of integers or 16 bits is converted within the product of a single row where it lies so. One of float32 may then
-stand left in the product of some rows, where XLA's CPU does not pack it, as it does on the right (`ops.tiles_cpu`).
+Lying so, one of integers or 16 bits is converted within the product of a single row, and one of float32 may stand left
+in that of some rows: there XLA's CPU does not pack it, as it does on the right (`ops.tiles_cpu`).
 """
 
 import math

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Up to so many rows one after the other take less time than all of them with a tile's float32.
-FEW_ROWS = 8
+FEW_ROWS = 4
 # More than one row and up to so many take less time right of the weight than left.
 _WEIGHT_FIRST_ROWS = 64
 # Of the float32 that is made of a tile. A product much smaller than one of so many bytes is left to a single core.
@@ -99,8 +99,11 @@ def tiled_product(
         )
         return jax.lax.dynamic_update_slice_in_dim(y, made, start, 0 if first else 1)
 
+    # At least two, and alike as far as may be: outside a loop each would have memory of its own, fresh in every call.
+    least = max(-(-4 * size * num_out // _TILE_BYTES), 2)
+    number = next((number for number in range(least, 2 * least) if num_out % number == 0), least)
     zeros = jnp.zeros((num_out, num_rows) if first else (num_rows, num_out), jnp.float32)
-    y = over_tiles(num_out, 1, _TILE_BYTES // (4 * size), put_tile, zeros)
+    y = over_tiles(num_out, 1, num_out // number, put_tile, zeros)
     return jax.lax.optimization_barrier(y).T if first else y
 
 

@@ -57,14 +57,14 @@ def test_many_rows_meet_a_weight_of_16_bits_by_its_outputs_tile_by_tile(num_rows
     x, weight = rng.standard_normal((num_rows, 320)).astype(np.float32), rng.standard_normal((320, 700))
     by_outputs = OutputMajorArray.create(jnp.asarray(weight, jnp.bfloat16), 1)
     wanted = np.float64(x) @ np.asarray(by_outputs.materialize(), np.float64)
+    zeros = jnp.zeros((num_rows, 700))
+
+    def steps(x, weight):
+        return jax.lax.fori_loop(0, 3, lambda _, y: einsum('bd,df->bf', x + 0 * y[:, :320], weight), zeros)
+
     for tile_bytes in 4 * 320 * 256, tiles_cpu._TILE_BYTES:
         monkeypatch.setattr(tiles_cpu, '_TILE_BYTES', tile_bytes)
-
-        def steps(x, weight):
-            return jax.lax.fori_loop(0, 3, lambda _, y: einsum('bd,df->bf', x + 0 * y[:, :320], weight), y0)
-
-        y0 = jnp.zeros((num_rows, 700))
-        program = jax.jit(steps).lower(x, by_outputs).compile()
+        program = jax.jit(lambda *args: steps(*args)).lower(x, by_outputs).compile()
         np.testing.assert_allclose(program(x, by_outputs), wanted, atol=1e-5 * np.abs(wanted).max())
         assert 'while' in program.as_text()
         before = program.as_text().split('ENTRY')[1]
