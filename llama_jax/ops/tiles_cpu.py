@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Up to so many rows one after the other take less time than all of them with a tile's float32.
-FEW_ROWS = 4
+FEW_ROWS = 8
 # More than one row and up to so many take less time right of the weight than left.
 _WEIGHT_FIRST_ROWS = 64
 # Of the float32 that is made of a tile. A product much smaller than one of so many bytes is left to a single core.
-_TILE_BYTES = 3 << 20
+_TILE_BYTES = 2 << 20
 # A weight of fewer bytes stays in the cache that all cores share, from one row to the next. Of a larger one all rows
 # meet a piece of so many bytes before the next, which stays in that of a core.
 _SHARED_BYTES, _PIECE_BYTES = 8 << 20, 512 << 10
