@@ -108,6 +108,8 @@ def main() -> None:
         asked, tokenizer_file = of_recipe | asked, _TOKENIZER.value or _CONFIG.value.tokenizer
     with launch.flags_named(*(f'--{name}' for name in asked)):
         preparation = Preparation(_OUTPUT.value, sources, **asked)
+    if _MAX_ERRORS.present and preparation.on_error != 'skip':
+        raise InputError('--max_errors counts what --on_error=skip leaves out; give that too')
     with launch.flags_named('--tokenizer'):
         tokenizer = pretrained.load_tokenizer(tokenizer_file)
     # What opens all checkpoints takes workers half a second and 30 MB to import; the vocabulary of a GGUF needs it.
@@ -125,7 +127,7 @@ def main() -> None:
     hold_folder(output.parent / f'{output.name}{mark}', beside=True)
     with (
         _Progress() as progress,
-        launch.flags_named('--on_error', '--max_errors', '--seq_len', '--unit_bytes'),
+        launch.flags_named(*(f'--{name}' for name in ('input', 'output', 'tokenizer', *asked))),
     ):
         report = prepare(
             preparation, tokenizer, num_workers=_NUM_WORKERS.value or len(os.sched_getaffinity(0)), machine=machine,

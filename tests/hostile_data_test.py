@@ -160,6 +160,10 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
         ([f'--input={tmp_path}/bad.jsonl'], 'bad.jsonl line 4 is not JSON'),
         ([f'--input={tmp_path}/bad.jsonl', '--on_error=skip', '--max_errors=6'], '7 records have no text'),
         ([f'--input={tmp_path}/a.jsonl', '--on_error=go'], "'go'"),
+        (
+            [f'--input={tmp_path}/a.jsonl', '--max_errors=6'],
+            '--max_errors counts what --on_error=skip leaves',
+        ),
         (['--config=configs/prepare_data.py:none'], "unknown recipe 'none'; there are llama and plain"),
         (['--config=configs/prepare_data.py:plain', '--config.sources.documents.inputs=a'], 'inputs'),
         (

@@ -64,6 +64,7 @@ def test_rewards_are_named_with_their_weights():
         ('helpfulness:a', 'name helpfulness 1 times and safety 0 times; they are one reward'),
         ('helpfulness:a,safety:b=2', 'the weights of helpfulness and safety are 1 and 2'),
         ('task:', "the reward 'task:' names nothing behind task:"),
+        ('a,b=nan', 'the weight of b is nan; it must be finite'),
     ],
 )
 def test_lists_of_rewards_that_are_none_are_refused(text, message):

@@ -12,6 +12,7 @@ overlong:TOKENS       soft: down to -1 over the last so many tokens
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -106,6 +107,9 @@ def _term(text: str) -> Term:
         what, weight = (what, float(given)) if equals else (text, 1.0)
     except ValueError:  # a path with '=' in it
         what = text
+    what = what.strip()
+    if not math.isfinite(weight):
+        raise InputError(f'the weight of {what} is {weight}; it must be finite')
     kind, colon, target = what.partition(':')
     if colon and kind in _PREFIXES:
         if not target:

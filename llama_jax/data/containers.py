@@ -70,8 +70,9 @@ def find_files(source: str) -> list[epath.Path]:
         raise InputError('a data source is empty: give a path, a glob, tfds:NAME or python_stdlib')
     enable_bucket(source)
     path = epath.Path(source)
-    if magic := re.search(r'[*?[]', source):
-        if '://' not in source:  # epath knows no `**`
+    is_local = '://' not in source
+    if (magic := re.search(r'[*?[]', source)) and not (is_local and path.is_file()):  # that is called so
+        if is_local:  # epath knows no `**`
             found = [epath.Path(name) for name in glob.glob(source, recursive=True)]
         elif '**' in source:
             raise InputError(

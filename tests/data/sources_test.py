@@ -38,6 +38,9 @@ def test_text_files_by_glob_are_sorted_and_split(tmp_path):
     (tmp_path / 'deep/er/a.txt.gz').write_bytes(gzip.compress('één'.encode()))
     (tmp_path / 'empty.txt').write_text('')
     assert read(tmp_path / '**/*.txt*') == ['whole\nfile\n', 'één']
+    (tmp_path / 'part[1].txt').write_text('called so')
+    (tmp_path / 'part1.txt').write_text('another')
+    assert read(tmp_path / 'part[1].txt') == ['called so']
     (tmp_path / 'stories.md').write_text('one\n<|endoftext|>\ntwo<|endoftext|>\n<|endoftext|>three\n')
     assert read(tmp_path / 'stories.md', separator='<|endoftext|>') == ['one', 'two', 'three']
 
