@@ -39,6 +39,7 @@ from llama_jax import runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import complete, complete_each, stream
+from llama_jax.inference.request import check_number
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.inference.speculative import MAX_PROPOSED
@@ -157,8 +158,7 @@ def main() -> None:
         )
     }  # fmt: skip
     with launch.flags_named('--max_new_tokens', '--logit_bias', *(f'--{name}' for name in settings)):
-        if _MAX_NEW_TOKENS.value < 1:
-            raise InputError(f'max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1')
+        check_number('max_new_tokens', _MAX_NEW_TOKENS.value)
         if _MIN_NEW_TOKENS.value > _MAX_NEW_TOKENS.value:
             raise InputError(
                 f'min_new_tokens is {_MIN_NEW_TOKENS.value}; it must be at most max_new_tokens, {_MAX_NEW_TOKENS.value}'

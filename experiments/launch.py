@@ -279,6 +279,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             flags.FLAGS.config.to_dict()  # a file that failed to load says so only when it is looked at
             config_file.expand_user(flags.FLAGS.config)
         return rest
+    except SystemExit:  # of --help and its kin, which have told what was asked
+        sys.exit(0)
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix('flag --').partition('=')[0]
         if 'must have a value other than None' in str(error):

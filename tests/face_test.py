@@ -144,6 +144,13 @@ def wrong_calls(face, tmp_path):
             'max_new_tokens',
         ),
         'a setting out of range': (generate(temperature=-1.0), 'temperature', '-1.0'),
+        'a number in words': (generate(max_new_tokens='4'), "max_new_tokens is '4'", 'a whole number'),
+        'a fraction of tokens': (generate(max_new_tokens=4.5), 'max_new_tokens is 4.5', 'a whole number'),
+        'a number for a text that ends': (generate(stop=[1]), 'stop is [1]', 'a list of texts'),
+        'texts for tokens that end': (generate(stop_ids=['a']), "stop_ids are ['a']", 'a list of token ids'),
+        'one token that ends': (generate(stop_ids=2), 'stop_ids are 2', 'a list of token ids'),
+        'a token that ends below 0': (generate(stop_ids=[-1]), 'stop_ids hold -1', '0 or more'),
+        'a draft by its name': (generate(draft='lookup'), "draft is 'lookup'", 'Lookup(4)'),
         'an argument of complete': (
             lambda: llama_jax.complete(model, params, tokenizer, 'a', temperatures=1),
             "complete has no argument 'temperatures'",

@@ -89,7 +89,9 @@ class Conversation:
     def _save(self, file: str, messages: list[dict[str, Any]]) -> None:
         if os.path.exists(file):
             raise InputError(f'{file} is there already; name another file')
-        write_atomically(epath.Path(file), json.dumps(messages, ensure_ascii=False, indent=1) + '\n')
+        if not (path := epath.Path(file)).parent.is_dir():
+            raise InputError(f'{file} cannot be written: there is no folder {path.parent}')
+        write_atomically(path, json.dumps(messages, ensure_ascii=False, indent=1) + '\n')
 
     def _answer(self, line: str) -> None:
         passages = self._documents.find(line) if self._documents else []

@@ -10,14 +10,14 @@ from llama_jax.inference import decoding
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.prompts import check_prompts
-from llama_jax.inference.request import CompletionRequest
+from llama_jax.inference.request import CompletionRequest, check_number, ends_of
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.slots import Begun, Piece, Slots
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.chat_format import Dialog
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # Tokens that are read at once, at least and at most: a power of two, so that there are few programs.
 _PIECES = 8, 512
@@ -76,7 +76,7 @@ class ChatSession:
         text: str,
         *,
         max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         **settings: Any,
     ) -> Iterator[str]:
@@ -96,8 +96,8 @@ class ChatSession:
         messages = [*self.messages, {'role': 'user', 'content': text}]
         ids = self._chat.encode_prompt(messages)
         check_prompts([ids], self._config)
-        if max_new_tokens < 1:
-            raise InputError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
+        check_number('max_new_tokens', max_new_tokens)
+        stop, stop_ids = ends_of(stop, stop_ids)
         ends = tuple(sorted({*self._chat.stop_ids, *stop_ids}))
         asked = CompletionRequest(ids, max_new_tokens, Sampler(**settings), ends)
         watch = Watch(self._tokenizer, ids, stop)

@@ -12,7 +12,7 @@ from llama_jax.inference.generator import Generator
 from llama_jax.inference.logits_processor import LogitsProcessor, OfTokens, as_processor
 from llama_jax.inference.prompts import Prompt, Prompts, check_prompts, ids_of
 from llama_jax.inference.proposers import Proposer
-from llama_jax.inference.request import CompletionRequest
+from llama_jax.inference.request import CompletionRequest, check_number, ends_of
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
@@ -133,8 +133,7 @@ def complete(
     Raises:
       InputError: see `generate`.
     """
-    if n < 1:
-        raise InputError(f'n is {n}; it must be at least 1')
+    check_number('n', n)
     check_candidates(log_probabilities or 0)
     how = _How(n=n, log_probabilities=log_probabilities)
     ids, watches, rounds = _asked(model, params, tokenizer, prompts, how, is_complete, **settings)
@@ -266,7 +265,11 @@ def _asked(
         raise InputError('samplers hold the settings of each prompt; give none beside them')
     ids = ids_of(tokenizer, prompts, special_tokens)
     check_prompts(ids, model.config)
-    stop = (stop,) * bool(stop) if isinstance(stop, str) else stop
+    stop, stop_ids = ends_of(stop, stop_ids)
+    if not isinstance(draft, Proposer | None):
+        raise InputError(
+            f'draft is {repr(draft)[:60]}; give a Proposer, such as Lookup(4) or Draft(model, params, 4)'
+        )
     tokenizer = required(tokenizer) if stop else tokenizer
     own = tokenizer.stop_ids if tokenizer else ()
     watches = [

@@ -23,7 +23,7 @@ from llama_jax.inference.logits_processor import Follower, LogitsProcessor, Rule
 from llama_jax.inference.prefix_cache import PrefixCache
 from llama_jax.inference.prompts import check_prompts
 from llama_jax.inference.proposers import Proposer
-from llama_jax.inference.request import CompletionRequest, Progress
+from llama_jax.inference.request import CompletionRequest, Progress, check_number
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore
 from llama_jax.inference.slots import Begun, Hidden, Piece, Slots
 from llama_jax.inference.speculative import SpeculativeSlots
@@ -140,8 +140,7 @@ class Generator:
           InputError: its prompt does not fit, or a setting does not.
         """
         check_prompts([asked.tokens], self._config)
-        if (most := asked.max_new_tokens) < 1:
-            raise InputError(f'max_new_tokens is {most}; it must be at least 1')
+        check_number('max_new_tokens', most := asked.max_new_tokens)
         if (least := asked.sampler.min_new_tokens) > most:
             raise InputError(f'min_new_tokens is {least}; it must be at most max_new_tokens, {most}')
         self._slots.expect(asked)

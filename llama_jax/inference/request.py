@@ -1,12 +1,14 @@
 """What is asked for one prompt, and what is told of it while it is answered."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llama_jax.inference.batcher import Ended
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
+from llama_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +59,28 @@ class Progress:
     stop_id: int | None = None
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     ended: Ended | None = None
+
+
+def check_number(name: str, number: Any) -> None:
+    """Refuses what is no number of tokens or completions; `name` begins the line."""
+    if isinstance(number, bool) or not hasattr(number, '__index__') or number < 1:
+        raise InputError(f'{name} is {number!r}; it must be at least 1, a whole number')
+
+
+def ends_of(stop: str | Iterable[str], stop_ids: Iterable[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The texts and the tokens that end a completion, as somebody gives them.
+
+    Raises:
+      InputError: they are something else.
+    """
+    texts: Any = (stop,) * bool(stop) if isinstance(stop, str) else stop
+    texts = tuple(texts) if isinstance(texts, Iterable) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f'stop is {repr(stop)[:60]}; give a text, or a list of texts')
+    try:
+        ids = tuple(map(operator.index, stop_ids))
+    except TypeError:
+        raise InputError(f'stop_ids are {repr(stop_ids)[:60]}; give a list of token ids') from None
+    if min(ids, default=0) < 0:
+        raise InputError(f'stop_ids hold {min(ids)}; token ids are 0 or more')
+    return texts, ids

@@ -52,5 +52,6 @@ def test_the_command_says_how_often_and_what_fits(commands):
         'llama2_70b: 827.7 GB in 25.9 s; --config.checkpoint.every=218 (34.9 minutes); 97.2% of the time trains'
     )
     assert second == '15 s at 32 GB/s: the largest that is saved in it is code_llama_13b, 156.2 GB'
+    assert '--bandwidth' in commands.run('checkpoint_interval', '--help').succeeded().stdout
     refused = commands.run('checkpoint_interval', *options[:2], '--hours_between_failures=0')
     assert refused.error() == 'error: --hours_between_failures=0.0: it must be more than 0'

@@ -91,7 +91,7 @@ def test_an_answer_that_is_broken_off_is_what_was_shown(model, params, tokenizer
     assert whole.startswith(first) and len(first) < len(whole)
     second = ''.join(session.say('wall', max_new_tokens=12))
     assert [message['content'] for message in session.messages] == ['wall', 'x', first, 'wall', second]
-    stopped = ''.join(session.say('x', max_new_tokens=12, stop=[second[1:3]] if len(second) > 2 else []))
+    stopped = ''.join(session.say('x', max_new_tokens=12, stop=second[1:3]))
     assert second[1:3] not in stopped and session.messages[-1]['content'] == stopped
 
 
