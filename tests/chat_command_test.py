@@ -20,6 +20,7 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack
 from llama_jax.serve.documents import Documents
 from tests import toy
+from tests.command_line import wait_for as until
 from tests.serve.serving import make_tokenizer
 
 
@@ -145,12 +146,11 @@ def test_the_command_talks_through_a_terminal(shared_data, tmp_path):
         other = type('And then')
         type(f'/load {tmp_path}/talk.json')
         assert type('And then') == after != other
-        before = len(seen)
+        before = ''.join(seen)
         os.write(here, b'Why\n')
-        while len(seen) < before + 4:
-            time.sleep(0.01)
+        until(lambda: len(''.join(seen)) > len(f'{before}Why\r\n'))  # it answers
         os.write(here, b'\x03')
-        wait_for(''.join(seen[:before]).count('> ') + 1)
+        wait_for(before.count('> ') + 1)
         assert int(re.search(r'(\d+) tokens in', type('/stats'))[1]) < 100
         os.write(here, b'\x04')
         assert process.wait(60) == 0

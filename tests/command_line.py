@@ -18,7 +18,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -333,3 +334,11 @@ def figures(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    """Returns when something has come about; fails where it does not, rather than wait for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'it never came about'
+        time.sleep(0.01)

@@ -5,14 +5,13 @@ import os
 import re
 import shlex
 import signal
-import time
 
 import pytest
 from etils import epath
 
 from llama_jax.data.sources import read_documents
 from llama_jax.storage import enable_bucket
-from tests.command_line import REPOSITORY, CommandLine
+from tests.command_line import REPOSITORY, CommandLine, wait_for
 from tests.reference.fake_gcs import FakeGCS
 
 SOURCES = {
@@ -81,8 +80,7 @@ def test_from_files_to_what_each_source_is_predicted_with(place, folder, tmp_pat
     workdir = epath.Path(place) / 'runs/five'
     pid = commands.start(*words(pretrain), *SMALL)
     last = workdir / 'checkpoints/100' / ('commit_success.txt' if environment else '')
-    while not last.exists():
-        time.sleep(0.5)
+    wait_for(last.exists, 600)
     os.kill(pid, signal.SIGKILL)
     assert commands.wait().status == -signal.SIGKILL
     assert 'resum' in commands.run(*words(pretrain), *SMALL).succeeded().stderr

@@ -17,6 +17,7 @@ from etils import epath
 
 from llama_jax import lock
 from llama_jax.lock import Locked, hold
+from tests.command_line import wait_for
 
 HOLDER = """
 import sys
@@ -176,8 +177,7 @@ def test_who_was_taken_for_dead_ends(tmp_path, beating, monkeypatch, caplog):
 def test_a_file_that_somebody_took_away_is_written_again(tmp_path, beating, caplog):
     release = hold(epath.Path(tmp_path))
     (tmp_path / lock.FILE).unlink()
-    while not (tmp_path / lock.FILE).exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / lock.FILE).exists)
     with pytest.raises(Locked):
         hold(epath.Path(tmp_path))
     release()

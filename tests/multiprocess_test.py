@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 import llama_jax
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.command_line import figures, saved_steps, tiny_run
+from tests.command_line import figures, saved_steps, tiny_run, wait_for
 
 NUM_STEPS, BATCH_SIZE, SEQ_LEN = 6, 8, 64
 
@@ -433,8 +432,7 @@ def test_a_signal_to_one_process_has_all_save_and_end(commands, corpus, tmp_path
         'pretrain', *arguments(workdir, corpus, train__num_steps=10_000, eval__every=0, checkpoint__every=0),
         num_processes=2, before=WITHOUT_CACHE,
     )  # fmt: skip
-    while not (workdir / 'metrics.jsonl').exists() or len(figures(workdir)) < 3:
-        time.sleep(0.01)
+    wait_for(lambda: (workdir / 'metrics.jsonl').exists() and len(figures(workdir)) >= 3, 300)
     os.kill(pids[process], signum)
     for finished in commands.wait_processes(pids, timeout=120):
         finished.succeeded()

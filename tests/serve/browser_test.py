@@ -9,8 +9,8 @@ import pytest
 import uvicorn
 
 from llama_jax.serve.app import make_app
+from tests.command_line import wait_for
 from tests.serve.serving import Script, scripted, serving
-from tests.serve.worker_test import wait_for
 
 MARKUP = 'Look: <img src=x onerror="document.title=\'taken\'"> '
 

@@ -11,6 +11,8 @@ import time
 import openai
 import pytest
 
+from tests.command_line import wait_for
+
 
 @pytest.fixture(scope='module')
 def weights(shared_data):
@@ -47,13 +49,6 @@ def get(client, path):
         return client._client.get(f'{str(client.base_url).removesuffix("v1/")}{path}').status_code
     except Exception:
         return 0
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came about'
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

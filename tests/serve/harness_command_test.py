@@ -13,7 +13,8 @@ import pytest
 
 from llama_jax.inference.chat import Chat
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from tests.serve.command_test import get, wait_for
+from tests.command_line import wait_for
+from tests.serve.command_test import get
 
 LIMIT = 6
 # The harness's own definitions, on local files.

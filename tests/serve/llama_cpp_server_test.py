@@ -8,7 +8,7 @@ import openai
 import pytest
 
 import llama_jax
-from tests.serve.command_test import wait_for
+from tests.command_line import wait_for
 
 PROMPTS = ('Once upon a time', 'Lily had a', 'The big dog was')
 

@@ -11,8 +11,7 @@ import threading
 import openai
 import pytest
 
-from tests.command_line import REPOSITORY
-from tests.serve.command_test import wait_for
+from tests.command_line import REPOSITORY, wait_for
 
 CLIENTS = 4
 

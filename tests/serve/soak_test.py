@@ -10,7 +10,7 @@ import time
 import httpx2
 import pytest
 
-from tests.serve.command_test import wait_for
+from tests.command_line import wait_for
 from tests.serve.soak import Sizes, Soak, read_metrics
 
 

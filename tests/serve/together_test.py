@@ -12,7 +12,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.serve.command_test import get, wait_for
+from tests.command_line import wait_for
+from tests.serve.command_test import get
 from tests.serve.soak import Sizes, Soak
 
 # Of a context of 64.

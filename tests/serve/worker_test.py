@@ -13,16 +13,10 @@ from llama_jax.serve.app import make_app
 from llama_jax.serve.refusal import Refusal
 from llama_jax.serve.ticket import Piece, Ticket
 from llama_jax.serve.worker import Asked
+from tests.command_line import wait_for
 from tests.serve.serving import Script, scripted, serving
 
 BODY = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900}
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came about'
-        time.sleep(0.01)
 
 
 def complete(client, **body):

@@ -16,7 +16,7 @@ from llama_jax.data.packing import lm_batch
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.metrics import read_metrics
 from tests import toy
-from tests.command_line import CommandLine, figures, saved_steps, tiny_run
+from tests.command_line import CommandLine, figures, saved_steps, tiny_run, wait_for
 
 NUM_STEPS = 16
 
@@ -59,7 +59,7 @@ def stopped_at(uninterrupted, tmp_path):
     return copy
 
 
-def kill_and_resume(commands, workdir, command, num_kills, rng):
+def kill_and_resume(commands, workdir, command, num_kills, rng, before=''):
     """Runs `command` until it has been killed often enough, then to its end; returns how many kills cut off a save."""
     checkpoints = workdir / 'checkpoints'
 
@@ -76,7 +76,7 @@ def kill_and_resume(commands, workdir, command, num_kills, rng):
     kills = saves = 0
     while kills < num_kills or saves < num_kills / 2:
         old = unfinished()  # of the kill before; the new process clears it away
-        pid = commands.start('pretrain', *command)
+        pid = commands.start('pretrain', *command, before=before)
         # Every other kill comes at any moment, from the imports to some way into training, the rest in a save.
         aims_at_save = saves <= kills / 2
         wanted, seen = rng.randint(1, 2), set()
@@ -100,9 +100,24 @@ def kill_and_resume(commands, workdir, command, num_kills, rng):
     return saves
 
 
+# Saves that take long enough to be met by who looks for them on a busy machine.
+LONG_SAVES = """
+import time
+from llama_jax.checkpoint import training
+
+
+def long(*arguments, original=training.record_files):
+    time.sleep(0.5)
+    original(*arguments)
+
+
+training.record_files = long
+"""
+
+
 def test_a_run_killed_in_a_save_ends_as_if_left_alone(commands, corpus, uninterrupted, tmp_path):
     command = arguments(tmp_path / 'run', corpus)
-    assert kill_and_resume(commands, tmp_path / 'run', command, 1, random.Random(0)) == 1
+    assert kill_and_resume(commands, tmp_path / 'run', command, 1, random.Random(0), LONG_SAVES) == 1
     assert figures(tmp_path / 'run') == figures(uninterrupted)
     assert saved_steps(tmp_path / 'run') == [NUM_STEPS - 2, NUM_STEPS - 1, NUM_STEPS]
 
@@ -122,8 +137,7 @@ def test_sigterm_saves_and_ends_well(commands, corpus, uninterrupted, stopped_at
     workdir = stopped_at(2)
     command = arguments(workdir, corpus, checkpoint__every=0)  # so that nothing else saves
     pid = commands.start('pretrain', *command)
-    while figures(workdir)[-1][0] != 3:  # cut back to step 2, then logging on
-        time.sleep(0.001)
+    wait_for(lambda: 3 <= figures(workdir)[-1][0] < NUM_STEPS)  # cut back to step 2, then logging on
     os.kill(pid, signal.SIGTERM)
     finished = commands.wait().succeeded()
     step = saved_steps(workdir)[-1]
