@@ -1,10 +1,12 @@
-"""Keys and values of some tokens, out of a row of a cache and into another."""
+"""What moves between caches: keys and values of some tokens, from a row to another, and all rows into another room."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from llama_jax.models.kv_cache import KVCache
@@ -33,3 +35,34 @@ def put_block(
 
     written = cache.with_arrays(jax.tree.map(put, cache.arrays, block))
     return dataclasses.replace(written, length=cache.length.at[slot].set(length))
+
+
+def reshaped(rows: Any, num_rows: int, room: int) -> Any:
+    """The first rows in a cache of another room; one array after the other, so that the old one is soon gone."""
+    axis = rows.cache.token_axis
+
+    def fitted(leaf: Array, room: int | None = None) -> Array:
+        shape = (num_rows, *leaf.shape[1:])
+        shape = shape if room is None else (*shape[:axis], room, *shape[axis + 1 :])
+        if shape == leaf.shape:
+            return leaf
+        sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        new = _fitting(shape, sharding)(leaf)
+        leaf.delete()
+        return new
+
+    arrays, structure = jax.tree.flatten(rows.cache.arrays)
+    rows = dataclasses.replace(rows, cache=rows.cache.with_arrays(((), (), ())))
+    for index in range(len(arrays)):
+        arrays[index] = fitted(arrays[index], room)
+    rows = jax.tree.map(fitted, rows)
+    return dataclasses.replace(rows, cache=rows.cache.with_arrays(structure.unflatten(arrays)))
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(shape: tuple[int, ...], sharding: NamedSharding | None):
+    def fit(array: Array) -> Array:
+        array = array[tuple(slice(size) for size in shape)]
+        return jnp.pad(array, [(0, size - kept) for size, kept in zip(shape, array.shape, strict=True)])
+
+    return jax.jit(fit, out_shardings=sharding)

@@ -15,7 +15,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
@@ -161,9 +160,9 @@ def empty_rows(model: LlamaForCausalLM, num_slots: int, room: int, settings: Sam
     if settings.adjustments:
         seen = placed(np.zeros((num_slots, model.config.vocab_size), np.int32))
     cache, settings = empty_cache(model, num_slots, room), jax.tree.map(placed, settings)
-    return Rows(
-        cache, none, none + 0, none + 0, none > 0, seen, settings
-    )  # of none of them two may be given away
+    # Of none of them two may be given away.
+    rows = Rows(cache, none, none + 0, none + 0, none > 0, seen, settings)
+    return rows if model.partitioner is None else placed_rows(model, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -176,7 +175,23 @@ def empty_cache(model: LlamaForCausalLM, num_slots: int, room: int) -> KVCache:
 def _placed(model: LlamaForCausalLM, cache: KVCache) -> KVCache:
     if model.partitioner is None:
         return cache
-    return cache.map(functools.partial(model.partitioner.shard, axes=cache.axes, name='cache'))
+    placed = cache.map(functools.partial(model.partitioner.shard, axes=cache.axes, name='cache'))
+    return dataclasses.replace(placed, length=_by_row(model, cache.length))
+
+
+def _by_row(model: LlamaForCausalLM, arrays: Any) -> Any:
+    """Arrays by row, where the rows are: a program that finds them elsewhere would be compiled anew."""
+    if (partitioner := model.partitioner) is None:
+        return arrays
+    shard = functools.partial(partitioner.shard, name='prompts')
+    return jax.tree.map(lambda x: shard(x, axes=('batch', *[None] * (x.ndim - 1))), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def placed_rows(model: LlamaForCausalLM, rows: Rows) -> Rows:
+    """Rows that lie as all programs leave them."""
+    others = _by_row(model, dataclasses.replace(rows, cache=rows.cache.with_arrays(((), (), ()))))
+    return dataclasses.replace(others, cache=_placed(model, rows.cache))
 
 
 def read(
@@ -244,7 +259,9 @@ def extend(
     # The padding behind a short row was read too: count only what is the row's, and the rest is overwritten.
     written = written.advance(counts)
     last = hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]
-    return written if slots is None else cache.put_rows(slots, written, start, tokens.shape[1]), last
+    if slots is not None:
+        written = cache.put_rows(slots, written, start, tokens.shape[1])
+    return _placed(model, written), last
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
@@ -286,7 +303,7 @@ def first(
         put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings.advance(drawn.token)),
     )  # fmt: skip
     steps = Steps.create(len(one), 1, num_candidates).put(0, drawn, logits, one > 0)
-    return changed, readable(model, dataclasses.replace(steps, running=running))
+    return placed_rows(model, changed), readable(model, dataclasses.replace(steps, running=running))
 
 
 def decode_step(
@@ -339,7 +356,7 @@ def decode(
 
     steps = Steps.create(len(rows.token), COLUMNS, num_candidates)
     rows, steps, _ = jax.lax.while_loop(unfinished, body, (rows, steps, jnp.int32(0)))
-    return rows, readable(model, dataclasses.replace(steps, running=rows.running))
+    return placed_rows(model, rows), readable(model, dataclasses.replace(steps, running=rows.running))
 
 
 def readable(model: LlamaForCausalLM, found: Any) -> Any:
@@ -361,38 +378,4 @@ def widened(
     wider = settings.widened(num_stops, adjusts)
     if adjusts and seen is None:
         seen = jnp.zeros((len(settings.seed), model.config.vocab_size), jnp.int32)
-    if (partitioner := model.partitioner) is None:
-        return wider, seen
-    shard = functools.partial(partitioner.shard, name='prompts')
-    return jax.tree.map(lambda x: shard(x, axes=('batch', *[None] * (x.ndim - 1))), (wider, seen))
-
-
-def reshaped(rows: Any, num_rows: int, room: int) -> Any:
-    """The first rows in a cache of another room; one array after the other, so that the old one is soon gone."""
-    axis = rows.cache.token_axis
-
-    def fitted(leaf: Array, room: int | None = None) -> Array:
-        shape = (num_rows, *leaf.shape[1:])
-        shape = shape if room is None else (*shape[:axis], room, *shape[axis + 1 :])
-        if shape == leaf.shape:
-            return leaf
-        sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
-        new = _fitting(shape, sharding)(leaf)
-        leaf.delete()
-        return new
-
-    arrays, structure = jax.tree.flatten(rows.cache.arrays)
-    rows = dataclasses.replace(rows, cache=rows.cache.with_arrays(((), (), ())))
-    for index in range(len(arrays)):
-        arrays[index] = fitted(arrays[index], room)
-    rows = jax.tree.map(fitted, rows)
-    return dataclasses.replace(rows, cache=rows.cache.with_arrays(structure.unflatten(arrays)))
-
-
-@functools.lru_cache(maxsize=256)
-def _fitting(shape: tuple[int, ...], sharding: NamedSharding | None):
-    def fit(array: Array) -> Array:
-        array = array[tuple(slice(size) for size in shape)]
-        return jnp.pad(array, [(0, size - kept) for size, kept in zip(shape, array.shape, strict=True)])
-
-    return jax.jit(fit, out_shardings=sharding)
+    return _by_row(model, (wider, seen))

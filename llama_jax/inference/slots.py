@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llama_jax.inference import decoding
-from llama_jax.inference.cache_blocks import copy_block, put_block
+from llama_jax.inference.cache_blocks import copy_block, put_block, reshaped
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
@@ -110,7 +110,7 @@ class Slots:
             )
             self._rows = dataclasses.replace(self._rows, settings=settings, seen=seen)
         if has < room or has > 2 * room or len(self._rows.token) != num_rows:
-            self._rows = decoding.reshaped(self._rows, num_rows, room)
+            self._rows = reshaped(self._rows, num_rows, room)
 
     def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
         """Reads pieces of prompts by a program for so many of `width` tokens; all begin their rows, or none."""
@@ -251,7 +251,7 @@ class Slots:
         for room in rooms:
             for other, other_rows in rooms.items():
                 self._start(True, rooms, room)
-                decoding.reshaped(self._fitted(), other_rows, other)
+                reshaped(self._fitted(), other_rows, other)
         self._rows, self._adjusts = None, before
 
     def _start(self, adjusts: bool, rooms: Mapping[int, int], room: int) -> None:

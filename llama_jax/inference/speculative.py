@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.inference import decoding
-from llama_jax.inference.cache_blocks import copy_block, put_block
+from llama_jax.inference.cache_blocks import copy_block, put_block, reshaped
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
 from llama_jax.inference.logits_processor import Follower
@@ -220,7 +220,7 @@ def decode(
     carry = (rows, tokens, memory.cache, steps, jnp.zeros(len(is_done), jnp.int32))
     rows, tokens, cache, steps, passes = jax.lax.while_loop(unfinished, body, carry)
     steps = dataclasses.replace(steps, running=rows.running)
-    return rows, Memory(tokens, cache), *readable(model, (steps, passes))
+    return decoding.placed_rows(model, rows), Memory(tokens, cache), *readable(model, (steps, passes))
 
 
 def _put(steps: Steps, drawn: Drawn, logits: Float[Array, 'B T V'], count: Int[Array, 'B']) -> Steps:
@@ -317,7 +317,7 @@ class SpeculativeSlots(Slots):
         if self._memory is None:
             longest = decoding.power_of_two(self._model.config.max_seq_len) + self._spare
             self._memory = empty_memory(self._model, self._proposer, *shape, longest)
-        self._memory = decoding.reshaped(self._memory, *shape)
+        self._memory = reshaped(self._memory, *shape)
 
     def read(self, pieces: Sequence[Piece], width: int) -> Hidden:
         """By the proposer too."""

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llama_jax.inference import decoding
+from llama_jax.inference.cache_blocks import reshaped
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler, SamplerRows
@@ -189,7 +190,7 @@ def test_a_cache_of_int8_is_split_and_grows_as_any(model):
     partitioner = Partitioner(make_mesh({'fsdp': 2, 'tensor': 4}))
     model = model.clone(partitioner=partitioner, cache_dtype='int8')
     settings = SamplerRows.create([Sampler()] * 4, range(4), [()] * 4, toy.CONFIG.vocab_size)
-    rows = decoding.reshaped(decoding.empty_rows(model, 4, 16, settings), 4, 32)
+    rows = reshaped(decoding.empty_rows(model, 4, 16, settings), 4, 32)
     for layer in rows.cache.keys + rows.cache.values:
         assert layer.qvalue.dtype == jnp.int8 and layer.qvalue.shape == (4, 4, 32, 8)
         assert layer.scale.shape == (4, 4, 32, 1)

@@ -16,7 +16,8 @@ from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, param_axes
+from llama_jax.partitioning import Partitioner, make_mesh
 from tests import toy
 
 BLOCK = 256
@@ -138,14 +139,23 @@ def compilations():
 
 
 @pytest.mark.parametrize(
-    ('context', 'settings'),
-    # Of two blocks of 200 KB each, one is on the devices.
-    [(16, {}), pytest.param(512, {'prefix_bytes': (200_000, 10**6)}, marks=pytest.mark.slow)],
+    ('context', 'mesh', 'settings'),
+    [
+        (16, None, {}),
+        # Of two blocks of 200 KB each, one is on the devices.
+        pytest.param(512, None, {'prefix_bytes': (200_000, 10**6)}, marks=pytest.mark.slow),
+        pytest.param(64, {'data': 2, 'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    ],
 )
-def test_nothing_is_compiled_once_it_is_warm(monkeypatch, compilations, caplog, context, settings):
+def test_nothing_is_compiled_once_it_is_warm(monkeypatch, compilations, caplog, context, mesh, settings):
     monkeypatch.setattr(generator_module, '_WIDTHS', {'cpu': (16, 128, 256)})  # few, as each takes a while
     model = make_model(context)
-    generator = Generator(model, toy.make_params(model), num_slots=4, **settings)
+    params = toy.make_params(model)
+    if mesh:
+        partitioner = Partitioner(make_mesh(mesh))
+        model = model.clone(partitioner=partitioner)
+        params = jax.device_put(params, partitioner.tree_shardings(params, param_axes(model)))
+    generator = Generator(model, params, num_slots=4, **settings)
     if context > 256:
         jax.clear_caches()
     with caplog.at_level(logging.INFO):

@@ -87,15 +87,25 @@ class Soak:
         ) as client:
             await asyncio.gather(*(self._client(client, random.Random(seed), end) for seed in range(number)))
 
-    def leaves_no_trace(self, http: httpx2.Client, number: int, seconds: float, settled: float) -> None:
-        """Runs, and checks what the server says of itself: before, after so many seconds, and after all."""
+    def leaves_no_trace(
+        self, http: httpx2.Client, number: int, seconds: float, settled: float, ends_in: float = 1
+    ) -> None:
+        """Runs, and checks what the server says of itself: before, after so many seconds, and after all.
+
+        Args:
+          http: asks it.
+          number: of clients.
+          seconds: that they come for.
+          settled: seconds after which memory grows no more.
+          ends_in: seconds in which a step ends, and with it what nobody waits for.
+        """
         before, sizes = read_metrics(http, self.address), []
         timer = threading.Timer(
             settled, lambda: sizes.append(read_metrics(http, self.address)['process_resident_memory_bytes'])
         )
         timer.start()
         asyncio.run(self.run(number, seconds))
-        time.sleep(1)
+        time.sleep(ends_in)
         after = read_metrics(http, self.address)
         print(dict(self.counts), sizes, {name: (before[name], after[name]) for name in before})
         assert not self.wrong, self.wrong[:5]
