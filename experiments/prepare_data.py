@@ -36,7 +36,7 @@ from llama_jax.types import InputError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'recipe of several sources: FILE.py:RECIPE')
 _INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME')
-_TOKENIZER = launch.define_path('tokenizer', None, 'sentencepiece or tiktoken file')
+_TOKENIZER = launch.define_path('tokenizer', None, 'its file, or a checkpoint that has one')
 _SEQ_LEN = flags.DEFINE_integer('seq_len', None, 'tokens in a row')
 _OUTPUT = launch.define_path('output', None, 'folder to write, local or gs://...; of --inspect a picture')
 _TEXT_KEY = flags.DEFINE_string(
