@@ -110,7 +110,7 @@ def test_a_signal_ends_it_while_it_loads(commands, folder, weights):
     client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
     wait_for(lambda: get(client, 'health') == 200, 120)
     wait_for(lambda: 'attention: ' in (folder / '0.stderr').read_text(), 120)  # so it compiles
-    time.sleep(2)
+    time.sleep(0.5)
     assert get(client, 'ready') == 503, 'it has loaded already'
     os.kill(pid, signal.SIGTERM)
     began = time.monotonic()
