@@ -76,7 +76,7 @@ FAULTS: tuple[Fault, ...] = (
         ('lock: two may hold it', 'lock_test.py::test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody',
          'fcntl.LOCK_EX |', 'fcntl.LOCK_SH |'),
         ('lock: a living owner is taken for dead', 'lock_test.py::test_without_locks_of_the_system_an_owner_is_heard',
-         'if (now := self._read()) != first:', 'if not (now := self._read()):'),
+         'if (now := self._read()) and now != first:', 'if not (now := self._read()):'),
         ('lock: who lost it goes on', 'lock_test.py::test_who_was_taken_for_dead_ends',
          "if is_gone or now.get('token') == self._token:", 'if is_gone or now:')),
     *faults_in('llama_jax/signals.py',

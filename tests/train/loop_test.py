@@ -16,6 +16,7 @@ from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.signals import ENDING
 from llama_jax.train.loop import LoopConfig, Measurement, _Overdue, train
 from llama_jax.train.state import TrainState
+from tests.command_line import wait_for
 
 
 class Saves(Checkpointer):
@@ -242,7 +243,8 @@ def test_data_that_cannot_be_read_lose_no_step():
 
 def test_a_long_wait_is_said(caplog):
     with contextlib.closing(_Overdue(0.05)) as overdue, overdue.told('the next batch'):
-        time.sleep(0.3)
+        wait_for(lambda: caplog.messages)
+        time.sleep(0.1)  # it is said once
     (line,) = caplog.messages
     assert line == 'waiting for the next batch for more than 0.05 s'
 
