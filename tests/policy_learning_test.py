@@ -147,8 +147,7 @@ def ways(folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('seed', [0])
-@pytest.mark.parametrize('way', [*WAYS, 'rejection sampling'])
+@pytest.mark.parametrize(('way', 'seed'), [*((way, 0) for way in (*WAYS, 'rejection sampling')), ('grpo', 1)])
 def test_a_word_comes_to_most_stories_within_few_nats(commands, shared_data, tmp_path, ways, way, seed):
     """Of stories of 48 tokens few hold it at first, four fifths at last."""
     stories = Stories(commands, tmp_path, shared_data / 'weights/stories260K', seed)
