@@ -336,7 +336,7 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Returns when something has come about; fails where it does not, rather than wait for ever."""
     end = time.monotonic() + seconds
     while not condition():
