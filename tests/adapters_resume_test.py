@@ -50,32 +50,37 @@ def losses(workdir):
 
 
 @pytest.mark.parametrize(
-    'number', [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+    ('number', 'part'),
+    [
+        pytest.param(3, 0, marks=pytest.mark.slow),
+        *(pytest.param(20, part, marks=pytest.mark.long) for part in range(20 // AT_ONCE)),
+    ],
 )
-def test_killed_at_any_moment_a_run_goes_on(commands, folder, options, whole, tmp_path, number):  # noqa: F811
-    """On the same mesh with the same bits, on another with the same losses."""
+def test_killed_at_any_moment_a_run_goes_on(
+    commands, folder, options, whole, tmp_path, number, part  # noqa: F811
+):  # fmt: skip
+    """On the same mesh with the same bits, on another with the same losses; so many moments, a part at a time."""
     rng, total = random.Random(number), int((folder / 'changes').read_text())
     moments = [1 + int((n + rng.random()) / number * 0.97 * total) for n in range(number)]
-    for first in range(0, number, AT_ONCE):
-        group = moments[first : first + AT_ONCE]
-        workdirs = [tmp_path / f'run{moment}' for moment in group]
-        killed = launch(commands, options, tmp_path, workdirs, group)
-        assert [ended.status for ended in killed] == [-signal.SIGKILL] * len(group)
-        elsewhere = [workdir.with_name(f'{workdir.name}_mesh') for workdir in workdirs]
-        for workdir, copy in zip(workdirs, elsewhere, strict=True):
-            if workdir.exists():
-                shutil.copytree(workdir, copy)
-        mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
-        for ended in [
-            *launch(commands, options, tmp_path, workdirs),
-            *launch(commands, options, tmp_path, elsewhere, mesh=mesh, num_devices=4),
-        ]:
-            ended.succeeded()
-        for moment, workdir, copy in zip(group, workdirs, elsewhere, strict=True):
-            assert figures(workdir) == figures(whole), moment
-            assert (workdir / 'report.json').read_bytes() == (whole / 'report.json').read_bytes(), moment
-            np.testing.assert_allclose(losses(copy), losses(whole), rtol=ON_ANOTHER_MESH, err_msg=str(moment))
-            print(f'killed at change {moment} of {total}: goes on', flush=True)
+    moments = moments[AT_ONCE * part :][:AT_ONCE]
+    workdirs = [tmp_path / f'run{moment}' for moment in moments]
+    killed = launch(commands, options, tmp_path, workdirs, moments)
+    assert [ended.status for ended in killed] == [-signal.SIGKILL] * len(moments)
+    elsewhere = [workdir.with_name(f'{workdir.name}_mesh') for workdir in workdirs]
+    for workdir, copy in zip(workdirs, elsewhere, strict=True):
+        if workdir.exists():
+            shutil.copytree(workdir, copy)
+    mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
+    for ended in [
+        *launch(commands, options, tmp_path, workdirs),
+        *launch(commands, options, tmp_path, elsewhere, mesh=mesh, num_devices=4),
+    ]:
+        ended.succeeded()
+    for moment, workdir, copy in zip(moments, workdirs, elsewhere, strict=True):
+        assert figures(workdir) == figures(whole), moment
+        assert (workdir / 'report.json').read_bytes() == (whole / 'report.json').read_bytes(), moment
+        np.testing.assert_allclose(losses(copy), losses(whole), rtol=ON_ANOTHER_MESH, err_msg=str(moment))
+        print(f'killed at change {moment} of {total}: goes on', flush=True)
 
 
 @pytest.mark.slow
