@@ -19,6 +19,8 @@ from llama_jax.types import InputError, SystemFailure, error_line
 
 logger = logging.getLogger('llama_jax')
 
+_PIECE = 16 << 10  # bytes that go to other processes at a time
+
 
 def initialize_distributed(
     coordinator: str = '', num_processes: int = 0, process_id: int = -1, timeout: float = 300.0
@@ -240,9 +242,11 @@ def gather_texts(text: str) -> list[str]:
 def bytes_from_main_process(data: bytes) -> bytes:
     """What process 0 holds, on every process."""
     size = int(from_main_process(np.array(len(data))))
-    padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # few sizes, so few programs
-    padded[: len(data)] = np.frombuffer(data, np.uint8)[:size]
-    return from_main_process(padded)[:size].tobytes()
+    own = np.frombuffer(data, np.uint8)[:size]
+    pieces = np.pad(own, (0, -size % _PIECE + size - len(own))).reshape(
+        -1, _PIECE
+    )  # of one size: one program
+    return b''.join(from_main_process(piece).tobytes() for piece in pieces)[:size]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ class Job:
         self._orders: list[tuple[Any, ...]] = []
         self._is_alone = jax.process_count() == 1
         self._drafted = generator.drafted
+        if not self._is_alone:
+            runtime.bytes_from_main_process(b'0')  # compiles what carries orders, before any client is there
 
     def submit(self, request: CompletionRequest, stop: Sequence[str]) -> int:
         """As `Generator.submit`, of a request that is also over where one of these texts is there."""
