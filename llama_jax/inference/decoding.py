@@ -226,7 +226,7 @@ def begin(
 def _put(model: LlamaForCausalLM, cache: KVCache, slots: Int[Array, 'P'] | None, begun: KVCache) -> KVCache:
     """The cache with rows that `begin` gave."""
     slots = jnp.arange(len(begun.length)) if slots is None else slots
-    return _placed(model, cache.put_rows(slots, begun, jnp.zeros_like(begun.length), begun.max_len))
+    return _placed(model, cache.put_rows(slots, begun))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'is_first'), donate_argnames='cache')

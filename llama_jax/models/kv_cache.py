@@ -243,21 +243,33 @@ class KVCache:
 
     def take_rows(self, rows: Int[Array, 'P']) -> 'KVCache':
         """A copy of some rows; any for one that is not there."""
-        taken = self.map(lambda array: jnp.take(array, rows, axis=0, mode='clip'))
+
+        def take(array: Array) -> Array:
+            if len(rows) == 1:  # a copy, where XLA's CPU gathers number by number
+                return jax.lax.dynamic_slice_in_dim(array, rows[0], 1)
+            return jnp.take(array, rows, axis=0, mode='clip')
+
+        taken = self.map(take)
         return dataclasses.replace(taken, length=jnp.take(self.length, rows, mode='clip'))
 
     def put_rows(
-        self, rows: Int[Array, 'P'], other: 'KVCache', start: Int[Array, 'P'], width: int
+        self, rows: Int[Array, 'P'], other: 'KVCache', start: Int[Array, 'P'] | None = None, width: int = 0
     ) -> 'KVCache':
-        """With `width` tokens from `start` on of other rows, and their lengths, in these, where they are there."""
+        """With `width` tokens of other rows from `start` on, or all, and their lengths, where these rows are there."""
         axis = self.token_axis
         axes = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0,), (0, axis))
-        places = jnp.stack([rows, start], axis=1)
+        places = jnp.stack([rows, jnp.zeros_like(rows) if start is None else start], axis=1)
+
+        def of_row(row: Array, start: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
 
         def put(array: Array, other: Array) -> Array:
-            new = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1))(
-                other, start
-            )
+            if start is None:
+                new = other
+            elif len(rows) == 1:
+                new = of_row(other[0], start[0])[None]
+            else:
+                new = jax.vmap(of_row)(other, start)
             return jax.lax.scatter(array, places, new, axes, unique_indices=True, mode='drop')
 
         put_in = self.with_arrays(jax.tree.map(put, self.arrays, other.arrays))
