@@ -12,7 +12,7 @@ def test_an_update_reads_the_base_of_adapters_but_no_reference():
     placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     frozen = {'kernel': jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=placed)}
     nothing = {name: None for name in ('params', 'axes', 'first_params', 'loss_fn', 'batch')}
-    objective = Objective(**nothing, frozen=frozen)
+    objective = Objective(**nothing, models=(), frozen=frozen)
     config = ppo.get_config('tiny')
     assert unread(config, objective) == 4 * 8 * 4
     config.lora.rank = 4
