@@ -113,7 +113,7 @@ if sys.argv[0] == '-c':  # a worker
     from llama_jax.data import unit_tasks
     held_out = unit_tasks.is_held_out
     def is_held_out(text, fraction):
-        if text.startswith('200 '):
+        if text == TEXT:
             os.kill(os.getpid(), signal.SIGKILL)
         return held_out(text, fraction)
     unit_tasks.is_held_out = is_held_out
@@ -121,10 +121,13 @@ if sys.argv[0] == '-c':  # a worker
 
 
 @pytest.mark.slow
-def test_a_unit_that_kills_two_workers_is_named_and_the_next_run_goes_on(commands, command, whole, tmp_path):
+def test_a_unit_that_kills_two_workers_is_named_and_the_next_run_goes_on(
+    commands, command, whole, folder, tmp_path
+):
     output = tmp_path / 'out'
     given = [*command, f'--output={output}', '--num_workers=2']
-    (tmp_path / 'sitecustomize.py').write_text(KILLED_AT)
+    text = json.loads((folder / 'part0.jsonl').read_text().splitlines()[200])['text']  # no other file has it
+    (tmp_path / 'sitecustomize.py').write_text(KILLED_AT.replace('TEXT', repr(text)))
     line = commands.run(
         'prepare_data', *given, before=f'import sys; sys.path.insert(0, {str(tmp_path)!r})'
     ).error(status=1)
