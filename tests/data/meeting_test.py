@@ -39,7 +39,7 @@ def together(asked):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=600)
+        thread.join(timeout=60)
         assert not thread.is_alive()
     assert len(set(kinds) - {None}) <= 1  # all end with one status
     return ends, kinds[0]

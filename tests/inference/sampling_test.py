@@ -358,7 +358,9 @@ def test_candidates_are_the_most_likely_first():
 
 def test_stop_tokens_are_of_each_row_and_wait():
     stops = [(1,), (), tuple(range(9)), (2, 10**9, -1)]  # what the model has no row for is never drawn
-    settings = SamplerRows.create([Sampler(min_new_tokens=2)] * 4, [0] * 4, stops, 12)
+    # One of them asks for more, so that all are adjusted at any step.
+    asked = [Sampler(min_new_tokens=2), Sampler(min_new_tokens=2, presence_penalty=1.0)]
+    settings = SamplerRows.create([*asked, asked[0], asked[0]], [0] * 4, stops, 12)
     assert settings.is_stop(jnp.array([1, 1, 8, 3])).tolist() == [True, False, True, False]
     logits, seen = np.zeros((4, 12), np.float32), np.zeros((4, 12), np.int32)
     early, late = (adjust(settings, logits, seen, np.full(4, step)) for step in (1, 2))

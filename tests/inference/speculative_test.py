@@ -257,13 +257,18 @@ def until(rows, stops):
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
-def test_what_is_proposed_without_draws_changes_no_row(plain, drafted):
+def test_what_is_proposed_without_draws_changes_no_row(model, params, plain, drafted):
     """Rows of any length and settings in one batch."""
     stops = (plain()[0][7], plain()[3][11])
     assert plain(*stops) == until(plain(), stops) != plain()
     found, each = drafted(Lookup(4))
     assert found == plain() and each > 1
     assert drafted(Lookup(4), stop_ids=stops)[0] == plain(*stops)
+    # Of two tokens at a place half of what is proposed is drawn, and the draws behind it have their own numbers.
+    close = [Sampler(1.0, top_k=2, seed=seed) for seed in range(4)]
+    assert drafted(Lookup(4), samplers=close)[0] == completed(
+        Generator(model, params, num_slots=4), samplers=close
+    )
 
 
 def test_a_draft_leaves_greedy_rows_as_they_are_and_draws_by_the_seed_alone(model, params, plain, drafted):
