@@ -20,6 +20,8 @@ from llama_jax.types import InputError, SystemFailure, error_line
 logger = logging.getLogger('llama_jax')
 
 _PIECE = 16 << 10  # bytes that go to other processes at a time
+_LOGGED: set[tuple[str, str]] = set()
+_LOGGING = threading.Lock()
 
 
 def initialize_distributed(
@@ -196,6 +198,15 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def log_once(by: logging.Logger, level: int, message: str) -> None:
+    """A line that a process logs once, however many threads come to it at the same time."""
+    with _LOGGING:  # `functools.cache` would let in all that come before the first has returned
+        is_new = (by.name, message) not in _LOGGED
+        _LOGGED.add((by.name, message))
+    if is_new:
+        by.log(level, message)
 
 
 def enable_compilation_cache(directory: str = '') -> None:

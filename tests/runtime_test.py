@@ -1,7 +1,10 @@
 """Whom a process joins, told from the environment of its cluster, and what the processes of a job tell each other."""
 
 import json
+import logging
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -103,6 +106,26 @@ def test_processes_that_do_not_come_are_waited_for_as_long_as_asked(monkeypatch)
     with pytest.raises(InputError, match='not all processes of the job have joined within 0.1 s'):
         runtime.initialize_distributed('host:1234', 2, 0, timeout=0.1)
     released.set()
+
+
+def test_what_is_said_once_is_said_once_by_threads_that_come_together(monkeypatch):
+    monkeypatch.setattr(runtime, '_LOGGED', set())
+    said = []
+
+    class Slow(logging.Logger):
+        def log(self, level, message):
+            time.sleep(0.05)  # the others come while the first speaks
+            said.append(message)
+
+    together = threading.Barrier(4)
+
+    def come(message):
+        together.wait(60)
+        runtime.log_once(Slow('slow'), logging.INFO, message)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(come, ['this', 'this', 'this', 'that']))
+    assert sorted(said) == ['that', 'this']
 
 
 def test_what_a_single_process_refuses_it_says_itself():

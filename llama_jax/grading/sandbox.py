@@ -14,7 +14,6 @@ Layers, each of which holds without the others:
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ import weakref
 
 from llama_jax.grading.keeper import REFUSED
 from llama_jax.grading.program_tests import ProgramTest, receive, send
+from llama_jax.runtime import log_once
 from llama_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ keeper.main(sys.argv[1:])
 """
 # The order of sets is the same in every run.
 _ENVIRONMENT = {'PATH': '/nonexistent', 'PYTHONHASHSEED': '0', 'OPENBLAS_NUM_THREADS': '1'}
+_WITHOUT_NAMESPACES = (
+    'generated programs get no namespaces of their own here ({}): resource limits and a hook in Python contain them, '
+    'which native code gets around; use a container for models that you do not trust'
+)
 _PATIENCE = 60.0  # seconds for what is done in milliseconds where nothing else runs
 _MAX_VERDICT = 1 << 16
 
@@ -110,7 +114,7 @@ class _Keeper:
         self.limits = limits
         reason = self._start(isolated=sys.platform == 'linux')
         if reason:
-            _warn(reason)
+            log_once(_LOG, logging.WARNING, _WITHOUT_NAMESPACES.format(reason))
             reason = self._start(isolated=False)
             if reason:
                 raise OSError(f'the sandbox for generated code does not start: {reason}')
@@ -188,12 +192,3 @@ def _end(process: subprocess.Popen, control: socket.socket) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-@functools.cache  # once for each reason
-def _warn(reason: str) -> None:
-    _LOG.warning(
-        'generated programs get no namespaces of their own here (%s): resource limits and a hook in Python contain '
-        'them, which native code gets around; use a container for models that you do not trust',
-        reason,
-    )

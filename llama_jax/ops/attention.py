@@ -29,6 +29,7 @@ from llama_jax.ops.attention_splash import splash_attention
 from llama_jax.ops.context_parallel import ContextShard, context_shard
 from llama_jax.ops.quantized import QuantizedArray
 from llama_jax.partitioning import Partitioner
+from llama_jax.runtime import log_once
 from llama_jax.types import InputError
 
 IMPLEMENTATIONS = ('auto', 'reference', 'chunked', 'splash', 'cudnn', 'shared_prefix')
@@ -191,7 +192,7 @@ def cache_layout(
         reason = attention_paged.unsupported(num_heads, num_kv_heads, head_dim, dtype, parts)
     if reason is None:
         return 'pages'
-    _log_once(f'cache: heads first, not in pages: {reason}')
+    log_once(logger, logging.INFO, f'cache: heads first, not in pages: {reason}')
     return 'heads first'
 
 
@@ -232,20 +233,19 @@ def choose(
             f'attention implementation {implementation!r} cannot be used: {reason}; choose auto or chunked'
         )
     if reason:
-        _log_once(f'attention: chunked, not {best}: {reason}')
+        log_once(logger, logging.INFO, f'attention: chunked, not {best}: {reason}')
         return 'chunked'
-    _log_once(f'attention: {kernel} ({platform}{"" if implementation == "auto" else ", as asked for"})')
+    log_once(
+        logger,
+        logging.INFO,
+        f'attention: {kernel} ({platform}{"" if implementation == "auto" else ", as asked for"})',
+    )
     return kernel
 
 
 def platform_of(partitioner: Partitioner | None) -> str:
     """Of the mesh, which may be one that is only compiled for."""
     return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
 
 
 def _attend(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llama_jax import runtime
 from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.human_eval import HUMAN_EVAL
 from llama_jax.eval.tasks.mbpp import ALL, MBPP
@@ -142,7 +143,7 @@ def test_without_namespaces(bare, name):
 
 def test_without_namespaces_it_is_said_once(monkeypatch, caplog):
     _without_namespaces(monkeypatch)
-    sandbox._warn.cache_clear()
+    runtime._LOGGED.clear()
     run = CodeExecution(allowed=True)
     with caplog.at_level(logging.WARNING), ThreadPoolExecutor(2) as threads:
         assert set(threads.map(run, [ProgramTest('import time; time.sleep(0.2)', '')] * 2)) == {'passed'}

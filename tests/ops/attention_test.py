@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import runtime
 from llama_jax.ops import attention_cudnn
 from llama_jax.ops.attention import attention, cached_attention, choose
 from llama_jax.ops.attention_cached import (
@@ -155,7 +156,7 @@ def test_a_packed_document_does_not_leak(implementation):
 @pytest.fixture
 def choices(caplog, monkeypatch):
     """What `choose` takes on a platform, and the lines logged for it, with no choice logged before."""
-    attention_module._log_once.cache_clear()
+    runtime._LOGGED.clear()
 
     def take(
         platform,
@@ -177,7 +178,7 @@ def choices(caplog, monkeypatch):
         return kernel, caplog.messages.copy()
 
     yield take
-    attention_module._log_once.cache_clear()
+    runtime._LOGGED.clear()
 
 
 @pytest.mark.parametrize(('platform', 'best'), [('cpu', 'chunked'), ('gpu', 'cudnn'), ('tpu', 'splash')])
@@ -197,7 +198,7 @@ def test_an_accelerator_takes_its_own_kernel():
 
 
 def test_attention_itself_logs_what_was_forced(caplog):
-    attention_module._log_once.cache_clear()
+    runtime._LOGGED.clear()
     with caplog.at_level(logging.INFO, 'llama_jax'):
         for _ in range(2):
             attention(*(jnp.asarray(a) for a in random_qkv(2, 2)), implementation='reference')
@@ -206,7 +207,7 @@ def test_attention_itself_logs_what_was_forced(caplog):
 
 def test_one_token_is_no_choice_to_log(caplog):
     """So neither the shapes of the weights nor a step of generation tell of a kernel."""
-    attention_module._log_once.cache_clear()
+    runtime._LOGGED.clear()
     with caplog.at_level(logging.INFO, 'llama_jax'):
         attention(*(jnp.asarray(a[:, :1]) for a in random_qkv(2, 2)))
     assert not caplog.messages
