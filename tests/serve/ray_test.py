@@ -4,6 +4,7 @@ import collections
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,12 @@ import pytest
 from tests.command_line import REPOSITORY, wait_for
 
 CLIENTS = 4
+# `serve run` listens on 8000, where others may; what it starts finds Ray Serve on another port.
+ELSEWHERE = """
+from ray import serve
+from experiments.serve_ray import app
+serve.start(http_options={{'port': {port}}})
+"""
 
 
 def replicas():
@@ -25,17 +32,21 @@ def replicas():
 def client(shared_data, tmp_path):
     pytest.importorskip('ray.serve', reason='needs the extra ray')
     checkpoint = shared_data / 'weights/stories260K/stories260K.gguf'
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    (tmp_path / 'elsewhere.py').write_text(ELSEWHERE.format(port=port))
     environment = os.environ | {'RAY_USAGE_STATS_ENABLED': '0', 'PYTHONPATH': str(REPOSITORY)}
     with open(tmp_path / 'log', 'w') as log:
         process = subprocess.Popen(
             [
-                pathlib.Path(sys.executable).with_name('serve'), 'run', 'experiments.serve_ray:app',
+                pathlib.Path(sys.executable).with_name('serve'), 'run', 'elsewhere:app',
                 f'checkpoint={checkpoint}',
                 'replicas=2', 'context=256', 'name=stories',
             ],
             cwd=tmp_path, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
-    client = openai.OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='any', max_retries=0)
+    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
 
     def answers():
         try:
@@ -45,6 +56,7 @@ def client(shared_data, tmp_path):
 
     try:
         wait_for(answers, 300)
+        assert process.poll() is None, (tmp_path / 'log').read_text()[-2000:]
         yield client
     finally:
         client.close()
