@@ -17,6 +17,7 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax import figures as figures
     from llama_jax import preflight as preflight
     from llama_jax.data.datasets import pretrain_dataset as pretrain_dataset
+    from llama_jax.errors import InputError as InputError
     from llama_jax.export.params import save as save
     from llama_jax.inference.chat_session import ChatSession as ChatSession
     from llama_jax.inference.generate import complete as complete
@@ -41,7 +42,6 @@ with _epy.lazy_api_imports(globals()):
     from llama_jax.pretrained import load_tokenizer as load_tokenizer
     from llama_jax.train.metrics import metrics as metrics
     from llama_jax.train.trainer import trainer as trainer
-    from llama_jax.types import InputError as InputError
 
 _FACE = sorted({name for name in globals()['__dir__']() if not name.startswith('_')})
 __version__ = '0.1.0'

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.types import InputError, SystemFailure, error_line
+from llama_jax.errors import InputError, SystemFailure, error_line
 
 MAX_BYTES = 128 << 20  # of a file, of one line of JSON lines, and of what is read as one document
 _MAX_VALUES = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from llama_jax.types import InputError, SystemFailure, error_line
+from llama_jax.errors import InputError, SystemFailure, error_line
 
 T = TypeVar('T')
 

@@ -1,4 +1,4 @@
-"""The structs that flow between rooms, and the legend of axis letters.
+"""The structs that flow between rooms, the legend of axis letters, and the refusals of `errors` by their usual place.
 
 Shapes stand in signatures as jaxtyping strings. One letter means the same thing in the whole code base:
 
@@ -9,91 +9,25 @@ Shapes stand in signatures as jaxtyping strings. One letter means the same thing
 The annotations are checked (by beartype) in tests only; in production they cost nothing.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from llama_jax.errors import InputError as InputError
+from llama_jax.errors import SystemFailure as SystemFailure
+from llama_jax.errors import checked_names as checked_names
+from llama_jax.errors import did_you_mean as did_you_mean
+from llama_jax.errors import error_line as error_line
+from llama_jax.errors import refusals_of as refusals_of
+
 Array = jax.Array
 PyTree = Any
 Params = dict[str, Any]  # a plain nested dict of arrays
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message is the one line that they read.
-
-    It says what is wrong, the value, what is allowed and what to do. Commands print it and exit with status 2;
-    every other exception is a defect of ours and keeps its traceback.
-    """
-
-
-class SystemFailure(Exception):
-    """The system failed while work was under way: a full disk, a quota, a device; the message is the one line.
-
-    Commands print it and exit with status 1. What was finished before stays, and the same command goes on from there.
-    """
-
-
-@contextlib.contextmanager
-def refusals_of(origin: object) -> Iterator[None]:
-    """What is refused within is said of `origin`: a file or folder whose content was looked at without its name.
-
-    Raises:
-      InputError: with `origin` in front.
-    """
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f'{origin}: {error}') from None
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'did you mean a or b?', each name once; where none is near, all that there are."""
-    names = list(dict.fromkeys(known))
-    begun = sorted((n for n in names if name and n.startswith(name)), key=len)
-    near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=3, cutoff=0.5)]))[:3]
-    return f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(sorted(names))}'
-
-
-P = ParamSpec('P')
-R = TypeVar('R')
-
-
-def checked_names(*others: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function of the face: an argument's name that it does not know is refused with the nearest ones.
-
-    Args:
-      others: functions whose arguments it passes on, where it takes any name.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        known = _argument_names(function).union(*map(_argument_names, others))
-
-        @functools.wraps(function)
-        def called(*args: P.args, **kwargs: P.kwargs) -> R:
-            if unknown := [name for name in kwargs if name not in known]:
-                raise InputError(
-                    f'{function.__name__} has no argument {unknown[0]!r}; {did_you_mean(unknown[0], known)}'
-                )
-            return function(*args, **kwargs)
-
-        return called
-
-    return decorate
-
-
-def _argument_names(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
 
 _SHORT_DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 
@@ -113,13 +47,6 @@ def float_dtype(dtype: Any) -> np.dtype:
             f'dtype {dtype!r} is no floating-point type of weights; {did_you_mean(dtype, names)}'
         )
     return jax.numpy.dtype(name)
-
-
-def error_line(error: BaseException) -> str:
-    """What a library's error says, short enough to be the reason within a line of ours; its type where it is silent."""
-    lines = filter(None, map(str.strip, str(error).splitlines()))
-    line = next(lines, type(error).__name__)[:300]
-    return ''.join(letter if letter.isprintable() else '\ufffd' for letter in line)
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ MAX_LINES = 400
 MAX_EQUAL_LINES = 7  # of code, one after the other, in two files of commands or configurations
 WEB, WEB_ROOM = {'starlette', 'uvicorn', 'sse_starlette', 'pydantic', 'prometheus_client', 'bm25s'}, 'serve'
 FLOORS: list[tuple[set[str], set[str]]] = [
+    ({'errors'}, set()),
     ({'types', 'table'}, {'jax', 'numpy', 'flax.struct', 'jaxtyping'}),  # the words that all others speak
     (
         {
@@ -370,6 +371,15 @@ def test_import_is_fast():
             timings.append(float(_python(code)))
     jax, ours = (min(timings) for timings in seconds.values())  # other load only ever adds
     assert ours < max(2.0, jax + 1.0), f'import llama_jax takes {ours:.2f} s, import jax alone {jax:.2f} s'
+
+
+def test_workers_that_prepare_text_load_no_jax():
+    """Which takes three times as long as all else that they import."""
+    loaded = _python(
+        'import sys, llama_jax.data.unit_tasks, llama_jax.data.workers\n'
+        'print(*{"jax", "flax"} & set(sys.modules))'
+    )
+    assert not loaded.split()
 
 
 def test_no_module_loads_torch_or_tensorflow():

@@ -10,7 +10,7 @@ _PAGE = REPOSITORY / 'docs' / 'architecture.md'
 _BLOCK = re.compile(r'```mermaid\n.*?```', re.DOTALL)
 # What each floor is for, from the ground up.
 _NAMES = (
-    'words', 'the machine', 'arrays', 'models and text', 'formats, data, losses', 'whole checkpoints',
+    'refusals', 'words', 'the machine', 'arrays', 'models and text', 'formats, data, losses', 'whole checkpoints',
     'training, generating', 'wings',
 )  # fmt: skip
 
@@ -47,7 +47,8 @@ def picture(root: pathlib.Path) -> str:
     graph = _without_detours(_rooms_imported(root))
     lines = ['```mermaid', 'flowchart TD']
     for floor, (name, (rooms, _)) in reversed(list(enumerate(zip(_NAMES, FLOORS, strict=True)))):
-        lines.append(f'  subgraph floor{floor}["{floor - 1 if floor else "ground"}: {name}"]')
+        label = floor - 2 if floor > 1 else ('below', 'ground')[floor]
+        lines.append(f'  subgraph floor{floor}["{label}: {name}"]')
         lines += [f'    {room}' for room in sorted(rooms & graph.keys())]
         lines.append('  end')
     for room in sorted(graph, key=lambda room: (-FLOOR_OF[room], room)):

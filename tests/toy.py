@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llama_jax.data.packing import lm_batch
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, Transformer, init_params
 from llama_jax.train.optimizer import decayed

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.run.settings import find_preset
 from llama_jax import pretrained
 from llama_jax.data.examples import Example, ExampleRows, collate_examples
-from llama_jax.data.packing import lm_batch
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.preferences import Answer, EncodedPair, PreferenceRows, collate_preferences
 from llama_jax.data.records import Conversation
 from llama_jax.lora import LoraConfig, abstract_adapters, init_adapters, with_base

@@ -23,7 +23,7 @@ from experiments.benchmark.huggingface import random_llama
 from experiments.benchmark.profile import show_kernels
 from experiments.prompting.checkpoint import DTYPES, dtype_name
 from experiments.run.settings import compiler_options, find_preset
-from llama_jax.data.packing import lm_batch
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params

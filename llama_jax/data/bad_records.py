@@ -2,7 +2,7 @@
 
 import logging
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 

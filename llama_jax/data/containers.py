@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import MAX_BYTES, read_array
 from llama_jax.storage import bucket_reason, enable_bucket
-from llama_jax.types import InputError, error_line
 
 
 class Place(NamedTuple):

@@ -16,8 +16,9 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int
 
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.mixture import Mixture, mix
-from llama_jax.data.packing import Row, best_fit, lm_batch
+from llama_jax.data.packing import Row, best_fit
 from llama_jax.data.records import BadRecords, Conversation, read_records
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import grain
 import jax
 import numpy as np
 
-from llama_jax.data.packing import Row, lm_batch
+from llama_jax.data.lm_batch import lm_batch
+from llama_jax.data.packing import Row
 from llama_jax.partitioning import make_global_array
 from llama_jax.types import LMBatch, PyTree
 

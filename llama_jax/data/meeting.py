@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from llama_jax.data.preparation import Machine
+from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError, SystemFailure, error_line
 
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 60.0
 

@@ -10,7 +10,7 @@ from llama_jax.data.bad_records import check_on_error
 from llama_jax.data.shards import check_seq_len
 from llama_jax.data.sources import Reading
 from llama_jax.data.units import UNIT_BYTES
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

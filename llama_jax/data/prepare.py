@@ -27,10 +27,10 @@ from llama_jax.data.shards import Shape, write_manifest
 from llama_jax.data.unit_tasks import BEGUN, plan_units, scan_all, write_all
 from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.data.workers import Workers
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.types import InputError
 
 WORK = 'preparation.partial'
 REPORT = 'report.json'

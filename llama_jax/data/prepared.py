@@ -18,9 +18,9 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.packing import Row, count_rows, pad_row
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import read_object
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError, error_line
 
 MANIFEST = 'manifest.json'
 FORMAT = 'llama_jax packed rows 2'

@@ -34,9 +34,9 @@ from llama_jax.data.packing import (
 )
 from llama_jax.data.prepared import FORMAT, MANIFEST, origins_file, sha256_of
 from llama_jax.data.units import UNIT_BYTES, Cutter
+from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.storage import enable_bucket, new_folder, system_failures, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, SystemFailure, error_line
 
 Origin = tuple[int, int]  # a document's file, by its number in the source, and its record there
 

@@ -40,8 +40,8 @@ from llama_jax.data.containers import (
     read_json_texts,
 )
 from llama_jax.data.tables import read_table
+from llama_jax.errors import InputError
 from llama_jax.json_file import MAX_BYTES, parse_json, show_json
-from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data.containers import START, Place, Record, kind_of
-from llama_jax.types import InputError, error_line
+from llama_jax.errors import InputError, error_line
 
 
 def read_table(path: epath.Path, start: Place = START, column: str = '') -> Iterator[Record]:

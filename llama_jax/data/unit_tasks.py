@@ -18,10 +18,10 @@ from llama_jax.data.prepared import VALIDATION, origins_file
 from llama_jax.data.shards import ShardWriter, batches_of
 from llama_jax.data.units import FileScan, Piece, is_held_out, join_pieces, read_piece, scan_file, state_of
 from llama_jax.data.workers import Tell, Workers
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
 
 BEGUN = 'config.json'  # beside the records: what is prepared
 _FILES_A_SCAN = 1000  # at most, for many small ones

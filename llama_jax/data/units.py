@@ -15,7 +15,7 @@ from etils import epath
 from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.containers import Place, size_of
 from llama_jax.data.sources import Reading, list_files, read_file, read_texts
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 UNIT_BYTES = 256 << 20  # of text, in UTF-8
 

@@ -7,7 +7,7 @@ leads from the characters of a text to where in the texts stands what replaces t
 
 import numpy as np
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 _BLOCK = 256  # units: one for each next byte
 _MAX_TEXT = 256  # bytes that one character becomes; of Unicode's own the longest are 33

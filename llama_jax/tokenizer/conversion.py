@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.huggingface_statements import AddedToken
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.protocol import Tokenizer
@@ -28,7 +29,6 @@ from llama_jax.tokenizer.splitters import SPLITTERS
 from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
 from llama_jax.tokenizer.tokenizer_json import candidates_of, definition_of
 from llama_jax.tokenizer.vocabulary import BYTES, SPELLING, Ends, Vocabulary, check_tokens
-from llama_jax.types import InputError
 
 # What tokenizers disagree about: spaces, digits, case, contractions, scripts, bytes, control characters, tags.
 _PROBES = (

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from typing import Any
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.tokenizer.charsmap import check_charsmap
 from llama_jax.tokenizer.splitters import SPLITTERS
-from llama_jax.types import InputError, error_line
 
 PROBES = ('Hello world! 12', *(letter * 40 + '!x' for letter in 'a1 -\né'))
 _PROGRAM = pathlib.Path(__file__).with_name('opening_process.py')

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object, read_bytes, show_json
 from llama_jax.tokenizer.tiktoken_tokenizer import meta_stop_ids
 from llama_jax.tokenizer.vocabulary import MAX_TOKENS, Ends
-from llama_jax.types import InputError
 
 _MAP, _CONFIG = 'special_tokens_map.json', 'tokenizer_config.json'
 _ADDED, _GENERATION, _MODEL = 'added_tokens.json', 'generation_config.json', 'config.json'

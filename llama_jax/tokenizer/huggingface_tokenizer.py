@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object
 from llama_jax.tokenizer.foreign_tokenizer import PROBES, check_opening
 from llama_jax.tokenizer.huggingface_statements import Statements, read_statements, stating_files
@@ -18,7 +19,6 @@ from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.protocol import Spelling
 from llama_jax.tokenizer.text_pieces import EACH_BYTE, checked_ids, without_surrogates
 from llama_jax.tokenizer.vocabulary import BYTES, MAX_TOKENS, Ended
-from llama_jax.types import InputError
 
 
 class HuggingFaceTokenizer(Ended):

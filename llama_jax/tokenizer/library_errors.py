@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from llama_jax.types import InputError, error_line
+from llama_jax.errors import InputError, error_line
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Format: llama2.c's tokenizer.py, `export`, which writes spaces for sentencepiece
 
 import struct
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -15,7 +16,6 @@ from llama_jax.tokenizer.sentencepiece_model import (
     SentencePieceModel,
     write_model,
 )
-from llama_jax.types import InputError
 
 _ENDS = ('<unk>', '<s>', '</s>')
 _MOST = 1 << 20  # pieces

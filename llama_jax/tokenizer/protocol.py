@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.tokenizer.charsmap import check_charsmap
-from llama_jax.types import InputError, error_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF's tokens
 MAX_TOKEN = 1024  # bytes of a token's text, in any format; Llama 3's longest has 128

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.protocol import Spelling
 from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, checked_model
 from llama_jax.tokenizer.text_pieces import EACH_BYTE, checked_ids, split_at, without_surrogates
 from llama_jax.tokenizer.vocabulary import Ended, Ends
-from llama_jax.types import InputError, error_line
 
 _SPECIAL = (UNKNOWN, CONTROL)
 _BEHIND_A_WORD = re.compile('(?<=[^ ▁]) (?=.)', re.DOTALL)

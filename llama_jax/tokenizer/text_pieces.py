@@ -4,7 +4,7 @@ import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 _MAX_CHUNK = 400_000  # characters given to tiktoken at once: it panics on much more
 _MAX_RUN = 25_000  # longest run of all-space or no-space characters: its regex engine overflows on much more

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.library_errors import refused
 from llama_jax.tokenizer.protocol import Spelling
 from llama_jax.tokenizer.sentencepiece_model import MAX_TOKEN
 from llama_jax.tokenizer.splitters import LLAMA3_PATTERN
 from llama_jax.tokenizer.text_pieces import checked_ids, chunks, split_at, without_surrogates
 from llama_jax.tokenizer.vocabulary import Ended, Ends
-from llama_jax.types import InputError
 
 _NUM_SPECIAL = 256
 RANK_LINE = re.compile(rb'[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|$)')

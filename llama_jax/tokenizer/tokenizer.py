@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import MAX_BYTES, parse_object, read_at_most
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.conversion import tokenizer_of, vocabulary_of, with_added
@@ -28,7 +29,6 @@ from llama_jax.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFIN
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.tiktoken_tokenizer import RANK_LINE, TiktokenTokenizer
 from llama_jax.tokenizer.vocabulary import with_ends
-from llama_jax.types import InputError, error_line
 
 logger = logging.getLogger(__name__)
 

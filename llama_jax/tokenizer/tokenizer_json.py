@@ -3,12 +3,12 @@
 import base64
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from llama_jax.tokenizer.splitters import SPLITTERS, pre_tokenizer_of, splitters_of
 from llama_jax.tokenizer.vocabulary import Vocabulary, check_tokens, is_hole
-from llama_jax.types import InputError
 
 _BYTE_NAMES = [f'<0x{byte:02X}>' for byte in range(256)]
 

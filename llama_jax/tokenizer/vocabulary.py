@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from typing import Literal, TypeVar
 
+from llama_jax.errors import InputError
 from llama_jax.table import html_of
 from llama_jax.tokenizer.sentencepiece_model import (
     BYTE,
@@ -19,7 +20,6 @@ from llama_jax.tokenizer.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
 )
-from llama_jax.types import InputError
 
 MAX_TOKENS = 1 << 20  # ids that a vocabulary may have; of real ones the largest have a quarter of a million
 Family = Literal['sentencepiece', 'unigram', 'byte-level']

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from llama_jax.data import prepared
-from llama_jax.data.packing import PackedRows, lm_batch, tokenize_documents, tokenize_units
+from llama_jax.data.lm_batch import lm_batch
+from llama_jax.data.packing import PackedRows, tokenize_documents, tokenize_units
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.shards import write_prepared
 from llama_jax.types import InputError

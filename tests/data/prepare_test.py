@@ -17,7 +17,8 @@ from hypothesis import strategies
 from llama_jax.data import meeting, unit_tasks
 from llama_jax.data import prepare as prepare_module
 from llama_jax.data.bad_records import BadRecords
-from llama_jax.data.packing import PackedRows, lm_batch, tokenize_units
+from llama_jax.data.lm_batch import lm_batch
+from llama_jax.data.packing import PackedRows, tokenize_units
 from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import WORK, prepare
 from llama_jax.data.prepared import PreparedRows

@@ -4,16 +4,17 @@ from tests.planted_faults.fault import Fault, faults_in
 
 # fmt: off
 FAULTS: tuple[Fault, ...] = (
-    *faults_in('llama_jax/data/packing.py',
-        ('packing: a document begins a token late',
-         'data/packing_test.py::test_rows_share_one_token_and_segments_follow_documents',
-         "side='right')", "side='left')"),
+    *faults_in('llama_jax/data/lm_batch.py',
         ('packing: positions run through a row',
          'data/packing_test.py::test_rows_share_one_token_and_segments_follow_documents',
          'np.where(begins, index, 0)', 'np.where(begins, 0, 0)'),
         ('packing: BOS is predicted from another document',
          'data/packing_test.py::test_every_token_but_bos_is_predicted_exactly_once',
-         'loss_mask=(inputs == ahead) & (ahead != 0)', 'loss_mask=ahead != 0'),
+         'loss_mask=(inputs == ahead) & (ahead != 0)', 'loss_mask=ahead != 0')),
+    *faults_in('llama_jax/data/packing.py',
+        ('packing: a document begins a token late',
+         'data/packing_test.py::test_rows_share_one_token_and_segments_follow_documents',
+         "side='right')", "side='left')"),
         ('packing: documents end without EOS',
          'data/packing_test.py::test_a_corpus_is_every_document_between_bos_and_eos',
          'tokens[ends - 1] = tokenizer.eos_id', 'tokens[ends - 1] = tokenizer.bos_id'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.data.packing import lm_batch
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import abstract_params, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llama_jax.data.datasets import pretrain_dataset, train_tokenizer
+from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.loader import batches
-from llama_jax.data.packing import lm_batch
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.metrics import read_metrics
 from tests import toy
