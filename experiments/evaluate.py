@@ -24,6 +24,7 @@ from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_token
 from experiments.run import preference_files
 from experiments.run.config_file import split_list
 from experiments.run.settings import partitioner_of_flags
+from experiments.run.trained_format import chat_format_of
 from experiments.run.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.data.records import check_records
@@ -73,7 +74,7 @@ _RATING_COMMAND = flags.DEFINE_string(
     'rating_command', '', 'program that answers each line, a JSON string, with its score'
 )
 _CHAT_FORMAT = flags.DEFINE_string(
-    'chat_format', '', "of preference:FILE: as data.format in training; by default the tokenizer's family's"
+    'chat_format', '', "of preference:FILE: a data.format of training; by default the checkpoint's own"
 )
 _ON_ERROR = flags.DEFINE_enum(
     'on_error',
@@ -135,7 +136,7 @@ def main() -> None:
                 flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P, _CACHE_DTYPE)
             }
             check_sampling(prepared_tasks, flags_given)
-        model, params, tokenizer = load(
+        opened, model, params, tokenizer = load(
             _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
             _CACHE_DTYPE.value or 'auto', scores=not tasks,
         )  # fmt: skip
@@ -145,8 +146,9 @@ def main() -> None:
         ):
             seq_len = min(_BATCH_SIZE.value, model.config.max_seq_len)
             pairs = preference_files.read_pairs(
-                pair_files, tokenizer, _CHAT_FORMAT.value, _ON_ERROR.value, seq_len, _LIMIT.value
-            )
+                pair_files, tokenizer, chat_format_of(opened, tokenizer, _CHAT_FORMAT.value),
+                _ON_ERROR.value, seq_len, _LIMIT.value,
+            )  # fmt: skip
         if tasks:
             engine = Engine(model, params, tokenizer, batch_tokens=_BATCH_SIZE.value, seed=_SEED.value)
             # All processes compute it: the weights may be spread over them.
@@ -171,11 +173,11 @@ def main() -> None:
             if runtime.is_main_process():
                 report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results)
         of_pairs = {}
-        for file, rows in pairs.items():
-            figures = preference_files.figures_of(model, params, partitioner, rows, _BATCH_SIZE.value)
-            of_pairs[f'{preference_files.PREFIX}{file}'] = preference_files.report(rows, figures)
+        for file, of_file in pairs.items():
+            figures = preference_files.figures_of(model, params, partitioner, of_file, _BATCH_SIZE.value)
+            of_pairs[f'{preference_files.PREFIX}{file}'] = preference_files.report(of_file, figures)
             if runtime.is_main_process():
-                preference_files.write(output, file, rows, figures)
+                preference_files.write(output, file, of_file, figures)
                 report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results, of_pairs)
     if runtime.is_main_process():
         print(report)
@@ -239,8 +241,8 @@ def load(
     keep_quantized: bool,
     cache_dtype: str,
     scores: bool,
-) -> tuple[Any, Params, Any]:
-    """(model, weights, tokenizer) of the checkpoint on the mesh; where `scores`, it may be a reward model."""
+) -> tuple[pretrained.Checkpoint, Any, Params, Any]:
+    """(opened checkpoint, model, weights, tokenizer) on the mesh; where `scores`, it may be a reward model."""
     dtype = DTYPES[dtype_name(given_dtype)]
     make = model_of if scores else LlamaForCausalLM
     with launch.flags_named('--checkpoint', '--tokenizer'):
@@ -255,7 +257,7 @@ def load(
         )  # fmt: skip
     logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
     model = make(config, dtype=dtype, partitioner=partitioner, cache_dtype=cache_dtype)
-    return model, params, tokenizer
+    return opened, model, params, tokenizer
 
 
 def open_log(

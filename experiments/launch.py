@@ -102,7 +102,7 @@ def define_sampled_policy() -> _Flags:
         max_new_tokens=flags.DEFINE_integer('max_new_tokens', 256, 'of an answer'),
         chat_format=flags.DEFINE_enum(
             'chat_format', '', ['', *FORMATS],
-            "how a conversation is spelled, as --config.data.format of sft; '': the family's",
+            "how a conversation is spelled, as data.format in training; '': as the checkpoint was trained",
         ),
         key_map=flags.DEFINE_string('key_map', '', 'keys of records, OURS=THEIRS by commas, as prompt=question'),
         shard=flags.DEFINE_string('shard', '0/1', 'which part of the work, for several commands: 0/4 to 3/4'),

@@ -99,9 +99,9 @@ def test_a_reward_model_is_trained_resumed_and_read_again(commands, folder, base
     # What orders pairs at the end of a run orders them when it is evaluated; a policy does by its log-probabilities.
     report = json.loads((folder / 'again' / 'report.json').read_text())
     task, found = f'preference:{pairs}', {}
-    for name, checkpoint in (('scores', folder / 'again'), ('policy', base)):
+    for name, checkpoint, *given in (('scores', folder / 'again'), ('policy', base, '--chat_format=plain')):
         commands.run(
-            'evaluate', f'--checkpoint={checkpoint}', f'--tasks={task}', '--chat_format=plain', '--dtype=float32',
+            'evaluate', f'--checkpoint={checkpoint}', f'--tasks={task}', *given, '--dtype=float32',
             f'--output={folder / name}',
         ).succeeded()  # fmt: skip
         found[name] = json.loads((folder / name / 'results.json').read_text())[task]

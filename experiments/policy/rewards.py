@@ -23,7 +23,7 @@ from etils import epath
 
 from experiments.run.adapters import SharedBase
 from experiments.run.config_file import split_list
-from experiments.run.workdir import CONFIG_FILE, read_record
+from experiments.run.workdir import recorded_config
 from llama_jax import pretrained
 from llama_jax.eval.task import Completion, Completions, Graders, Task
 from llama_jax.eval.tasks import find_task
@@ -245,10 +245,9 @@ def _model(
 
 def _check_threshold(path: str, opened: pretrained.Checkpoint) -> None:
     """0.15 says something of scores that were trained to be below 0 for what is unsafe."""
-    if not (opened.place / CONFIG_FILE).exists() or opened.format != 'orbax':
+    if (config := recorded_config(opened)) is None:
         logger.warning('%s does not say how it was trained; its scores are taken to be those of safety', path)
         return
-    config = (read_record(opened.place) or {}).get('config', {})
     if not config.get('reward', {}).get('safety', 0.0):
         raise InputError(
             f'the reward model {path} was trained without the loss of safe and unsafe answers (reward.safety 0), so '

@@ -16,13 +16,14 @@ from experiments.policy.rewards import Judges, Term, check_rewards, open_rewards
 from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.prompting.prompt_file import check_output, parse_shard
 from experiments.run.settings import partitioner_of_flags
+from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained, runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
 from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
-from llama_jax.tokenizer.chat_format import ChatFormat, chat_format_for
+from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.protocol import Tokenizer, required
 from llama_jax.types import InputError, Params
 
@@ -101,7 +102,7 @@ class SampledPolicy:
         with flags_named('--mesh', '--axis_rules'):
             request.partitioner.tree_shardings(*abstract_params_and_axes(self._model))
         with flags_named('--chat_format'):
-            self.chat_format = chat_format_for(self.tokenizer, given['chat_format'])
+            self.chat_format = chat_format_of(self._opened, self.tokenizer, given['chat_format'])
         self.stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *self.chat_format.stop_ids}))
         self._weights: Params = {}
 

@@ -20,6 +20,7 @@ from etils import epath
 
 from experiments import launch
 from experiments.run.settings import partitioner_of_flags
+from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained
 from llama_jax.data.messages import prompt_messages
 from llama_jax.data.preferences import encode_answer
@@ -29,7 +30,7 @@ from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, compute_dtype
 from llama_jax.rl.rewards import combine_scores
 from llama_jax.storage import write_atomically
-from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat, Message, chat_format_for
+from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat, Message
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
@@ -43,7 +44,7 @@ _DATA = launch.define_path(
     'data', None, 'with held_out.jsonl, as sft reads it, and judged.jsonl, the prompts', required=True
 )
 _CHAT_FORMAT = flags.DEFINE_enum(
-    'chat_format', '', ['', *FORMATS], "how a conversation is spelled; '': the family's"
+    'chat_format', '', ['', *FORMATS], "how a conversation is spelled; '': as in training"
 )
 _MESH = flags.DEFINE_list(
     'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the others'
@@ -62,8 +63,8 @@ def main() -> None:
     first, *_ = stages = list(judges)
     rows = {stage: row_of(folder, stage, asked) for stage in stages}
     scores: dict[str, dict[str, np.ndarray]] = {}
-    tokenizer = required(pretrained.open(str(folder / first)).tokenizer)
-    chat_format = chat_format_for(tokenizer, _CHAT_FORMAT.value)
+    opened = pretrained.open(str(folder / first))
+    chat_format = chat_format_of(opened, required(opened.tokenizer), _CHAT_FORMAT.value)
     held_out = list(answers_of(records, chat_format))
 
     def measure(checkpoint: str, *of_pairs: Sequence[Pair]) -> Iterator[np.ndarray]:

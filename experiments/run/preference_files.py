@@ -8,6 +8,7 @@ token alone.
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,13 @@ from llama_jax.eval.preferences_shown import describe_preferences, plot_preferen
 from llama_jax.losses.dpo import PreferenceLoss, answer_log_probabilities
 from llama_jax.losses.reward import pair_scores
 from llama_jax.partitioning import Partitioner
-from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import Params, PreferenceBatch
+from llama_jax.types import InputError, Params, PreferenceBatch
 
 PREFIX = 'preference:'
+
+logger = logging.getLogger('llama_jax.preference_files')
 
 
 def split_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -36,34 +39,74 @@ def split_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(files)), [name for name in names if not name.startswith(PREFIX)]
 
 
+@dataclasses.dataclass(frozen=True)
+class PairFile:
+    """The pairs of a file.
+
+    Attributes:
+      pairs: in order.
+      seq_len: tokens that a prompt and one of its answers may have.
+    """
+
+    pairs: Sequence[EncodedPair]
+    seq_len: int
+
+    @functools.cached_property
+    def left_out(self) -> list[int]:
+        """Numbers of the pairs of which an answer behind its prompt is too long."""
+        return [number for number, pair in enumerate(self.pairs) if _length(pair) > self.seq_len]
+
+    def rows(self, pairs: Sequence[EncodedPair]) -> PreferenceRows:
+        """Rows of each answer alone, two to a pair: so a pair has to fit into no row."""
+        answers = [EncodedPair(pair.prompt, (answer, None)) for pair in pairs for answer in pair.answers]
+        return PreferenceRows(answers, self.seq_len)
+
+
+def _length(pair: EncodedPair) -> int:
+    return len(pair.prompt) + max(len(answer.tokens) for answer in pair.answers if answer)
+
+
 def read_pairs(
-    files: Sequence[str], tokenizer: Tokenizer, format_name: str, on_error: str, seq_len: int, limit: int
-) -> dict[str, PreferenceRows]:
-    """The pairs of each file as rows of so many tokens, the first ones where there is a limit.
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    on_error: str,
+    seq_len: int,
+    limit: int,
+) -> dict[str, PairFile]:
+    """The pairs of each file, the first ones where there is a limit; those that are too long are counted in a warning.
 
     Raises:
-      InputError: a file cannot be read, a record is bad, or no row holds any pair.
+      InputError: a file cannot be read, a record is bad, or there is no pair of so many tokens.
     """
     found = {}
     for file in files:
-        reading = Reading(tokenizer, chat_format_for(tokenizer, format_name), seq_len, on_error=on_error)
-        pairs = reading.pairs([file])
-        found[file] = reading.rows(pairs[:limit] if limit else pairs, file)
+        pairs = Reading(tokenizer, chat_format, seq_len, on_error=on_error).pairs([file])
+        found[file] = of_file = PairFile(pairs[:limit] if limit else pairs, seq_len)
+        number, longest = len(of_file.pairs), max(map(_length, of_file.pairs), default=0)
+        if len(of_file.left_out) == number:
+            raise InputError(
+                f'{file}: of {number} pairs there is none of which both answers, behind the prompt, have at most '
+                f'{seq_len} tokens: the longest has {longest}'
+            )
+        if of_file.left_out:
+            logger.warning(
+                '%s: left out %d of %d pairs, of which an answer behind its prompt has more than %d tokens, up to %d',
+                file, len(of_file.left_out), number, seq_len, longest,
+            )  # fmt: skip
     return found
 
 
 def figures_of(
-    model: Any, params: Params, partitioner: Partitioner, rows: PreferenceRows, batch_tokens: int
+    model: Any, params: Params, partitioner: Partitioner, of_file: PairFile, batch_tokens: int
 ) -> dict[str, np.ndarray]:
-    """What both answers of each pair are given, [pairs, 2], by name; NaN of pairs that no row holds."""
+    """What both answers of each pair are given, [pairs, 2], by name; NaN of an answer that is too long."""
+    given = functools.partial(_answer_figures, model, params, partitioner, batch_tokens=batch_tokens)
     if model.config.scalar_head:
-        return {'score': _answer_figures(model, params, partitioner, rows, batch_tokens)}
-    alone = [dataclasses.replace(pair, prompt=pair.prompt[:1]) for pair in rows.pairs]
-    summed, without = (
-        _answer_figures(model, params, partitioner, some, batch_tokens)
-        for some in (rows, PreferenceRows(alone, rows.seq_len))
-    )
-    counts = np.array([[answer.counts.sum() for answer in pair.answers if answer] for pair in rows.pairs])
+        return {'score': given(of_file.rows(of_file.pairs))}
+    alone = [dataclasses.replace(pair, prompt=pair.prompt[:1]) for pair in of_file.pairs]
+    summed, without = (given(of_file.rows(some)) for some in (of_file.pairs, alone))
+    counts = np.array([[answer.counts.sum() for answer in pair.answers if answer] for pair in of_file.pairs])
     return {'summed': summed, 'mean': summed / np.maximum(counts, 1), 'relative': summed - without}
 
 
@@ -82,23 +125,26 @@ def _answer_figures(
         step = answer_log_probabilities(model, PreferenceLoss())
     compiled = jax.jit(step, out_shardings=partitioner.sharding())
     with jax.set_mesh(partitioner.mesh):
-        return answer_figures(functools.partial(compiled, params), rows, target)
+        found = answer_figures(functools.partial(compiled, params), rows, target)
+    return found[:, 0].reshape(-1, 2)
 
 
-def report(rows: PreferenceRows, figures: dict[str, np.ndarray]) -> dict[str, Any]:
+def report(of_file: PairFile, figures: dict[str, np.ndarray]) -> dict[str, Any]:
     """What results.json says of a file: how many pairs, and by each figure how well they are ordered."""
-    bag = folded_bag_of_words(rows.pairs)
-    found = {name: preference_report(judge(rows.pairs, values)) | bag for name, values in figures.items()}
+    pairs = of_file.pairs
+    bag = folded_bag_of_words(pairs)
+    found = {name: preference_report(judge(pairs, values)) | bag for name, values in figures.items()}
     shown = {f'accuracy_{name}': of_it['accuracy'] for name, of_it in found.items()}
-    return {'n': next(iter(found.values()))['pairs'], **shown, **found}
+    number = next(iter(found.values()))['pairs']
+    return {'n': number, 'left_out': len(of_file.left_out), **shown, **found}
 
 
-def write(output: epath.Path, file: str, rows: PreferenceRows, figures: dict[str, np.ndarray]) -> None:
+def write(output: epath.Path, file: str, of_file: PairFile, figures: dict[str, np.ndarray]) -> None:
     """Plots, and each pair with its figures."""
     name = f'{PREFIX}{file}'.replace('/', '_').replace(':', '_')
     for figure, values in figures.items():
-        plot_preferences(output / f'{name}_{figure}.png', judge(rows.pairs, values), figure)
-    lines = [_line(i, pair, figures) for i, pair in enumerate(rows.pairs)]
+        plot_preferences(output / f'{name}_{figure}.png', judge(of_file.pairs, values), figure)
+    lines = [_line(i, pair, figures) for i, pair in enumerate(of_file.pairs)]
     folder = output / 'samples'
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(folder / f'{name}.jsonl', ''.join(lines))
@@ -117,9 +163,9 @@ def describe(results: Mapping[str, Any]) -> str:
     """The reports of all files as people read them."""
     parts = []
     for task, found in results.items():
+        left_out = found['left_out'] and f'{found["left_out"]} more pairs are too long, and were left out'
         for name, of_it in found.items():
             if isinstance(of_it, dict):
-                parts.append(
-                    '\n'.join([f'## {task}, by {name}', '', '```', *describe_preferences(of_it), '```'])
-                )
+                lines = ['', '```', *describe_preferences(of_it), '```', *([left_out] if left_out else [])]
+                parts.append('\n'.join([f'## {task}, by {name}', *lines]))
     return '\n\n'.join(parts)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.launch import flags_named
 from experiments.run.config_file import flatten
 from experiments.run.data_schedule import parse_schedule
-from llama_jax import lock, runtime, storage
+from llama_jax import lock, pretrained, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.checkpoint.weights import check_step, latest_step
@@ -140,6 +140,17 @@ def read_record(workdir: epath.Path) -> dict[str, Any] | None:
             f'{file} is damaged ({reason}), and no checkpoint has a copy; restore it, or choose a new --workdir'
         )
     return None
+
+
+def recorded_config(opened: pretrained.Checkpoint) -> dict[str, Any] | None:
+    """The configuration of the run that an opened checkpoint is of; None where no run says how it was trained.
+
+    Raises:
+      InputError: as `read_record`.
+    """
+    if opened.format != 'orbax' or not (opened.place / CONFIG_FILE).exists():
+        return None
+    return (read_record(opened.place) or {}).get('config', {})
 
 
 def unit_bytes_of(workdir: epath.Path, fork: 'Fork | None' = None) -> int:
