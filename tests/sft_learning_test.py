@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import llama_jax
 from llama_jax.data.examples import Encoder, ExampleRows, collate_examples, is_held_out
@@ -32,7 +33,7 @@ def arguments(shared_data, workdir, data, seed, overrides):
     config = {
         'data.train': data, 'data.format': 'plain', 'data.seq_len': SEQ_LEN, 'data.validation_fraction': HELD_OUT,
         'train.batch_size': 8, 'train.num_epochs': 2.0, 'optimizer.learning_rate': 1e-3, 'model.dtype': 'float32',
-        'model.remat': 'none', 'eval.sample_tokens': 0, 'log.tensorboard': False, 'seed': seed,
+        'model.remat': 'none', 'eval.sample_tokens': 0, 'eval.every': 14, 'log.tensorboard': False, 'seed': seed,
     } | overrides  # fmt: skip
     weights = shared_data / 'weights/stories260K'
     return [
@@ -97,18 +98,33 @@ def test_answers_to_alpaca_are_learnt(on_alpaca, shared_data, seed):
     assert fall >= 0.2 and z >= 3
 
 
+def plot_held_out_loss(file, runs):
+    """Of each kind's (workdir, report), from the loss that it began with."""
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    for kind, (workdir, report) in runs.items():
+        logged = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+        found = {line['step']: line['validation_loss'] for line in logged if 'validation_loss' in line}
+        axes.plot([0, *found], [report['base_loss'], *found.values()], marker='o', label=kind)
+    axes.set(xlabel='updates', ylabel='held-out loss, nats a token of an answer', title='Alpaca, stories260K')
+    axes.legend()
+    figure.savefig(file)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_adapters_learn_nearly_as_much(on_alpaca, seed):
+def test_adapters_learn_nearly_as_much(on_alpaca, tmp_path, seed):
     """Of what all weights gain; both beside the loss that the model in float32 begins with."""
-    (_, full), (_, lora), (_, nf4) = (on_alpaca(kind, seed) for kind in KINDS)
+    runs = {kind: on_alpaca(kind, seed) for kind in KINDS}
+    plot_held_out_loss(tmp_path / 'sft_learning.png', runs)
+    (_, full), (_, lora), (_, nf4) = runs.values()
     fall = full['base_loss'] - full['validation_loss']
     assert lora['base_loss'] == pytest.approx(full['base_loss'], rel=1e-5)
     shares = [(full['base_loss'] - report['validation_loss']) / fall for report in (lora, nf4)]
     print(
         f'seed {seed}: loss {full["base_loss"]:.3f}, nf4 {nf4["base_loss"]:.3f}, to {full["validation_loss"]:.3f}, '
         f'LoRA {lora["validation_loss"]:.3f} ({100 * shares[0]:.1f} % of the fall), nf4 {nf4["validation_loss"]:.3f} '
-        f'({100 * shares[1]:.1f} %)'
+        f'({100 * shares[1]:.1f} %); {tmp_path / "sft_learning.png"}'
     )
     assert shares[0] >= 0.8 and shares[1] >= shares[0] - 0.05
 
