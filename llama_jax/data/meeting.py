@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
 
+BEGUN = 'config.json'  # where machines meet: what is prepared; it comes first, and goes first
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 60.0
 
 _log = logging.getLogger(__name__)
@@ -57,10 +59,11 @@ class Meeting:
         try:
             yield
         except (InputError, SystemFailure) as error:
-            if self.machine.count > 1 and self._folder.exists() and self._said() == self._known:
+            if self.machine.count > 1 and (self._folder / BEGUN).exists() and self._said() == self._known:
                 line = f'machine {self.machine.index} has given up: {error_line(error)}; mend that, and start all again'
                 said = {'line': line, 'of_system': isinstance(error, SystemFailure), 'time': time.time_ns()}
-                write_atomically(self._own, json.dumps(said))
+                with contextlib.suppress(InputError):  # then all is done, and nobody waits
+                    write_where_all_meet(self._own, json.dumps(said))
             raise
 
     def _said(self) -> dict[str, str]:
@@ -74,3 +77,21 @@ class Meeting:
                 ):  # it goes where its machine starts again, and at the end
                     said[file.name] = json.dumps(read_object(file))
         return dict(sorted(said.items()))
+
+
+def write_where_all_meet(file: epath.Path, text: str) -> None:
+    """Writes a whole file into the folder, which does not come again where another machine has taken it away.
+
+    Raises:
+      InputError: it has.
+    """
+    gone = InputError(f'{file.parent} was taken away while something was to be written there; start again')
+    if not (file.parent / BEGUN).exists():
+        raise gone
+    write_atomically(file, text)
+    if not (file.parent / BEGUN).exists():  # it went just now, and writing has made the folder anew
+        file.unlink(missing_ok=True)
+        if '://' not in os.fspath(file):
+            with contextlib.suppress(OSError):  # the other has not come to its end
+                os.rmdir(file.parent)
+        raise gone

@@ -15,16 +15,17 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
-from llama_jax.data.meeting import Meeting
+from llama_jax.data.meeting import BEGUN, Meeting
 from llama_jax.data.preparation import ALONE, Advance, Machine, Preparation
 from llama_jax.data.prepared import MANIFEST, VALIDATION
 from llama_jax.data.shards import Shape, write_manifest
-from llama_jax.data.unit_tasks import BEGUN, plan_units, scan_all, write_all
+from llama_jax.data.unit_tasks import plan_units, scan_all, write_all
 from llama_jax.data.units import FileScan, list_inputs, place_of, state_of
 from llama_jax.data.workers import Workers
 from llama_jax.errors import InputError
@@ -250,7 +251,14 @@ def _finish(
 
 def _remove(work: epath.Path, preparation: Preparation) -> None:
     (work / BEGUN).unlink(missing_ok=True)  # what the others look for
-    work.rmtree(missing_ok=True)
+    for is_last in [False] * 9 + [True]:
+        try:
+            work.rmtree(missing_ok=True)
+            break
+        except OSError:  # of a machine that looked just before, a file has come or gone
+            if is_last:
+                raise
+            time.sleep(0.1)
     output = epath.Path(preparation.output)
     if '://' not in preparation.output and output.exists() and not any(output.iterdir()):
         os.rmdir(output)

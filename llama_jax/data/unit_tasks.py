@@ -12,7 +12,7 @@ from etils import epath
 
 from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.containers import size_of
-from llama_jax.data.meeting import Meeting
+from llama_jax.data.meeting import BEGUN, Meeting, write_where_all_meet
 from llama_jax.data.preparation import Advance, Preparation
 from llama_jax.data.prepared import VALIDATION, origins_file
 from llama_jax.data.shards import ShardWriter, batches_of
@@ -20,10 +20,8 @@ from llama_jax.data.units import FileScan, Piece, is_held_out, join_pieces, read
 from llama_jax.data.workers import Tell, Workers
 from llama_jax.errors import InputError
 from llama_jax.json_file import read_object
-from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-BEGUN = 'config.json'  # beside the records: what is prepared
 _FILES_A_SCAN = 1000  # at most, for many small ones
 
 _log = logging.getLogger(__name__)
@@ -127,7 +125,7 @@ def _scan(task: _Scan, tell: Tell, *, preparation: Preparation, work: str) -> di
                     f'{scan.name} has changed since {preparation.output} was begun: it holds other text of the same '
                     'size; restore it, or write elsewhere'
                 )
-    write_atomically(record, json.dumps({'files': [dataclasses.asdict(scan) for scan in scans]}))
+    write_where_all_meet(record, json.dumps({'files': [dataclasses.asdict(scan) for scan in scans]}))
     return {
         'documents': sum(scan.num_documents for scan in scans),
         'bytes': sum(scan.num_bytes for scan in scans),
@@ -232,7 +230,7 @@ def _write(
         entries = {'train': train.finish(), VALIDATION: validation.finish()}
         lengths = {'train': train.lengths(), VALIDATION: validation.lengths()}
         tokens = train.num_tokens + validation.num_tokens
-    write_atomically(
+    write_where_all_meet(
         epath.Path(work) / task.record, json.dumps(entries | {'source': task.source, 'lengths': lengths})
     )
     return {'documents': documents, 'bytes': num_bytes, 'tokens': tokens}

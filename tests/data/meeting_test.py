@@ -1,13 +1,17 @@
 """Machines that meet in a folder: one that gives up is heard by the others."""
 
 import json
+import os
+import shutil
 import threading
 import time
 
 import pytest
+from etils import epath
 
 from llama_jax.data import meeting, unit_tasks
 from llama_jax.data import prepare as prepare_module
+from llama_jax.data.meeting import BEGUN, Meeting
 from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import REPORT, WORK, prepare
 from llama_jax.types import InputError, SystemFailure
@@ -72,7 +76,7 @@ def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(
     )  # nobody waits for a machine 0 that is refused too
 
 
-@pytest.mark.parametrize('look', ['_await_records', '_is_scanned', '_is_written'])
+@pytest.mark.parametrize('look', ['_await_records', '_is_scanned', '_is_written', '_scan'])
 def test_a_machine_that_looks_when_the_records_have_been_taken_away_is_done(
     asked, tmp_path, monkeypatch, look
 ):
@@ -84,12 +88,12 @@ def test_a_machine_that_looks_when_the_records_have_been_taken_away_is_done(
         assert looking.wait(60)
         return finish(*args)
 
-    def look_later(*args):
+    def look_later(*args, **options):
         if threading.current_thread().name == 'started again':
             looking.set()
             while (folder / WORK).exists():
                 time.sleep(0.01)
-        return now(*args)
+        return now(*args, **options)
 
     def take_part(index):
         reports.append(prepare(asked, Letters(), machine=Machine(index, 3)))
@@ -100,9 +104,42 @@ def test_a_machine_that_looks_when_the_records_have_been_taken_away_is_done(
     for thread in threads:
         thread.start()
     assert finishing.wait(60)
+    if look == '_scan':  # what was touched is read again, and then to be recorded
+        for file in tmp_path.glob('*.jsonl'):
+            os.utime(file)
     threads.append(threading.Thread(target=take_part, args=(2,), daemon=True, name='started again'))
     threads[-1].start()
     for thread in threads:
         thread.join(timeout=60)
     assert reports == [json.loads((folder / REPORT).read_text())] * 4
     assert not (folder / WORK).exists()
+
+
+def test_a_machine_that_gives_up_as_the_folder_goes_does_not_make_it_anew(tmp_path, monkeypatch):
+    work, write = epath.Path(tmp_path) / WORK, meeting.write_atomically
+    work.mkdir()
+    (work / BEGUN).write_text('{}')
+
+    def taken_away_just_before(*args):
+        work.rmtree()
+        write(*args)
+
+    monkeypatch.setattr(meeting, 'write_atomically', taken_away_just_before)
+    with pytest.raises(SystemFailure, match='the disk is gone'), Meeting(work, Machine(1, 3)).told():
+        raise SystemFailure('the disk is gone')
+    assert not work.exists()
+
+
+def test_a_file_that_comes_while_the_folder_is_taken_away_goes_too(asked, monkeypatch):
+    work, late = epath.Path(asked.output) / WORK, [b'of a machine that looked just before']
+
+    def meanwhile(folder):
+        for file in os.scandir(folder):
+            os.unlink(file)
+        if late:
+            (work / 'given-up-0001.json').write_bytes(late.pop())
+        os.rmdir(folder)
+
+    monkeypatch.setattr(shutil, 'rmtree', meanwhile)
+    prepare(asked, Letters())
+    assert not late and not work.exists()
