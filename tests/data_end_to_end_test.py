@@ -1,6 +1,7 @@
 """The commands of docs/data.md, one after the other: from files to a trained model, on a disk and in a bucket."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -65,7 +66,7 @@ def test_from_files_to_what_each_source_is_predicted_with(place, folder, tmp_pat
         files | {'tokenizer.model': shared_data / 'tokenizers/llama2/tokenizer.model'}
     ).items():
         (text / name).write_bytes(file.read_bytes())
-    recipe, (prepare, pretrain, _) = section()
+    recipe, (prepare, pretrain, evaluate) = section()
     (tmp_path / 'five.py').write_text(placed(recipe, place))
     commands = CommandLine(folder, **environment)
 
@@ -95,6 +96,16 @@ def test_from_files_to_what_each_source_is_predicted_with(place, folder, tmp_pat
         losses = [line[f'validation_loss/{name}'] for line in validated]
         print(name, [round(loss, 3) for loss in losses], logged[-1][f'rows/{name}'])
         assert len(losses) == 4 and losses[-1] < losses[0], name
+    commands.run(*words(evaluate)).succeeded()
+    found = json.loads((workdir / 'perplexity/results.json').read_text())
+    assert found.keys() == {f'perplexity:{text}/{file}' for file, _ in SOURCES.values()}
+    for name, (file, _) in SOURCES.items():
+        result = found[f'perplexity:{text}/{file}']
+        print(name, result)
+        assert 1 <= result['n'] <= 3
+        # The first texts of each are no fair sample of what was held out.
+        held_out = logged[-1][f'validation_loss/{name}']
+        assert abs(math.log(result['token_perplexity']) - held_out) < 1, name
 
 
 def check_report(folder, shared_data):

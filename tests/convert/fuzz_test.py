@@ -18,9 +18,15 @@ def test_damaged_weights_are_refused_in_one_line_or_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'count', [pytest.param(2_000, marks=pytest.mark.slow), pytest.param(30_000, marks=pytest.mark.long)]
+    ('count', 'only'),
+    [
+        pytest.param(2_000, '', marks=pytest.mark.slow),
+        pytest.param(30_000, '', marks=pytest.mark.long),
+        pytest.param(20_000, 'data', marks=pytest.mark.long),
+    ],
 )
-def test_thousands_of_damaged_files_of_every_kind(count):
-    command = [sys.executable, '-m', 'tests.convert.fuzz', f'--mutations={count}']
+def test_thousands_of_damaged_files_of_every_kind(count, only):
+    command = [sys.executable, '-m', 'tests.convert.fuzz', f'--mutations={count}', f'--only={only}']
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
