@@ -22,7 +22,7 @@ from etils import epath
 from experiments import launch
 from experiments.policy.candidates import Asked, complete
 from experiments.policy.ghost_dialogs import Held, held_dialogs, held_prompts
-from experiments.policy.sampled import SampledPolicy, hash_of, request_of
+from experiments.policy.sampled import SampledPolicy, hash_of, plot_beside, request_of
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
@@ -102,7 +102,7 @@ def main() -> None:
         if runtime.is_main_process():
             shown = {turn: float(obeying[turn - 1]) for turn in probed or range(1, turns + 1)}
             if probed and mine:
-                plot_obedience(epath.Path(given['output']).with_suffix('.png'), shown)
+                plot_obedience(plot_beside(given['output']), shown)
             lines.sort(key=lambda line: line['index'])
             write_answers(given['output'], [json.dumps(line) for line in lines])
             print(describe(shown, mine, len(lines)))

@@ -19,7 +19,7 @@ from etils import epath
 
 from experiments import launch
 from experiments.policy.candidates import Asked, asked_of, complete, from_pool, read_pool
-from experiments.policy.sampled import SampledPolicy, hash_of, request_of
+from experiments.policy.sampled import SampledPolicy, hash_of, plot_beside, request_of
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
@@ -93,7 +93,7 @@ def main() -> None:
 
         def joined(one: Asked) -> list[tuple[Rollout, str]]:
             first = len(request.sampling.temperatures) * (1 + len(one.behind))
-            return from_pool(one, pool.get(one.key, []), policy.chat_format, policy.stop_ids, first)
+            return from_pool(one, pool.get(one.key, []), policy.chat_format, first)
 
         found = complete(asked, log, policy.judges, request.sampling, policy.drawn, joined)
         if runtime.is_main_process():
@@ -122,7 +122,7 @@ def write(found: dict[int, list[Candidate]], asked: Sequence[Asked], keep: Keep,
         lines += [json.dumps({'index': one.index, **line}) for line in kept]
     curve = curves([found[one.index] for one in asked])
     if curve:
-        plot_curves(epath.Path(output).with_suffix('.png'), curve)
+        plot_curves(plot_beside(output), curve)
     write_answers(output, lines)
     print(describe([found[one.index] for one in asked], len(lines), num_without, curve, keep))
     if not lines:

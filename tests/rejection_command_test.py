@@ -8,7 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
+from experiments.policy.candidates import read_pool
 from experiments.policy.rewards import Term, parse_rewards, task_reward
+from experiments.policy.sampled import plot_beside
 from llama_jax.eval.task import Graders
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.rl.rollout import Rollout
@@ -70,6 +72,42 @@ def test_rewards_are_named_with_their_weights():
 def test_lists_of_rewards_that_are_none_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_rewards(text)
+
+
+def test_a_folder_whose_name_ends_as_a_weight_does_is_a_folder(tmp_path):
+    """Unless that would be a weight of another that is there too."""
+    whole = tmp_path / 'lr=1e-3'
+    whole.mkdir()
+    assert parse_rewards(f'{whole},safety:{whole}=2,helpfulness:{whole}=2') == [
+        Term('model', str(whole)), Term('safety', str(whole), 2.0), Term('helpfulness', str(whole), 2.0)
+    ]  # fmt: skip
+    other = tmp_path / 'lr'
+    assert parse_rewards(f'{other}=1e-2') == [Term('model', str(other), 0.01)]
+    other.mkdir()
+    message = (
+        f"the reward '{whole}' is a path, and '{other}' is one too, .*; write {whole}=1 or {other}/=1e-3"
+    )
+    with pytest.raises(InputError, match=message):
+        parse_rewards(str(whole))
+    assert parse_rewards(f'{whole}=1') == [Term('model', str(whole))]
+    assert parse_rewards(f'{other}/=1e-3') == [Term('model', f'{other}/', 1e-3)]
+
+
+def test_the_output_is_not_where_its_plot_goes(tmp_path):
+    assert plot_beside(f'{tmp_path}/x.y.jsonl') == tmp_path / 'x.y.png'
+    with pytest.raises(InputError, match=r'x\.png is where the plot goes .* name .* as \S+x\.jsonl'):
+        plot_beside(f'{tmp_path}/x.png')
+
+
+def test_what_a_pool_holds_keeps_how_it_ended(tmp_path):
+    file = tmp_path / 'pool.jsonl'
+    lines = [
+        {'prompt': 'a', 'completion': 'b', 'candidates': [{'completion': 'b', 'stopped': False}]},
+        {'prompt': 'a', 'completion': 'c', 'stopped': False}, {'prompt': 'a', 'completion': 'd'},
+    ]  # fmt: skip
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (found,) = read_pool([str(file)]).values()
+    assert [(text, stopped) for text, stopped, _ in found] == [('b', False), ('c', False), ('d', True)]
 
 
 def test_a_task_of_eval_grades_answers_as_it_does_in_an_evaluation():
@@ -273,6 +311,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, folder, base, ju
         (['--temperatures=0'], "--temperatures are '0'; write different numbers above 0"),
         (['--temperatures=1,1'], "--temperatures are '1,1'; write different numbers"),
         (['--samples=0'], '--samples is 0; it must be at least 1'),
+        ([f'--output={folder}/out.png'], r'out\.png is where the plot goes that is drawn beside it'),
         (['--keep=threshold'], '--threshold is None'),
         (['--threshold=1'], '--threshold is 1.0, and what is kept is the best'),
         (['--shard=2/2'], "--shard is '2/2'"),

@@ -148,7 +148,7 @@ def read_pool(sources: Sequence[str]) -> dict[str, list[tuple[str, bool, str]]]:
         for record in read_records([source], kind=Prompted):
             candidates = record.fields.get('candidates')
             if candidates is None:
-                candidates = [{'completion': record.fields.get('completion')}]
+                candidates = [record.fields]
             for one in candidates if isinstance(candidates, list) else [None]:
                 one = one if isinstance(one, dict) else {}
                 if not isinstance(text := one.get('completion'), str):
@@ -166,17 +166,15 @@ def from_pool(
     one: Asked,
     pool: Sequence[tuple[str, bool, str]],
     chat_format: ChatFormat,
-    stop_ids: Sequence[int],
     first: int,
 ) -> list[tuple[Rollout, str]]:
     """Earlier answers as this policy's tokens, with the files that they are from; numbered from `first` on."""
     found = []
     for number, (text, stopped, origin) in enumerate(pool, first):
-        _, answer = encode_answer(chat_format, one.messages, [Message('assistant', text)])
-        ids = answer.tokens.tolist()
-        while not stopped and ids and ids[-1] in stop_ids:
-            ids.pop()
-        found.append((Rollout(one.index, number, tuple(one.ids), tuple(ids), (), stopped, text), origin))
+        said = Message('assistant', text, is_cut=not stopped)
+        _, answer = encode_answer(chat_format, one.messages, [said])
+        ids = tuple(answer.tokens.tolist())
+        found.append((Rollout(one.index, number, tuple(one.ids), ids, (), stopped, text), origin))
     return found
 
 

@@ -71,7 +71,7 @@ class Held:
         users = sum(message.role == 'user' for message in asked.messages)
         return {
             'index': asked.index, 'messages': learnt(asked.messages, self.instruction.text, best.completion),
-            'turn': users, 'score': best.score, 'instruction': self.instruction.text,
+            'turn': users, 'score': best.score, 'stopped': best.stopped, 'instruction': self.instruction.text,
             'constraints': [one.text for one in self.instruction.constraints],
             'candidates': [dataclasses.asdict(one) for one in candidates],
         }  # fmt: skip

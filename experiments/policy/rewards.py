@@ -101,13 +101,7 @@ def parse_rewards(text: str) -> list[Term]:
 
 
 def _term(text: str) -> Term:
-    what, equals, given = text.rpartition('=')
-    weight = 1.0
-    try:
-        what, weight = (what, float(given)) if equals else (text, 1.0)
-    except ValueError:  # a path with '=' in it
-        what = text
-    what = what.strip()
+    what, weight = _weighted(text)
     if not math.isfinite(weight):
         raise InputError(f'the weight of {what} is {weight}; it must be finite')
     kind, colon, target = what.partition(':')
@@ -118,6 +112,32 @@ def _term(text: str) -> Term:
     if what == 'missing_stop':
         return Term(what, what, weight)
     return Term('function' if '.py:' in what else 'model', what, weight)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """(the reward, its weight): '=NUMBER' at the end is a weight, but where the whole is a path that is there."""
+    what, equals, given = text.rpartition('=')
+    try:
+        weight = float(given if equals else 'none')
+    except ValueError:  # a path with '=' in it
+        return text.strip(), 1.0
+    what, whole = what.strip(), _path_of(text.strip())
+    if not whole or not epath.Path(whole).exists():
+        return what, weight
+    if epath.Path(_path_of(what)).exists():
+        raise InputError(
+            f'the reward {text!r} is a path, and {what!r} is one too, behind which {given} would be a weight; write '
+            f'{text}=1 or {what}/={given}'
+        )
+    return text.strip(), 1.0
+
+
+def _path_of(reward: str) -> str:
+    """Of a reward model on this machine or in a bucket; '' where it is no path."""
+    kind, _, target = reward.partition(':')
+    if kind in _PREFIXES:
+        return target if kind in ('helpfulness', 'safety') else ''
+    return '' if kind in ('hf', 'missing_stop') or '.py:' in reward else reward
 
 
 @dataclasses.dataclass(frozen=True)

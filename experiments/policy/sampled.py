@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 
 from experiments.launch import flags_named
 from experiments.policy.candidates import Asked, draw_all
@@ -62,7 +63,23 @@ def request_of(given: dict[str, Any]) -> Request:
     with flags_named('--output'):
         if runtime.is_main_process():
             check_output(given['output'])
+            plot_beside(given['output'])
     return Request(given, sampling, terms, shard, partitioner_of_flags(given['mesh'], given['axis_rules']))
+
+
+def plot_beside(output: str) -> epath.Path:
+    """The plot that is drawn beside the file of an output.
+
+    Raises:
+      InputError: it is that file.
+    """
+    plot = epath.Path(output).with_suffix('.png')
+    if plot == epath.Path(output):
+        raise InputError(
+            f'{output} is where the plot goes that is drawn beside it; name the file of answers otherwise, as '
+            f'{plot.with_suffix(".jsonl")}'
+        )
+    return plot
 
 
 def _temperatures(given: Sequence[str]) -> tuple[float, ...]:

@@ -124,11 +124,9 @@ def drawn(folder: epath.Path, stage: str, chat_format: ChatFormat) -> Iterator[P
             if one['completion'].strip():
                 prompt, answer = encode_answer(
                     chat_format, prompt_messages({'prompt': record.fields['prompt']}),
-                    [Message('assistant', one['completion'])],
+                    [Message('assistant', one['completion'], is_cut=not one['stopped'])],
                 )  # fmt: skip
-                tokens = answer.tokens.tolist()
-                tokens = tokens if one['stopped'] else [id for id in tokens if id not in chat_format.stop_ids]
-                yield tuple(prompt.tolist()), tuple(tokens)
+                yield tuple(prompt.tolist()), tuple(answer.tokens.tolist())
 
 
 def _log_probabilities(model: LlamaForCausalLM, params: Any, pairs: Sequence[Pair]) -> np.ndarray:

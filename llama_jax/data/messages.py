@@ -1,5 +1,8 @@
 """The keys that records of conversations have -> messages, and which of them are to be learnt."""
 
+import dataclasses
+import itertools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -162,3 +165,28 @@ def _with_system(found: Counted, item: Mapping[str, Any]) -> Counted:
             raise InputError(f'tools is {show_json(tools)}; it must be a list of objects')
         messages = describe_tools(messages, tools)
     return messages, counts
+
+
+def with_end(messages: tuple[Message, ...], item: Mapping[str, Any], key: str) -> tuple[Message, ...]:
+    """The messages, the last of which is cut where the record says that nothing stopped it."""
+    stopped = item.get(key, True)
+    if not isinstance(stopped, bool):
+        raise InputError(f'{key} is {show_json(stopped)}; it is true or false')
+    return (*messages[:-1], dataclasses.replace(messages[-1], is_cut=not stopped))
+
+
+def first_difference(
+    prompt: tuple[Message, ...], other: tuple[Message, ...], name: str, other_name: str
+) -> str:
+    """Where two prompts that must be the same part."""
+    for number, (message, theirs) in enumerate(itertools.zip_longest(prompt, other[:-1])):
+        if theirs == message:
+            continue
+        if not theirs or not message or theirs.role != message.role:
+            roles = [f'by the {given.role}' if given else 'missing' for given in (message, theirs)]
+            return f'the prompts differ at message {number}: {roles[0]} in {name}, {roles[1]} in {other_name}'
+        place = len(os.path.commonprefix([message.content, theirs.content]))
+        ours, other_text = (show_json(given.content[place : place + 40]) for given in (message, theirs))
+        where = f'message {number}, letter {place}'
+        return f'the prompts differ at {where}: {ours} in {name}, {other_text} in {other_name}'
+    raise AssertionError('they do not differ')

@@ -7,11 +7,13 @@ r"""Examples to fine-tune on: conversations, pairs, judged answers; from files o
     judged         prompt, completion, label
     prompted       prompt | messages | conversations | instruction (input), with anything else beside it
 
+An answer that was drawn and cut at its most tokens has "stopped": false beside it, of a pair "chosen_stopped" or
+"rejected_stopped": no stop token is learnt behind it.
+
 A text with the turns of hh-rlhf ('\n\nHuman: ... \n\nAssistant: ...') is the messages that it spells.
 """
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -29,7 +31,13 @@ from llama_jax.data.containers import (
     read_array_record,
     read_json_texts,
 )
-from llama_jax.data.messages import one_or_more_messages, prompt_messages, read_conversation
+from llama_jax.data.messages import (
+    first_difference,
+    one_or_more_messages,
+    prompt_messages,
+    read_conversation,
+    with_end,
+)
 from llama_jax.data.tables import read_table
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.tokenizer.chat_format import Message
@@ -263,7 +271,7 @@ def _conversation(item: Mapping[str, Any]) -> Conversation:
             raise InputError(f'message {number}, an answer to learn, is empty; every answer needs a text')
     if not any(counts):
         raise InputError('no answer of it is to be learnt, for all have weight 0; leave it out')
-    return Conversation(messages, counts)
+    return Conversation(with_end(messages, item, 'stopped'), counts)
 
 
 def _preference(item: Mapping[str, Any]) -> Preference:
@@ -291,10 +299,10 @@ def _preference(item: Mapping[str, Any]) -> Preference:
     if chosen[0].role != 'assistant':  # the prompt stands in both
         end = len(chosen) - 1
         if prompt and prompt != chosen[:end]:
-            raise InputError(_first_difference(prompt, chosen, 'the prompt', 'chosen'))
+            raise InputError(first_difference(prompt, chosen, 'the prompt', 'chosen'))
         prompt = chosen[:end]
         if rejected[:-1] != prompt:
-            raise InputError(_first_difference(prompt, rejected, 'chosen', 'rejected'))
+            raise InputError(first_difference(prompt, rejected, 'chosen', 'rejected'))
         chosen, rejected = chosen[end:], rejected[end:]
     if not prompt:
         raise InputError('it has no prompt: chosen and rejected must begin with one, or a key prompt hold it')
@@ -305,6 +313,10 @@ def _preference(item: Mapping[str, Any]) -> Preference:
             )
         if not answer[-1].content.strip():
             raise InputError(f'{name} is empty; every answer needs a text')
+    chosen, rejected = (
+        with_end(chosen, item, 'chosen_stopped'),
+        with_end(rejected, item, 'rejected_stopped'),
+    )
     if chosen == rejected:
         raise InputError(f'chosen and rejected are the same answer, {show_json(chosen[-1].content)}')
     if prompt[-1].role not in ('user', 'tool'):
@@ -329,21 +341,6 @@ def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:
         'rejected': answers[1 - better],
         'margin': abs(strength),
     }
-
-
-def _first_difference(prompt: Messages, other: Messages, name: str, other_name: str) -> str:
-    """Where two prompts that must be the same part."""
-    for number, (message, theirs) in enumerate(itertools.zip_longest(prompt, other[:-1])):
-        if theirs == message:
-            continue
-        if not theirs or not message or theirs.role != message.role:
-            roles = [f'by the {given.role}' if given else 'missing' for given in (message, theirs)]
-            return f'the prompts differ at message {number}: {roles[0]} in {name}, {roles[1]} in {other_name}'
-        place = len(os.path.commonprefix([message.content, theirs.content]))
-        ours, other_text = (show_json(given.content[place : place + 40]) for given in (message, theirs))
-        where = f'message {number}, letter {place}'
-        return f'the prompts differ at {where}: {ours} in {name}, {other_text} in {other_name}'
-    raise AssertionError('they do not differ')
 
 
 def _margin(item: Mapping[str, Any]) -> float | None:
@@ -376,7 +373,7 @@ def _judged(item: Mapping[str, Any]) -> Judged:
         raise InputError('completion is empty; every answer needs a text')
     if not prompt or prompt[-1].role not in ('user', 'tool'):
         raise InputError('the prompt is empty or does not end with the user')
-    return Judged(prompt, completion, bool(label))
+    return Judged(prompt, with_end(completion, item, 'stopped'), bool(label))
 
 
 def _prompted(item: Mapping[str, Any]) -> Prompted:

@@ -1,5 +1,6 @@
 """A conversation that goes on: the cache of all that was read stays from turn to turn."""
 
+import logging
 import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from llama_jax.tokenizer.chat_format import Dialog
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import Params
+
+_log = logging.getLogger(__name__)
 
 # Tokens that are read at once, at least and at most: a power of two, so that there are few programs.
 _PIECES = 8, 512
@@ -127,6 +130,12 @@ class ChatSession:
                     shown += piece
                     yield piece
                 if is_over:
+                    room = self._config.max_seq_len - len(asked.tokens)
+                    if tokens is made and len(made) == room < asked.max_new_tokens:
+                        _log.warning(
+                            'the answer ended where the context of %d tokens does, before max_new_tokens, %d: begin a '
+                            'new conversation', self._config.max_seq_len, asked.max_new_tokens,
+                        )  # fmt: skip
                     return
                 self._fit(len(self._held) + at_once)
                 steps, at_once = self._slots.decode([0], at_once), min(2 * at_once, _STEPS)

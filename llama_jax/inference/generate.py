@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import InputError, Params, checked_names
+
+_log = logging.getLogger(__name__)
 
 # Prompts that are completed at a time; others follow as these end.
 MAX_SLOTS = 64
@@ -363,12 +366,18 @@ def _rounds(
                 CompletionRequest(prompt, max_new_tokens, own, stop_ids, stream, enough, like=like)
             )
             rows.append(Row())
-    return _made(generator, rows)
+    return _made(generator, rows, model.config.max_seq_len, max_new_tokens)
 
 
-def _made(generator: Generator, rows: list[Row]) -> Iterator[list[Row]]:
-    """The rows of requests by their numbers."""
+def _made(generator: Generator, rows: list[Row], context: int, most: int) -> Iterator[list[Row]]:
+    """The rows of requests by their numbers; at the end it is told how many the context has cut."""
     while not all(row.ended for row in rows):
         for progress in generator.advance():
             rows[progress.number].take(progress)
         yield rows
+    by_length = [row for row in rows if row.ended is not None and row.ended.reason == 'length']
+    if cut := sum(len(row.tokens) < most for row in by_length):
+        _log.warning(
+            '%d of %d completions ended where the context of %d tokens does, before max_new_tokens, %d: shorten their '
+            'prompts, or ask for less', cut, len(rows), context, most,
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.data.records import Messages
-from llama_jax.rl.rejection import Candidate, Keep, select
+from llama_jax.rl.rejection import Candidate, Keep, compared_of, learnt_of, select
 from llama_jax.types import InputError
 
 # Of the paper; 'responsible and respectful' and so on are joined of these.
@@ -67,10 +67,9 @@ def distilled_lines(prompt: Any, candidates: Sequence[Candidate], keep: Keep) ->
     if not best or not original or best[0].score <= original[0].score:
         return []
     line: dict[str, Any] = {
-        'prompt': prompt, 'completion': best[0].completion, 'score': best[0].score, 'preprompt': best[0].preprompt,
+        'prompt': prompt, **learnt_of(best[0]), 'preprompt': best[0].preprompt,
         'original': original[0].completion, 'score_original': original[0].score,
     }  # fmt: skip
     if keep.kind == 'pair':
-        line |= {'chosen': best[0].completion, 'rejected': original[0].completion}
-        line |= {'score_chosen': best[0].score, 'score_rejected': original[0].score}
+        line |= compared_of(best[0], original[0])
     return [line | {'candidates': [dataclasses.asdict(one) for one in candidates]}]

@@ -106,14 +106,28 @@ def lines_of(prompt: Any, candidates: Sequence[Candidate], keep: Keep) -> list[d
     lines: list[dict[str, Any]] = []
     for places in select(candidates, keep):
         kept = [candidates[place] for place in places]
-        line: dict[str, Any] = {'prompt': prompt, 'completion': kept[0].completion, 'score': kept[0].score}
+        line = {'prompt': prompt} | learnt_of(kept[0])
         if len(kept) == 2:
-            line |= {'chosen': kept[0].completion, 'rejected': kept[1].completion}
-            line |= {'score_chosen': kept[0].score, 'score_rejected': kept[1].score}
+            line |= compared_of(*kept)
         if not lines:
             line['candidates'] = [dataclasses.asdict(one) for one in candidates]
         lines.append(line)
     return lines
+
+
+def learnt_of(kept: Candidate) -> dict[str, Any]:
+    """What `sft` reads of a candidate: whether it is to learn that the answer ends there, too."""
+    return {'completion': kept.completion, 'stopped': kept.stopped, 'score': kept.score}
+
+
+def compared_of(chosen: Candidate, rejected: Candidate) -> dict[str, Any]:
+    """What `dpo` reads of two candidates, as `learnt_of`."""
+    both = {'chosen': chosen, 'rejected': rejected}
+    return {
+        **{name: one.completion for name, one in both.items()},
+        **{f'{name}_stopped': one.stopped for name, one in both.items()},
+        **{f'score_{name}': one.score for name, one in both.items()},
+    }
 
 
 def expected_order_statistic(pool: Float[np.ndarray, ' k'], n: int, rank: int) -> float:

@@ -132,10 +132,12 @@ class Llama2ChatFormat:
         """See `ChatFormat`; the system's words are part of the first user message."""
         check_roles(loss_on, ('user', 'assistant'), 'loss_on')
         turns = self._turns(messages, last='assistant')
-        said = counted(check_messages(messages, self._ROLES), loss_on, counts)[-len(turns) :]
+        checked = check_messages(messages, self._ROLES)
+        said = counted(checked, loss_on, counts)[-len(turns) :]
         ids, mask = [], []
         for place in range(0, len(turns), 2):
-            pair, asked = self._pair(*turns[place : place + 2])
+            is_cut = place + 2 == len(turns) and checked[-1].is_cut
+            pair, asked = self._pair(*turns[place : place + 2], is_cut=is_cut)
             ids += pair
             mask += [0] + [int(said[place])] * (asked - 1)
             mask += [int(said[place + 1])] * (len(pair) - asked)
@@ -144,9 +146,10 @@ class Llama2ChatFormat:
     def _instruction(self, user: str) -> list[int]:
         return self._tokenizer.encode(f'[INST] {user} [/INST]', bos=True)
 
-    def _pair(self, user: str, assistant: str) -> tuple[list[int], int]:
+    def _pair(self, user: str, assistant: str, is_cut: bool = False) -> tuple[list[int], int]:
         """Ids of a question with its answer, and how many of them are the question's."""
-        ids = self._tokenizer.encode(f'[INST] {user} [/INST] {assistant} ', bos=True, eos=True)
+        end = '' if is_cut else ' '
+        ids = self._tokenizer.encode(f'[INST] {user} [/INST] {assistant}{end}', bos=True, eos=not is_cut)
         asked = self._instruction(user)
         if ids[: len(asked)] != asked:
             raise InputError(
@@ -238,7 +241,7 @@ class Llama3ChatFormat:
     def _body(self, message: Message) -> list[int]:
         tag = [self._id('python_tag')] if message.python_tag else []
         end = self._id('eot_id' if message.end_of_turn else 'eom_id')
-        return [*tag, *self._tokenizer.encode(message.content.strip()), end]
+        return [*tag, *self._tokenizer.encode(message.content.strip()), *([] if message.is_cut else [end])]
 
     def _id(self, name: str) -> int:
         if f'<|{name}|>' not in self._special:

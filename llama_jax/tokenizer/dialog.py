@@ -17,6 +17,7 @@ class Message:
       python_tag: an assistant's call of the code interpreter, which begins with <|python_tag|> (Llama 3.1).
       end_of_turn: False where the assistant goes on after a tool's answer, with <|eom_id|> at the end (Llama 3.1).
       input: what an instruction is about. Alpaca sets it apart; elsewhere it stands below the content.
+      is_cut: an answer, the last message, that was broken off: nothing that ends an answer stands behind it.
     """
 
     role: str
@@ -24,6 +25,7 @@ class Message:
     python_tag: bool = False
     end_of_turn: bool = True
     input: str = ''
+    is_cut: bool = False
 
 
 Dialog = Sequence[Message | Mapping[str, Any]]  # mappings have the keys of Message
@@ -41,13 +43,20 @@ def check_messages(messages: Dialog, roles: tuple[str, ...], fold_input: bool = 
       InputError: names the message and what is wrong with it.
     """
     found = []
-    kinds = {'role': str, 'content': str, 'python_tag': bool, 'end_of_turn': bool, 'input': str}
+    kinds = {
+        'role': str,
+        'content': str,
+        'python_tag': bool,
+        'end_of_turn': bool,
+        'input': str,
+        'is_cut': bool,
+    }
     for number, message in enumerate(messages):
         given: dict[str, Any] = dict(vars(message) if isinstance(message, Message) else message)
         if not {'role', 'content'} <= given.keys() <= kinds.keys():
             raise InputError(
                 f'message {number} has the keys {", ".join(map(str, given))}; it needs role and content, and '
-                'may have python_tag, end_of_turn and input'
+                'may have python_tag, end_of_turn, input and is_cut'
             )
         for key, value in given.items():
             if not isinstance(value, kinds[key]):
@@ -58,6 +67,11 @@ def check_messages(messages: Dialog, roles: tuple[str, ...], fold_input: bool = 
         found.append(Message(**given))
     if not found:
         raise InputError('the conversation holds no message; it needs at least one by the user')
+    for number, message in enumerate(found):
+        if message.is_cut and (number < len(found) - 1 or message.role != 'assistant'):
+            raise InputError(
+                f'message {number} ({message.role}) is cut; only an answer that ends the conversation may be'
+            )
     return found
 
 

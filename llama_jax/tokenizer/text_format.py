@@ -137,7 +137,8 @@ class TextFormat:
                 asked += spelling.input.replace('{}', self._own(message.input)) if message.input else ''
                 continue
             prompt = self._piece(asked + spelling.answer, first=not ids)
-            answer = [*self._continued(spelling.gap + content), self._tokenizer.eos_id]
+            end = [] if message.is_cut else [self._tokenizer.eos_id]
+            answer = self._continued(spelling.gap + content) + end
             ids += prompt + answer
             mask += [0] * len(prompt) + [int(counts)] * len(answer)
             asked = spelling.between

@@ -108,3 +108,13 @@ def test_what_cannot_be_said_leaves_the_conversation_as_it_was(model, params, to
         assert '\n' not in str(error.value) and session.messages == []
     with pytest.raises(InputError, match='text needs a tokenizer'):
         ChatSession(model, params, None)
+
+
+def test_an_answer_that_the_context_ends_is_told(model, params, tokenizer, caplog):
+    session = ChatSession(model, params, tokenizer)
+    text = 'x ' * 220
+    room = 256 - len(session._chat.encode_prompt([{'role': 'user', 'content': text}]))
+    assert 1 < room < 30
+    list(session.say(text, max_new_tokens=room + 1, min_new_tokens=room))
+    assert session.num_made == room
+    assert 'the answer ended where the context of 256 tokens does, before max_new_tokens' in caplog.text

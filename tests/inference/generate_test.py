@@ -87,12 +87,18 @@ def test_short_prompts_that_begin_together_are_read_together(monkeypatch, model,
     assert together == [(8, 4), (8, 1), (8, 1), (16, 1), (32, 1)]
 
 
-def test_a_row_ends_at_the_context(model, params):
+def test_a_row_ends_at_the_context_which_is_told(model, params, caplog):
     context = toy.CONFIG.max_seq_len
     prompts = [[3] * (context - 2), [3] * 4, [3] * (context - 1)]
     rows = complete(model, params, prompts, max_new_tokens=500)
     assert [len(row) for row in rows] == [2, context - 4, 1]
+    assert (
+        '3 of 3 completions ended where the context of' in caplog.text
+        and 'max_new_tokens, 500' in caplog.text
+    )
+    caplog.clear()
     assert complete(model, params, prompts[:1], max_new_tokens=1)[0] == rows[0][:1]
+    assert complete(model, params, prompts[:1], max_new_tokens=2)[0] == rows[0] and not caplog.text
 
 
 def test_draws_depend_on_the_seed_alone(model, params):

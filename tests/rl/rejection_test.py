@@ -1,5 +1,6 @@
 """Which candidates are kept, and the order statistics of best-of-n against draws and enumeration."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llama_jax.data.examples import Encoder
+from llama_jax.data.preference_dataset import Reading
 from llama_jax.data.records import Conversation, Preference, read_records
+from llama_jax.rl.context_distillation import distilled_lines
 from llama_jax.rl.rejection import (
     Candidate,
     Keep,
@@ -20,6 +24,8 @@ from llama_jax.rl.rejection import (
     plot_curves,
     select,
 )
+from llama_jax.tokenizer.chat_format import chat_format_for
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.types import InputError
 
 
@@ -86,6 +92,34 @@ def test_lines_are_read_by_sft_and_dpo(tmp_path):
     assert [one['score'] for one in lines[0]['candidates']] == [0.5, 2.0, -1.0]
     several = lines_of('Say', pool(2.0, 1.0), Keep('threshold', 0.0))
     assert [len(line.get('candidates', [])) for line in several] == [2, 0], 'all candidates stand once'
+
+
+def test_no_end_is_learnt_of_an_answer_that_was_cut(tmp_path, shared_data):
+    """By `sft` and by `dpo`, whatever has drawn it."""
+    tokenizer = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
+    plain, cut = chat_format_for(tokenizer, 'plain'), Candidate('a cat', 2.0, stopped=False)
+    line = lines_of('Say', [cut, Candidate('a dog', 1.0)], Keep('pair'))[0]
+    distilled = dataclasses.replace(cut, preprompt='Be safe.')
+    others = [
+        lines_of('Say', [cut], Keep())[0], distilled_lines('Say', [distilled, Candidate('a dog', 1.0)], Keep())[0],
+        {'messages': [{'role': 'user', 'content': 'Say'}, {'role': 'assistant', 'content': 'a cat'}], 'stopped': False},
+    ]  # fmt: skip
+    file = tmp_path / 'kept.jsonl'
+    file.write_text(''.join(json.dumps(one) + '\n' for one in [line, *others]))
+    words = tokenizer.encode('Saya cat', bos=True)
+    for record in read_records([str(file)], kind=Conversation):
+        example = Encoder(plain, 64).encode(record)
+        assert example is not None and tokenizer.eos_id not in example.tokens, record.place
+        assert example.tokens[0] == words[0] and tokenizer.decode(example.tokens.tolist()) == 'Saya cat'
+    file.write_text(json.dumps(line))
+    (pair,) = Reading(tokenizer, plain, 64).pairs([str(file)])
+    chosen, rejected = (
+        answer is not None and answer.tokens[-1] == tokenizer.eos_id for answer in pair.answers
+    )
+    assert not chosen and rejected
+    file.write_text(json.dumps(line | {'stopped': 'no'}))
+    with pytest.raises(InputError, match="stopped is 'no'; it is true or false"):
+        list(read_records([str(file)], kind=Conversation))
 
 
 @pytest.mark.parametrize('n', range(1, 7))

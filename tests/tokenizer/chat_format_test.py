@@ -70,6 +70,22 @@ def test_llama3_gives_metas_ids(llama3):
     assert tag[5:-4] == [27, 91, 68, 354, 851, 91, 29, 128009]
 
 
+def test_nothing_ends_an_answer_that_was_cut(llama2, llama3, shared_data):
+    """Its last token is a word's; in the middle of a conversation nothing is cut."""
+    plain = chat_format_for(load_tokenizer(shared_data / 'tokenizers/llama2'), 'plain')
+    for chat in (llama2, llama3, plain):
+        whole, counts = chat.encode_dialog([HI, HELLO])
+        cut, of_cut = chat.encode_dialog([HI, HELLO | {'is_cut': True}])
+        assert whole[-1] in chat.stop_ids and cut[-1] not in chat.stop_ids
+        ends = 2 if chat is llama2 else 1  # there a space, too
+        assert cut == whole[:-ends] and of_cut == counts[:-ends]
+        for dialog in ([HI, HELLO | {'is_cut': True}, BYE], [HI | {'is_cut': True}, HELLO]):
+            with pytest.raises(
+                InputError, match=r'message \d \((assistant|user)\) is cut; only an answer that ends'
+            ):
+                chat.encode_dialog([*dialog, HELLO])
+
+
 def test_a_tool_speaks_in_llama3(llama3):
     call = Message('assistant', 'print(1)', python_tag=True, end_of_turn=False)
     ids = llama3.encode_prompt([HI, call, {'role': 'tool', 'content': '1'}])
