@@ -1,6 +1,5 @@
 """The web application: which path is answered by what, and what becomes of everything that goes wrong."""
 
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from llama_jax.serve.service import Service
 
 _log = logging.getLogger(__name__)
 _Body = TypeVar('_Body', bound=BaseModel)
+_Asking = TypeVar('_Asking', ChatBody, CompletionBody, ResponseBody)
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -38,36 +38,26 @@ def make_app(service: Service) -> Starlette:
         check_others(body)
         return body
 
-    async def chat(request: Request) -> Response:
-        service.served()
-        body = await read(request, ChatBody)
-        service.check_model(body.model)
-        return await chats.chat(service, body, request, request.state.key)
+    def answers(
+        kind: type[_Asking], answer: Callable[[Service, _Asking, Request, str], Awaitable[Response]]
+    ) -> _Handler:
+        """Of a body that names the model, once that is there."""
 
-    async def complete(request: Request) -> Response:
-        service.served()
-        body = await read(request, CompletionBody)
-        service.check_model(body.model)
-        return await completions.complete(service, body, request, request.state.key)
+        async def handle(request: Request) -> Response:
+            service.served()
+            body = await read(request, kind)
+            service.check_model(body.model)
+            return await answer(service, body, request, request.state.key)
 
-    async def respond(request: Request) -> Response:
-        service.served()
-        body = await read(request, ResponseBody)
-        service.check_model(body.model)
-        return await responses.respond(service, body, request, request.state.key)
+        return _guarded(handle, service)
 
-    async def tokenize(request: Request) -> Response:
-        return JSONResponse(await tokens.tokenize(service, await read(request, TokenizeBody)))
+    def tells(kind: type[_Body], tell: Callable[[Service, _Body], Awaitable[dict[str, Any]]]) -> _Handler:
+        """Of a body that asks for no answer of the model."""
 
-    async def detokenize(request: Request) -> Response:
-        return JSONResponse(await tokens.detokenize(service, await read(request, DetokenizeBody)))
+        async def handle(request: Request) -> Response:
+            return JSONResponse(await tell(service, await read(request, kind)))
 
-    async def passages(request: Request) -> Response:
-        body = await read(request, PassagesBody)
-        if (documents := service.limits.documents) is None:
-            raise Refusal(404, 'this server has no documents')
-        found = await service.in_thread(lambda: documents.find(body.prompt), 'prompt')
-        return JSONResponse({'prompt': with_passages(body.prompt, found), 'places': citations(found)})
+        return _guarded(handle, service)
 
     async def front(request: Request) -> Response:
         del request
@@ -111,15 +101,15 @@ def make_app(service: Service) -> Starlette:
         )
 
     routes = [
-        Route('/v1/chat/completions', _guarded(chat, service), methods=['POST']),
-        Route('/v1/completions', _guarded(complete, service), methods=['POST']),
-        Route('/v1/responses', _guarded(respond, service), methods=['POST']),
+        Route('/v1/chat/completions', answers(ChatBody, chats.chat), methods=['POST']),
+        Route('/v1/completions', answers(CompletionBody, completions.complete), methods=['POST']),
+        Route('/v1/responses', answers(ResponseBody, responses.respond), methods=['POST']),
         Route('/v1/models', models),
         Route('/v1/models/{id:path}', one_model),
         Route('/', front),
-        Route('/passages', _guarded(passages, service), methods=['POST']),
-        Route('/tokenize', _guarded(tokenize, service), methods=['POST']),
-        Route('/detokenize', _guarded(detokenize, service), methods=['POST']),
+        Route('/passages', tells(PassagesBody, _passages), methods=['POST']),
+        Route('/tokenize', tells(TokenizeBody, tokens.tokenize), methods=['POST']),
+        Route('/detokenize', tells(DetokenizeBody, tokens.detokenize), methods=['POST']),
         Route('/tokenizer_info', tokenizer_info),
         Route('/health', health),
         Route('/ready', ready),
@@ -134,29 +124,29 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # pyright: ignore
 
 
+async def _passages(service: Service, body: PassagesBody) -> dict[str, Any]:
+    if (documents := service.limits.documents) is None:
+        raise Refusal(404, 'this server has no documents')
+    found = await service.in_thread(lambda: documents.find(body.prompt), 'prompt')
+    return {'prompt': with_passages(body.prompt, found), 'places': citations(found)}
+
+
 def _guarded(handler: _Handler, service: Service) -> _Handler:
     """A handler whose refusals are counted, and which nobody may wait for."""
 
     async def guarded(request: Request) -> Response:
         try:
-            with _counted(service):
-                return await handler(request)
+            return await handler(request)
+        except ValidationError as error:
+            service.metrics.refused.labels('invalid').inc()
+            raise of_validation(error) from None
+        except Refusal as refusal:
+            service.metrics.refused.labels(refusal.code or str(refusal.status)).inc()
+            raise
         except (ClientGone, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
 
     return guarded
-
-
-@contextlib.contextmanager
-def _counted(service: Service):
-    try:
-        yield
-    except ValidationError as error:
-        service.metrics.refused.labels('invalid').inc()
-        raise of_validation(error) from None
-    except Refusal as refusal:
-        service.metrics.refused.labels(refusal.code or str(refusal.status)).inc()
-        raise
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

@@ -84,14 +84,11 @@ class Sampling(Part):
         temperature = 0.0 if temperature < 1e-6 else temperature
         given = (self.logit_bias or {}).items()  # of ids in texts; Python does not read very long ones
         bias = {int(id) if id.isdecimal() and len(id) < 20 else -1: value for id, value in given}
+        as_named = ('top_p', 'min_p', 'repetition_penalty', 'presence_penalty', 'frequency_penalty')
         return Sampler(
+            **{name: value for name in as_named if (value := getattr(self, name)) is not None},
             temperature=temperature,
             top_k=max(self.top_k or 0, 0),
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
             min_new_tokens=self.min_tokens or 0,
             seed=(otherwise if self.seed is None else self.seed) % 2**32,

@@ -147,7 +147,7 @@ class Answer:
                 logprobs = self._logprobs(scores, stop_ids) if scores else None
                 if text or (logprobs and logprobs['content']):
                     yield chunk(row, {'content': text}, logprobs)
-                for delta in call_deltas([call] if call else []):
+                for delta in call_deltas(call) if call else ():
                     yield chunk(row, {'tool_calls': [delta]})
                 if piece.finish:
                     yield chunk(row, {}, None, 'tool_calls' if call else piece.finish)

@@ -49,7 +49,7 @@ class OfCompletion:
                 self._offset += len(self._row.push([score.token]))
             likely.append(self._likely(score))
         return {
-            'tokens': self._texts.texts_of([score.token for score in scores]),
+            'tokens': [self._texts.text_of(score.token) for score in scores],
             'token_logprobs': [finite(score.log_probability) for score in scores],
             'top_logprobs': likely,
             'text_offset': offsets,

@@ -1,11 +1,10 @@
 """What clients may send beside what is honoured: parameters that change no answer here, and those that are refused."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from llama_jax.serve.refusal import Refusal, bad
+from llama_jax.serve.refusal import bad
 from llama_jax.types import did_you_mean
 
 # Taken and without effect, as they change no answer: who asks, what the service is to keep, whom it serves first.
@@ -56,10 +55,6 @@ def check_others(body: BaseModel) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in HARMLESS or value is None or value in _ASKS_FOR_NOTHING.get(name, ()):
             continue
-        raise _refusal(name, known)
-
-
-def _refusal(name: str, known: Mapping[str, Any]) -> Refusal:
-    if name in _NOT_OFFERED:
-        return bad(f'{name} is not offered here: {_NOT_OFFERED[name]}', name, 'unsupported_parameter')
-    return bad(f'unknown parameter {name}; {did_you_mean(name, known)}', name, 'unknown_parameter')
+        if name in _NOT_OFFERED:
+            raise bad(f'{name} is not offered here: {_NOT_OFFERED[name]}', name, 'unsupported_parameter')
+        raise bad(f'unknown parameter {name}; {did_you_mean(name, known)}', name, 'unknown_parameter')

@@ -1,7 +1,6 @@
 """How single tokens are written where their log-probabilities are told."""
 
 import functools
-from collections.abc import Sequence
 
 from llama_jax.tokenizer.protocol import Tokenizer, bytes_within
 
@@ -34,7 +33,3 @@ class TokenTexts:
     def name_of(self, id: int) -> str | None:
         """Of a special token."""
         return self._names.get(id)
-
-    def texts_of(self, ids: Sequence[int]) -> list[str]:
-        """Of each."""
-        return [self.text_of(id) for id in ids]

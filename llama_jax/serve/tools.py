@@ -63,9 +63,7 @@ def dialog(body: ChatBody, with_tools: bool) -> list[Message]:
     Raises:
       Refusal: it has what the format does not.
     """
-    messages = []
-    for number, given in enumerate(body.messages):
-        messages.append(_message(given, f'messages[{number}]'))
+    messages = [_message(given, f'messages[{number}]') for number, given in enumerate(body.messages)]
     if with_tools:
         described = [tool.model_dump(exclude_none=True, exclude={'strict'}) for tool in body.tools or []]
         try:
@@ -149,11 +147,7 @@ def parse_call(text: str, names: Collection[str]) -> Call | None:
     return Call(f'call_{secrets.token_hex(12)}', value['name'], json.dumps(arguments, ensure_ascii=False))
 
 
-def call_deltas(calls: Sequence[Call]) -> list[dict[str, Any]]:
+def call_deltas(call: Call) -> Sequence[dict[str, Any]]:
     """The same for a stream: first whose it is, then its arguments."""
-    found: list[dict[str, Any]] = []
-    for index, call in enumerate(calls):
-        whole = call.to_json()
-        found.append({'index': index, **whole, 'function': {'name': call.name, 'arguments': ''}})
-        found.append({'index': index, 'function': {'arguments': call.arguments}})
-    return found
+    first = {'index': 0, **call.to_json(), 'function': {'name': call.name, 'arguments': ''}}
+    return first, {'index': 0, 'function': {'arguments': call.arguments}}
