@@ -139,7 +139,7 @@ FAULTS: tuple[Fault, ...] = (
         ('generation: a stop token does not stop',
          'inference/generate_test.py::test_a_stop_token_ends_its_row_and_is_left_out',
          'return index, True', 'return index + 1, True'),
-        ('generation: beyond the context', 'inference/generate_test.py::test_a_row_ends_at_the_context',
+        ('generation: beyond the context', 'inference/generate_test.py::test_a_row_ends_at_the_context_which_is_told',
          'min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))', 'asked.max_new_tokens')),
     *faults_in('llama_jax/inference/generate.py',
         ('generation: draws depend on the other rows',
