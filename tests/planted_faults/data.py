@@ -122,7 +122,7 @@ FAULTS: tuple[Fault, ...] = (
          '[0] * (len(prompt) + 1) + [int(counts)] * (len(answer) - 1)'),
         ('format: two BOS',
          'tokenizer/text_format_test.py::test_what_counts_are_the_answers_and_their_ends_alone',
-         'first=not ids)\n            answer', 'first=True)\n            answer'),
+         'first=not ids)\n            end', 'first=True)\n            end'),
         ('format: a space before what goes on',
          'tokenizer/text_format_test.py::test_the_template_says_the_same',
          'return ids[len(line_end) :]', 'return self._tokenizer.encode(text)')),
