@@ -229,7 +229,11 @@ def main() -> None:
                 model, params, tokenizer, ids, num_slots=_BATCH_SIZE.value, samplers=samplers, draft=draft,
                 logits_processor=processor, **limits,
             )  # fmt: skip
-            return ((place, completion.text) for place, completion in found)
+            # What is cut has no end to be learnt (`data.records`).
+            return (
+                (place, {'completion': one.text, 'stopped': one.finish_reason == 'stop'})
+                for place, one in found
+            )
 
         header = {
             'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
@@ -247,7 +251,9 @@ def main() -> None:
                     write_answers(_OUTPUT.value, lines)
                 else:
                     as_text = _FORMAT.value == 'text'
-                    for line in [completions[item.index] for item in items] if as_text else lines:
+                    for line in (
+                        [completions[item.index]['completion'] for item in items] if as_text else lines
+                    ):
                         print(line)
         return
     if len(prompts) == 1 and _FORMAT.value == 'text' and sys.stdout.isatty() and jax.process_count() == 1:

@@ -104,14 +104,14 @@ def test_generate_completes_a_file(commands, run, tmp_path):
     prompts.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     samplers = [Sampler(line.get('temperature', 0.0), seed=line.get('seed', 0)) for line in lines]
     texts = [line['prompt'] for line in lines]
-    wanted = llama_jax.generate(
+    wanted = llama_jax.complete(
         LlamaForCausalLM(config), params, tokenizer, texts, samplers=samplers, max_new_tokens=9
     )
     arguments = [f'--checkpoint={run}', f'--prompts={prompts}', '--max_new_tokens=9', '--batch_size=2']
     assert '%' in commands.run('generate', *arguments, f'--output={output}').succeeded().stderr
     answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(answer['id'], answer['completion']) for answer in answers] == [
-        (n, text) for n, text in enumerate(wanted)
+    assert [(answer['id'], answer['completion'], answer['stopped']) for answer in answers] == [
+        (n, one.text, one.finish_reason == 'stop') for n, (one,) in enumerate(wanted)
     ]
     halves = [
         commands.run('generate', *arguments, f'--shard={part}/2', '--format=jsonl').succeeded()

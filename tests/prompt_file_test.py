@@ -87,7 +87,8 @@ def test_killed_anywhere_the_file_is_the_same(tmp_path):
             for finished, number in enumerate(as_they_end):
                 if finished == dies_after:
                     raise KeyboardInterrupt
-                yield number, f'{samplers[number].seed} {len(prompts[number])}'
+                text = f'{samplers[number].seed} {len(prompts[number])}'
+                yield number, {'completion': text, 'stopped': samplers[number].seed % 2 == 0}
 
         with open_output(str(output), {'prompts': digest}) as log:
             completions = complete_items(items, prompts, log, complete)
@@ -111,5 +112,6 @@ def test_killed_anywhere_the_file_is_the_same(tmp_path):
     assert output.read_bytes() == (tmp_path / 'whole.jsonl').read_bytes() and not partial.exists()
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(answer['index'], answer['id']) for answer in answers] == [(index, index) for index in range(7)]
+    assert {answer['stopped'] for answer in answers} == {True, False}
     with pytest.raises(InputError, match='is there already'):
         run(output)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -24,7 +24,7 @@ from llama_jax.json_file import parse_object, read_lines, show_json
 from llama_jax.types import InputError
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Sampler))
-_OURS = ('index', 'completion')
+_OURS = ('index', 'completion', 'stopped')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +150,19 @@ def complete_items(
     items: Sequence[Item],
     prompts: Sequence[Sequence[int]],
     log: ItemLog | None,
-    complete: Callable[[list[Sequence[int]], list[Sampler]], Iterable[tuple[int, str]]],
-) -> dict[int, str]:
-    """The completions by index; what the log holds is not done again. All processes do so together.
+    complete: Callable[[list[Sequence[int]], list[Sampler]], Iterable[tuple[int, dict[str, Any]]]],
+) -> dict[int, dict[str, Any]]:
+    """What is written of each completion by index; what the log holds is not done again. All processes do so together.
 
     Args:
       items: all of them.
       prompts: their token ids.
       log: of process 0, where the completions are to be kept.
-      complete: (place, text) of each prompt, as they end, by their settings; they must not depend on one another.
+      complete: (place, what is written) of each prompt, as they end, by their settings; they must not depend on one
+        another.
     """
-    known = {index: item['completion'] for index, item in log.items.items()} if log else {}
+    kept = log.items if log else {}
+    known = {number: {k: v for k, v in item.items() if k != 'index'} for number, item in kept.items()}
     done = set(json.loads(runtime.bytes_from_main_process(json.dumps(sorted(known)).encode())))
     # The longest first: the cache then never has to grow for a late one.
     places = [place for place, item in enumerate(items) if item.index not in done]
@@ -172,17 +174,17 @@ def complete_items(
         total=len(items), initial=len(items) - len(places), unit='prompt', disable=is_quiet
     ) as progress:
         samplers = [items[place].sampler for place in places]
-        for number, text in complete([prompts[place] for place in places], samplers):
-            known[index := items[places[number]].index] = text
+        for number, answer in complete([prompts[place] for place in places], samplers):
+            known[index := items[places[number]].index] = answer
             if log:
-                log.add({'index': index, 'completion': text})
+                log.add({'index': index, **answer})
             progress.update()
     return known
 
 
-def answer_lines(items: Sequence[Item], completions: dict[int, str]) -> list[str]:
+def answer_lines(items: Sequence[Item], completions: Mapping[int, dict[str, Any]]) -> list[str]:
     """A line of JSON for each item, in the order of the prompts."""
-    answers = [{'index': item.index, **item.line, 'completion': completions[item.index]} for item in items]
+    answers = [{'index': item.index, **item.line, **completions[item.index]} for item in items]
     return [json.dumps(answer) for answer in answers]
 
 
