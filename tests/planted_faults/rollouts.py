@@ -6,6 +6,7 @@ _DRAWN = 'rl/rollout_test.py::test_log_probabilities_are_of_the_distribution_tha
 _SAFETY = (
     'rl/rewards_test.py::test_safety_comes_first_where_a_record_is_tagged_or_its_score_is_below_the_threshold'
 )
+_CUT = 'rl/rejection_test.py::test_no_end_is_learnt_of_an_answer_that_was_cut'
 _GHOST = 'rl/ghost_attention_test.py::test_{}'
 
 # fmt: off
@@ -36,7 +37,14 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/rl/rejection.py',
         ('rejection: order statistics with replacement',
          'rl/rejection_test.py::test_order_statistics_are_the_means_over_all_draws',
-         'math.comb(k - 1 - i, n - rank)', 'math.comb(k - i, n - rank)')),
+         'math.comb(k - 1 - i, n - rank)', 'math.comb(k - i, n - rank)'),
+        ('rejection: an end is learnt of an answer that was cut', _CUT,
+         "'stopped': kept.stopped", "'stopped': True")),
+    *faults_in('llama_jax/data/messages.py',
+        ('records: of a pair the end of what was cut', _CUT,
+         'is_cut=not stopped', "is_cut=not stopped and key == 'stopped'")),
+    *faults_in('llama_jax/tokenizer/text_format.py',
+        ('a stop token behind what was cut', _CUT, '[] if message.is_cut else [self', '[self')),
     *faults_in('llama_jax/rl/context_distillation.py',
         ('distillation: kept without a rise',
          'rl/context_distillation_test.py::test_only_what_scores_above_all_without_is_kept',
