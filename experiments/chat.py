@@ -14,20 +14,14 @@ from typing import Any
 from absl import flags
 
 from experiments import launch
-from experiments.prompting.checkpoint import DTYPES
 from experiments.prompting.conversation import HELP, Conversation
-from experiments.prompting.loading import load_model
+from experiments.prompting.loading import define_model, load_model
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.inference.sampling import Sampler
-from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
 from llama_jax.serve.documents import Documents
 
-_CHECKPOINT = launch.define_path('checkpoint', None, 'anything that is a Llama', required=True)
-_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values')
-_KEEP_QUANTIZED = flags.DEFINE_bool('keep_quantized', False, 'compute with the integers of a .gguf')
+_MODEL = define_model()
 _SYSTEM = flags.DEFINE_string('system', '', 'what the system says at the beginning')
 _DOCUMENTS = launch.define_path('documents', '', 'folder of texts that answers are to be found in')
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 512, 'of an answer, at most', lower_bound=1)
@@ -47,10 +41,7 @@ def main() -> None:
         Sampler(**settings)
     with launch.flags_named('--documents'):
         documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
-    model, params, tokenizer, template, _ = load_model(
-        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, None, _KEEP_QUANTIZED.value, '', 0
-    )
-    model = model.clone(cache_dtype=_CACHE_DTYPE.value)
+    model, params, tokenizer, template, _ = load_model(_MODEL.value)
     params = unstack(params, model.dtype, delete=True)
 
     def make_session(messages: list[dict[str, Any]]) -> ChatSession:

@@ -21,9 +21,8 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.prompting.checkpoint import DTYPES
 from experiments.prompting.constraint import read_constraint
-from experiments.prompting.loading import load_model
+from experiments.prompting.loading import define_shared_model, load_model, shared_partitioner
 from experiments.prompting.prompt_file import (
     Item,
     answer_lines,
@@ -34,7 +33,6 @@ from experiments.prompting.prompt_file import (
     read_items,
     write_answers,
 )
-from experiments.run.settings import partitioner_of_flags
 from llama_jax import runtime
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
@@ -42,21 +40,13 @@ from llama_jax.inference.generate import complete, complete_each, stream
 from llama_jax.inference.request import check_number
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates
-from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import parse_json, read_bytes
-from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
 from llama_jax.types import InputError
 
-_CHECKPOINT = launch.define_path(
-    'checkpoint',
-    None,
-    'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...',
-    required=True,
-)
-_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
+_MODEL = define_shared_model()
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'text to complete; give it several times for several')
 _SUFFIX = flags.DEFINE_multi_string(
     'suffix',
@@ -74,10 +64,6 @@ _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 16, 'with --prompts: rows that are decoded together', lower_bound=1
 )
 _SHARD = flags.DEFINE_string('shard', '0/1', 'with --prompts: which part of the file, as in 0/4')
-_MESH = flags.DEFINE_list(
-    'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
-)
-_AXIS_RULES = flags.DEFINE_string('axis_rules', '', "with --mesh: overrides such as 'kv_heads=' (replicate)")
 _CHAT = flags.DEFINE_bool(
     'chat', False, "each prompt is what a user says: by the checkpoint's own chat format"
 )
@@ -120,13 +106,6 @@ _SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 _SCHEMA = launch.define_path('schema', '', 'JSON file of a schema that completions keep to')
 _REGEX = flags.DEFINE_string('regex', '', 'regular expression that completions match, whole')
 _GRAMMAR = launch.define_path('grammar', '', 'file of a grammar of Lark that completions keep to')
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_CACHE_DTYPE = flags.DEFINE_enum(
-    'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
-)
-_KEEP_QUANTIZED = flags.DEFINE_bool(
-    'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
-)
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'jsonl'], 'of standard output')
 _N = flags.DEFINE_integer('n', 1, 'with --format=jsonl: so many completions of each prompt', lower_bound=1)
 _LOGPROBS = flags.DEFINE_integer(
@@ -135,16 +114,6 @@ _LOGPROBS = flags.DEFINE_integer(
     'with --format=jsonl: log-probabilities of tokens, and of so many of the likeliest in their place',
 )
 _ECHO = flags.DEFINE_bool('echo', False, 'with --format=jsonl: those of the tokens of the prompt too')
-_DRAFT = launch.define_path(
-    'draft',
-    '',
-    'who proposes several tokens a step, for the model to verify: lookup (the text itself), int4 (the model in four '
-    'bits), or a smaller checkpoint of the same tokenizer',
-)
-_DRAFT_TOKENS = flags.DEFINE_integer(
-    'draft_tokens', 4, f'with --draft: tokens that it proposes a step, 1 to {MAX_PROPOSED}'
-)
-launch.define_processes()
 
 logger = logging.getLogger('llama_jax.generate')
 
@@ -177,12 +146,10 @@ def main() -> None:
         raise InputError(f'--{told[0].name} is of --format=jsonl, and not of --prompts')
     with launch.flags_named('--logprobs'):
         check_candidates(_LOGPROBS.value or 0)
-    if not _DRAFT.value and _DRAFT_TOKENS.present:
-        raise InputError('--draft_tokens is of --draft, which is not given')
-    if not 1 <= _DRAFT_TOKENS.value <= MAX_PROPOSED:
-        raise InputError(f'--draft_tokens is {_DRAFT_TOKENS.value}; it must be 1 to {MAX_PROPOSED}')
+    _MODEL.check_owners(draft_tokens='draft', axis_rules='mesh')
+    given = _MODEL.value
     constraint = {'schema': _SCHEMA.value, 'regex': _REGEX.value, 'grammar': _GRAMMAR.value}
-    if any(constraint.values()) and (_DRAFT.value or _IGNORE_EOS.value or _MIN_NEW_TOKENS.value):
+    if any(constraint.values()) and (given['draft'] or _IGNORE_EOS.value or _MIN_NEW_TOKENS.value):
         raise InputError(
             '--schema, --regex and --grammar go without --draft, --ignore_eos and --min_new_tokens'
         )
@@ -198,20 +165,9 @@ def main() -> None:
     if _MIN_NEW_TOKENS.value and _IGNORE_EOS.value:
         logger.warning('--min_new_tokens: without effect with --ignore_eos, as no token ends a text')
     with runtime.refused_by_all():
-        partitioner = None
-        if _MESH.value:
-            partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
-        elif jax.process_count() > 1:
-            raise InputError(
-                '--mesh is required where several processes complete together, as in --mesh=tensor=-1'
-            )
-        elif _AXIS_RULES.value:
-            raise InputError('--axis_rules is given without --mesh, whose axes it speaks of')
-    model, params, tokenizer, template, draft = load_model(
-        _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
-        _DRAFT.value, _DRAFT_TOKENS.value,
-    )  # fmt: skip
-    model, tokenizer = model.clone(cache_dtype=_CACHE_DTYPE.value), required(tokenizer)
+        partitioner = shared_partitioner(given)
+    model, params, tokenizer, template, draft = load_model(given, partitioner)
+    tokenizer = required(tokenizer)
     fingerprint = Engine(model, params, tokenizer).fingerprint if _OUTPUT.value else ''
     params = unstack(params, model.dtype, delete=True)
     prompts, stop_ids = asked.prompts_for(tokenizer, template, items)
@@ -238,8 +194,8 @@ def main() -> None:
         header = {
             'prompts': sha256, 'shard': _SHARD.value, 'batch_size': _BATCH_SIZE.value, 'chat': _CHAT.value,
             'system': _SYSTEM.value, **settings, 'logit_bias': sorted(map(list, settings['logit_bias'].items())),
-            **limits, 'stop_ids': list(stop_ids), 'model': fingerprint, 'draft': _DRAFT.value,
-            'draft_tokens': _DRAFT_TOKENS.value, **({'rule': rule} if rule else {}),
+            **limits, 'stop_ids': list(stop_ids), 'model': fingerprint, 'draft': given['draft'],
+            'draft_tokens': given['draft_tokens'], **({'rule': rule} if rule else {}),
         }  # fmt: skip
         with contextlib.ExitStack() as at_exit:
             with launch.flags_named('--output'):

@@ -22,7 +22,7 @@ from etils import epath
 from experiments import launch
 from experiments.policy.candidates import Asked, complete
 from experiments.policy.ghost_dialogs import Held, held_dialogs, held_prompts
-from experiments.policy.sampled import SampledPolicy, hash_of, plot_beside, request_of
+from experiments.policy.sampled import SampledPolicy, define_sampled_policy, hash_of, plot_beside, request_of
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
@@ -31,7 +31,7 @@ from llama_jax.json_file import parse_object, read_bytes
 from llama_jax.rl.ghost_attention import Constraint, constraint_of, default_constraints, plot_obedience
 from llama_jax.types import InputError, refusals_of
 
-_POLICY = launch.define_sampled_policy()
+_POLICY = define_sampled_policy()
 _PROMPTS = launch.define_path('prompts', '', 'files of prompts, by commas, that dialogs are made of')
 _DIALOGS = launch.define_path('dialogs', '', 'files of conversations, by commas, as sft reads them')
 _TURNS = flags.DEFINE_integer('turns', 0, 'with --prompts: messages by the user in a dialog')

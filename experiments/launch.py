@@ -1,10 +1,8 @@
 """The command line alone: flags, one line and a status for what is wrong, the same command on all processes."""
 
 import contextlib
-import errno
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +12,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.prompting.checkpoint import DTYPES
 from experiments.run import config_file
-from llama_jax import runtime, signals, storage
-from llama_jax.tokenizer.chat_format import FORMATS
+from experiments.run.failures import describe_failure
+from llama_jax import runtime, signals
 from llama_jax.types import InputError, SystemFailure
-
-# Nothing is wrong with the command or the program: the disk, the quota, the cable.
-_MACHINE_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE,
-)  # fmt: skip
 
 
 class _PathParser(flags.ArgumentParser):
@@ -56,21 +48,28 @@ def define_xla_options() -> flags.FlagHolder:
     return flags.DEFINE_string('xla_options', '', text)
 
 
-class _Flags:
-    """Several flags as one; its value has theirs by name."""
+class Flags:
+    """Several flags as one."""
 
     def __init__(self, **holders: flags.FlagHolder):
         self._holders = holders
 
     @property
     def value(self) -> dict[str, Any]:
+        """By the names of the flags."""
         return {name: holder.value for name, holder in self._holders.items()}
 
+    def check_owners(self, **owners: str) -> None:
+        """Refuses a flag that is given where the one that it says more of, its owner by name, is not."""
+        for name, owner in owners.items():
+            if self._holders[name].present and not self._holders[owner].value:
+                raise InputError(f'--{name} is of --{owner}, which is not given')
 
-def define_run() -> _Flags:
+
+def define_run() -> Flags:
     """--workdir and what else a training takes beside --config; see `training.plan`."""
     define_processes()
-    return _Flags(
+    return Flags(
         workdir=define_path('workdir', None, 'folder of the run, local or gs://...', required=True),
         checkpoint=define_path('checkpoint', '', 'one whose weights to continue from, with a new optimiser'),
         fork=define_path(
@@ -83,43 +82,6 @@ def define_run() -> _Flags:
         ),
         xla_options=define_xla_options(),
     )
-
-
-def define_sampled_policy() -> _Flags:
-    """--checkpoint, --rewards and what else says how answers are drawn and judged; see `sampled_policy`."""
-    define_processes()
-    return _Flags(
-        checkpoint=define_path(
-            'checkpoint', None, 'the policy: anything that is a Llama, as for generate', required=True
-        ),
-        rewards=define_path(
-            'rewards', None, 'what answers are scored by, each with =WEIGHT: reward models, task:NAME, '
-            'FILE.py:function, helpfulness:CKPT with safety:CKPT, missing_stop, overlong:TOKENS', required=True,
-        ),
-        output=define_path('output', None, 'the file of what is kept, in JSON Lines', required=True),
-        samples=flags.DEFINE_integer('samples', 16, 'answers to a prompt, at each temperature'),
-        temperatures=flags.DEFINE_list('temperatures', ['1.0'], 'of the draws, by commas'),
-        max_new_tokens=flags.DEFINE_integer('max_new_tokens', 256, 'of an answer'),
-        chat_format=flags.DEFINE_enum(
-            'chat_format', '', ['', *FORMATS],
-            "how a conversation is spelled, as data.format in training; '': as the checkpoint was trained",
-        ),
-        key_map=flags.DEFINE_string('key_map', '', 'keys of records, OURS=THEIRS by commas, as prompt=question'),
-        shard=flags.DEFINE_string('shard', '0/1', 'which part of the work, for several commands: 0/4 to 3/4'),
-        seed=flags.DEFINE_integer('seed', 0, 'of the draws'),
-        batch_size=flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', lower_bound=1),
-        allow_code_execution=flags.DEFINE_boolean(
-            'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
-        ),
-        tokenizer=define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
-        dtype=flags.DEFINE_enum(
-            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
-        ),
-        mesh=flags.DEFINE_list(
-            'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the other devices'
-        ),
-        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
-    )  # fmt: skip
 
 
 def define_processes() -> None:
@@ -161,7 +123,7 @@ def run(main: Callable[[], None], *, find: bool = True, resumable: bool = False)
         except signals.Interrupted as error:
             interrupts.end(error)
         except Exception as error:
-            message, status = describe_failure(error)
+            message, status = describe_failure(error, _given_paths())
             if status:
                 # Threads of a checkpoint that failed may wait for minutes for what will not come.
                 _fail(message, status, at_once=isinstance(error, SystemFailure))
@@ -194,42 +156,14 @@ def _join_processes() -> None:
         )
 
 
-def describe_failure(error: Exception) -> tuple[str, int]:
-    """(the one line, exit status) of what the user (2) or the machine (1) got wrong; status 0: a defect of ours."""
-    if isinstance(error, InputError):
-        return str(error), 2
-    if isinstance(error, FloatingPointError | SystemFailure):
-        return str(error), 1
-    if isinstance(error, BrokenPipeError):
-        return 'what read the output has closed it', 1
-    if reason := storage.bucket_reason(error):
-        return f'a bucket cannot be used: {reason}', 2 if storage.is_closed(error) else 1
-    if not isinstance(error, OSError) or error.errno is None:
-        return '', 0
-    line = ': '.join(str(part) for part in (error.filename, error.strerror) if part)
-    if error.errno in _MACHINE_ERRORS:
-        return line, 1
-    theirs = isinstance(
-        error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
-    )
-    return (line, 2) if theirs and error.filename and _is_given(os.fsdecode(error.filename)) else ('', 0)
-
-
-def _is_given(file: str) -> bool:
-    """Whether a path is one that the command line names, lies in one, or leads to one."""
-    given = [
-        flags.FLAGS[name].value for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _PathParser)
-    ]
+def _given_paths() -> list[str]:
+    """Those of the command line and of its configuration, several in one by commas."""
+    known = [flags.FLAGS[name] for name in flags.FLAGS]
+    given = [flag.value for flag in known if flag.flag_type() == 'path']
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
-        known = config_file.flatten(flags.FLAGS.config)
-        given += [value for key, value in known.items() if config_file.is_path(key)]
-    file = os.path.abspath(file)
-    for text in filter(None, given):
-        for part in text.split(','):
-            place = os.path.abspath(re.split(r'[*?[]', part)[0])
-            if f'{file}/'.startswith(f'{place}/') or f'{place}/'.startswith(f'{file}/'):
-                return True
-    return False
+        keys = config_file.flatten(flags.FLAGS.config)
+        given += [value for key, value in keys.items() if config_file.is_path(key)]
+    return [path for path in given if path]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments import launch, training
 from experiments.run.config_file import split_list
-from experiments.run.data_schedule import schedule_of
+from experiments.run.data_schedule import describe_mixture, schedule_of, seen
 from experiments.run.objective import language_modelling
 from experiments.run.workdir import unit_bytes_of
 from llama_jax import runtime
@@ -54,15 +54,7 @@ def main() -> None:
         ))  # fmt: skip
 
     def described(step: int) -> dict[str, float]:
-        drawn = run.rows_before + (step - run.start_step) * config.train.batch_size
-        if len(data.names) == 1:
-            return {}
-        counts = zip(data.names, data.train.seen(drawn), data.train.epochs(drawn), strict=True)
-        return {
-            f'{what}/{name}': float(value)
-            for name, seen, epochs in counts
-            for what, value in (('rows', seen), ('epochs', epochs))
-        }
+        return seen(data, run.rows_before + (step - run.start_step) * config.train.batch_size)
 
     trained = training.fit(run, lambda state, step: next(rows), measurements, described)
     if trained.stopped:
@@ -98,14 +90,6 @@ def read_data(config: ConfigDict, tokenizer: Tokenizer, unit_bytes: int = UNIT_B
     )  # fmt: skip
     logger.info(describe_mixture(data, config.train.num_steps * config.train.batch_size))
     return data
-
-
-def describe_mixture(data: PretrainData, num_rows: int) -> str:
-    """How often so many rows go through each source."""
-    parts = zip(data.names, data.train.seen(num_rows), data.train.epochs(num_rows), strict=True)
-    return 'to be read: ' + ', '.join(
-        f'{name} {seen / num_rows:.1%} of the rows, {epochs:.2f} epochs' for name, seen, epochs in parts
-    )
 
 
 def final_report(

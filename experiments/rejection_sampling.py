@@ -19,7 +19,7 @@ from etils import epath
 
 from experiments import launch
 from experiments.policy.candidates import Asked, asked_of, complete, from_pool, read_pool
-from experiments.policy.sampled import SampledPolicy, hash_of, plot_beside, request_of
+from experiments.policy.sampled import SampledPolicy, define_sampled_policy, hash_of, plot_beside, request_of
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
@@ -39,7 +39,7 @@ from llama_jax.rl.rejection import (
 from llama_jax.rl.rollout import Rollout
 from llama_jax.types import InputError
 
-_POLICY = launch.define_sampled_policy()
+_POLICY = define_sampled_policy()
 _PROMPTS = launch.define_path('prompts', None, 'files of records to answer, by commas', required=True)
 _KEEP = flags.DEFINE_enum('keep', 'best', KEEPS, 'best; best and worst as a pair; all from --threshold on')
 _THRESHOLD = flags.DEFINE_float('threshold', None, 'with --keep=threshold: the least score')

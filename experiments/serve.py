@@ -15,15 +15,12 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.prompting.checkpoint import DTYPES
-from experiments.prompting.loading import load_model
-from experiments.run.settings import partitioner_of_flags
+from experiments.prompting.loading import define_shared_model, load_model, shared_partitioner
 from llama_jax import runtime
 from llama_jax.inference.scoring import check_candidates
-from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.json_file import read_bytes
-from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.unstacked import unstack
+from llama_jax.partitioning import Partitioner
 from llama_jax.serve.documents import Documents
 from llama_jax.serve.job import follow
 from llama_jax.serve.keys import read_keys
@@ -32,15 +29,7 @@ from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
 from llama_jax.tokenizer.protocol import required
 from llama_jax.types import InputError
 
-_CHECKPOINT = launch.define_path('checkpoint', None, 'anything that is a Llama', required=True)
-_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_CACHE_DTYPE = flags.DEFINE_enum('cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values')
-_KEEP_QUANTIZED = flags.DEFINE_bool('keep_quantized', False, 'compute with the integers of a .gguf')
-_MESH = flags.DEFINE_list('mesh', [], 'sizes of the axes data, fsdp, tensor; none: one device')
-_AXIS_RULES = flags.DEFINE_string('axis_rules', '', "with --mesh: overrides such as 'kv_heads=' (replicate)")
-_DRAFT = launch.define_path('draft', '', 'who proposes several tokens a step: lookup, int4 or a checkpoint')
-_DRAFT_TOKENS = flags.DEFINE_integer('draft_tokens', 4, 'with --draft: tokens a step', 1, MAX_PROPOSED)
+_MODEL = define_shared_model()
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'to listen on; others than this machine need --api_keys')
 _PORT = flags.DEFINE_integer('port', 8000, 'to listen on', 0, 65535)
 _API_KEYS = launch.define_path('api_keys', '', 'file of keys, one a line, any of which opens')
@@ -58,31 +47,27 @@ _CONSTRAINTS = flags.DEFINE_bool('constraints', True, 'answers may be held to a 
 _MAX_QUEUE = flags.DEFINE_integer('max_queue', 256, 'answers that may wait for a slot', 0)
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'bytes of a request', 1)
 _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'that running answers have to end', 0.0)
-launch.define_processes()
 
 
 def main() -> None:
     """Listens, loads, serves."""
     with launch.flags_named('--top_logprobs'):
         check_candidates(_TOP_LOGPROBS.value)
-    for flag, of in ((_DRAFT_TOKENS, _DRAFT), (_AXIS_RULES, _MESH)):
-        if flag.present and not of.value:
-            raise InputError(f'--{flag.name} is of --{of.name}, which is not given')
+    _MODEL.check_owners(draft_tokens='draft', axis_rules='mesh')
+    given = _MODEL.value
     keys = read_keys(_API_KEYS.value) if _API_KEYS.value else ()
     if not keys and not is_loopback(_HOST.value):
         raise InputError(
             f'--host={_HOST.value} is reached by others than this machine; give --api_keys=FILE, whose keys open it'
         )
-    if jax.process_count() > 1 and not _MESH.value:
-        raise InputError('--mesh is required where several processes serve together, as in --mesh=tensor=-1')
-    partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value) if _MESH.value else None
+    partitioner = shared_partitioner(given)
     listener = documents = None
     with runtime.refused_by_all(), launch.flags_named('--documents', '--host', '--port'):
         if runtime.is_main_process():
             listener = listen(_HOST.value, _PORT.value)
             documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
     limits = Limits(
-        _NAME.value or os.path.basename(_CHECKPOINT.value.rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
+        _NAME.value or os.path.basename(given['checkpoint'].rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
         tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys), documents,
     )  # fmt: skip
     rows = {
@@ -90,9 +75,8 @@ def main() -> None:
         'log_probabilities': _TOP_LOGPROBS.value, 'prefix_bytes': (_PREFIX_MIB.value << 20, 0),
     }  # fmt: skip
     loads = functools.partial(
-        load, rows, _CHAT_TEMPLATE.value, _CONTEXT.value, _CACHE_DTYPE.value, _CONSTRAINTS.value, _CHECKPOINT.value,
-        _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value, _DRAFT.value, _DRAFT_TOKENS.value,
-    )  # fmt: skip
+        load, rows, _CHAT_TEMPLATE.value, _CONTEXT.value, _CONSTRAINTS.value, given, partitioner
+    )
     if listener is None:
         return follow(loads)
     print(f'listening on http://{_HOST.value}:{listener.getsockname()[1]}', flush=True)
@@ -101,14 +85,18 @@ def main() -> None:
 
 
 def load(
-    rows: Any, template_name: str, context: int, cache_dtype: str, constrains: bool, *checkpoint: Any
+    rows: Any,
+    template_name: str,
+    context: int,
+    constrains: bool,
+    given: dict[str, Any],
+    partitioner: Partitioner | None,
 ) -> Served:
     """The model that the flags ask for, in the thread in which it will run."""
-    model, params, tokenizer, template, draft = load_model(*checkpoint)
+    model, params, tokenizer, template, draft = load_model(given, partitioner)
     if context > (most := model.config.max_seq_len):
         raise InputError(f'--context is {context}; the model has {most}')
-    config = dataclasses.replace(model.config, max_seq_len=context or most)
-    model = model.clone(config=config, cache_dtype=cache_dtype)
+    model = model.clone(config=dataclasses.replace(model.config, max_seq_len=context or most))
     params, tokenizer = unstack(params, jax.numpy.dtype(model.dtype), delete=True), required(tokenizer)
     if template_name == 'native':
         template = ''

@@ -81,10 +81,12 @@ def _serve(texts: Mapping[str, str], numbers: Mapping[str, int]) -> Any:
     metrics = Metrics()
     worker = Worker(metrics)
     name = texts['name'] or os.path.basename(texts['checkpoint'].rstrip('/'))
-    loads = functools.partial(
-        load, rows, 'native', numbers['context'], 'auto', True, texts['checkpoint'], texts['tokenizer'], texts['dtype'],
-        None, False, '', 4,
-    )  # fmt: skip
+    given = {
+        **{name: texts[name] for name in ('checkpoint', 'tokenizer', 'dtype')},
+        'cache_dtype': 'auto',
+        'keep_quantized': False,
+    }
+    loads = functools.partial(load, rows, 'native', numbers['context'], True, given, None)
     worker.start(loads, lambda: worker.served and os._exit(1))
     while worker.served is None:
         if worker.failure is not None:

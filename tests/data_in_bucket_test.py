@@ -9,7 +9,7 @@ import types
 import gcsfs.retry
 import pytest
 
-from experiments import launch
+from experiments.run.failures import describe_failure
 from llama_jax.data import prepared
 from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import prepare
@@ -94,5 +94,5 @@ def test_a_closed_bucket_is_no_damage(gcs, status):
     ):
         with pytest.raises(Exception, match='Forbidden|Unauthorized') as caught:
             use()
-        line, exit_status = launch.describe_failure(caught.value)
+        line, exit_status = describe_failure(caught.value, [])
         assert '\n' not in line and ('Forbidden' in line or 'Unauthorized' in line) and exit_status == 2

@@ -126,8 +126,8 @@ def flags_of(command):
     """The flags of a command, and of the files of `experiments` that it is made of."""
     package = ROOT / 'experiments' / command
     files = sorted(package.glob('*.py')) if package.is_dir() else [package.with_suffix('.py')]
-    shared = ast.parse((ROOT / 'experiments' / 'launch.py').read_text())
-    helpers = {node.name: node for node in shared.body if isinstance(node, ast.FunctionDef)}
+    shared = [ast.parse(file.read_text()) for file in (ROOT / 'experiments').rglob('*.py')]
+    helpers = {node.name: node for tree in shared for node in tree.body if isinstance(node, ast.FunctionDef)}
     found = {'coordinator', 'num_processes', 'process_id', 'initialization_timeout'}
 
     def collect(tree):
@@ -135,7 +135,7 @@ def flags_of(command):
             match node:
                 case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr), args=args):
                     literal = [arg.value for arg in args[:1] if isinstance(arg, ast.Constant)]
-                    if attr.lower().startswith('define_'):
+                    if attr.lower().lstrip('_').startswith('define_'):
                         found.update(name for name in literal if isinstance(name, str))
                         if attr in helpers and not literal:
                             collect(helpers[attr])

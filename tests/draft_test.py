@@ -35,8 +35,14 @@ def test_every_draft_prints_what_the_model_says(commands, stories, shared_data):
     ('flags', 'words'),
     [
         (['--draft_tokens=3'], '--draft_tokens is of --draft, which is not given'),
-        (['--draft=lookup', '--draft_tokens=33'], '--draft_tokens is 33; it must be 1 to 32'),
-        (['--draft=lookup', '--draft_tokens=0'], '--draft_tokens is 0; it must be 1 to 32'),
+        (
+            ['--draft=lookup', '--draft_tokens=33'],
+            '--draft_tokens=33: 33 is not an integer in the range [1, 32]',
+        ),
+        (
+            ['--draft=lookup', '--draft_tokens=0'],
+            '--draft_tokens=0: 0 is not an integer in the range [1, 32]',
+        ),
         (['--draft=nowhere/draft'], 'nowhere/draft'),
     ],
 )

@@ -154,7 +154,7 @@ def test_what_generate_refuses_is_one_line(commands, run, tmp_path):
         (many, ['--output=x.jsonl', '--format=text'], '--format is of standard output'),
         (many, ['--shard=2/2'], "--shard is '2/2'"),
         (many, ['--prompt=a'], '--prompt and --prompts are both given'),
-        (many, ['--axis_rules=heads='], '--axis_rules is given without --mesh'),
+        (many, ['--axis_rules=heads='], '--axis_rules is of --mesh, which is not given'),
         (many, ['--mesh=tensor=3'], '--mesh'),
     ):
         assert words in commands.run('generate', *arguments, *wrong).error()

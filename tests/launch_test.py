@@ -14,6 +14,7 @@ from configs import ppo, pretrain
 from experiments import launch
 from experiments.run import config_file, settings
 from experiments.run.data_schedule import schedule_of
+from experiments.run.failures import describe_failure
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -36,14 +37,19 @@ NO_PATHS = {
 
 
 def holders(file):
-    """{flag: (name of its holder, kind of definition)} that a command defines itself."""
-    found = {}
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            call = ast.unparse(node.value.func)
-            if call.startswith(('flags.DEFINE', 'launch.define')):
-                name = node.value.args[0].value if node.value.args else call.removeprefix('launch.define_')
-                found[name] = node.targets[0].id, call
+    """{flag: (name of its holder, '' of one among several, kind of definition)} that a file defines."""
+    found, tree = {}, ast.parse(file.read_text())
+    named = {
+        id(node.value): ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (call := ast.unparse(node.func)).startswith(
+            ('flags.DEFINE', 'launch.define')
+        ):
+            holder = named.get(id(node), '')
+            if node.args or holder:
+                name = node.args[0].value if node.args else call.removeprefix('launch.define_')
+                found[name] = holder, call
     return found
 
 
@@ -52,8 +58,14 @@ def test_a_command_uses_every_flag_that_it_has(file):
     source = file.read_text()
     found = holders(file)
     assert found or 'launch.define_processes()' in source
+    users = ''.join(path.read_text() for path in EXPERIMENTS.rglob('*.py'))
     for name, (holder, kind) in found.items():
-        assert re.search(rf'\b{holder}\b(\.value|,|\))', source), f'--{name} is defined and not used'
+        if holder:
+            assert re.search(rf'\b{holder}\b(\.value|,|\))', source), f'--{name} is defined and not used'
+        else:
+            assert re.search(rf"given(\['{name}'\]|\.get\('{name}')", users), (
+                f'--{name} is defined and not used'
+            )
         strings = ('flags.DEFINE_string', 'flags.DEFINE_list', 'flags.DEFINE_multi_string')
         assert kind not in strings or name in NO_PATHS, f'--{name}: a path (define_path), or one of NO_PATHS'
 
@@ -66,8 +78,9 @@ def test_no_flag_is_of_all_commands():
         if isinstance(node, ast.Assign)
     ]
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
-    joins = re.compile(r'launch\.define_(processes|run|sampled_policy)\(\)')
-    joining = [file.stem for file in COMMANDS if joins.search(file.read_text())]
+    joins = re.compile(r'\bdefine_(processes|run|sampled_policy|shared_model)\(\)')
+    commands = [file for file in COMMANDS if file.parent == EXPERIMENTS]
+    joining = [file.stem for file in commands if joins.search(file.read_text())]
     assert joining == [
         'dpo', 'evaluate', 'generate', 'ghost_attention', 'ppo', 'pretrain', 'rejection_sampling', 'reward_model',
         'serve', 'sft',
@@ -124,7 +137,7 @@ def given(monkeypatch, tmp_path):
 
 def test_who_is_told_what_of_a_failure(given):
     def told(error):
-        return launch.describe_failure(error)
+        return describe_failure(error, launch._given_paths())
 
     inside = str(given / 'run/checkpoints/4')
     assert told(FileNotFoundError(errno.ENOENT, 'No such file', inside)) == (f'{inside}: No such file', 2)

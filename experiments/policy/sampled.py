@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from absl import flags
 from etils import epath
 
+from experiments import launch
 from experiments.launch import flags_named
 from experiments.policy.candidates import Asked, draw_all
 from experiments.policy.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
@@ -24,9 +26,46 @@ from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
 from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
-from llama_jax.tokenizer.chat_format import ChatFormat
+from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat
 from llama_jax.tokenizer.protocol import Tokenizer, required
 from llama_jax.types import InputError, Params
+
+
+def define_sampled_policy() -> launch.Flags:
+    """--checkpoint, --rewards and what else says how answers are drawn and judged; see `request_of`."""
+    launch.define_processes()
+    return launch.Flags(
+        checkpoint=launch.define_path(
+            'checkpoint', None, 'the policy: anything that is a Llama, as for generate', required=True
+        ),
+        rewards=launch.define_path(
+            'rewards', None, 'what answers are scored by, each with =WEIGHT: reward models, task:NAME, '
+            'FILE.py:function, helpfulness:CKPT with safety:CKPT, missing_stop, overlong:TOKENS', required=True,
+        ),
+        output=launch.define_path('output', None, 'the file of what is kept, in JSON Lines', required=True),
+        samples=flags.DEFINE_integer('samples', 16, 'answers to a prompt, at each temperature'),
+        temperatures=flags.DEFINE_list('temperatures', ['1.0'], 'of the draws, by commas'),
+        max_new_tokens=flags.DEFINE_integer('max_new_tokens', 256, 'of an answer'),
+        chat_format=flags.DEFINE_enum(
+            'chat_format', '', ['', *FORMATS],
+            "how a conversation is spelled, as data.format in training; '': as the checkpoint was trained",
+        ),
+        key_map=flags.DEFINE_string('key_map', '', 'keys of records, OURS=THEIRS by commas, as prompt=question'),
+        shard=flags.DEFINE_string('shard', '0/1', 'which part of the work, for several commands: 0/4 to 3/4'),
+        seed=flags.DEFINE_integer('seed', 0, 'of the draws'),
+        batch_size=flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', lower_bound=1),
+        allow_code_execution=flags.DEFINE_boolean(
+            'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
+        ),
+        tokenizer=launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        dtype=flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+        mesh=flags.DEFINE_list(
+            'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the other devices'
+        ),
+        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +73,7 @@ class Request:
     """What the flags ask for, nothing of which is loaded.
 
     Attributes:
-      given: the flags of `launch.define_sampled_policy` by name.
+      given: the flags of `define_sampled_policy` by name.
       sampling: how answers are drawn.
       terms: rewards.
       shard: (which part, of how many).

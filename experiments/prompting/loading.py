@@ -1,41 +1,113 @@
 """--checkpoint on its devices, for commands that generate: with its tokenizer, and who proposes tokens."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from absl import flags
 
 from experiments import launch
 from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
 from experiments.prompting.draft import make_proposer, open_draft
+from experiments.run.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
 from llama_jax.inference.proposers import Proposer
+from llama_jax.inference.speculative import MAX_PROPOSED
+from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import Params
+from llama_jax.types import InputError, Params
+
+
+def define_model() -> launch.Flags:
+    """--checkpoint and what else says which model generates, in one process; see `load_model`."""
+    return launch.Flags(**_define_flags_of_a_model())
+
+
+def define_shared_model() -> launch.Flags:
+    """The same for commands that several processes run together, and in which a draft may propose tokens."""
+    launch.define_processes()
+    return launch.Flags(
+        **_define_flags_of_a_model(),
+        mesh=flags.DEFINE_list(
+            'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
+        ),
+        axis_rules=flags.DEFINE_string(
+            'axis_rules', '', "with --mesh: overrides such as 'kv_heads=' (replicate)"
+        ),
+        draft=launch.define_path(
+            'draft', '', 'who proposes several tokens a step, for the model to verify: lookup (the text itself), int4 '
+            '(the model in four bits), or a smaller checkpoint of the same tokenizer',
+        ),
+        draft_tokens=flags.DEFINE_integer(
+            'draft_tokens', 4, 'with --draft: tokens that it proposes a step', 1, MAX_PROPOSED
+        ),
+    )  # fmt: skip
+
+
+def _define_flags_of_a_model() -> dict[str, Any]:
+    return {
+        'checkpoint': launch.define_path(
+            'checkpoint', None,
+            'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
+        ),
+        'tokenizer': launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        'dtype': flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+        'cache_dtype': flags.DEFINE_enum(
+            'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
+        ),
+        'keep_quantized': flags.DEFINE_bool(
+            'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
+        ),
+    }  # fmt: skip
+
+
+def shared_partitioner(given: dict[str, Any]) -> Partitioner | None:
+    """Of the flags of `define_shared_model` by name; None for one device.
+
+    Raises:
+      InputError: there is no such mesh, or none for several processes.
+    """
+    if given['mesh']:
+        return partitioner_of_flags(given['mesh'], given['axis_rules'])
+    if jax.process_count() > 1:
+        raise InputError(
+            '--mesh is required where several processes generate together, as in --mesh=tensor=-1'
+        )
+    return None
 
 
 def load_model(
-    checkpoint_path: str,
-    tokenizer_file: str,
-    given_dtype: str,
-    partitioner: Partitioner | None,
-    keep_quantized: bool,
-    draft_name: str,
-    draft_tokens: int,
+    given: dict[str, Any], partitioner: Partitioner | None = None
 ) -> tuple[LlamaForCausalLM, Params, Tokenizer | None, str, Proposer | None]:
-    """The model on its devices, its weights, tokenizer and chat template, and who proposes its tokens."""
+    """The model on its devices, its weights, tokenizer and chat template, and who proposes its tokens.
+
+    Args:
+      given: the flags of `define_model` or `define_shared_model` by name.
+      partitioner: places the weights.
+    """
     runtime.enable_compilation_cache()
-    dtype = DTYPES[dtype_name(given_dtype)]
+    dtype, tokenizer_file, draft_name = (
+        DTYPES[dtype_name(given['dtype'])],
+        given['tokenizer'],
+        given.get('draft', ''),
+    )
     with launch.flags_named('--checkpoint', '--tokenizer'):
-        checkpoint = open_with_tokenizer(checkpoint_path, tokenizer_file)
+        checkpoint = open_with_tokenizer(given['checkpoint'], tokenizer_file)
     draft = open_draft(draft_name, checkpoint, tokenizer_file)
-    model = LlamaForCausalLM(checkpoint.config, dtype=dtype, partitioner=partitioner)
+    model = LlamaForCausalLM(
+        checkpoint.config, dtype=dtype, partitioner=partitioner, cache_dtype=given['cache_dtype']
+    )
     if partitioner is not None:
         with launch.flags_named('--mesh', '--axis_rules'):
             partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
     with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
         _, params, tokenizer = pretrained.load(
             checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
-            keep_quantized=keep_quantized,
+            keep_quantized=given['keep_quantized'],
         )  # fmt: skip
-    proposer = make_proposer(draft_name, draft_tokens, draft, model, params)
+    proposer = make_proposer(draft_name, given.get('draft_tokens', 0), draft, model, params)
     return model, params, tokenizer, checkpoint.template, proposer

@@ -11,6 +11,7 @@ import re
 from ml_collections import ConfigDict
 
 from experiments.run.config_file import split_list
+from llama_jax.data.datasets import PretrainData
 from llama_jax.data.mixture import Skip, Stage
 from llama_jax.types import InputError
 
@@ -131,3 +132,23 @@ def constant_weights(config: ConfigDict) -> Weights:
             f'--config.data.weights={config.data.weights!r} has later stages, which pretraining alone takes; give one'
         )
     return schedule.weights
+
+
+def describe_mixture(data: PretrainData, num_rows: int) -> str:
+    """How often so many rows go through each source."""
+    parts = zip(data.names, data.train.seen(num_rows), data.train.epochs(num_rows), strict=True)
+    return 'to be read: ' + ', '.join(
+        f'{name} {seen / num_rows:.1%} of the rows, {epochs:.2f} epochs' for name, seen, epochs in parts
+    )
+
+
+def seen(data: PretrainData, num_rows: int) -> dict[str, float]:
+    """The same as metrics, {'rows/SOURCE': ..., 'epochs/SOURCE': ...}; {} where there is one source."""
+    if len(data.names) == 1:
+        return {}
+    counts = zip(data.names, data.train.seen(num_rows), data.train.epochs(num_rows), strict=True)
+    return {
+        f'{what}/{name}': float(value)
+        for name, rows, epochs in counts
+        for what, value in (('rows', rows), ('epochs', epochs))
+    }
