@@ -112,7 +112,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/xla_options.py',
         ('XLA options: an unknown one is left out', 'xla_options_test.py::test_what_would_not_compile_is_refused',
          'if refused := _unknown(options, mesh):', 'if refused := []:')),
-    *faults_in('experiments/launch.py',
+    *faults_in('experiments/run/failures.py',
         ('launch: bad input has the status of a bad machine', 'launch_test.py::test_who_is_told_what_of_a_failure',
          'return str(error), 2', 'return str(error), 1')),
     *faults_in('experiments/run/settings.py',
