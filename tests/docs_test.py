@@ -22,7 +22,7 @@ SETTINGS = frozenset(
     key for task in (dpo, ppo, pretrain, reward_model, sft) for key in config_file.flatten(task.get_config())
 )
 
-# Of others: pip, srun, xpk, gcloud, pytest, XLA's environment variables.
+# Of others: pip, srun, xpk, gcloud, pytest, XLA's environment variables, other servers.
 FOREIGN_FLAGS = {
     'worker',
     'command',
@@ -31,6 +31,7 @@ FOREIGN_FLAGS = {
     'help',
     'model_args',
     'model',
+    'model-path',
     'tasks',
 }
 # Their names are a module's of ours, or of one that need not be installed.
