@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def one_beside_many(setting: Setting) -> dict[str, float]:
 def peak_memory(setting: Setting) -> dict[str, float]:
     """Peak of the resident bytes of all processes of the command, on some text and on ten times as much."""
     found, lines = {}, [json.dumps({'text': text}) for text in setting.texts]
-    tenth = lines[: max(len(lines) // 10, 1)]
+    ends = list(accumulate(map(len, lines)))
+    tenth = [line for line, end in zip(lines, ends, strict=True) if end <= ends[-1] / 10] or lines[:1]
     for name, written in (('tenth', tenth), ('all', lines)):
         file = setting.folder / f'{name}.jsonl'
         file.write_text('\n'.join(written))

@@ -107,7 +107,10 @@ class _Worker:
 
     def __init__(self):
         self.connection, theirs = Pipe()
-        environment = os.environ | {
+        # What glibc frees goes back to the system at once: else it keeps more and more, the longer a worker lives.
+        kept = {'MALLOC_MMAP_THRESHOLD_': '131072', 'MALLOC_TRIM_THRESHOLD_': '131072'}
+        environment = kept | os.environ
+        environment |= {
             'PYTHONPATH': os.pathsep.join(filter(None, sys.path)),
             'RAYON_NUM_THREADS': '1',
             'JAX_PLATFORMS': 'cpu',
