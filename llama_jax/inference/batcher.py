@@ -169,6 +169,7 @@ class Batcher:
         widths: Sequence[int],
         steps: tuple[int, int, int],
         later_widths: Sequence[int] | None = None,
+        first_widths: Sequence[int] = (),
         least_room: int | None = None,
         row_multiple: int = 1,
         prefix_cache: PrefixCache | None = None,
@@ -182,6 +183,8 @@ class Batcher:
           grid: tokens of a piece, a power of two.
           widths: that the last piece of a prompt may have besides `grid`; it gets the least that covers it.
           later_widths: the same of a last piece that is not the first; None: `widths`.
+          first_widths: above `grid`, powers of two too, that a prompt may begin with: the most of which an eighth is
+            padding at most.
           steps: of a dispatch at most: while nothing waits; while requests wait for a slot; between two pieces, where
             0 lets rows wait until no piece can be read, which is fastest where nobody looks on.
           least_room: of a row, a power of two; None: `grid`.
@@ -193,6 +196,9 @@ class Batcher:
         """
         self.grid, self.widths = grid, tuple(sorted({*widths, grid}))
         self.later_widths = self.widths if later_widths is None else tuple(sorted({*later_widths, grid}))
+        self.first_widths = tuple(sorted(first_widths))
+        assert all(width & (width - 1) == 0 and width > grid for width in first_widths)
+        assert not first_widths or prefix_cache is None
         self.least_room = max(least_room or grid, self.widths[0])
         # Then a room that covers a prompt covers the padding of its last piece too. Behind a first one it does anyway.
         for less, width in itertools.pairwise((0, *self.widths)):
@@ -335,6 +341,8 @@ class Batcher:
 
     def _next_width(self, row: _Row) -> int:
         widths = self.later_widths if row.read else self.widths
+        if not row.read and (wide := [width for width in self.first_widths if 8 * row.unread >= 7 * width]):
+            return wide[-1]
         return next((width for width in widths if width >= row.unread), self.grid)
 
     def _decode(self, most: int) -> Decode:

@@ -39,7 +39,9 @@ _WIDTHS = {'cpu': (8, 16, 32, 64, 128, 256)}
 _ACCELERATORS_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 # The last of several pieces may be padded to fewer, as beside the others that is little; on accelerators to any.
 _LATER_WIDTHS = {'cpu': (32, 128)}
-# The same where beginnings of prompts are kept, in blocks of a piece.
+# Wider ones that a prompt begins with, where nobody looks on: more rows at a time are less work for each.
+_FIRST_WIDTHS = {'cpu': (512, 1024)}
+# Tokens of a piece where beginnings of prompts are kept, in blocks of that many.
 _BLOCK = 256
 # Tokens of a piece of several prompts, where nobody looks on: as many as keep a device busy.
 _TOGETHER = {'cpu': 128}
@@ -100,7 +102,10 @@ class Generator:
         at_once = 1 if draft is None else draft.num_tokens + 1  # which is given whole, or not at all
         max_steps, others = (max(at_once, min(max_steps, n)) for n in (max_steps, _STEPS_BEFORE_OTHERS))
         longest = decoding.power_of_two(context)
+        first_widths = ()
         if not widths:
+            if not is_watched and not any(prefix_bytes):
+                first_widths = [width for width in _FIRST_WIDTHS.get(platform, ()) if width <= longest]
             widths = _WIDTHS.get(platform, _ACCELERATORS_WIDTHS)
             widths = [*(w for w in widths if w < _BLOCK), _BLOCK] if any(prefix_bytes) else widths
         widths = sorted({min(width, longest) for width in widths})
@@ -109,11 +114,13 @@ class Generator:
         together = _TOGETHER.get(platform, _ACCELERATORS_TOGETHER)
         if is_watched or not reads_together or any(prefix_bytes):
             together = 1
-        self._at_once = {width: max(1, min(num_slots, together // width)) for width in widths}
+        self._at_once = {
+            width: max(1, min(num_slots, together // width)) for width in (*widths, *first_widths)
+        }
         self._prefixes = self._prefix_cache(grid, *prefix_bytes) if any(prefix_bytes) else None
         self.batcher = Batcher(
             num_slots=num_slots, context=context, budget_tokens=budget_tokens or num_slots * longest, grid=grid,
-            widths=widths, later_widths=later, least_room=min(decoding.LEAST_ROOM, longest),
+            widths=widths, later_widths=later, first_widths=first_widths, least_room=min(decoding.LEAST_ROOM, longest),
             steps=(max_steps, others, at_once if is_watched else 0), prefix_cache=self._prefixes,
             row_multiple=decoding.rows_of(1, model.partitioner),
         )  # fmt: skip

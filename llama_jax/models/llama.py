@@ -23,12 +23,12 @@ from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.models.tokens import check_tokens
 from llama_jax.models.unstacked import layers_of
 from llama_jax.ops.activations import swiglu
-from llama_jax.ops.attention import IMPLEMENTATIONS, attention
+from llama_jax.ops.attention import IMPLEMENTATIONS, attention, first_attention
 from llama_jax.ops.attention_reference import attention_probabilities, causal_mask, weighted_values
 from llama_jax.ops.context_parallel import context_shard, from_balanced, to_balanced
 from llama_jax.ops.linear import Weight, einsum, take
 from llama_jax.ops.normalization import rms_norm
-from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_tables
+from llama_jax.ops.rope import apply_rope, inverse_frequencies, kept_tables, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
 from llama_jax.types import InputError, Params, PyTree, float_dtype
 
@@ -104,11 +104,13 @@ class Attention(_Layer):
                 mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
             probabilities = self.seen('attention', attention_probabilities(q, k, mask))
             attended = self.seen('heads', weighted_values(probabilities, v))
-        elif cache is None or cache.is_empty:
+        elif cache is None:
             attended = attention(
                 q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids,
                 implementation=self.attention_implementation, partitioner=self.partitioner,
             )  # fmt: skip
+        elif cache.is_empty:
+            attended = first_attention(q, k, v, self.attention_implementation, self.partitioner)
         else:
             attended = cache.attend(q, self.partitioner)
         # `jnp.einsum` contracts by the order of the alphabet: heads before their dimensions, the weight is read as it
@@ -274,6 +276,7 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
         """One layer after the other, each with arrays of its own: no scan, which would copy them."""
         caches = []
+        rope = jax.lax.platform_dependent(*rope, cpu=kept_tables, default=lambda *tables: tables)
         for layer, weights in enumerate(layers_of(blocks, self.config.num_layers)):
             tap = None if self.tap is None else functools.partial(self.tap, layer)
             block = Block(*self._block_knobs, tap=tap, name='block', parent=None)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llama_jax.ops import attention_cudnn, attention_paged
+from llama_jax.ops import attention_by_heads, attention_cudnn, attention_paged
 from llama_jax.ops.attention_cached import Cached, attend_at_once, attend_by_tiles, attend_row_by_row
 from llama_jax.ops.attention_chunked import chunked_attention
 from llama_jax.ops.attention_reference import causal_mask, reference_attention
@@ -94,6 +94,21 @@ def attention(
     ):
         return _split_attention(q, k, v, q_segment_ids, kv_segment_ids, kernel, partitioner)
     return _attend(q, k, v, q_segment_ids, kv_segment_ids, kernel, None, platform_of(partitioner))
+
+
+def first_attention(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    implementation: str = 'auto',
+    partitioner: Partitioner | None = None,
+) -> Float[Array, 'B T N H']:
+    """As `attention`, of rows of one document, and without gradients: a CPU has a kernel of its own for long ones."""
+    alone = partitioner is None or partitioner.mesh.size == 1
+    is_cpu = alone and platform_of(partitioner) == 'cpu'
+    if implementation == 'auto' and is_cpu and attention_by_heads.serves(q.shape[1]):
+        return attention_by_heads.attend_by_heads(q, k, v)
+    return attention(q, k, v, implementation=implementation, partitioner=partitioner)
 
 
 def cached_attention(

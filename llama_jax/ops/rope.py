@@ -6,6 +6,7 @@ weights interleaved, pairs (x[2j], x[2j+1]); converters permute.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -77,6 +78,18 @@ def rope_tables(
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if scale == 1.0 else (cos * np.float32(scale), sin * np.float32(scale))
+
+
+def kept_tables(
+    cos: Float[Array, 'B T H2'], sin: Float[Array, 'B T H2']
+) -> tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]:
+    """The same, in memory: where layers stand one by one, XLA's CPU takes them anew for each head of each of them."""
+
+    def alike(cos: Array, sin: Array) -> tuple[Array, Array]:
+        return jnp.where(jnp.isnan(cos), jnp.nan, cos), jnp.where(jnp.isnan(sin), jnp.nan, sin)
+
+    # What a branch is given is in memory. Either gives the same; of two that are written alike XLA would make none.
+    return jax.lax.cond(jnp.isnan(cos[0, 0, 0]), alike, lambda cos, sin: (cos, sin), cos, sin)
 
 
 def apply_rope(

@@ -51,6 +51,7 @@ class Trace:
             num_slots=int(rng.integers(1, 5)), context=CONTEXT, budget_tokens=int(rng.integers(64, 260)),
             grid=GRID, widths=widths, later_widths=widths[rng.integers(2) :: 2],
             steps=tuple(rng.integers((1, 1, 0), 7).tolist()),
+            first_widths=(2 * GRID, 4 * GRID)[: 0 if self.prefixes else rng.integers(3)],
             least_room=int(rng.choice([widths[0], GRID, 2 * GRID])), prefix_cache=self.prefixes,
         )  # fmt: skip
         self.rows: dict[int, Row] = {}  # by slot, as the device has them
@@ -157,9 +158,11 @@ class Trace:
         row = self.rows[piece.slot]
         assert row.request == request and not row.runs and len(row.tokens) == begin
         left = len(request.tokens) - begin
-        assert begin % GRID == 0 and len(piece.tokens) == min(left, GRID)
+        wide = [width for width in self.batcher.first_widths if not begin and width - left <= width / 8]
+        most = max(wide, default=GRID)
+        assert begin % GRID == 0 and len(piece.tokens) == min(left, most)
         widths = self.batcher.later_widths if begin else self.batcher.widths
-        assert piece.width == min(width for width in widths if width >= min(left, GRID))
+        assert piece.width == min(width for width in (*widths, most) if width >= min(left, most))
         assert begin + piece.width <= piece.room
         row.tokens += piece.tokens
         row.runs = bool(piece.shares)

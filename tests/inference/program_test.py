@@ -29,6 +29,7 @@ PRESET, ROOM = PRESETS['stories_110m'], 1024
 # The step's own work: products, and what is written where it lies. A tuple and the like move nothing.
 _MOVES_NOTHING = {'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call'}
 _IN_PLACE = {'scatter', 'dynamic-update-slice'}
+_AS_IN_USE = {'xla_backend_optimization_level': 3}
 _BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
@@ -41,19 +42,31 @@ def compiled_steps(batch_size, weights, kind=LlamaForCausalLM, cache='auto'):
       kind: of model.
       cache: see `models.kv_cache.CACHE_DTYPES`.
     """
-    dtype = jnp.dtype('float32' if weights in CODE_MAX else weights)
-    config = dataclasses.replace(PRESET, num_layers=2, max_seq_len=ROOM)
-    model = kind(config, dtype=dtype, cache_dtype=cache)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
-    if weights in CODE_MAX:
-        params = represent_all(params, forms_of(params, weights))
+    model, params = model_and_params(weights, kind, cache)
     settings = SamplerRows.create(
-        [Sampler()] * batch_size, range(batch_size), [()] * batch_size, config.vocab_size
+        [Sampler()] * batch_size, range(batch_size), [()] * batch_size, PRESET.vocab_size
     )
     rows = jax.eval_shape(functools.partial(decoding.empty_rows, model, batch_size, ROOM, settings))
-    params = params if kind is Scanned else unstack(params, dtype)
+    params = params if kind is Scanned else unstack(params, model.dtype)
     lowered = decoding.decode.lower(model, params, rows, np.zeros(batch_size, bool), np.int32(4))
-    return lowered.compile(compiler_options={'xla_backend_optimization_level': 3})
+    return lowered.compile(compiler_options=_AS_IN_USE)
+
+
+def model_and_params(weights, kind=LlamaForCausalLM, cache='auto'):
+    """As for `compiled_steps`, params of a checkpoint."""
+    dtype = jnp.dtype('float32' if weights in CODE_MAX else weights)
+    model = kind(dataclasses.replace(PRESET, num_layers=2, max_seq_len=ROOM), dtype=dtype, cache_dtype=cache)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    return model, represent_all(params, forms_of(params, weights)) if weights in CODE_MAX else params
+
+
+def compiled_piece(weights, cache, *, is_first):
+    """What reads 256 tokens of a prompt into a cache, as `compiled_steps`."""
+    model, params = model_and_params(weights, cache=cache)
+    empty = jax.eval_shape(functools.partial(decoding.empty_cache, model, 1, ROOM))
+    one, tokens = np.zeros(1, np.int32), np.zeros((1, 256), np.int32)
+    args = model, unstack(params, model.dtype), empty, None, one, tokens, one, is_first
+    return decoding.extend.lower(*args).compile(compiler_options=_AS_IN_USE)
 
 
 def large_moves(text: str, limit: int) -> list[str]:
@@ -127,6 +140,18 @@ def test_a_step_copies_no_weight_and_no_cache(batch_size, weights):
 def test_a_step_makes_no_floats_of_a_cache_of_int8(batch_size):
     compiled = compiled_steps(batch_size, 'float32', cache='int8')
     assert large_moves(compiled.as_text(), limit_of(batch_size)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('weights', 'cache', 'is_first'),
+    [('float32', 'auto', True), ('bfloat16', 'auto', False), ('int8', 'auto', True), ('int8', 'int8', False)],
+)
+def test_a_piece_of_a_prompt_copies_no_weight_and_no_cache(weights, cache, is_first):
+    """Angles of rotation it makes once, and not for each head of each layer."""
+    text = compiled_piece(weights, cache, is_first=is_first).as_text()
+    assert large_moves(text, limit_of(1)) == []
+    assert text.count(' cosine(') <= 2  # of the first angle alone too, to choose by
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from llama_jax import runtime
-from llama_jax.ops import attention_cudnn
-from llama_jax.ops.attention import attention, cached_attention, choose
+from llama_jax.ops import attention_by_heads, attention_cudnn
+from llama_jax.ops.attention import attention, cached_attention, choose, first_attention
 from llama_jax.ops.attention_cached import (
     attend_at_once,
     attend_by_tiles,
@@ -92,6 +92,23 @@ ALL_CASES = itertools.product((8,), (8, 2, 1), (64, 128), (False, True), ('bfloa
 
 def on_accelerator(*case):
     return pytest.param('auto', *case, marks=pytest.mark.accelerator)
+
+
+@pytest.mark.parametrize(('num_kv_heads', 'dtype'), [(4, 'float32'), (2, 'bfloat16')])
+def test_of_rows_without_gradients_by_heads(num_kv_heads, dtype, monkeypatch):
+    """Three blocks, the last of them shorter."""
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, 40, n, HEAD_DIM) for n in (4, num_kv_heads, num_kv_heads)]
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    monkeypatch.setattr(attention_by_heads, '_BLOCK', 16)
+    assert attention_by_heads.serves(17) and not attention_by_heads.serves(16)
+    found = first_attention(q, k, v)
+    assert found.dtype == q.dtype
+    mask = np.broadcast_to(np.tri(40, dtype=bool), (BATCH, 40, 40))
+    want = reference(q, k, v, mask, np.zeros(q.shape))[0]
+    # Computed in fp32 both times; in bf16 the result is rounded once.
+    atol = 2e-6 if dtype == 'float32' else 1e-2
+    np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(
