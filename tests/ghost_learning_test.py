@@ -1,57 +1,127 @@
-"""That an instruction given once is held to: stories260K on dialogs of a small world, before and behind the data."""
+"""That what was drawn behind an instruction is learnt without it: stories260K in a small world."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 
 from experiments.recipes import small_data
+from llama_jax.rl.context_distillation import default_preprompts
+from tests.reward_learning_test import write_lines
 from tests.sft_learning_test import OPTIMISED
 
 TURNS = (2, 4, 6)
 PROBE = f'--probe={",".join(map(str, TURNS))}', '--samples=1', '--temperatures=0.7'
+WORLD = 'experiments/recipes/small_world.py'
+
+
+class World:
+    """Data in a folder, a model that has learnt their dialogs, and the commands on both."""
+
+    def __init__(self, commands, folder, weights, seed):
+        self.commands, self.folder, self.seed = commands, folder, seed
+        small_data.write(folder / 'world', seed)
+        self.tokenizer = weights / 'tok512.model'
+        self.chat = self.tune('chat', weights / 'stories260K.pt', self.file('sft'), 2e-3)
+
+    def file(self, name):
+        return self.folder / 'world' / f'{name}.jsonl'
+
+    def tune(self, name, checkpoint, data, learning_rate, num_epochs=3.0):
+        config = {
+            'data.train': data, 'data.format': 'plain', 'data.validation_fraction': 0.0, 'data.seq_len': 256,
+            'data.tokenizer': self.tokenizer if checkpoint.suffix else '', 'model.dtype': 'float32',
+            'train.batch_size': 8, 'train.num_epochs': num_epochs, 'optimizer.learning_rate': learning_rate,
+            'model.remat': 'none', 'eval.sample_tokens': 0, 'log.tensorboard': False, 'seed': self.seed,
+        }  # fmt: skip
+        self.commands.run(
+            'sft', '--config=configs/sft.py:checkpoint', f'--workdir={self.folder / name}',
+            f'--checkpoint={checkpoint}', *(f'--config.{key}={value}' for key, value in config.items()),
+            before=OPTIMISED,
+        ).succeeded()  # fmt: skip
+        return self.folder / name
+
+    def draw(self, command, checkpoint, prompts, reward, name, *more):
+        """(the file, what the command shows)."""
+        output = self.folder / f'{name}.jsonl'
+        shown = self.commands.run(
+            command, f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--rewards={WORLD}:{reward}',
+            '--max_new_tokens=20', '--chat_format=plain', '--batch_size=128', f'--seed={self.seed}',
+            f'--output={output}', *more, before=OPTIMISED,
+        ).succeeded()  # fmt: skip
+        return output, shown.stdout
+
+    def obeying(self, checkpoint, prompts, name, *more):
+        """(the file, share of obeying answers by turn)."""
+        constraints = f'--constraints={self.file("constraints")}'
+        output, shown = self.draw('ghost_attention', checkpoint, prompts, 'obeys', name, constraints, *more)
+        rows = re.findall(r'^ +(\d+) +([\d.]+)%$', shown, re.MULTILINE)
+        return output, {int(turn): float(share) / 100 for turn, share in rows}
+
+    def safe(self, checkpoint, prompts, name):
+        """Share of safe answers, 16 to each prompt."""
+        output, _ = self.draw('rejection_sampling', checkpoint, prompts, 'safety', name, '--samples=16')
+        return np.mean([one['score'] > 0 for line in read(output) for one in line['candidates']])
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def worlds(commands, shared_data, tmp_path_factory):
+    """The world of a seed; its model is trained once."""
+    found = {}
+
+    def of(seed):
+        if seed not in found:
+            folder = tmp_path_factory.mktemp(f'world{seed}')
+            found[seed] = World(commands, folder, shared_data / 'weights/stories260K', seed)
+        return found[seed]
+
+    return of
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_an_instruction_of_the_first_turn_is_obeyed_at_the_fourth_and_at_the_sixth(
-    commands, shared_data, tmp_path, seed
-):
+def test_an_instruction_of_the_first_turn_is_obeyed_at_the_fourth_and_at_the_sixth(worlds, seed):
     """The data has five turns. The model before obeys in the turn that an instruction stands in."""
-    weights, world = shared_data / 'weights/stories260K', tmp_path / 'world'
-    small_data.write(world, seed)
-
-    def tune(name, checkpoint, data, learning_rate):
-        config = {
-            'data__train': data, 'data__format': 'plain', 'data__validation_fraction': 0.0, 'data__seq_len': 256,
-            'data__tokenizer': weights / 'tok512.model' if checkpoint.suffix else '', 'model__dtype': 'float32',
-            'train__batch_size': 8, 'train__num_epochs': 3.0, 'optimizer__learning_rate': learning_rate,
-            'model__remat': 'none', 'eval__sample_tokens': 0, 'log__tensorboard': False, 'seed': seed,
-        }  # fmt: skip
-        overrides = (f'--config.{key.replace("__", ".")}={value}' for key, value in config.items())
-        arguments = (
-            '--config=configs/sft.py:checkpoint',
-            f'--workdir={tmp_path / name}',
-            f'--checkpoint={checkpoint}',
-        )
-        commands.run('sft', *arguments, *overrides, before=OPTIMISED).succeeded()
-        return tmp_path / name
-
-    def draw(checkpoint, prompts, *more):
-        shown = commands.run(
-            'ghost_attention', f'--checkpoint={checkpoint}', f'--prompts={world / prompts}',
-            f'--constraints={world / "constraints.jsonl"}', '--rewards=experiments/recipes/small_world.py:obeys',
-            '--max_new_tokens=32', '--chat_format=plain', f'--seed={seed}', *more,
-        ).succeeded()  # fmt: skip
-        rows = re.findall(r'^ +(\d+) +([\d.]+)%$', shown.stdout, re.MULTILINE)
-        return {int(turn): float(share) / 100 for turn, share in rows}
-
-    chat = tune('chat', weights / 'stories260K.pt', world / 'sft.jsonl', 2e-3)
-    data = f'--output={tmp_path / "ghost.jsonl"}'
-    drawn = draw(chat, 'prompts.jsonl', '--turns=5', '--samples=4', data)
-    ghost = tune('ghost', chat, tmp_path / 'ghost.jsonl', 5e-4)
-    before, behind = (
-        draw(model, 'judged.jsonl', *PROBE, f'--output={tmp_path / model.name}.jsonl')
-        for model in (chat, ghost)
+    world = worlds(seed)
+    data, drawn = world.obeying(world.chat, world.file('prompts'), 'ghost', '--turns=5', '--samples=2')
+    ghost = world.tune('held', world.chat, data, 5e-4)
+    (_, before), (_, behind) = (
+        world.obeying(model, world.file('judged'), f'probe_{model.name}', *PROBE)
+        for model in (world.chat, ghost)
     )
     print(f'seed {seed}: drawn with it at every turn {drawn}; once, before {before}, behind {behind}')
     assert before[4] <= 0.2 and behind[4] >= 0.9 and behind[6] >= 0.7
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_half_of_what_a_preprompt_does_stays_without_it(worlds, seed):
+    """To held-out dangers. The model before is safe two times in five, and behind a preprompt nine times in ten."""
+    world, said = worlds(seed), default_preprompts()[:2]
+    (world.folder / 'preprompts.txt').write_text('\n'.join(said))
+    asked = [one for one in read(world.file('judged')) if one['safety']]
+    plain = write_lines(world.folder / 'plain.jsonl', asked)
+    behind = [one | {'prompt': f'{text}\n\n{one["prompt"]}'} for one in asked for text in said]
+    behind = write_lines(world.folder / 'behind.jsonl', behind)
+    more = f'--preprompts={world.folder / "preprompts.txt"}', '--samples=2'
+    data, _ = world.draw(
+        'rejection_sampling', world.chat, world.file('adversarial'), 'safety', 'distilled', *more
+    )
+    kept = read(data)
+    distilled = world.tune('distilled', world.chat, data, 5e-4, num_epochs=6.0)
+    first, most = (
+        world.safe(world.chat, file, f'{name}_before')
+        for name, file in (('plain', plain), ('behind', behind))
+    )
+    last = world.safe(distilled, plain, 'plain_after')
+    print(
+        f'seed {seed}: {len(kept)} of {len(read(world.file("adversarial")))} prompts kept; safe {first:.1%}, behind a '
+        f'preprompt {most:.1%}, without it once learnt {last:.1%}'
+    )
+    assert kept and all(line['score'] > line['score_original'] for line in kept)
+    assert most >= first + 0.2 and last - first >= (most - first) / 2
