@@ -47,7 +47,7 @@ class World:
         output = self.folder / f'{name}.jsonl'
         shown = self.commands.run(
             command, f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--rewards={WORLD}:{reward}',
-            '--max_new_tokens=20', '--chat_format=plain', '--batch_size=128', f'--seed={self.seed}',
+            '--max_new_tokens=32', '--chat_format=plain', '--batch_size=128', f'--seed={self.seed}',
             f'--output={output}', *more, before=OPTIMISED,
         ).succeeded()  # fmt: skip
         return output, shown.stdout
@@ -88,7 +88,7 @@ def worlds(commands, shared_data, tmp_path_factory):
 def test_an_instruction_of_the_first_turn_is_obeyed_at_the_fourth_and_at_the_sixth(worlds, seed):
     """The data has five turns. The model before obeys in the turn that an instruction stands in."""
     world = worlds(seed)
-    data, drawn = world.obeying(world.chat, world.file('prompts'), 'ghost', '--turns=5', '--samples=2')
+    data, drawn = world.obeying(world.chat, world.file('prompts'), 'ghost', '--turns=5', '--samples=4')
     ghost = world.tune('held', world.chat, data, 5e-4)
     (_, before), (_, behind) = (
         world.obeying(model, world.file('judged'), f'probe_{model.name}', *PROBE)

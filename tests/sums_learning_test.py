@@ -69,9 +69,9 @@ class Sums:
             'ppo', f'grpo.py:checkpoint,{algorithm}', algorithm, base,
             {
                 'data.train': self.prompts, 'rollout.batch_size': 512, 'rollout.samples': 8, 'rollout.slots': 512,
-                'rollout.max_new_tokens': NUM_TOKENS, 'train.batch_size': 512, 'train.num_steps': 40,
-                'optimizer.learning_rate': 2e-5, 'optimizer.warmup_steps': 4, 'optimizer.final_fraction': 0.1,
-                'algorithm.beta': 0.0, 'algorithm.rewards': TASK, 'checkpoint.every': 40, 'eval.every': 0,
+                'rollout.max_new_tokens': NUM_TOKENS, 'train.batch_size': 512, 'train.num_steps': 44,
+                'optimizer.learning_rate': 1e-5, 'optimizer.warmup_steps': 2, 'optimizer.final_fraction': 0.1,
+                'algorithm.beta': 0.0, 'algorithm.rewards': TASK, 'checkpoint.every': 44, 'eval.every': 0,
                 'log.every': 1,
             },
         )  # fmt: skip
