@@ -47,21 +47,22 @@ class World:
         output = self.folder / f'{name}.jsonl'
         shown = self.commands.run(
             command, f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--rewards={WORLD}:{reward}',
-            '--max_new_tokens=32', '--chat_format=plain', '--batch_size=128', f'--seed={self.seed}',
+            '--chat_format=plain', '--batch_size=128', f'--seed={self.seed}',
             f'--output={output}', *more, before=OPTIMISED,
         ).succeeded()  # fmt: skip
         return output, shown.stdout
 
     def obeying(self, checkpoint, prompts, name, *more):
         """(the file, share of obeying answers by turn)."""
-        constraints = f'--constraints={self.file("constraints")}'
-        output, shown = self.draw('ghost_attention', checkpoint, prompts, 'obeys', name, constraints, *more)
+        more = f'--constraints={self.file("constraints")}', '--max_new_tokens=32', *more
+        output, shown = self.draw('ghost_attention', checkpoint, prompts, 'obeys', name, *more)
         rows = re.findall(r'^ +(\d+) +([\d.]+)%$', shown, re.MULTILINE)
         return output, {int(turn): float(share) / 100 for turn, share in rows}
 
     def safe(self, checkpoint, prompts, name):
         """Share of safe answers, 16 to each prompt."""
-        output, _ = self.draw('rejection_sampling', checkpoint, prompts, 'safety', name, '--samples=16')
+        more = '--samples=16', '--max_new_tokens=20'
+        output, _ = self.draw('rejection_sampling', checkpoint, prompts, 'safety', name, *more)
         return np.mean([one['score'] > 0 for line in read(output) for one in line['candidates']])
 
 
@@ -108,7 +109,7 @@ def test_half_of_what_a_preprompt_does_stays_without_it(worlds, seed):
     plain = write_lines(world.folder / 'plain.jsonl', asked)
     behind = [one | {'prompt': f'{text}\n\n{one["prompt"]}'} for one in asked for text in said]
     behind = write_lines(world.folder / 'behind.jsonl', behind)
-    more = f'--preprompts={world.folder / "preprompts.txt"}', '--samples=2'
+    more = f'--preprompts={world.folder / "preprompts.txt"}', '--samples=2', '--max_new_tokens=20'
     data, _ = world.draw(
         'rejection_sampling', world.chat, world.file('adversarial'), 'safety', 'distilled', *more
     )
