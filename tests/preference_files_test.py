@@ -62,7 +62,9 @@ def test_a_reward_model_gives_scores_and_all_is_written(tmp_path):
     partitioner = Partitioner(make_mesh({}, jax.devices()[:1]))
     judge = LlamaForRewardModel(dataclasses.replace(toy.CONFIG, scalar_head=True), dtype=jnp.float32)
     params = toy.make_params(judge)
-    longest = [max(len(pair.prompt) + len(answer.tokens) for answer in pair.answers) for pair in PAIRS]
+    longest = [
+        max(len(pair.prompt) + len(answer.tokens) for answer in pair.answers if answer) for pair in PAIRS
+    ]
     file = preference_files.PairFile(PAIRS, sorted(set(longest))[-2])
     figures = preference_files.figures_of(judge, params, partitioner, file, batch_tokens=80)
     assert list(figures) == ['score'] and 0 < len(file.left_out) < 5
@@ -70,6 +72,7 @@ def test_a_reward_model_gives_scores_and_all_is_written(tmp_path):
     apply = jax.jit(functools.partial(judge.apply, {'params': params}))
     for number, pair in enumerate(PAIRS):
         for side, answer in enumerate(pair.answers):
+            assert answer is not None
             whole = np.concatenate([pair.prompt, answer.tokens])
             together += len(whole) if number not in file.left_out else 0
             score = float(np.asarray(apply(padded(whole)))[0, len(whole) - 1])
