@@ -25,7 +25,7 @@ from experiments.preparation.inspection import inspect
 from experiments.preparation.report import describe_report, draw_report
 from experiments.run.config_file import split_list
 from experiments.run.workdir import hold_folder
-from llama_jax import pretrained, storage
+from llama_jax import pretrained, runtime, storage
 from llama_jax.data.preparation import Advance, Machine, Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
@@ -78,6 +78,7 @@ def main() -> None:
             raise InputError(f'--{flag.name} is of --inspect=DIR; give that too')
     if _OUTPUT.value is None:
         raise InputError('--output is required, the folder to write')
+    runtime.free_memory_at_once()
     storage.check_place(_OUTPUT.value, folder=True)
     asked = {
         'seq_len': _SEQ_LEN.value, 'unit_bytes': _UNIT_BYTES.value, 'on_error': _ON_ERROR.value,
