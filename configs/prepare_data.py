@@ -7,7 +7,7 @@ RedPajama-1T's do; `plain` makes one of whatever it is given. Every key may be s
 from ml_collections import ConfigDict
 
 from llama_jax.data.units import UNIT_BYTES
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 # The folder of each source, and where RedPajama-1T has its files.
 _REDPAJAMA = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from llama_jax.types import InputError, did_you_mean
+from llama_jax.errors import InputError, did_you_mean
 
 
 def model_and_recipe(argument: str, recipes: Iterable[str]) -> tuple[str, str]:

@@ -21,7 +21,7 @@ def verbs() -> dict[str, str]:
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    from llama_jax.types import did_you_mean
+    from llama_jax.errors import did_you_mean
 
     known, (verb, *rest) = verbs(), [*sys.argv[1:2], *([''] if len(sys.argv) < 2 else []), *sys.argv[2:]]
     if verb in ('', '-h', '--help', 'help'):

@@ -10,8 +10,8 @@ from absl import flags
 
 from experiments import launch
 from llama_jax.checkpoint.interval import best_interval, state_bytes, training_share
+from llama_jax.errors import InputError
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 
 _MODEL = flags.DEFINE_string('model', None, 'preset: its weights and two moments are saved', required=True)
 _BANDWIDTH = flags.DEFINE_float('bandwidth', None, 'GB/s that all hosts together write', required=True)

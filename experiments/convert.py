@@ -20,11 +20,11 @@ from experiments.run.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
 from llama_jax.convert.mapping import Source
 from llama_jax.convert.weight_mean import mean_of
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.conversion import comparable_probes
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import required
-from llama_jax.types import InputError
 
 _INPUT = launch.define_path(
     'input',

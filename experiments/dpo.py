@@ -16,8 +16,8 @@ from llama_jax import runtime
 from llama_jax.data.loader import batches
 from llama_jax.data.preferences import collate_preferences
 from llama_jax.data.records import check_records
+from llama_jax.errors import InputError
 from llama_jax.losses.dpo import answer_rewards
-from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _RUN = launch.define_run()

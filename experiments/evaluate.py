@@ -28,6 +28,7 @@ from experiments.run.trained_format import chat_format_of
 from experiments.run.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
 from llama_jax.data.records import check_records
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, Sampling, evaluate, finished_items, prepare
 from llama_jax.eval.published import Comparison, compare, published_scores
@@ -41,7 +42,7 @@ from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.reward import model_of
 from llama_jax.partitioning import Partitioner
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 _CHECKPOINT = launch.define_path(
     'checkpoint', None, 'anything that is a Llama, as for generate', required=True

@@ -34,6 +34,7 @@ from experiments.prompting.prompt_file import (
     write_answers,
 )
 from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.generate import complete, complete_each, stream
@@ -44,7 +45,6 @@ from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.unstacked import unstack
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
-from llama_jax.types import InputError
 
 _MODEL = define_shared_model()
 _PROMPT = flags.DEFINE_multi_string('prompt', None, 'text to complete; give it several times for several')

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from experiments.run import config_file
 from experiments.run.failures import describe_failure
 from llama_jax import runtime, signals
-from llama_jax.types import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure
 
 
 class _PathParser(flags.ArgumentParser):

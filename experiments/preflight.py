@@ -26,6 +26,7 @@ from experiments.run.config_file import flatten
 from experiments.run.objective import Objective, compile_step, forward_flops_per_token, objective_of
 from llama_jax import storage
 from llama_jax.chips import GIB
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM
@@ -45,7 +46,6 @@ from llama_jax.quantize.forms import DTYPES
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state
 from llama_jax.train.throughput import training_flops_per_token
-from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _TOPOLOGY = flags.DEFINE_string(

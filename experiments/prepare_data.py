@@ -31,8 +31,8 @@ from llama_jax.data.prepare import prepare
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source
 from llama_jax.data.units import UNIT_BYTES
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'recipe of several sources: FILE.py:RECIPE')
 _INPUT = launch.define_path('input', None, 'sources, comma-separated: files, globs, tfds:NAME')

@@ -18,12 +18,12 @@ from experiments import launch
 from experiments.prompting.checkpoint import open_with_tokenizer
 from experiments.run.workdir import hold_folder
 from llama_jax import export, pretrained, runtime, storage
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, evaluate, prepare
 from llama_jax.eval.tasks.perplexity import perplexity
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.quantize.forms import DTYPES
-from llama_jax.types import InputError
 
 _INPUT = launch.define_path('input', None, 'checkpoint of any format, in floating point', required=True)
 _OUTPUT = launch.define_path('output', None, 'folder to make, local or gs://...', required=True)

@@ -24,6 +24,7 @@ from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
 from llama_jax.data.records import Prompted, parse_key_map, read_records
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_bytes
 from llama_jax.rl.context_distillation import default_preprompts, distilled_lines
 from llama_jax.rl.rejection import (
@@ -37,7 +38,6 @@ from llama_jax.rl.rejection import (
     plot_curves,
 )
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError
 
 _POLICY = define_sampled_policy()
 _PROMPTS = launch.define_path('prompts', None, 'files of records to answer, by commas', required=True)

@@ -20,9 +20,9 @@ from llama_jax.data.loader import batches
 from llama_jax.data.preference_dataset import PreferenceData
 from llama_jax.data.preferences import collate_preferences
 from llama_jax.data.records import check_records
+from llama_jax.errors import InputError
 from llama_jax.losses.reward import margin_scale, pair_scores
 from llama_jax.train.loop import Trained
-from llama_jax.types import InputError
 
 _CONFIG = launch.define_config()
 _RUN = launch.define_run()

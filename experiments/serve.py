@@ -17,6 +17,7 @@ from etils import epath
 from experiments import launch
 from experiments.prompting.loading import define_shared_model, load_model, shared_partitioner
 from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.json_file import read_bytes
 from llama_jax.models.unstacked import unstack
@@ -27,7 +28,6 @@ from llama_jax.serve.keys import read_keys
 from llama_jax.serve.served import Served, chat_of, rules_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
 from llama_jax.tokenizer.protocol import required
-from llama_jax.types import InputError
 
 _MODEL = define_shared_model()
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'to listen on; others than this machine need --api_keys')

@@ -15,12 +15,12 @@ from ray import serve
 
 from experiments.prompting.checkpoint import DTYPES
 from experiments.serve import load
+from llama_jax.errors import InputError
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.serve.app import make_app
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.service import Limits, Service
 from llama_jax.serve.worker import Worker
-from llama_jax.types import InputError
 
 _NUMBERS = {
     'replicas': 1,

@@ -38,6 +38,7 @@ from llama_jax import pretrained, runtime, storage
 from llama_jax.checkpoint.model_file import CHECKPOINTS, save_config
 from llama_jax.checkpoint.training import Checkpointer, restore_step
 from llama_jax.data.datasets import check_sources
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, evaluate
 from llama_jax.inference.generate import generate
@@ -50,7 +51,7 @@ from llama_jax.train.loop import LoopConfig, Measurement, Trained, train
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.throughput import peak_flops_per_device
-from llama_jax.types import InputError, PyTree
+from llama_jax.types import PyTree
 
 METRICS_FILE = 'metrics.jsonl'
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import parse_json, read_lines, show_json
 from llama_jax.storage import AppendedFile, write_atomically
-from llama_jax.types import InputError, error_line
 
 logger = logging.getLogger(__name__)
 

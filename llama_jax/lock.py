@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from llama_jax.types import InputError, error_line
+from llama_jax.errors import InputError, error_line
 
 FILE = 'run.lock'
 

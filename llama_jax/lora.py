@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraArray
 from llama_jax.placement import BlockArray, Index
-from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PyTree, did_you_mean
+from llama_jax.types import Array, LossFn, Metrics, Params, PyTree
 
 # The axes of a weight that an adapter's `a` has, counted from the weight's last.
 ADAPTED_AXES: dict[str, tuple[int, ...]] = {

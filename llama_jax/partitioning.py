@@ -13,8 +13,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.table import html_of
-from llama_jax.types import Array, InputError, PyTree, did_you_mean
+from llama_jax.types import Array, PyTree
 
 MESH_AXES = ('dcn_data', 'data', 'fsdp', 'context', 'tensor')
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.storage import prefetch
-from llama_jax.types import Array, InputError, LazyArray, error_line
+from llama_jax.types import Array, LazyArray
 
 Index: TypeAlias = tuple[slice, ...]
 _Span: TypeAlias = tuple[tuple[int, int], ...]  # start and stop along every axis

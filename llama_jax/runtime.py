@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.types import InputError, SystemFailure, error_line
+from llama_jax.errors import InputError, SystemFailure, error_line
 
 logger = logging.getLogger('llama_jax')
 

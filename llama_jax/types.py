@@ -1,4 +1,4 @@
-"""The structs that flow between rooms, the legend of axis letters, and the refusals of `errors` by their usual place.
+"""The structs that flow between rooms, and the legend of axis letters.
 
 Shapes stand in signatures as jaxtyping strings. One letter means the same thing in the whole code base:
 
@@ -18,12 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from llama_jax.errors import InputError as InputError
-from llama_jax.errors import SystemFailure as SystemFailure
-from llama_jax.errors import checked_names as checked_names
-from llama_jax.errors import did_you_mean as did_you_mean
-from llama_jax.errors import error_line as error_line
-from llama_jax.errors import refusals_of as refusals_of
+from llama_jax.errors import InputError, did_you_mean
 
 Array = jax.Array
 PyTree = Any

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 Value = bool | int | float | str
 

@@ -17,6 +17,7 @@ from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.convert.mapping import native_source
+from llama_jax.errors import InputError
 from llama_jax.lora import merge
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
@@ -28,7 +29,6 @@ from llama_jax.quantize.base import BASE_DTYPES
 from llama_jax.quantize.forms import name_of
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import new_state, shardings_of
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory
 

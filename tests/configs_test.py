@@ -9,11 +9,11 @@ import pytest
 from configs import dpo, grpo, ppo, pretrain, reward_model, sections, sft
 from experiments.policy import objective as policy
 from experiments.run import config_file, settings
+from llama_jax.errors import InputError
 from llama_jax.eval.published import published_scores
 from llama_jax.losses.policy import PRESETS as PRESETS_OF_POLICIES
 from llama_jax.models.presets import PRESETS
 from llama_jax.train.optimizer import make_schedule
-from llama_jax.types import InputError
 
 CONFIGS = pathlib.Path(pretrain.__file__).parent
 

@@ -16,8 +16,8 @@ from llama_jax.data.prepare import prepare
 from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import Reading, read_file
+from llama_jax.errors import InputError
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError
 from tests.data.packing_test import Letters, documents
 from tests.reference.fake_gcs import Answered, FakeGCS
 

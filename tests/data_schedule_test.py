@@ -8,7 +8,7 @@ from configs import pretrain
 from experiments.run import workdir as workdirs
 from experiments.run.data_schedule import constant_weights, parse_schedule, schedule_of
 from llama_jax.data.mixture import Skip, Stage
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def test_a_schedule_is_read_as_it_is_written():

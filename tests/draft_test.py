@@ -2,8 +2,8 @@
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.protocol import check_same_ids
-from llama_jax.types import InputError
 
 
 @pytest.fixture(scope='module')

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from llama_jax import export, pretrained
+from llama_jax.errors import InputError
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.conversion import model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 from tests.tokenizer.matrix_test import NAMES, SPACED
 

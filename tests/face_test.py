@@ -22,6 +22,7 @@ from llama_jax.convert.memory import HeldArray
 from llama_jax.convert.tensors import same_bits
 from llama_jax.data.datasets import pretrain_dataset
 from llama_jax.data.loader import batches
+from llama_jax.errors import InputError
 from llama_jax.eval.tasks import find_task
 from llama_jax.inference.prompts import ids_of
 from llama_jax.losses.language_model import language_model_loss
@@ -34,7 +35,7 @@ from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.train.metrics import JsonlWriter, loss_figure
 from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LMBatch
+from llama_jax.types import LMBatch
 from tests.toy import CONFIG, make_params
 
 TEXTS = [f'Once upon a time there were {i} bears, and bear {i} said {i * i}.' for i in range(300)]

@@ -23,10 +23,10 @@ import jax
 import numpy as np
 
 import llama_jax
+from llama_jax.errors import InputError, error_line
 from llama_jax.eval.documents import DocumentSource
 from llama_jax.eval.task import Document
 from llama_jax.eval.tasks import TASKS, bbh, mbpp, mmlu, winogender
-from llama_jax.types import InputError, error_line
 from tests.reference import numpy_llama
 
 # Repository, file there, SHA-256.

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from llama_jax import figures
+from llama_jax.errors import InputError
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 
 
 def test_a_layout_names_the_devices_of_each_part():

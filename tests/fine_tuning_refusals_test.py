@@ -22,12 +22,12 @@ from llama_jax.convert.safetensors_file import open_safetensors
 from llama_jax.data.examples import Encoder, example_dataset
 from llama_jax.data.preference_dataset import Reading, preference_dataset
 from llama_jax.data.records import Conversation, Preference, read_records
+from llama_jax.errors import InputError
 from llama_jax.lora import LoraConfig, abstract_adapters, merged_leaves
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.reward import LlamaForRewardModel, model_of
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.bitsandbytes_test import STATE, stored, text
 from tests.convert.in_memory import InMemory, random_source

@@ -14,7 +14,7 @@ from llama_jax.data.prepare import WORK, prepare
 from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.provenance import read_stream
 from llama_jax.data.sources import Reading
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.data.packing_test import Letters
 
 GOOD = [f'good text {number}' for number in range(20)]

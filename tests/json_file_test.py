@@ -7,8 +7,8 @@ import pytest
 from etils import epath
 
 from llama_jax import json_file
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_json, parse_object, read_lines, read_object, show_json
-from llama_jax.types import InputError
 
 BAD = {
     'empty': ('', 'is not JSON'),

@@ -10,8 +10,8 @@ import pytest
 from llama_jax.data import prepared
 from llama_jax.data.prepared import MANIFEST, PreparedRows, origins_file
 from llama_jax.data.shards import write_prepared
+from llama_jax.errors import InputError
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError
 from tests.command_line import REPOSITORY, tiny_run
 from tests.data.packing_test import Letters, documents
 from tests.reference import fake_gcs
@@ -140,7 +140,7 @@ import pathlib, re, sys
 from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.sources import Reading, read_file
 from llama_jax.data.units import UNIT_BYTES, read_piece, scan_file
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 import pyarrow.parquet, zstandard
 
 def peak():

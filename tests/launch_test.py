@@ -15,10 +15,10 @@ from experiments import launch
 from experiments.run import config_file, settings
 from experiments.run.data_schedule import schedule_of
 from experiments.run.failures import describe_failure
+from llama_jax.errors import InputError, SystemFailure, did_you_mean
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError, SystemFailure, did_you_mean
 
 EXPERIMENTS = pathlib.Path(launch.__file__).parent
 COMMANDS = sorted(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.lora import (
     LoraConfig,
     abstract_adapters,
@@ -16,7 +17,6 @@ from llama_jax.lora import (
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import abstract_params_and_axes
 from llama_jax.ops import linear
-from llama_jax.types import InputError
 from tests import toy
 
 EVERYTHING = LoraConfig(rank=4, alpha=6.0, targets=('all', 'embed', 'head'), train_whole=('norms',))

@@ -245,7 +245,7 @@ import math
 from llama_jax import pretrained
 from llama_jax.convert import tensors
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 PRESETS['stories_260k'] = pretrained.open('CHECKPOINT').config
 read = []

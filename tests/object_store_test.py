@@ -18,11 +18,11 @@ from llama_jax.checkpoint.weights import latest_step, open_params
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import read_documents
+from llama_jax.errors import InputError
 from llama_jax.lock import Locked
 from llama_jax.placement import place
 from llama_jax.storage import enable_bucket
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests.command_line import CommandLine, tiny_run
 from tests.reference.fake_gcs import FakeGCS
 

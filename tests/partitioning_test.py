@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.errors import InputError
 from llama_jax.models.llama import abstract_params_and_axes
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import (
@@ -16,7 +17,6 @@ from llama_jax.partitioning import (
     make_mesh,
     parse_rules,
 )
-from llama_jax.types import InputError
 from tests import toy
 
 

@@ -13,11 +13,11 @@ from etils import epath
 
 from llama_jax import export, pretrained
 from llama_jax.convert import gguf_file, tensors
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError
 from tests.convert.in_memory import random_source
 from tests.reference.fake_gcs import FakeGCS
 

@@ -25,12 +25,12 @@ from experiments.policy.objective import check_policy, sampler_partitioner
 from experiments.run import config_file, settings, workdir
 from llama_jax.convert import huggingface
 from llama_jax.data.records import Conversation, read_records
+from llama_jax.errors import InputError
 from llama_jax.rl.ghost_attention import default_constraints
 from llama_jax.rl.rewards import Rewarded, Weighted, judge
 from llama_jax.rl.rollout import Rollout, check_room
 from llama_jax.tokenizer.chat_format import Message, chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import random_source
 from tests.rl.rollout_test import Letters

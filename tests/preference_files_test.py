@@ -14,11 +14,11 @@ from etils import epath
 from experiments.run import preference_files
 from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.chat_format import FORMATS, Message, chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests import toy
 from tests.data.preferences_test import random_pairs
 

@@ -19,6 +19,7 @@ from etils import epath
 from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
+from llama_jax.errors import InputError, SystemFailure
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.generate import generate
 from llama_jax.inference.scoring import score
@@ -29,7 +30,6 @@ from llama_jax.pretrained import load
 from llama_jax.tokenizer.conversion import own_files
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
 from llama_jax.tokenizer.training import train_sentencepiece
-from llama_jax.types import InputError, SystemFailure
 from tests import toy
 from tests.convert.in_memory import random_source
 from tests.tokenizer import kinds

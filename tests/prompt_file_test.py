@@ -12,8 +12,8 @@ from experiments.prompting.prompt_file import (
     read_items,
     write_answers,
 )
+from llama_jax.errors import InputError
 from llama_jax.inference.sampling import Sampler
-from llama_jax.types import InputError
 
 
 def write(path, *lines):

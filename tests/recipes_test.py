@@ -15,7 +15,7 @@ from experiments.recipes import chat_table, small_data, small_world
 from experiments.recipes.small_world import Question, gold, obeys
 from experiments.run import config_file
 from llama_jax.data.records import Prompted
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.command_line import REPOSITORY
 
 SCRIPT = REPOSITORY / 'experiments/recipes/llama2_chat.sh'

@@ -11,10 +11,10 @@ import pytest
 from experiments.policy.candidates import read_pool
 from experiments.policy.rewards import Term, parse_rewards, task_reward
 from experiments.policy.sampled import plot_beside
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Graders
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError
 from tests.command_line import tiny_run
 from tests.killed import kill_ten_times
 from tests.preferences_command_test import arguments

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from llama_jax import runtime
-from llama_jax.types import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure
 
 SLURM = {
     'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',

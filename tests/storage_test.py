@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from llama_jax import storage
-from llama_jax.types import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure
 
 
 def test_prefetched_results_come_in_order_and_errors_where_they_belong():

@@ -9,7 +9,7 @@ from configs import dpo, ppo, pretrain, reward_model, sft
 from configs.pretrain import get_config
 from experiments.run import config_file, workdir
 from experiments.run.workdir import CONFIG_FILE, check_data, check_workdir, record_run
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 RECORD = {'config': {'seed': 0}, 'base_checkpoint': '', 'data_fingerprint': 'abc'}
 DAMAGED = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from llama_jax.xla_options import parse
 
 

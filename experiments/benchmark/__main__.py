@@ -31,7 +31,7 @@ from experiments.benchmark import (
 )
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 SUITES = {
     'train': train.main,

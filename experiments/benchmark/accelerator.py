@@ -21,9 +21,9 @@ from typing import Any
 
 from absl import flags
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError, error_line
 
 _MINUTES = flags.DEFINE_float('minutes', 9, 'in which all must end', lower_bound=0.1)
 

@@ -22,8 +22,8 @@ import numpy as np
 from absl import flags
 
 from experiments.prompting.checkpoint import DTYPES, dtype_name
+from llama_jax.errors import InputError
 from llama_jax.ops.attention import attention, choose
-from llama_jax.types import InputError
 
 _SHAPES = flags.DEFINE_string(
     'attention_shapes', '', "B,T,N,K,H to time, several joined by ';'; '': some for this platform"

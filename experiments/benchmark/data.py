@@ -24,7 +24,7 @@ from experiments import launch
 from experiments.benchmark import data_preparation, data_reading
 from experiments.run.config_file import split_list
 from llama_jax.data.sources import read_documents
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 PARTS = {
     'prepare': data_preparation.prepare_beside_others,

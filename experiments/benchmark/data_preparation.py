@@ -17,9 +17,9 @@ from typing import Any
 
 from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import prepare
+from llama_jax.errors import InputError
 from llama_jax.pretrained import load_tokenizer
 from llama_jax.tokenizer.huggingface_files import huggingface_files
-from llama_jax.types import InputError
 
 _SEQ_LEN = 2048
 

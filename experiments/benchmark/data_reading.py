@@ -19,8 +19,8 @@ from experiments.benchmark.data_preparation import Setting, ratios, take_turns
 from llama_jax.data.datasets import pretrain_dataset
 from llama_jax.data.prepared import MANIFEST, PreparedRows, origins_file
 from llama_jax.data.shards import write_prepared
+from llama_jax.errors import InputError
 from llama_jax.pretrained import load_tokenizer
-from llama_jax.types import InputError
 
 _SEQ_LEN, _BATCH_SIZE, _NUM_BATCHES = 2048, 64, 20
 _DELAY = 0.03  # seconds that each request takes

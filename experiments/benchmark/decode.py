@@ -23,6 +23,7 @@ from absl import flags
 from experiments.benchmark import decode_peers
 from experiments.benchmark.profile import show_kernels
 from experiments.run.settings import find_preset
+from llama_jax.errors import InputError, error_line
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.config import LlamaConfig
@@ -31,7 +32,7 @@ from llama_jax.models.unstacked import unstack
 from llama_jax.ops.quantized import CODE_MAX
 from llama_jax.quantize.params import quantize
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.types import InputError, Params, error_line
+from llama_jax.types import Params
 
 _MODEL = flags.DEFINE_string('decode_model', 'stories_15m', 'a preset')
 _BATCHES = flags.DEFINE_list('decode_batches', '1,32', 'prompts at a time, several by commas')

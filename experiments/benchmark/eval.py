@@ -21,11 +21,11 @@ from absl import flags
 
 from experiments import launch
 from llama_jax import export, pretrained
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError
 
 _CHECKPOINT = launch.define_path('eval_checkpoint', '', 'suite eval: anything that is a Llama')
 _DATA_DIR = launch.define_path('eval_data_dir', '', 'suite eval: folder of the benchmarks')

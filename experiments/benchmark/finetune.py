@@ -35,9 +35,9 @@ from experiments.benchmark.peak import run_measured
 from experiments.benchmark.profile import show_kernels
 from experiments.run.config_file import split_list
 from experiments.run.settings import find_preset
+from llama_jax.errors import InputError, error_line
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError, error_line
 
 _MODEL = flags.DEFINE_string('finetune_model', 'stories_15m', 'a preset')
 _PARTS = flags.DEFINE_string(

@@ -25,7 +25,7 @@ from experiments.benchmark.finetune import Contender, compare, of, ratio
 from experiments.benchmark.rl_turns import Size
 from experiments.run.config_file import split_list
 from experiments.run.settings import find_preset
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string('rl_model', 'stories_15m', 'a preset')
 _PARTS = flags.DEFINE_string('rl_parts', 'rollouts,prefix,scoring,grpo,memory', 'what is measured, in order')

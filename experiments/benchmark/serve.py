@@ -26,13 +26,13 @@ from absl import flags
 
 from experiments.benchmark.decode_peers import write_gguf
 from experiments.run.settings import find_preset
+from llama_jax.errors import InputError
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.unstacked import unstack
 from llama_jax.pretrained import load_tokenizer
 from llama_jax.tokenizer.protocol import prompt_ids
-from llama_jax.types import InputError
 
 _MODEL = flags.DEFINE_string('serve_model', 'stories_110m', 'a preset')
 _CLIENTS = flags.DEFINE_list('serve_clients', '1,4,8', 'at a time, several by commas')

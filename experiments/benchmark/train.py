@@ -24,6 +24,7 @@ from experiments.benchmark.profile import show_kernels
 from experiments.prompting.checkpoint import DTYPES, dtype_name
 from experiments.run.settings import compiler_options, find_preset
 from llama_jax.data.lm_batch import lm_batch
+from llama_jax.errors import error_line
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
@@ -32,7 +33,6 @@ from llama_jax.train.optimizer import OPTIMIZERS, OptimizerConfig, make_optimize
 from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import peak_flops_per_device, training_flops_per_token
-from llama_jax.types import error_line
 
 _MODEL = flags.DEFINE_string('model', 'stories_15m', 'a preset')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'rows in an update', lower_bound=1)

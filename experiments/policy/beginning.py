@@ -15,8 +15,8 @@ from experiments.run.adapters import SharedBase
 from experiments.run.objective import objective_of, scored
 from llama_jax import runtime
 from llama_jax.data.records import check_records
+from llama_jax.errors import InputError
 from llama_jax.train.state import abstract_state
-from llama_jax.types import InputError
 
 
 def begin_policy(config: ConfigDict, **flags: Any) -> tuple[training.Run, Iterations]:

@@ -13,6 +13,7 @@ from llama_jax import runtime
 from llama_jax.data.messages import one_or_more_messages
 from llama_jax.data.preferences import encode_answer
 from llama_jax.data.records import Prompted, read_records
+from llama_jax.errors import InputError
 from llama_jax.item_log import ItemLog
 from llama_jax.json_file import show_json
 from llama_jax.rl.context_distillation import PREPROMPT_KEY, with_preprompt
@@ -20,7 +21,6 @@ from llama_jax.rl.rejection import Candidate
 from llama_jax.rl.rewards import judge
 from llama_jax.rl.rollout import Rollout, Sampling
 from llama_jax.tokenizer.chat_format import ChatFormat, Message
-from llama_jax.types import InputError
 
 # A prompt behind a preprompt is drawn by a number of its own, above those of all prompts.
 _NUMBER_BITS = 32

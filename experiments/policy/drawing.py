@@ -15,6 +15,7 @@ from experiments.policy.prompts import Prompts
 from experiments.run.settings import make_lora_config
 from experiments.training import Run
 from llama_jax import runtime, storage
+from llama_jax.errors import InputError
 from llama_jax.lora import merge
 from llama_jax.losses.policy import policy_of
 from llama_jax.models.llama import LlamaForCausalLM
@@ -22,7 +23,6 @@ from llama_jax.rl import advantages
 from llama_jax.rl.rewards import Rewarded, Weighted, judge
 from llama_jax.rl.rollout import Rollout, Sampling, rollouts, sampler_weights
 from llama_jax.train.state import TrainState
-from llama_jax.types import InputError
 
 SAMPLES = 'samples'  # folder of a workdir
 _MOST_REFILLS = 10

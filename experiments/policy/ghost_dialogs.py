@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments.policy.candidates import Asked, shown_prompt
 from llama_jax.data.records import Conversation, Messages, Prompted
+from llama_jax.errors import refusals_of
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.rl.ghost_attention import Constraint, Instruction, dialogs_of, instruction_of, learnt
 from llama_jax.rl.rejection import Candidate, Keep, select
 from llama_jax.tokenizer.chat_format import ChatFormat, Message
-from llama_jax.types import refusals_of
 
 
 @dataclasses.dataclass

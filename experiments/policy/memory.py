@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments.run.settings import make_lora_config
 from llama_jax.chips import GIB
+from llama_jax.errors import InputError
 from llama_jax.inference.decoding import LEAST_ROOM, power_of_two, rows_of, with_whole_rows
 from llama_jax.losses.policy import policy_of
 from llama_jax.models.llama import LlamaForCausalLM
@@ -21,7 +22,7 @@ from llama_jax.models.unstacked import unstack
 from llama_jax.preflight.decode import decode_arguments
 from llama_jax.preflight.report import device_bytes
 from llama_jax.train.state import TrainState
-from llama_jax.types import InputError, PyTree
+from llama_jax.types import PyTree
 
 # What takes less, by the program that is too large.
 _REMEDIES = {

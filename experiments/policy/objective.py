@@ -21,6 +21,7 @@ from experiments.run.config_file import split_list
 from experiments.run.settings import make_lora_config, mesh_sizes
 from experiments.run.start import first_scores
 from llama_jax import pretrained
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters, only_layers
 from llama_jax.losses.policy import (
     PRESETS,
@@ -39,7 +40,7 @@ from llama_jax.rl.advantages import Horizon
 from llama_jax.rl.iteration import Shape
 from llama_jax.train.optimizer import decayed
 from llama_jax.train.state import shardings_of
-from llama_jax.types import Array, InputError, LossFn, Params, PolicyBatch, PyTree, did_you_mean
+from llama_jax.types import Array, LossFn, Params, PolicyBatch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

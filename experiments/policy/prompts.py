@@ -14,9 +14,9 @@ from experiments.launch import flags_named
 from experiments.run.config_file import split_list
 from experiments.training import Plan
 from llama_jax.data.records import Prompted, parse_key_map, read_records
+from llama_jax.errors import InputError, refusals_of
 from llama_jax.rl.rollout import check_room
 from llama_jax.tokenizer.chat_format import ChatFormat, chat_format_for
-from llama_jax.types import InputError, refusals_of
 
 logger = logging.getLogger('llama_jax.prompts')
 

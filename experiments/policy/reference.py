@@ -19,8 +19,9 @@ from experiments.run.start import first_params
 from experiments.training import Plan, Run
 from llama_jax import runtime, storage
 from llama_jax.data.preference_dataset import PreferenceData
+from llama_jax.errors import InputError
 from llama_jax.losses.dpo import answer_log_probabilities
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 REFERENCE_FILE = 'reference.npz'
 

@@ -25,6 +25,7 @@ from experiments.run.adapters import SharedBase
 from experiments.run.config_file import split_list
 from experiments.run.workdir import recorded_config
 from llama_jax import pretrained
+from llama_jax.errors import InputError, error_line
 from llama_jax.eval.task import Completion, Completions, Graders, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.grading.sandbox import CodeExecution
@@ -44,7 +45,7 @@ from llama_jax.rl.rewards import (
 )
 from llama_jax.rl.rollout import Rollout
 from llama_jax.tokenizer.protocol import Tokenizer, check_same_ids
-from llama_jax.types import InputError, Params, error_line
+from llama_jax.types import Params
 
 _PREFIXES = ('helpfulness', 'safety', 'task', 'overlong')
 _GRADING_THREADS = 4

@@ -21,6 +21,7 @@ from experiments.prompting.prompt_file import check_output, parse_shard
 from experiments.run.settings import partitioner_of_flags
 from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained, runtime
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
@@ -28,7 +29,7 @@ from llama_jax.partitioning import Partitioner
 from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
 from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat
 from llama_jax.tokenizer.protocol import Tokenizer, required
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 
 def define_sampled_policy() -> launch.Flags:

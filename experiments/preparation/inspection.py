@@ -22,8 +22,8 @@ from llama_jax.data.provenance import (
     read_text,
     reading_of,
 )
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
 
 _MAX_ROWS = 100_000  # that copies are looked for in; more takes minutes
 _SAMPLES, _LETTERS = 3, 80

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from llama_jax import pretrained
+from llama_jax.errors import InputError
 from llama_jax.models.llama import compute_dtype
-from llama_jax.types import InputError
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 

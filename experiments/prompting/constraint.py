@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.inference.constraint import MAX_RULE, Constrained, Rules
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError
 
 
 def read_constraint(

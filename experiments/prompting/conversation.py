@@ -10,12 +10,12 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError, SystemFailure, did_you_mean
 from llama_jax.inference.chat import check_messages
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.serve.documents import Documents, citations, with_passages
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError, SystemFailure, did_you_mean
 
 HELP = (
     '/reset begins anew; /system TEXT says how it is to answer; /undo takes the last answer back;\n'

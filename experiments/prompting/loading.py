@@ -11,13 +11,14 @@ from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_token
 from experiments.prompting.draft import make_proposer, open_draft
 from experiments.run.settings import partitioner_of_flags
 from llama_jax import pretrained, runtime
+from llama_jax.errors import InputError
 from llama_jax.inference.proposers import Proposer
 from llama_jax.inference.speculative import MAX_PROPOSED
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 
 def define_model() -> launch.Flags:

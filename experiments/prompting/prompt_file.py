@@ -17,11 +17,11 @@ from etils import epath
 from tqdm import tqdm
 
 from llama_jax import lock, runtime, storage
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import check_messages
 from llama_jax.inference.sampling import Sampler
 from llama_jax.item_log import ItemLog
 from llama_jax.json_file import parse_object, read_lines, show_json
-from llama_jax.types import InputError
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Sampler))
 _OURS = ('index', 'completion', 'stopped')

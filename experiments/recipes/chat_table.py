@@ -25,6 +25,7 @@ from llama_jax import pretrained
 from llama_jax.data.messages import prompt_messages
 from llama_jax.data.preferences import encode_answer
 from llama_jax.data.records import Conversation, Prompted, read_records
+from llama_jax.errors import InputError
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM, compute_dtype
@@ -32,7 +33,6 @@ from llama_jax.rl.rewards import combine_scores
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat, Message
 from llama_jax.tokenizer.protocol import required
-from llama_jax.types import InputError
 
 _FOLDER = launch.define_path(
     'folder', None, 'of the stages; table.md, .json and .png go there', required=True

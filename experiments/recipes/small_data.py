@@ -33,8 +33,8 @@ from experiments.recipes.small_world import (
     questions,
     safety,
 )
+from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import default_preprompts
-from llama_jax.types import InputError
 
 _OUTPUT = launch.define_path('output', None, 'folder of the files, which must not be there', required=True)
 _SEED = flags.DEFINE_integer('seed', 0, 'of all that is drawn')

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import configs
 from llama_jax import storage
-from llama_jax.types import InputError, did_you_mean, error_line
+from llama_jax.errors import InputError, did_you_mean, error_line
 
 # What of a configuration names files: '~' stands for the user's folder in them as in the flags of `define_path`.
 PATH_KEYS = (

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments.run.config_file import split_list
 from llama_jax.data.datasets import PretrainData
 from llama_jax.data.mixture import Skip, Stage
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 Weights = tuple[float, ...] | None  # None: by size
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from llama_jax import storage
-from llama_jax.types import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure
 
 # Nothing is wrong with the command or the program: the disk, the quota, the cable.
 _MACHINE_ERRORS = (

@@ -16,6 +16,7 @@ from experiments.run.adapters import adapted
 from experiments.run.config_file import split_list
 from experiments.run.start import first_params, first_scores
 from llama_jax import pretrained
+from llama_jax.errors import InputError
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss, ratio_sums
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.losses.reward import reward_loss
@@ -26,7 +27,7 @@ from llama_jax.partitioning import Partitioner
 from llama_jax.train.state import TrainState, abstract_state
 from llama_jax.train.step import compile_train_step
 from llama_jax.train.throughput import training_flops_per_token
-from llama_jax.types import InputError, LMBatch, LossFn, Params, PreferenceBatch, PyTree
+from llama_jax.types import LMBatch, LossFn, Params, PreferenceBatch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

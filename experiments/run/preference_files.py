@@ -19,6 +19,7 @@ from etils import epath
 from llama_jax import storage
 from llama_jax.data.preference_dataset import Reading
 from llama_jax.data.preferences import EncodedPair, PreferenceRows
+from llama_jax.errors import InputError
 from llama_jax.eval.preferences import answer_figures, folded_bag_of_words, judge, preference_report
 from llama_jax.eval.preferences_shown import describe_preferences, plot_preferences
 from llama_jax.losses.dpo import PreferenceLoss, answer_log_probabilities
@@ -26,7 +27,7 @@ from llama_jax.losses.reward import pair_scores
 from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, PreferenceBatch
+from llama_jax.types import Params, PreferenceBatch
 
 PREFIX = 'preference:'
 

@@ -12,6 +12,7 @@ from experiments.launch import flags_named
 from experiments.prompting.checkpoint import DTYPES
 from experiments.run.config_file import flatten, split_list
 from llama_jax import xla_options
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.eval.harness import PreparedTask, prepare
 from llama_jax.eval.task import Graders
 from llama_jax.eval.tasks import find_task
@@ -22,7 +23,6 @@ from llama_jax.models.presets import PRESETS, with_vocab_size
 from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.train.optimizer import OptimizerConfig
-from llama_jax.types import InputError, did_you_mean
 
 # Numbers are at least 0, these at least 1 or below something. Most are used late, and all are checked first; those of
 # `mesh` and `optimizer` by who takes them, and the size of a tokenizer by its training, the first thing that is done.

@@ -17,6 +17,7 @@ from experiments.run.settings import find_preset
 from experiments.run.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, read_record
 from llama_jax import pretrained, runtime
 from llama_jax.data.datasets import train_tokenizer
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import Transformer, init_params
 from llama_jax.models.presets import with_vocab_size
@@ -24,7 +25,7 @@ from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.tokenizer.conversion import own_files
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_files
 from llama_jax.train.state import shardings_of
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 logger = logging.getLogger('llama_jax.start')
 

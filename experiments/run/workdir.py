@@ -19,7 +19,7 @@ from llama_jax.checkpoint.integrity import absolute
 from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.checkpoint.weights import check_step, latest_step
 from llama_jax.data.units import UNIT_BYTES
-from llama_jax.types import InputError, did_you_mean, error_line
+from llama_jax.errors import InputError, did_you_mean, error_line
 
 CONFIG_FILE = 'config.json'
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json')

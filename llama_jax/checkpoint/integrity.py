@@ -17,8 +17,8 @@ import fsspec
 import google_crc32c
 from etils import epath
 
+from llama_jax.errors import InputError, SystemFailure
 from llama_jax.storage import system_failures
-from llama_jax.types import InputError, SystemFailure
 
 _RECORD = 'files.json'
 _SIZES = 'file_sizes.json'  # what versions before wrote: sizes alone

@@ -2,8 +2,8 @@
 
 import math
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
-from llama_jax.types import InputError
 
 
 def state_bytes(config: LlamaConfig, moments: int = 2) -> int:

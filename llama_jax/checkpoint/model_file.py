@@ -5,10 +5,10 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object
 from llama_jax.models.config import LlamaConfig
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError
 
 MODEL_FILE = 'model.json'
 CHECKPOINTS = 'checkpoints'  # the folder of steps beside it

@@ -15,9 +15,10 @@ from etils import epath
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
 from llama_jax.checkpoint.weights import CHUNK_BYTES, open_params
+from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.runtime import gather_texts, is_main_process, refused_by_all, sync_processes
 from llama_jax.storage import enable_bucket, system_failures
-from llama_jax.types import InputError, PyTree, SystemFailure, error_line
+from llama_jax.types import PyTree
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,12 @@ from flax import traverse_util
 
 from llama_jax.checkpoint.failures import told_once
 from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import read_object
 from llama_jax.models.reward import VALUE
 from llama_jax.placement import BlockArray, copy_tiles
 from llama_jax.storage import enable_bucket, prefetch, system_failures
-from llama_jax.types import InputError, LazyArray, error_line
+from llama_jax.types import LazyArray
 
 CHUNK_BYTES = 32 << 20  # of an array on disk: what is read and written at once
 

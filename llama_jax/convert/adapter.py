@@ -13,8 +13,9 @@ import numpy as np
 
 from llama_jax.convert.mapping import LeafMatrix, Source, Weight, layers_of, weights_of
 from llama_jax.convert.tensors import ALL, Computed, Tensor
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
-from llama_jax.types import InputError, LazyArray
+from llama_jax.types import LazyArray
 
 Place = tuple[str, int]  # path of a weight in our params, and the layer
 

@@ -18,9 +18,9 @@ import numpy as np
 from llama_jax.convert.codes import counts_of, part_leaf
 from llama_jax.convert.mapping import Source, weights_of
 from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor, Tensor, row_blocks
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.placement import BlockArray
-from llama_jax.types import InputError, did_you_mean
 
 # fmt: off
 _LEVELS = {

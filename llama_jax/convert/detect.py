@@ -7,8 +7,8 @@ from typing import Literal
 from etils import epath
 
 from llama_jax.convert.llama2c import HEADER_BYTES, MAGIC
+from llama_jax.errors import InputError
 from llama_jax.storage import read_range
-from llama_jax.types import InputError
 
 Format = Literal['orbax', 'meta', 'huggingface', 'gguf', 'llama2c', 'peft']
 # What stands beside a file that is part of a folder, the folder's format, and the file's name.

@@ -21,11 +21,11 @@ from llama_jax.convert import gguf_file
 from llama_jax.convert.gguf_file import DTYPES, F16, F32, BlockType, TensorInfo, block_type, import_gguf
 from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.tensors import Tensor, existing, row_blocks, to_interleaved
+from llama_jax.errors import InputError, refusals_of
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.placement import cast
 from llama_jax.storage import prefetch
-from llama_jax.types import InputError, refusals_of
 
 # What `write` makes matrices of: the number of the type in general.file_type (llama.cpp's) and of a tensor (ggml's).
 WRITTEN_TYPES = {'float32': (0, 0), 'bfloat16': (32, 30), 'float16': (1, 1), 'q8_0': (7, 8), 'q4_0': (2, 2)}

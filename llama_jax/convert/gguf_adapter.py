@@ -16,9 +16,9 @@ from llama_jax.convert.adapter import Adapter, LowRank, check_shapes, check_writ
 from llama_jax.convert.gguf_file import import_gguf
 from llama_jax.convert.mapping import layers_of, weights_of
 from llama_jax.convert.tensors import to_interleaved
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
-from llama_jax.types import InputError
 
 DTYPES = ('float32', 'float16')
 

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.tensors import ALL, BFLOAT16, FileTensor, Tensor, read_array
+from llama_jax.errors import InputError
 from llama_jax.storage import open_sparsely, read_range
-from llama_jax.types import InputError
 
 DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20

@@ -17,9 +17,9 @@ from llama_jax.convert.mapping import Source, assemble, in_file_order
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
 from llama_jax.convert.tensors import ALL, BFLOAT16, Tensor, existing, tie
 from llama_jax.convert.torch_file import open_torch_file, weights
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object, show_json
 from llama_jax.placement import cast
-from llama_jax.types import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from llama_jax.errors import InputError, refusals_of
 from llama_jax.json_file import read_object, show_json
 from llama_jax.models.config import LlamaConfig, RopeScaling
-from llama_jax.types import InputError, refusals_of
 
 CONFIG_FILE = 'config.json'
 _REWARD_MODEL = 'LlamaForSequenceClassification'

@@ -17,9 +17,9 @@ from llama_jax.convert.meta import assemble_meta
 from llama_jax.convert.meta_params import parse_params, to_config
 from llama_jax.convert.tensors import ALL, FileTensor, Tensor, existing
 from llama_jax.convert.torch_file import open_torch_file, weights
+from llama_jax.errors import InputError, refusals_of
 from llama_jax.models.config import LlamaConfig
 from llama_jax.storage import read_range
-from llama_jax.types import InputError, refusals_of
 
 MAGIC = b'24ka'  # of versions 1 and 2; 0 has none
 HEADER_BYTES = {0: 28, 1: 256, 2: 256}  # by version

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert.tensors import ALL, Computed, HalfSplit, Rounded, Tensor, row_blocks
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast, copy_tiles
-from llama_jax.types import InputError, LazyArray
+from llama_jax.types import LazyArray
 
 Naming = Literal['meta', 'huggingface', 'gguf']
 

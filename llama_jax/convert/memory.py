@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert.mapping import Source, native_source
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.ops.linear import Representation
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,10 +28,10 @@ from llama_jax.convert.tensors import (
 )
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.convert.torch_writer import TorchWriter
+from llama_jax.errors import InputError, refusals_of
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
 from llama_jax.storage import prefetch
-from llama_jax.types import InputError, refusals_of
 
 # Made anew from `rope_theta`.
 _BUFFERS = (r'rope\.freqs', r'layers\.\d+\.attention\.inner_attention\.rope\.freqs')

@@ -14,10 +14,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.torch_pickle import show
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 
 _MAX_BYTES = 1 << 20
 _MAX_INT = 2**31 - 1

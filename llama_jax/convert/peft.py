@@ -20,9 +20,9 @@ from llama_jax.convert.peft_config import CONFIG_FILE, PeftConfig, read_config
 from llama_jax.convert.safetensors_file import Entry, open_safetensors, write_safetensors
 from llama_jax.convert.tensors import ALL, Computed, Tensor
 from llama_jax.convert.torch_file import open_torch_file, weights
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
-from llama_jax.types import InputError, did_you_mean
 
 WEIGHTS_FILE, TORCH_FILE = 'adapter_model.safetensors', 'adapter_model.bin'
 PREFIX = 'base_model.model.'

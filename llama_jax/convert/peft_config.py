@@ -13,8 +13,8 @@ from typing import Any
 import regex
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_object, show_json
-from llama_jax.types import InputError
 
 CONFIG_FILE = 'adapter_config.json'
 _MAX_PATTERN = 4096  # characters

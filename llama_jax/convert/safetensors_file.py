@@ -17,9 +17,9 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, row_blocks
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.storage import open_sparsely, prefetch
-from llama_jax.types import InputError
 
 DTYPES = {
     'F64': np.dtype('<f8'),

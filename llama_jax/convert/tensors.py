@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.placement import cast
 from llama_jax.storage import read_range
-from llama_jax.types import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALL = slice(None)

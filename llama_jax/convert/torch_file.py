@@ -20,8 +20,8 @@ from etils import epath
 from llama_jax.convert import torch_pickle
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, StridedTensor
 from llama_jax.convert.torch_pickle import MAX_NAME, Storage, StorageType, Unreadable, are_sizes, show
+from llama_jax.errors import InputError
 from llama_jax.storage import open_sparsely
-from llama_jax.types import InputError
 
 _MAX_PICKLE = 4 << 20  # bytes; the 405B's takes 0.3 MB a file, and what it describes is held in memory
 _MAX_DIRECTORY = 4 << 20  # bytes; the 405B's takes 0.1 MB a file

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llama_jax.convert.tensors import BFLOAT16, FileTensor, StridedTensor
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 STORAGES: dict[str, np.dtype | None] = {  # None: a type that no weight has
     'HalfStorage': np.dtype('<f2'),

@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import Computed, Tensor
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def mean_of(sources: Sequence[Source]) -> Source:

@@ -17,12 +17,13 @@ from llama_jax.data.packing import JoinedRows, PackedRows, Progress, Rows, token
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source, read_documents
 from llama_jax.data.units import UNIT_BYTES, cut_texts, is_held_out, read_units
+from llama_jax.errors import InputError, checked_names
 from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.table import html_of
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
-from llama_jax.types import InputError, LMBatch, checked_names
+from llama_jax.types import LMBatch
 
 _log = logging.getLogger(__name__)
 

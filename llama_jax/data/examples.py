@@ -20,9 +20,10 @@ from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.mixture import Mixture, mix
 from llama_jax.data.packing import Row, best_fit
 from llama_jax.data.records import BadRecords, Conversation, read_records
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, LMBatch
+from llama_jax.types import LMBatch
 
 _log = logging.getLogger(__name__)
 

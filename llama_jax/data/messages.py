@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.tokenizer.chat_format import Message
 from llama_jax.tokenizer.tool_calls import describe_tools, spell_call
-from llama_jax.types import InputError
 
 # What data sets call the four who speak.
 _ROLES = {

@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex
 
 import grain
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

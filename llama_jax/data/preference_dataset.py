@@ -16,9 +16,9 @@ from llama_jax.data.preferences import (
     mismatched,
 )
 from llama_jax.data.records import BadRecords, Judged, Messages, Preference, read_records
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
 

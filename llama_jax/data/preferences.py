@@ -17,10 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from llama_jax.data.packing import Row, best_fit
+from llama_jax.errors import InputError
 from llama_jax.ops.attention_shared_prefix import SHARED, segment_of
 from llama_jax.tokenizer.chat_format import ChatFormat, Message
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, PreferenceBatch
+from llama_jax.types import PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)

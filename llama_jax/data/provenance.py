@@ -13,7 +13,7 @@ from llama_jax.data.containers import Place
 from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.shards import read_origins
 from llama_jax.data.sources import Reading, read_file
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,9 +39,9 @@ from llama_jax.data.messages import (
     with_end,
 )
 from llama_jax.data.tables import read_table
+from llama_jax.errors import InputError
 from llama_jax.json_file import parse_object, show_json
 from llama_jax.tokenizer.chat_format import Message
-from llama_jax.types import InputError
 
 Messages = tuple[Message, ...]
 

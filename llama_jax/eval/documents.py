@@ -17,9 +17,9 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.eval.task import Document
 from llama_jax.json_file import MAX_BYTES, parse_json, read_at_most
-from llama_jax.types import InputError, error_line
 
 Fields = Mapping[str, type | tuple[type, ...]]
 MALFORMED = (KeyError, ValueError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError)

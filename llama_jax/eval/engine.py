@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result, Rolling
 from llama_jax.inference.completion import Row, Watch
 from llama_jax.inference.decoding import LEAST_ROOM, power_of_two, rows_of
@@ -22,7 +23,7 @@ from llama_jax.inference.scoring import Pair, score
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import prompt_ids, required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 _log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import tqdm
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completion, Document, Graders, Request, Result, Scores, Task
 from llama_jax.inference.sampling import Sampler
 from llama_jax.item_log import ItemLog
 from llama_jax.runtime import from_main_process, is_main_process
-from llama_jax.types import InputError
 
 # Programs that are executed, and texts that are rated, beside the devices' work.
 _SCORING_THREADS = 4

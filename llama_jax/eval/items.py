@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from llama_jax.errors import InputError
 from llama_jax.table import Table
-from llama_jax.types import InputError
 
 
 def choice_probabilities(item: Mapping[str, Any]) -> Float[np.ndarray, ' choices']:

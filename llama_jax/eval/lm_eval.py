@@ -31,6 +31,7 @@ from etils import epath
 
 from llama_jax import pretrained as checkpoints
 from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine, rolling_windows
 from llama_jax.eval.lm_eval_requests import completion, continuation, plain_text, read, whole_text
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
@@ -40,7 +41,6 @@ from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.chat_template import ChatTemplate, Messages, template_beside
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completion, Completions, Continuation, Likelihood, Request, Result
 from llama_jax.inference.sampling import Sampler
-from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
 

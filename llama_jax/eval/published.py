@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.eval.published_tables import MMLU_MODELS, MMLU_SUBJECTS, TABLES
-from llama_jax.types import InputError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

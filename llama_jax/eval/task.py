@@ -20,8 +20,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from llama_jax.errors import InputError
 from llama_jax.grading.program_tests import ProgramTest
-from llama_jax.types import InputError
 
 Document = dict[str, Any]  # one item, with the field names of its publisher; plain JSON values
 # Numbers are aggregated, strings are remarks for the log, such as the answer that was extracted.

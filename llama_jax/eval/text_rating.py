@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource, read_rows
-from llama_jax.types import InputError
 
 logger = logging.getLogger(__name__)
 _MAX_ANSWER = 400  # characters of a number

@@ -19,6 +19,7 @@ from llama_jax.convert import gguf, gguf_adapter, huggingface, meta, peft
 from llama_jax.convert.adapter import Adapter
 from llama_jax.convert.mapping import Leaf, LeafMatrix, Source, leaf_shape, rounded, weights_of
 from llama_jax.convert.tensors import Tensor, row_blocks, same_bits
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import cast
 from llama_jax.quantize.files import Quantizing
@@ -29,7 +30,7 @@ from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, LazyArray
+from llama_jax.types import LazyArray
 
 FLOAT_DTYPES = ('float32', 'bfloat16', 'float16')
 GGUF_DTYPES = tuple(gguf.WRITTEN_TYPES)

@@ -8,9 +8,10 @@ from etils import epath
 
 from llama_jax import export
 from llama_jax.convert.memory import memory_source
+from llama_jax.errors import InputError, checked_names, did_you_mean
 from llama_jax.models.config import LlamaConfig
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, checked_names, did_you_mean, float_dtype
+from llama_jax.types import Params, float_dtype
 
 FORMATS = ('orbax', 'meta', 'huggingface', 'gguf')
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 class Chart(Figure):

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 
+from llama_jax.errors import InputError
 from llama_jax.figures.chart import Chart
-from llama_jax.types import InputError
 
 _GIB = 2**30
 _PARTS = (

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+from llama_jax.errors import InputError
 from llama_jax.figures.chart import Chart
-from llama_jax.types import InputError
 
 Interval = tuple[float, float]
 

@@ -25,10 +25,10 @@ import sys
 import time
 import weakref
 
+from llama_jax.errors import InputError
 from llama_jax.grading.keeper import REFUSED
 from llama_jax.grading.program_tests import ProgramTest, receive, send
 from llama_jax.runtime import log_once
-from llama_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
 # Makes `llama_jax` a package without its `__init__`, which would load JAX.

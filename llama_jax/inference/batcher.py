@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
+from llama_jax.errors import InputError
 from llama_jax.inference.prefix_cache import Block, PrefixCache
-from llama_jax.types import InputError
 
 Reason = Literal['stop', 'length', 'cancelled']
 

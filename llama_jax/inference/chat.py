@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import show_json
 from llama_jax.tokenizer.chat_format import (
     ChatFormat,
@@ -20,7 +21,6 @@ from llama_jax.tokenizer.chat_format import (
 from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.text_pieces import split_at
-from llama_jax.types import InputError
 
 _PROBES = (
     [{'role': 'user', 'content': 'Hi'}],

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.tokenizer.protocol import Tokenizer, bytes_within
-from llama_jax.types import InputError, error_line
 
 # Of a schema, an expression or a grammar, in characters.
 MAX_RULE = 64 << 10

@@ -4,8 +4,8 @@ import codecs
 import os
 from collections.abc import Iterable, Sequence
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.protocol import Spelling, Tokenizer, printable, spelling_of
-from llama_jax.types import InputError
 
 
 class Detokenizer:

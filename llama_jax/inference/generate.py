@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError, checked_names
 from llama_jax.inference import decoding
 from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.generator import Generator
@@ -19,7 +20,7 @@ from llama_jax.inference.scoring import check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, checked_names
+from llama_jax.types import Params
 
 _log = logging.getLogger(__name__)
 

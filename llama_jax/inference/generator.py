@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
 from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
@@ -29,7 +30,7 @@ from llama_jax.inference.slots import Begun, Hidden, Piece, Slots
 from llama_jax.inference.speculative import SpeculativeSlots
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.ops.attention import platform_of
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 _log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError, checked_names
 from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.prompts import Prompts, check_prompts, ids_of
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, checked_names
+from llama_jax.types import Params
 
 
 @checked_names()

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llama_jax.errors import checked_names
 from llama_jax.inference.generate import generate
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import Params, checked_names
+from llama_jax.types import Params
 
 
 @checked_names(generate)

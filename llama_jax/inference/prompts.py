@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids, required
-from llama_jax.types import InputError
 
 # A text, or its token ids.
 Prompt = str | Sequence[int] | np.ndarray

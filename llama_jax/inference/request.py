@@ -5,10 +5,10 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.inference.batcher import Ended
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
-from llama_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from llama_jax.errors import InputError
 from llama_jax.inference.filters import keep_best, keep_min_p, keep_top_k, keep_top_p, most_likely
 from llama_jax.inference.logits_processor import LogitsProcessor
-from llama_jax.types import InputError
 
 # Tokens that one request may bias: what OpenAI's service takes.
 MAX_BIASED = 300

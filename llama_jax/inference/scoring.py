@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.inference.decoding import readable
 from llama_jax.inference.prompts import check_prompts
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.attention_shared_prefix import SHARED
 from llama_jax.ops.linear import einsum
 from llama_jax.partitioning import place_whole
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # Tokens of a context, and those whose probability is asked for.
 Pair = tuple[tuple[int, ...], tuple[int, ...]]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.cache_blocks import copy_block, put_block, reshaped
 from llama_jax.inference.decode_weights import decode_weights
@@ -28,7 +29,7 @@ from llama_jax.inference.slots import Hidden, Piece, Slots
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # Tokens that may be proposed at once.
 MAX_PROPOSED = 32

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.losses.reward import half_for_ties
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.cross_entropy import token_log_probabilities
-from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PreferenceBatch, PyTree, did_you_mean
+from llama_jax.types import Array, LossFn, Metrics, Params, PreferenceBatch, PyTree
 
 LOSSES = ('sigmoid', 'robust', 'hinge', 'ipo', 'sigmoid_norm', 'simpo', 'orpo', 'kto')
 _WITHOUT_REFERENCE = ('simpo', 'orpo')

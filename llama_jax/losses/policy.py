@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.models.reward import VALUE, LlamaForRewardModel
 from llama_jax.ops.cross_entropy import token_distributions, token_log_probabilities
-from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PolicyBatch, PyTree, did_you_mean
+from llama_jax.types import Array, LossFn, Metrics, Params, PolicyBatch, PyTree
 
 ADVANTAGES = ('gae', 'batch_mean', 'leave_one_out', 'group_mean', 'group_std')
 RATIOS = ('token', 'sequence', 'sequence_mean', 'token_weight', 'none')

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
-from llama_jax.types import Array, InputError, LossFn, Metrics, Params, PreferenceBatch, PyTree
+from llama_jax.types import Array, LossFn, Metrics, Params, PreferenceBatch, PyTree
 
 # What a pair's margin is multiplied by. In the data's unit the four ratings of Llama 2 are 3, 2, 1 and 0, which is its
 # table's large margin; the small one is a third of that.

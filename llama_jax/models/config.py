@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from llama_jax.errors import InputError
 from llama_jax.table import html_of
-from llama_jax.types import InputError
 
 # The largest of each field: many times those of any Llama, and small enough that no product of two overflows memory
 # before somebody compares it with what a file holds.

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from llama_jax.errors import InputError
 from llama_jax.ops.linear import Representation
 from llama_jax.table import Table
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 
 def describe(params: Params) -> Table:

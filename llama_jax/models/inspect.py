@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError, checked_names, did_you_mean
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.cross_entropy import token_log_probabilities as log_probabilities_of
-from llama_jax.types import InputError, Params, checked_names, did_you_mean
+from llama_jax.types import Params
 
 # What there is of a layer, in the order in which it comes to be, with the letters of its axes.
 KINDS = {'attention': 'B N T S', 'heads': 'B T N H', 'mlp': 'B T D', 'hidden': 'B T D'}

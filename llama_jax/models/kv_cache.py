@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.ops.attention import cache_layout, cached_attention, paged_cached_attention, platform_of
 from llama_jax.ops.attention_cached import Cached, keys_as_codes, keys_of_codes, values_as_codes
 from llama_jax.ops.attention_paged import as_pages
 from llama_jax.ops.quantized import QuantizedArray
 from llama_jax.partitioning import LogicalAxes, Partitioner
-from llama_jax.types import InputError
 
 # Logical axes of each layer's keys and values. The scales of int8 have as many, the last of them of one value.
 _HEADS_FIRST: LogicalAxes = ('batch', 'kv_heads', None, 'head_dim')

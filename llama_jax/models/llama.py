@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache, LayerCache, LayerPages
 from llama_jax.models.remat import REMAT_POLICIES
@@ -30,7 +31,7 @@ from llama_jax.ops.linear import Weight, einsum, take
 from llama_jax.ops.normalization import rms_norm
 from llama_jax.ops.rope import apply_rope, inverse_frequencies, kept_tables, rope_tables
 from llama_jax.partitioning import LogicalAxes, Partitioner
-from llama_jax.types import InputError, Params, PyTree, float_dtype
+from llama_jax.types import Params, PyTree, float_dtype
 
 RopeTables = tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]
 

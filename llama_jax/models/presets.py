@@ -7,8 +7,8 @@ Sources: LLaMA paper Table 2, Llama 2 paper Table 1, Llama 3 paper Table 3, and 
 import dataclasses
 from typing import Any
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.models.config import LlamaConfig, RopeScaling
-from llama_jax.types import InputError, did_you_mean
 
 _7B: dict[str, Any] = dict(
     embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, Transformer, weight
 from llama_jax.ops.linear import einsum
-from llama_jax.types import InputError
 
 VALUE = 'value'  # beside a policy's weights: those of what expects its reward, as they are trained together
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
-from llama_jax.types import InputError
 
 
 def check_tokens(tokens: Any, config: LlamaConfig, *, may_be_long: bool, **beside: Any) -> None:

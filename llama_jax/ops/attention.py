@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.ops import attention_by_heads, attention_cudnn, attention_paged
 from llama_jax.ops.attention_cached import Cached, attend_at_once, attend_by_tiles, attend_row_by_row
 from llama_jax.ops.attention_chunked import chunked_attention
@@ -30,7 +31,6 @@ from llama_jax.ops.context_parallel import ContextShard, context_shard
 from llama_jax.ops.quantized import QuantizedArray
 from llama_jax.partitioning import Partitioner
 from llama_jax.runtime import log_once
-from llama_jax.types import InputError
 
 IMPLEMENTATIONS = ('auto', 'reference', 'chunked', 'splash', 'cudnn', 'shared_prefix')
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from llama_jax.errors import InputError
 from llama_jax.partitioning import LogicalAxes, Partitioner
-from llama_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)

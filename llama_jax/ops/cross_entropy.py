@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.ops.linear import Weight, einsum, materialize
 from llama_jax.ops.lora import LoraArray
 from llama_jax.partitioning import Partitioner
-from llama_jax.types import InputError
 
 # Pieces that a device's tokens are taken in where not all are wanted: of so many tokens at least, as the product with
 # the head is no faster of fewer, and so many at most, as each adds to a gradient of the head's size.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 # From most memory to least; each step down recomputes more, and the last keeps the layers' inputs in the host's memory.
 _REMAT_LADDER = ('none', 'projections', 'attention', 'full', 'full_offload')

@@ -22,9 +22,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llama_jax.chips import find
+from llama_jax.errors import InputError, error_line
 from llama_jax.preflight.roofline import Place
 from llama_jax.preflight.topology import Topology
-from llama_jax.types import InputError, PyTree, error_line
+from llama_jax.types import PyTree
 
 # XLA's warning that it copies a whole array to every device, as it finds no cheaper way from one sharding to another.
 INVOLUNTARY = 'Involuntary full rematerialization'

@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError, checked_names
 from llama_jax.json_file import parse_json
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError, checked_names
 
 
 @dataclasses.dataclass(frozen=True)

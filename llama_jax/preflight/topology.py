@@ -5,7 +5,7 @@ import math
 import re
 
 from llama_jax.chips import CHIPS, TPUS, Chip, Torus
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 # Other names of the same chips, those of accelerator types among them.
 _NAMES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'v7x': 'tpu7x', 'tpuv7x': 'tpu7x'}

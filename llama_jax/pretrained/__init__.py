@@ -24,6 +24,7 @@ from llama_jax.convert import bitsandbytes, gguf, gguf_codes, gguf_file, hugging
 from llama_jax.convert.adapter import Adapter, native_adapter
 from llama_jax.convert.detect import Format, detect
 from llama_jax.convert.mapping import WEIGHTS, Leaf, Source, leaf_shape, native_source, weights_of
+from llama_jax.errors import InputError, checked_names, refusals_of
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import abstract_params, param_axes
 from llama_jax.models.reward import model_of
@@ -42,7 +43,7 @@ from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.chat_template import template_beside
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, Params, checked_names, float_dtype, refusals_of
+from llama_jax.types import Params, float_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from llama_jax.checkpoint.model_file import CHECKPOINTS
 from llama_jax.checkpoint.weights import latest_step, open_params
 from llama_jax.convert import bitsandbytes
 from llama_jax.convert.mapping import Leaf, Source, leaf_shape, weights_of
+from llama_jax.errors import InputError
 from llama_jax.lora import merged_leaves
 from llama_jax.models.config import LlamaConfig
 from llama_jax.placement import BlockArray, GrownTable, place_all
 from llama_jax.quantize.base import kept_leaves
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 _TABLES = ('embed', 'head')  # a row for every id of the vocabulary
 

@@ -4,12 +4,12 @@ from etils import epath
 
 from llama_jax.checkpoint.model_file import CHECKPOINTS, MODEL_FILE
 from llama_jax.convert import gguf_file
+from llama_jax.errors import InputError, checked_names
 from llama_jax.pretrained.hub import resolve
 from llama_jax.storage import read_range
 from llama_jax.tokenizer import tokenizer as tokenizers
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from llama_jax.tokenizer.tokenizer import Tokenizer
-from llama_jax.types import InputError, checked_names
 
 
 def run_of(path: epath.Path) -> epath.Path:

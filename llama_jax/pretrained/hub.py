@@ -11,9 +11,9 @@ from collections.abc import Collection
 
 from etils import epath
 
+from llama_jax.errors import InputError, did_you_mean, error_line
 from llama_jax.models.presets import PRESETS
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError, did_you_mean, error_line
 
 logger = logging.getLogger(__name__)
 

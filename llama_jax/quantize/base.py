@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.errors import InputError
 from llama_jax.ops import nf4
 from llama_jax.ops.quantized import spread
 from llama_jax.placement import BlockArray, Index
@@ -23,7 +24,7 @@ from llama_jax.quantize.forms import (
     represent_all,
     summed_axes,
 )
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 BASE_DTYPES = ('float32', 'bfloat16', *DTYPES, NF4)
 

@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.errors import InputError
 from llama_jax.ops.quantized import codes_of, scale_shape, scales_of, spread
 from llama_jax.placement import BlockArray, Index
 from llama_jax.quantize.forms import Form, summed_axes
-from llama_jax.types import InputError, LazyArray
+from llama_jax.types import LazyArray
 
 _INT4 = np.dtype(jnp.int4)
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.errors import InputError
 from llama_jax.ops.nf4 import BLOCK, Nf4Array
 from llama_jax.ops.quantized import CODE_MAX, QuantizedArray, scale_shape
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 DTYPES = tuple(CODE_MAX)  # of checkpoints
 NF4 = 'nf4'

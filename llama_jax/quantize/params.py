@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from llama_jax.errors import InputError
 from llama_jax.ops.nf4 import Nf4Array, quantize_nf4
 from llama_jax.ops.output_major import OutputMajorArray
 from llama_jax.ops.quantized import QuantizedArray, quantize_array, scale_shape
 from llama_jax.quantize.forms import NF4, Form, choose_forms, name_of, num_stacked, represent, summed_axes
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 
 def quantize(params: Params, dtype: str, group: int | None = None) -> Params:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.losses.policy import Algorithm
-from llama_jax.types import InputError
 
 Ragged = list[np.ndarray]  # of one axis each
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.data.records import Messages
+from llama_jax.errors import InputError
 from llama_jax.rl.rejection import Candidate, Keep, compared_of, learnt_of, select
-from llama_jax.types import InputError
 
 # Of the paper; 'responsible and respectful' and so on are joined of these.
 ADJECTIVES = ('safe', 'responsible', 'respectful', 'wise')

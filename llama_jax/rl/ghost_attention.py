@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from llama_jax.data.records import Messages
+from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.chat_format import Message
-from llama_jax.types import InputError
 
 _KEYS = ('constraint', 'terse', 'kind')
 # Of the kinds that the paper names; its lists of hobbies and of people were made by the model itself.

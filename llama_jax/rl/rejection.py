@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from llama_jax.errors import InputError
 from llama_jax.storage import write_atomically
-from llama_jax.types import InputError
 
 KEEPS = ('best', 'pair', 'threshold')
 

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.ops.attention_shared_prefix import SHARED
 from llama_jax.partitioning import place_whole
 from llama_jax.rl.rewards import Record, name_of
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # A row takes answers until it is this long, or 4 times its longest path where that is more (up to the second).
 _USUAL_ROW, _LONGEST_ROW = 512, 2048

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.json_file import show_json
 from llama_jax.rl.advantages import whiten
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError, error_line
 
 Record = Mapping[str, Any]
 # (answers, the record of each) -> what each is worth.

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.errors import InputError
 from llama_jax.inference.completion import Row, Watch
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.prompts import check_prompts
@@ -28,7 +29,7 @@ from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.ops.linear import Representation
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # Prompts wait for a slot until so many times the slots are asked for; more would only take the host's memory.
 _AHEAD = 2

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.inference.constraint import Rule, Rules
 from llama_jax.serve.bodies import ChatBody, NamedTool, Sampling
 from llama_jax.serve.refusal import bad, of_input_error
 from llama_jax.serve.service import Service
-from llama_jax.types import InputError
 
 # Reading a rule takes some milliseconds; one that takes longer is refused, though its thread goes on for a while.
 _SECONDS = 1.8

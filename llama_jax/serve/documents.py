@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 # Of one file, and of all; what is larger is no folder of notes.
 _MAX_FILE, _MAX_FILES = 4 << 20, 10_000

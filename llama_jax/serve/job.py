@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from llama_jax import runtime
+from llama_jax.errors import SystemFailure, error_line
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest, Progress
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.serve.served import Served
-from llama_jax.types import SystemFailure, error_line
 
 
 class Job:

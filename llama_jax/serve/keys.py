@@ -4,8 +4,8 @@ import re
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_bytes
-from llama_jax.types import InputError
 
 _MAX_BYTES = 1 << 20
 _KEY = re.compile(r'[!-~]{8,512}')

@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from llama_jax.errors import did_you_mean
 from llama_jax.serve.refusal import bad
-from llama_jax.types import did_you_mean
 
 # Taken and without effect, as they change no answer: who asks, what the service is to keep, whom it serves first.
 HARMLESS = frozenset(

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from llama_jax.types import InputError, error_line
+from llama_jax.errors import InputError, error_line
 
 # Seconds after which one that was sent away may come again.
 _RETRY_SECONDS = 5

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
 from llama_jax.inference.constraint import Constrained, Rules
 from llama_jax.inference.decoding import power_of_two
@@ -12,7 +13,7 @@ from llama_jax.inference.generator import Generator
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError, Params
+from llama_jax.types import Params
 
 # Tokens of the shortest text that is scored; shorter ones are padded.
 _LEAST_SCORED = 64

@@ -10,13 +10,13 @@ from typing import Any
 
 import uvicorn
 
+from llama_jax.errors import InputError
 from llama_jax.serve.app import make_app
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.served import Served
 from llama_jax.serve.service import Limits, Service
 from llama_jax.serve.ticket import SOCKET_BYTES
 from llama_jax.serve.worker import Worker
-from llama_jax.types import InputError
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')

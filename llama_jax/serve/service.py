@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
 from llama_jax.inference.constraint import Rule
 from llama_jax.inference.request import CompletionRequest
@@ -18,7 +19,6 @@ from llama_jax.serve.served import Served
 from llama_jax.serve.ticket import Ticket
 from llama_jax.serve.token_texts import TokenTexts
 from llama_jax.serve.worker import Asked, Worker
-from llama_jax.types import InputError
 
 _T = TypeVar('_T')
 

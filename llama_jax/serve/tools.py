@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.serve.bodies import ChatBody, ChatMessage, NamedTool
 from llama_jax.serve.refusal import bad
 from llama_jax.tokenizer.dialog import Message
 from llama_jax.tokenizer.tool_calls import describe_tools, spell_call
-from llama_jax.types import InputError
 
 # What Llama 3.1 may begin a call with.
 _TAG = '<|python_tag|>'

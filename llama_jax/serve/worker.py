@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from llama_jax.errors import InputError, SystemFailure
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.constraint import Rule
 from llama_jax.inference.request import CompletionRequest, Progress
@@ -19,7 +20,6 @@ from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.refusal import Refusal, of_input_error
 from llama_jax.serve.served import Served
 from llama_jax.serve.ticket import Piece, Ticket
-from llama_jax.types import InputError, SystemFailure
 
 _log = logging.getLogger(__name__)
 

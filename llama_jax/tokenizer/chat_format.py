@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.tokenizer.dialog import Dialog, Message, check_last, check_messages, check_roles, counted
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.text_format import SPELLINGS, TextFormat
-from llama_jax.types import InputError, did_you_mean
 
 
 @runtime_checkable

@@ -19,8 +19,8 @@ from typing import Any
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import read_bytes, read_object, show_json
-from llama_jax.types import InputError
 
 Messages = Sequence[Mapping[str, Any]]
 

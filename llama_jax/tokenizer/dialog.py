@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

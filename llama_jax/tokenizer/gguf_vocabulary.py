@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.errors import InputError
 from llama_jax.json_file import show_json
 from llama_jax.tokenizer.conversion import tokenizer_of, vocabulary_of
 from llama_jax.tokenizer.protocol import Tokenizer
@@ -13,7 +14,6 @@ from llama_jax.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNO
 from llama_jax.tokenizer.splitters import SPLITTERS, USUAL_NAMES
 from llama_jax.tokenizer.text_pieces import without_surrogates
 from llama_jax.tokenizer.vocabulary import Ends, Family, Vocabulary, check_tokens, is_hole
-from llama_jax.types import InputError
 
 _MAX_SCORE = 3.4e38  # what sentencepiece's float32 holds
 _NO_SCORE = -1000.0  # of an id without a token

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.conversion import probes_of, vocabulary_of
 from llama_jax.tokenizer.gguf_vocabulary import end_of_turn
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
@@ -10,7 +11,6 @@ from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.tokenizer.sentencepiece_model import USER_DEFINED
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.tokenizer_json import definition_of
-from llama_jax.types import InputError
 
 
 def huggingface_files(tokenizer: Tokenizer, *, chat_template: str = '', max_seq_len: int) -> dict[str, bytes]:

@@ -5,8 +5,8 @@ Source: infilling_prompt_tokens of Meta's codellama/llama/generation.py; https:/
 
 from collections.abc import Callable
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError
 
 _PREFIX, _SUFFIX, _MIDDLE, _END = '▁<PRE>', '▁<SUF>', '▁<MID>', '▁<EOT>'
 # Nothing joins this letter, so what stands behind it begins without the space of a text's beginning.

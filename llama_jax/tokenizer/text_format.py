@@ -10,9 +10,9 @@ import dataclasses
 import json
 from collections.abc import Collection, Sequence
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.dialog import Dialog, Message, check_last, check_messages, check_roles, counted
 from llama_jax.tokenizer.protocol import Tokenizer
-from llama_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)

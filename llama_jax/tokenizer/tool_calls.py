@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import Message
-from llama_jax.types import InputError
 
 _TOOLS = (
     'Given the following functions, please respond with a JSON for a function call with its proper arguments that best '

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.storage import write_atomically
 from llama_jax.tokenizer.text_pieces import without_surrogates
-from llama_jax.types import InputError
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.storage import AppendedFile, write_atomically
-from llama_jax.types import InputError, error_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

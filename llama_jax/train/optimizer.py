@@ -6,7 +6,8 @@ import math
 import jax
 import optax
 
-from llama_jax.types import InputError, Params, PyTree
+from llama_jax.errors import InputError
+from llama_jax.types import Params, PyTree
 
 OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon')
 

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from llama_jax.errors import InputError, checked_names
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LossFn, Metrics, Params, PyTree, checked_names
+from llama_jax.types import LossFn, Metrics, Params, PyTree
 
 Step = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 

@@ -8,9 +8,9 @@ import pytest
 
 from experiments.benchmark import accelerator
 from experiments.benchmark.accelerator import STATE_BYTES, Check, make_checks, run_checks
+from llama_jax.errors import InputError
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.remat import REMAT_POLICIES
-from llama_jax.types import InputError
 from tests.docs_test import flags_of
 
 H100 = {

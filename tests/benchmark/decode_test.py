@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.benchmark import decode
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def test_steps_that_noise_hides_give_no_figure(capsys):

@@ -7,7 +7,7 @@ from absl.testing import flagsaver
 
 from experiments.benchmark import finetune, finetune_peers
 from experiments.benchmark import finetune_steps as steps
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests import toy
 from tests.command_line import add_nano
 

@@ -8,7 +8,7 @@ from absl.testing import flagsaver
 
 from experiments.benchmark import rl
 from experiments.benchmark.rl_turns import Size, random_answers, random_prompts
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests import toy
 from tests.command_line import add_nano
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.interval import best_interval, state_bytes, training_share
+from llama_jax.errors import InputError
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 
 
 @pytest.mark.parametrize(('save', 'failure'), [(10.0, 86_400.0), (60.0, 7200.0), (300.0, 3600.0)])

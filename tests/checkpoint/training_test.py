@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.checkpoint.integrity import find_damage, record_files
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params, save_params
+from llama_jax.errors import InputError, SystemFailure
 from llama_jax.partitioning import make_mesh
 from llama_jax.placement import place
-from llama_jax.types import InputError, SystemFailure
 
 
 def sharding(num_devices=8, *axes):

@@ -10,7 +10,7 @@ from llama_jax import placement
 from llama_jax.checkpoint import weights
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.checkpoint.weights import check_step, latest_step, open_params, save_params
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.convert.in_memory import InMemory
 
 

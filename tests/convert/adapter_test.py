@@ -13,10 +13,10 @@ from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.errors import InputError
 from llama_jax.lora import LoraConfig, init_adapters, only_layers
 from llama_jax.ops import linear
 from llama_jax.quantize.params import quantize
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import random_source
 

@@ -13,11 +13,11 @@ from llama_jax import pretrained
 from llama_jax.convert import huggingface
 from llama_jax.convert.bitsandbytes import with_whole_weights
 from llama_jax.convert.safetensors_file import open_safetensors
+from llama_jax.errors import InputError
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.ops.nf4 import Nf4Array
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.pretrained.adapters import whole_leaves
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.huggingface_test import our_logits
 from tests.convert.in_memory import matrices, random_source

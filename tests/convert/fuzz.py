@@ -33,7 +33,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.convert.damage import damaged_bytes
 from tests.convert.samples import Sample, samples
 from tests.convert.sound_files import Found

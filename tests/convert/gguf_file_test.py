@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from llama_jax.convert import gguf_file
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 U8, BOOL, STRING, ARRAY, U32, F32, F64 = 0, 7, 8, 9, 4, 6, 12
 

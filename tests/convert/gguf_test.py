@@ -15,9 +15,9 @@ from etils import epath
 from llama_jax.convert import gguf as gguf_format
 from llama_jax.convert import gguf_file, mapping
 from llama_jax.convert.tensors import to_interleaved
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError
 from tests.convert.in_memory import matrices, random_source
 
 gguf = pytest.importorskip('gguf')

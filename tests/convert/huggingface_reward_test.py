@@ -11,8 +11,8 @@ from etils import epath
 
 from llama_jax import export, pretrained
 from llama_jax.convert import huggingface
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import random_source
 

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from llama_jax.convert import huggingface
 from llama_jax.convert.mapping import Leaf, Source, weights_of
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.errors import InputError
 from llama_jax.models.config import RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import matrices, random_source
 from tests.reference import huggingface_llama

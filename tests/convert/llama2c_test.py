@@ -9,8 +9,8 @@ from etils import epath
 from llama_jax.convert import llama2c
 from llama_jax.convert.mapping import layers_of, weights_of
 from llama_jax.convert.torch_writer import TorchWriter
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
-from llama_jax.types import InputError
 
 # The FFN's size is no multiple of the 8 values of a group, so groups span rows of w2.
 SIZES = dict(dim=16, hidden_dim=44, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=30, seq_len=64)

@@ -14,9 +14,9 @@ from llama_jax.convert.tensors import (
     to_half_split,
     to_interleaved,
 )
+from llama_jax.errors import InputError
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
 from llama_jax.placement import cast
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory, matrices, random_source
 

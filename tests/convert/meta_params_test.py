@@ -7,9 +7,9 @@ from etils import epath
 
 from llama_jax.convert.meta_params import ffn_rule, from_config, mlp_dim, parse_params, read_params, to_config
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.errors import InputError
 from llama_jax.models.config import RopeScaling
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 from tests import toy
 
 SMALL = dataclasses.replace(toy.CONFIG, head_dim=4)  # so that heads have embed_dim / num_heads values

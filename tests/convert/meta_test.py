@@ -12,8 +12,8 @@ from etils import epath
 from llama_jax.convert import meta
 from llama_jax.convert.mapping import Source, layers_of, weights_of
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig, RopeScaling
-from llama_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from llama_jax import export, pretrained
 from llama_jax.convert import huggingface, peft, peft_config
 from llama_jax.convert.tensors import BFLOAT16
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.huggingface_test import our_logits
 from tests.convert.in_memory import matrices, random_source

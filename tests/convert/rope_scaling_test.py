@@ -14,11 +14,11 @@ from llama_jax.convert import gguf, huggingface
 from llama_jax.convert.gguf_file import read_metadata
 from llama_jax.convert.huggingface_config import config_json
 from llama_jax.convert.mapping import Leaf, weights_of
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS
 from llama_jax.ops.rope import inverse_frequencies, rope_tables
-from llama_jax.types import InputError
 from tests import toy
 from tests.command_line import add_nano, tiny_run
 from tests.convert.in_memory import random_source

@@ -8,7 +8,7 @@ from etils import epath
 
 from llama_jax.convert import tensors as tensors_module
 from llama_jax.convert.safetensors_file import DTYPES, Entry, open_safetensors, write_safetensors
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def arrays(rng) -> dict[str, np.ndarray]:

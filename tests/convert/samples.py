@@ -22,6 +22,7 @@ from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.convert import huggingface, torch_pickle
 from llama_jax.convert.mapping import Leaf, weights_of
 from llama_jax.data.sources import read_documents
+from llama_jax.errors import InputError
 from llama_jax.export import save
 from llama_jax.item_log import ItemLog
 from llama_jax.models.config import LlamaConfig, RopeScaling
@@ -30,7 +31,6 @@ from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.vocabulary import BYTES
-from llama_jax.types import InputError
 from tests.convert.bitsandbytes_test import stored
 from tests.convert.damage import damaged_json, damaged_proto, zipped
 from tests.convert.in_memory import matrices, random_source

@@ -18,7 +18,7 @@ from llama_jax.convert import torch_writer
 from llama_jax.convert.tensors import BFLOAT16
 from llama_jax.convert.torch_file import open_torch_file, weights
 from llama_jax.convert.torch_writer import TorchWriter
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def text(value: str) -> bytes:

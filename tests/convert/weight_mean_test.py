@@ -8,7 +8,7 @@ from llama_jax import export, pretrained
 from llama_jax.convert.mapping import Source
 from llama_jax.convert.tensors import BFLOAT16
 from llama_jax.convert.weight_mean import mean_of
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory, matrices, random_source
 

@@ -13,7 +13,7 @@ from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.data.sources import Reading, list_files, read_documents, read_file
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.data.packing_test import Letters
 
 

@@ -6,7 +6,7 @@ import pytest
 from llama_jax.data.datasets import pretrain_dataset, train_tokenizer
 from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import read_documents
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 @pytest.fixture(scope='module')

@@ -7,8 +7,9 @@ import pytest
 
 from llama_jax.data import loader
 from llama_jax.data.loader import PaddedRows, batches
+from llama_jax.errors import InputError
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError, LMBatch
+from llama_jax.types import LMBatch
 from tests import toy
 
 LENGTH = 4

@@ -14,7 +14,7 @@ from llama_jax.data import prepare as prepare_module
 from llama_jax.data.meeting import BEGUN, Meeting
 from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import REPORT, WORK, prepare
-from llama_jax.types import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure
 from tests.data.packing_test import Letters, documents
 
 

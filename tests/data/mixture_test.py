@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.mixture import Skip, Stage, _Shuffled, mix
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 class Numbers:

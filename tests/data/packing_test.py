@@ -16,7 +16,7 @@ from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.packing import PackedRows, tokenize_documents, tokenize_units
 from llama_jax.data.prepared import PreparedRows, is_prepared
 from llama_jax.data.shards import write_prepared
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 class Letters:

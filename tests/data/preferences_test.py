@@ -15,12 +15,12 @@ from llama_jax.data.preferences import (
     format_ids,
     mismatched,
 )
+from llama_jax.errors import InputError
 from llama_jax.losses.dpo import answer_sums, log_probabilities
 from llama_jax.losses.reward import pair_scores
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.tokenizer.chat_format import Llama2ChatFormat, Llama3ChatFormat, Message
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests import toy
 
 SCORED = dataclasses.replace(toy.CONFIG, scalar_head=True)

@@ -25,7 +25,7 @@ from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.shards import read_origins
 from llama_jax.data.sources import Reading, read_documents, read_file
 from llama_jax.data.units import is_held_out, join_pieces, read_units, scan_file
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.data.packing_test import Letters, documents
 
 SLOW = pytest.mark.slow

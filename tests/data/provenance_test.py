@@ -17,7 +17,7 @@ from llama_jax.data.provenance import (
     reading_of,
 )
 from llama_jax.data.shards import write_prepared
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 from tests.data.packing_test import Letters, documents
 
 

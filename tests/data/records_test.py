@@ -14,8 +14,8 @@ from llama_jax.data.records import (
     parse_key_map,
     read_records,
 )
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import Message
-from llama_jax.types import InputError
 
 Q, A = Message('user', 'Hi'), Message('assistant', 'Hello!')
 MESSAGES = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}]

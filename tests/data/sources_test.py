@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax.data import containers, sources
 from llama_jax.data.sources import read_documents
-from llama_jax.types import InputError
+from llama_jax.errors import InputError
 
 
 def read(source, **kwargs):

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.tasks import TASKS, bbh, mmlu
-from llama_jax.types import InputError
 
 COUNT = 3
 

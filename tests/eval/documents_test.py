@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource
 from llama_jax.eval.tasks import TASKS
-from llama_jax.types import InputError
 
 ROWS = [{'q': 'a\u2028b, "c"', 'n': '1'}, {'q': 'd', 'n': '2'}]
 SOURCE = DocumentSource(

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine, left_truncated, rolling_windows
 from llama_jax.eval.harness import prepare
 from llama_jax.eval.task import Completion, Continuation, Likelihood, Rolling
 from llama_jax.eval.tasks import find_task
 from llama_jax.inference import generate as generation
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 
 TASKS = ['piqa', 'hellaswag', 'arc_easy', 'arc_challenge', 'siqa', 'winogrande', 'boolq', 'openbookqa']
 

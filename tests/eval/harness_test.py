@@ -6,13 +6,13 @@ from contextlib import closing
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval import harness
 from llama_jax.eval.harness import Sampling, evaluate, prepare
 from llama_jax.eval.task import Completion, Continuation, Likelihood, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.item_log import ItemLog
 from llama_jax.storage import enable_bucket
-from llama_jax.types import InputError
 from tests.reference.fake_gcs import FakeGCS
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.items import choice_probabilities, confidences, show_item
 from llama_jax.eval.task import Continuation, Likelihood
 from llama_jax.eval.tasks import find_task
 from llama_jax.item_log import ItemLog
-from llama_jax.types import InputError
 
 
 class Lengths:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.harness import evaluate, prepare
 from llama_jax.eval.lm_eval import language_model
 from llama_jax.eval.lm_eval_requests import completion
 from llama_jax.eval.task import Continuation
 from llama_jax.eval.tasks import find_task
-from llama_jax.types import InputError
 from tests.command_line import REPOSITORY
 
 pytest.importorskip('lm_eval')

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.published import PUBLISHED, binomial_interval, compare, published_scores, to_markdown
 from llama_jax.eval.tasks import TASKS
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 
 COMMON_SENSE = {
     'boolq', 'piqa', 'siqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa', 'commonsense_qa',

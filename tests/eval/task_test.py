@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import FewShot, Likelihood, choice_scores, count_words, multiple_choice
-from llama_jax.types import InputError
 
 
 def _task(spare=True, sampler='random', pool=20):

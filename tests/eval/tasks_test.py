@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completions, Continuation, Graders, Likelihood
 from llama_jax.eval.tasks import LM_EVAL, TASKS, find_task
-from llama_jax.types import InputError
 
 CHOICE_TASKS = (
     'boolq', 'piqa', 'siqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa', 'mmlu', 'agieval',

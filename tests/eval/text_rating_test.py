@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.text_rating import CommandRating, file_rating
-from llama_jax.types import InputError
 
 
 def test_file(tmp_path):

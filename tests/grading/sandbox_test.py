@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.human_eval import HUMAN_EVAL
 from llama_jax.eval.tasks.mbpp import ALL, MBPP
 from llama_jax.grading import keeper, sandbox
 from llama_jax.grading.program_tests import ProgramTest
 from llama_jax.grading.sandbox import CodeExecution, Limits
-from llama_jax.types import InputError
 from tests.grading.cheating_programs import CHEATS
 
 BEHAVIOUR = {

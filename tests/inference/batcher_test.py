@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
 from llama_jax.inference.prefix_cache import PrefixCache
-from llama_jax.types import InputError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 GRID, WIDTHS, CONTEXT = 8, (2, 4, 8), 64

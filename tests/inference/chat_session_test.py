@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
 from llama_jax.inference.chat_session import ChatSession
 from llama_jax.inference.generate import generate
@@ -10,7 +11,6 @@ from llama_jax.inference.slots import Slots
 from llama_jax.models.llama import LlamaForCausalLM, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
-from llama_jax.types import InputError
 from tests import toy
 from tests.tokenizer import kinds
 

@@ -1,9 +1,9 @@
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.tokenizer.chat_format import LLAMA3_TEMPLATE, Llama2ChatFormat
 from llama_jax.tokenizer.tokenizer import load_tokenizer, tokenizer_of_files
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 pytest.importorskip('jinja2', reason="needs jinja2: pip install 'llama_jax[hf]'")

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference import generate as generation
 from llama_jax.inference.batcher import Ended, Request
@@ -11,7 +12,6 @@ from llama_jax.inference.completion import Completion, Row, Watch
 from llama_jax.inference.generate import complete, complete_each, generate
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import TokenScore
-from llama_jax.types import InputError
 from tests import toy
 from tests.inference.generate_test import PROMPTS, Spelled
 

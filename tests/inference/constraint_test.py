@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax
+from llama_jax.errors import InputError
 from llama_jax.inference.constraint import Constrained, Rules
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack
-from llama_jax.types import InputError
 from tests import toy
 from tests.serve.serving import make_tokenizer
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.cache_blocks import reshaped
 from llama_jax.inference.decode_weights import decode_weights
@@ -20,7 +21,6 @@ from llama_jax.ops.linear import einsum, materialize
 from llama_jax.ops.output_major import OutputMajorArray
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.quantize.params import quantize
-from llama_jax.types import InputError
 from tests import toy
 
 # Logits are of order 1. The same sums in another order differ by some roundings of fp32 (6e-8 each).

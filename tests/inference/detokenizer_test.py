@@ -6,12 +6,12 @@ import random
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.detokenizer import Detokenizer, before_stop
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import Spelling, spelling_of
 from llama_jax.tokenizer.sentencepiece_model import read_model, write_model
 from llama_jax.tokenizer.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_of_files
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding, generator
 from llama_jax.inference import generate as generation
 from llama_jax.inference.generate import generate, generate_tokens, stream
@@ -12,7 +13,6 @@ from llama_jax.inference.slots import Slots
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.unstacked import unstack
 from llama_jax.tokenizer.protocol import Spelling
-from llama_jax.types import InputError
 from tests import toy
 
 PROMPTS = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1]]

@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.hidden_states import hidden_states
 from llama_jax.models.llama import param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 from tests import toy
 from tests.reference import huggingface_llama
 

@@ -6,13 +6,13 @@ import pytest
 
 import llama_jax
 from llama_jax import export
+from llama_jax.errors import InputError
 from llama_jax.inference import infill as infilling
 from llama_jax.inference.detokenizer import Detokenizer
 from llama_jax.inference.infill import infill
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from llama_jax.types import InputError
 from tests import toy
 from tests.api_test import example_of
 from tests.quantize.files_test import source_of

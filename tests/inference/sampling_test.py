@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from llama_jax.errors import InputError
 from llama_jax.inference.filters import most_likely
 from llama_jax.inference.sampling import (
     Sampler,
@@ -17,7 +18,6 @@ from llama_jax.inference.sampling import (
     seen_in_prompts,
 )
 from llama_jax.inference.sampling import draw as draw_rows
-from llama_jax.types import InputError
 
 draw_rows = jax.jit(draw_rows)
 adjust, keep = jax.jit(SamplerRows.adjust), jax.jit(SamplerRows.filter)

@@ -2,11 +2,11 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference import scoring
 from llama_jax.inference.scoring import TokenScore, score, score_tokens
 from llama_jax.models.llama import param_axes
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 from tests import toy
 
 

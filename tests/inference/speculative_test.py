@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from llama_jax import pretrained
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding, proposers, speculative
 from llama_jax.inference import generator as generator_of
 from llama_jax.inference.decode_weights import decode_weights
@@ -25,7 +26,6 @@ from llama_jax.models.llama import LlamaForCausalLM, param_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.quantize.params import quantize
-from llama_jax.types import InputError
 from tests import toy
 from tests.inference.sampling_test import reference
 

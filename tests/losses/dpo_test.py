@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.dpo import LOSSES, PreferenceLoss, answer_sums, pair_losses
-from llama_jax.types import InputError
 from tests.losses.reward_test import log_sigmoid
 
 RNG = np.random.default_rng()  # new numbers each time

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.policy import (
     PPO,
     PRESETS,
@@ -25,7 +26,7 @@ from llama_jax.models.reward import VALUE, LlamaForRewardModel
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.state import new_state
 from llama_jax.train.step import train_step
-from llama_jax.types import InputError, PolicyBatch
+from llama_jax.types import PolicyBatch
 from tests import toy
 
 RNG = np.random.default_rng()  # new numbers each time

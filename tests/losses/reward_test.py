@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.reward import MARGINS, margin_scale, ranking_losses, safety_losses
-from llama_jax.types import InputError
 
 RNG = np.random.default_rng()  # new numbers each time
 SCORES = RNG.normal(0, 2, size=(3, 4, 2))

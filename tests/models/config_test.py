@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig, RopeScaling
 from llama_jax.models.presets import PRESETS
-from llama_jax.types import InputError
 from tests import toy
 
 

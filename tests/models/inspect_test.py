@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.scoring import score
 from llama_jax.models.inspect import inspect, token_log_probabilities
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 from tests.reference import numpy_llama
 from tests.toy import CONFIG, make_model, make_params, packed_rows
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.errors import InputError
 from llama_jax.models.kv_cache import CACHE_DTYPES, KVCache, cache_dtype
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.types import InputError
 from tests import toy
 
 

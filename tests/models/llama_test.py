@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import abstract_params, abstract_params_and_axes, head_weight
 from llama_jax.models.remat import REMAT_POLICIES
 from llama_jax.partitioning import DEFAULT_RULES, Partitioner, make_mesh
-from llama_jax.types import InputError
 from tests import toy
 
 # Logits are of order 1. The same sums in another order differ by some roundings of fp32 (6e-8 each).

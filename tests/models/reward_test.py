@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, init_params, param_axes
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.reward import LlamaForRewardModel, model_of
-from llama_jax.types import InputError
 from tests import toy
 
 CONFIG = dataclasses.replace(toy.CONFIG, scalar_head=True)

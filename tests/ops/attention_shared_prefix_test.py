@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.ops.attention import attention
 from llama_jax.ops.attention_reference import reference_attention
 from llama_jax.ops.attention_shared_prefix import SHARED
-from llama_jax.types import InputError
 
 
 def inputs(length, seed=0):

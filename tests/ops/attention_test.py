@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.ops import attention_by_heads, attention_cudnn
 from llama_jax.ops.attention import attention, cached_attention, choose, first_attention
 from llama_jax.ops.attention_cached import (
@@ -24,7 +25,6 @@ from llama_jax.ops.attention_cached import (
     values_as_codes,
 )
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
-from llama_jax.types import InputError
 
 attention_module = importlib.import_module('llama_jax.ops.attention')
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.ops.attention import attention
 from llama_jax.ops.context_parallel import balanced_order, from_balanced, to_balanced
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
-from llama_jax.types import InputError
 
 AXES = ('batch', 'length', 'act_embed')
 

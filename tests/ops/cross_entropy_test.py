@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.ops import cross_entropy
 from llama_jax.ops.cross_entropy import (
     head_cross_entropy,
@@ -16,7 +17,6 @@ from llama_jax.ops.cross_entropy import (
 )
 from llama_jax.ops.lora import LoraArray
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.types import InputError
 from tests import toy
 
 BATCH, LENGTH, EMBED_DIM, VOCAB_SIZE = 2, 12, 16, 40

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.preflight.advice import Attempt, Bounds, Knobs, find_fit
-from llama_jax.types import InputError
 
 BOUNDS = Bounds(batch_size=64, parts=4, seq_len=1024, logit_bytes=40)
 START = Knobs(remat='none', num_microbatches=1, loss_chunks=1, data=1, fsdp=4)

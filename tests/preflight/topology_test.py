@@ -2,8 +2,8 @@
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.preflight.topology import Topology
-from llama_jax.types import InputError
 
 
 def test_topologies_in_chips():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.convert.mapping import Leaf, native_source, weights_of
+from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, param_axes
 from llama_jax.ops import linear
@@ -17,7 +18,6 @@ from llama_jax.placement import place_all
 from llama_jax.quantize.base import BASE_DTYPES, base_leaves, base_target, kept_leaves
 from llama_jax.quantize.forms import name_of
 from llama_jax.quantize.params import quantize
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory
 

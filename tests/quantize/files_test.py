@@ -11,13 +11,13 @@ from etils import epath
 import llama_jax
 from llama_jax import export, pretrained
 from llama_jax.convert.mapping import native_source
+from llama_jax.errors import InputError
 from llama_jax.inference.scoring import score
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.quantize.files import pack, unpack
 from llama_jax.quantize.params import dequantize, quantize
-from llama_jax.types import InputError
 from tests import toy
 from tests.convert.in_memory import InMemory
 

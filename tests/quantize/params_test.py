@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.models.llama import param_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.quantize.forms import Form, choose_forms, parse_forms
 from llama_jax.quantize.params import dequantize, quantize
-from llama_jax.types import InputError
 from tests import toy
 
 

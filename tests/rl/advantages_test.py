@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.policy import PPO, PRESETS
 from llama_jax.rl.advantages import (
     Horizon,
@@ -16,7 +17,6 @@ from llama_jax.rl.advantages import (
     truncated_importance,
     whiten,
 )
-from llama_jax.types import InputError
 
 RNG = np.random.default_rng()  # new numbers each time
 LENGTHS = [1, 7, 3, 12, 5, 2, 30, 4]

@@ -2,10 +2,10 @@
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import default_preprompts, distilled_lines, with_preprompt
 from llama_jax.rl.rejection import Candidate, Keep
 from llama_jax.tokenizer.chat_format import Message
-from llama_jax.types import InputError
 
 BE = 'You are a wise assistant.'
 

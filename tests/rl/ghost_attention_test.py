@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax.data.examples import Encoder
 from llama_jax.data.records import Conversation, read_records
+from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.rl.ghost_attention import (
     constraint_of,
@@ -17,7 +18,6 @@ from llama_jax.rl.ghost_attention import (
 )
 from llama_jax.tokenizer.chat_format import FORMATS, Message, chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 TALK = (
     Message('system', 'Be.'), Message('user', 'Hi'), Message('assistant', 'Yes?'), Message('user', 'Go', input='on'),

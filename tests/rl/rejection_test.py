@@ -12,6 +12,7 @@ from etils import epath
 from llama_jax.data.examples import Encoder
 from llama_jax.data.preference_dataset import Reading
 from llama_jax.data.records import Conversation, Preference, read_records
+from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import distilled_lines
 from llama_jax.rl.rejection import (
     Candidate,
@@ -26,7 +27,6 @@ from llama_jax.rl.rejection import (
 )
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 
 def pool(*scores, **given):

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.rl import reward_model
 from llama_jax.rl.reward_model import ModelReward
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError
 from tests import toy
 
 CONFIG = dataclasses.replace(toy.CONFIG, scalar_head=True)

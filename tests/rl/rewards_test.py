@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.rl.rewards import (
     Weighted,
     function_of_file,
@@ -14,7 +15,6 @@ from llama_jax.rl.rewards import (
     safety_first,
 )
 from llama_jax.rl.rollout import Rollout
-from llama_jax.types import InputError
 
 
 def rollout(record=0, sample=0, length=3, stopped=True, text='so'):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from llama_jax.errors import InputError
 from llama_jax.lora import LoraConfig, abstract_adapters, combine, init_adapters
 from llama_jax.models.llama import abstract_params_and_axes
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.rl import rollout
 from llama_jax.rl.rollout import Sampling, rollouts, rollouts_by_record, sampler_weights
-from llama_jax.types import InputError
 from tests import toy
 
 PROMPTS = [[1, 5, 9], [1, 7, 2, 8, 30, 11, 4], [1], [1, 5, 9]]

@@ -2,10 +2,10 @@
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
 from llama_jax.serve.documents import Documents, citations, with_passages
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests.serve.serving import Script, make_tokenizer, scripted, serving
 
 

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import (
     LLAMA2_TEMPLATE,
     LLAMA3_TEMPLATE,
@@ -13,7 +14,6 @@ from llama_jax.tokenizer.chat_format import (
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 # Ids that Meta's own code gives.
 LLAMA2_HI = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]

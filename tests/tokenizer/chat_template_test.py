@@ -12,10 +12,10 @@ import time
 import pytest
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer import chat_template
 from llama_jax.tokenizer.chat_format import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
 from llama_jax.tokenizer.chat_template import ChatTemplate, template_beside
-from llama_jax.types import InputError
 from tests.command_line import REPOSITORY
 from tests.tokenizer.hostile_templates import ENDLESS, LARGE, WRONG
 

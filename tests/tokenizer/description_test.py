@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.conversion import (
     generation_config,
     model_file,
@@ -20,7 +21,6 @@ from llama_jax.tokenizer.sentencepiece_model import CONTROL, NORMAL, UNUSED, USE
 from llama_jax.tokenizer.splitters import USUAL_NAMES
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
 from llama_jax.tokenizer.vocabulary import Ends, Vocabulary
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer import foreign_tokenizer
 from llama_jax.tokenizer.charsmap import check_charsmap
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.sentencepiece_model import read_model
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 from tests.convert.samples import normalizing_unigram
 from tests.tokenizer import kinds
 

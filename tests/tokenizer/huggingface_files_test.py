@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import chat_format_for
 from llama_jax.tokenizer.conversion import model_file
 from llama_jax.tokenizer.gguf_vocabulary import tokenizer_from_gguf
@@ -10,7 +11,6 @@ from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.sentencepiece_model import SentencePieceModel, write_model
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 TEXTS = [
     *('', 'Hello world', ' leading', '  two  spaces', 'trailing  ', '\n', '\t\r\n', ' ' * 50 + 'x', '1234567'),

@@ -2,10 +2,10 @@ import struct
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_jax.tokenizer.tokenizer import load_tokenizer, parse_tokenizer
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 GAPS = [

@@ -2,13 +2,13 @@
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.detokenizer import Detokenizer
 from llama_jax.tokenizer.conversion import model_file, own_files
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.protocol import prompt_ids
 from llama_jax.tokenizer.tokenizer import load_tokenizer, tokenizer_of_files
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.conversion import tokenizer_of, vocabulary_of
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf, vocabulary_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.splitters import SPLITTERS, USUAL_NAMES
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
-from llama_jax.types import InputError
 from tests.tokenizer import kinds
 
 tokenizers = pytest.importorskip('tokenizers', reason="needs tokenizers: pip install 'llama_jax[hf]'")

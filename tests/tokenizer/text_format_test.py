@@ -3,11 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
 from llama_jax.tokenizer.chat_format import FORMATS, Message, chat_format_for, format_with
 from llama_jax.tokenizer.text_format import SPELLINGS
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 SYSTEM, HI, HELLO, BYE, SEE = (
     Message('system', 'Be brief.'), Message('user', 'Hi'), Message('assistant', 'Hello!'), Message('user', 'Bye'),

@@ -5,12 +5,12 @@ import sys
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer import sentencepiece_tokenizer
 from llama_jax.tokenizer.huggingface_files import huggingface_files
 from llama_jax.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from llama_jax.types import InputError
 
 LLAMA2_GOLDEN = {
     'Hello world': [15043, 3186],

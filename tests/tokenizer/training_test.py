@@ -6,9 +6,9 @@ import tokenize
 import numpy as np
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.training import _sample_lines, train_sentencepiece
-from llama_jax.types import InputError
 
 
 @pytest.fixture(scope='module')

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.tokenizer.conversion import model_file, vocabulary_of
 from llama_jax.tokenizer.gguf_vocabulary import gguf_vocabulary, tokenizer_from_gguf
 from llama_jax.tokenizer.huggingface_files import huggingface_files
@@ -11,7 +12,6 @@ from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_spe
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.training import train_sentencepiece
 from llama_jax.tokenizer.vocabulary import SPELLING
-from llama_jax.types import InputError
 from tests.tokenizer.kinds import random_texts
 
 

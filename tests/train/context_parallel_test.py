@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
@@ -14,7 +15,7 @@ from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
-from llama_jax.types import InputError, LMBatch
+from llama_jax.types import LMBatch
 from tests import toy
 
 ROWS, LENGTH = 2, 64

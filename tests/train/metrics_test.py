@@ -11,6 +11,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from llama_jax.errors import InputError
 from llama_jax.train.metrics import (
     Aside,
     JsonlWriter,
@@ -19,7 +20,6 @@ from llama_jax.train.metrics import (
     plot_loss,
     read_metrics,
 )
-from llama_jax.types import InputError
 
 
 def steps(path):

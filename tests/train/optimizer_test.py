@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from llama_jax.data.lm_batch import lm_batch
+from llama_jax.errors import InputError
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import abstract_params, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.train.optimizer import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer, make_schedule
 from llama_jax.train.state import abstract_state, new_state
 from llama_jax.train.step import train_step
-from llama_jax.types import InputError
 from tests import toy
 
 RECIPE = OptimizerConfig(learning_rate=1.0, warmup_steps=10)

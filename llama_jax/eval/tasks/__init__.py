@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.eval.task import Document, Task
 from llama_jax.eval.tasks.agieval import AGIEVAL
 from llama_jax.eval.tasks.arc import ARC_CHALLENGE, ARC_EASY
@@ -26,7 +27,6 @@ from llama_jax.eval.tasks.siqa import SIQA
 from llama_jax.eval.tasks.truthful_qa import TRUTHFUL_QA, TRUTHFUL_QA_GEN
 from llama_jax.eval.tasks.winogender import WINOGENDER
 from llama_jax.eval.tasks.winogrande import WINOGRANDE
-from llama_jax.types import InputError, did_you_mean
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from llama_jax.errors import InputError, error_line
 from llama_jax.eval.documents import MALFORMED, DocumentSource, read_rows
 from llama_jax.eval.task import (
     Completion,
@@ -29,7 +30,6 @@ from llama_jax.eval.task import (
     mean,
 )  # fmt: skip
 from llama_jax.grading.latex import equivalent, last_boxed, normalize
-from llama_jax.types import InputError, error_line
 
 LLAMA_ENGLISH = (
     'aqua-rat', 'logiqa-en', 'lsat-ar', 'lsat-lr', 'lsat-rc', 'sat-en', 'sat-en-without-passage', 'sat-math',

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource, Online, is_online, read_text
 from llama_jax.eval.task import (
     Completion,
@@ -20,7 +21,6 @@ from llama_jax.eval.task import (
     mean,
 )
 from llama_jax.json_file import parse_json
-from llama_jax.types import InputError
 
 SUBSETS = (
     'boolean_expressions', 'causal_judgement', 'date_understanding', 'disambiguation_qa', 'dyck_languages',

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource, Online, is_online, read_csv_lines
 from llama_jax.eval.task import Document, FewShot, Scores, by_group, lm_eval_names, mean, multiple_choice
-from llama_jax.types import InputError
 
 _GROUPS = {
     'stem': 'abstract_algebra astronomy college_biology college_chemistry college_computer_science '

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource, read_rows, read_text
 from llama_jax.eval.task import Document, Graders, Likelihood, Rolling, Scores, Task, count_words
-from llama_jax.types import InputError
 
 
 def _load(file: str) -> list[Document]:

@@ -8,6 +8,7 @@ import dataclasses
 
 from etils import epath
 
+from llama_jax.errors import InputError
 from llama_jax.eval.documents import DocumentSource, Online, is_online, read_text
 from llama_jax.eval.task import (
     Document,
@@ -20,7 +21,6 @@ from llama_jax.eval.task import (
     multiple_choice,
 )  # fmt: skip
 from llama_jax.json_file import parse_json
-from llama_jax.types import InputError
 
 _FIELDS = {'article': str, 'questions': list, 'options': list, 'answers': list}
 _BLANK = '  _  .'  # a question that is a sentence with its end left out

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.published import PUBLISHED, published_scores
 from llama_jax.eval.published_tables import MMLU_MODELS
 from llama_jax.eval.tasks.mmlu import MMLU, SUBJECTS, averages
-from llama_jax.types import InputError
 
 
 @pytest.mark.parametrize('model', MMLU_MODELS)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Completions, Graders
 from llama_jax.eval.tasks.open_generation import (
     BOLD,
@@ -11,7 +12,6 @@ from llama_jax.eval.tasks.open_generation import (
     REAL_TOXICITY_PROMPTS,
     REAL_TOXICITY_PROMPTS_RESPECTFUL,
 )
-from llama_jax.types import InputError
 
 
 def test_toxicity_is_that_of_the_completion(shared_data):

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Likelihood, Rolling
 from llama_jax.eval.tasks import find_task
-from llama_jax.types import InputError
 
 
 def test_sums_first_then_one_division(tmp_path):

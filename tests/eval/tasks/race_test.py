@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from llama_jax.errors import InputError
 from llama_jax.eval.task import Likelihood
 from llama_jax.eval.tasks.race import RACE_HIGH, RACE_MIDDLE
-from llama_jax.types import InputError
 
 ARTICLE = {
     'article': 'Tom has a red kite.',
