@@ -14,7 +14,7 @@ from tests.sft_learning_test import OPTIMISED
 NUM_HELD_OUT, NUM_TOKENS = 256, 28
 TASK = 'task:gsm8k:exact_match_flexible'  # the last number is the answer
 SAMPLES = 4  # answers to each held-out sum
-SLIPS = 0.2
+SLIPS = 0.18
 
 
 def asked(a, b):
@@ -23,7 +23,7 @@ def asked(a, b):
 
 
 def worked_out(a, b, rng):
-    """The same with what a teacher says, digit by digit, who is wrong by one or two at each in a fifth of all sums."""
+    """The same with what a teacher says, digit by digit, who is wrong by one or two at each in so many sums."""
 
     def slip(digit):
         return digit if rng.random() >= SLIPS else max(0, digit + int(rng.choice([-2, -1, 1, 2])))
@@ -69,14 +69,14 @@ class Sums:
         )  # fmt: skip
 
     def learn(self, algorithm, base):
-        """By what the task grades; all that an iteration drew is one update."""
+        """By what the task grades; all that an iteration drew is one update. The divergence is measured, and costs nothing."""
         return self.train(
             'ppo', f'grpo.py:checkpoint,{algorithm}', algorithm, base,
             {
                 'data.train': self.prompts, 'rollout.batch_size': 512, 'rollout.samples': 8, 'rollout.slots': 512,
                 'rollout.max_new_tokens': NUM_TOKENS, 'train.batch_size': 512, 'train.num_steps': 24,
                 'optimizer.learning_rate': 1.5e-4, 'optimizer.warmup_steps': 2, 'optimizer.final_fraction': 0.1,
-                'algorithm.beta': 0.0, 'algorithm.rewards': TASK, 'checkpoint.every': 24, 'eval.every': 0,
+                'algorithm.beta': 0.0, 'algorithm.constants': 'divergence=k3', 'algorithm.rewards': TASK, 'checkpoint.every': 24, 'eval.every': 0,
                 'log.every': 1,
             },
         )  # fmt: skip
