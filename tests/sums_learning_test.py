@@ -69,15 +69,15 @@ class Sums:
         )  # fmt: skip
 
     def learn(self, algorithm, base):
-        """By what the task grades; all that an iteration drew is one update. The divergence is measured, and costs nothing."""
+        """By what the task grades; what an iteration drew is one update. The divergence is measured, and costs nothing."""
         return self.train(
             'ppo', f'grpo.py:checkpoint,{algorithm}', algorithm, base,
             {
                 'data.train': self.prompts, 'rollout.batch_size': 512, 'rollout.samples': 8, 'rollout.slots': 512,
                 'rollout.max_new_tokens': NUM_TOKENS, 'train.batch_size': 512, 'train.num_steps': 24,
                 'optimizer.learning_rate': 1.5e-4, 'optimizer.warmup_steps': 2, 'optimizer.final_fraction': 0.1,
-                'algorithm.beta': 0.0, 'algorithm.constants': 'divergence=k3', 'algorithm.rewards': TASK, 'checkpoint.every': 24, 'eval.every': 0,
-                'log.every': 1,
+                'algorithm.beta': 0.0, 'algorithm.constants': 'divergence=k3', 'algorithm.rewards': TASK,
+                'checkpoint.every': 24, 'eval.every': 0, 'log.every': 1,
             },
         )  # fmt: skip
 
