@@ -69,7 +69,7 @@ class Sums:
         )  # fmt: skip
 
     def learn(self, algorithm, base):
-        """By what the task grades; what an iteration drew is one update. The divergence is measured, and costs nothing."""
+        """By what the task grades; what an iteration drew is one update. Divergence is measured, and costs nothing."""
         return self.train(
             'ppo', f'grpo.py:checkpoint,{algorithm}', algorithm, base,
             {
