@@ -26,7 +26,8 @@ from experiments.policy.sampled import SampledPolicy, define_sampled_policy, has
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
-from llama_jax.data.records import Conversation, Prompted, parse_key_map, read_records
+from llama_jax.data.record_kinds import Conversation, Prompted
+from llama_jax.data.records import parse_key_map, read_records
 from llama_jax.errors import InputError, refusals_of
 from llama_jax.json_file import parse_object, read_bytes
 from llama_jax.rl.ghost_attention import Constraint, constraint_of, default_constraints, plot_obedience

@@ -23,7 +23,8 @@ from experiments.policy.sampled import SampledPolicy, define_sampled_policy, has
 from experiments.prompting.prompt_file import open_output, write_answers
 from experiments.run.config_file import split_list
 from llama_jax import runtime
-from llama_jax.data.records import Prompted, parse_key_map, read_records
+from llama_jax.data.record_kinds import Prompted
+from llama_jax.data.records import parse_key_map, read_records
 from llama_jax.errors import InputError
 from llama_jax.json_file import read_bytes
 from llama_jax.rl.context_distillation import default_preprompts, distilled_lines

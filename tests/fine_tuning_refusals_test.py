@@ -21,7 +21,8 @@ from llama_jax.convert.bitsandbytes import with_whole_weights
 from llama_jax.convert.safetensors_file import open_safetensors
 from llama_jax.data.examples import Encoder, example_dataset
 from llama_jax.data.preference_dataset import Reading, preference_dataset
-from llama_jax.data.records import Conversation, Preference, read_records
+from llama_jax.data.record_kinds import Conversation, Preference
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.lora import LoraConfig, abstract_adapters, merged_leaves
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes

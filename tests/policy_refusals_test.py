@@ -24,7 +24,8 @@ from experiments.policy.ghost_dialogs import held_dialogs
 from experiments.policy.objective import check_policy, sampler_partitioner
 from experiments.run import config_file, settings, workdir
 from llama_jax.convert import huggingface
-from llama_jax.data.records import Conversation, read_records
+from llama_jax.data.record_kinds import Conversation
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.rl.ghost_attention import default_constraints
 from llama_jax.rl.rewards import Rewarded, Weighted, judge

@@ -14,7 +14,7 @@ from etils import epath
 from experiments.recipes import chat_table, small_data, small_world
 from experiments.recipes.small_world import Question, gold, obeys
 from experiments.run import config_file
-from llama_jax.data.records import Prompted
+from llama_jax.data.record_kinds import Prompted
 from llama_jax.errors import InputError
 from tests.command_line import REPOSITORY
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 import llama_jax
 from llama_jax.data.examples import Encoder, ExampleRows, collate_examples, is_held_out
-from llama_jax.data.records import Conversation, read_records
+from llama_jax.data.record_kinds import Conversation
+from llama_jax.data.records import read_records
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.sampling import Sampler
 from llama_jax.losses.language_model import language_model_loss

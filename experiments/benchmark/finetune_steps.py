@@ -18,7 +18,7 @@ from llama_jax import pretrained
 from llama_jax.data.examples import Example, ExampleRows, collate_examples
 from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.preferences import Answer, EncodedPair, PreferenceRows, collate_preferences
-from llama_jax.data.records import Conversation
+from llama_jax.data.record_kinds import Conversation
 from llama_jax.lora import LoraConfig, abstract_adapters, init_adapters, with_base
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss
 from llama_jax.losses.language_model import language_model_loss

@@ -12,7 +12,8 @@ from experiments.policy.rewards import Judges
 from llama_jax import runtime
 from llama_jax.data.messages import one_or_more_messages
 from llama_jax.data.preferences import encode_answer
-from llama_jax.data.records import Prompted, read_records
+from llama_jax.data.record_kinds import Prompted
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.item_log import ItemLog
 from llama_jax.json_file import show_json

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.policy.candidates import Asked, shown_prompt
-from llama_jax.data.records import Conversation, Messages, Prompted
+from llama_jax.data.record_kinds import Conversation, Messages, Prompted
 from llama_jax.errors import refusals_of
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.rl.ghost_attention import Constraint, Instruction, dialogs_of, instruction_of, learnt

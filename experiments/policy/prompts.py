@@ -13,7 +13,8 @@ import numpy as np
 from experiments.launch import flags_named
 from experiments.run.config_file import split_list
 from experiments.training import Plan
-from llama_jax.data.records import Prompted, parse_key_map, read_records
+from llama_jax.data.record_kinds import Prompted
+from llama_jax.data.records import parse_key_map, read_records
 from llama_jax.errors import InputError, refusals_of
 from llama_jax.rl.rollout import check_room
 from llama_jax.tokenizer.chat_format import ChatFormat, chat_format_for

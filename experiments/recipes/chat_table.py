@@ -24,7 +24,8 @@ from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained
 from llama_jax.data.messages import prompt_messages
 from llama_jax.data.preferences import encode_answer
-from llama_jax.data.records import Conversation, Prompted, read_records
+from llama_jax.data.record_kinds import Conversation, Prompted
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.inference.scoring import Pair, score
 from llama_jax.json_file import parse_json, read_bytes

@@ -16,10 +16,12 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int
 
+from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.lm_batch import lm_batch
 from llama_jax.data.mixture import Mixture, mix
 from llama_jax.data.packing import Row, best_fit
-from llama_jax.data.records import BadRecords, Conversation, read_records
+from llama_jax.data.record_kinds import Conversation
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.data.bad_records import BadRecords
 from llama_jax.data.mixture import Mixture, mix
 from llama_jax.data.preferences import (
     EncodedPair,
@@ -15,7 +16,8 @@ from llama_jax.data.preferences import (
     format_ids,
     mismatched,
 )
-from llama_jax.data.records import BadRecords, Judged, Messages, Preference, read_records
+from llama_jax.data.record_kinds import Judged, Messages, Preference
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import ChatFormat
 from llama_jax.tokenizer.tokenizer import Tokenizer

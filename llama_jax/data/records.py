@@ -1,22 +1,9 @@
-r"""Examples to fine-tune on: conversations, pairs, judged answers; from files of any kind, told apart by keys.
-
-    conversation   messages (role, content, tools, tool_calls, weight) | conversations (from, value) |
-                   instruction, output (input, system, history) | prompt, completion
-    preference     prompt or conversations, chosen, rejected | chosen, rejected with the prompt inside both |
-                   input, preferred_output, non_preferred_output | prompt, response_1, response_2, preference_strength
-    judged         prompt, completion, label
-    prompted       prompt | messages | conversations | instruction (input), with anything else beside it
-
-An answer that was drawn and cut at its most tokens has "stopped": false beside it, of a pair "chosen_stopped" or
-"rejected_stopped": no stop token is learnt behind it.
-
-A text with the turns of hh-rlhf ('\n\nHuman: ... \n\nAssistant: ...') is the messages that it spells.
-"""
+"""Records to fine-tune on, out of files of any kind or TFDS; `record_kinds` tells what their keys mean."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -31,100 +18,10 @@ from llama_jax.data.containers import (
     read_array_record,
     read_json_texts,
 )
-from llama_jax.data.messages import (
-    first_difference,
-    one_or_more_messages,
-    prompt_messages,
-    read_conversation,
-    with_end,
-)
+from llama_jax.data.record_kinds import READERS, Kind, Prompted
 from llama_jax.data.tables import read_table
 from llama_jax.errors import InputError
-from llama_jax.json_file import parse_object, show_json
-from llama_jax.tokenizer.chat_format import Message
-
-Messages = tuple[Message, ...]
-
-# Llama 2 paper, Table 27: what a rating is worth at most; its small margins are a third of these.
-RATINGS = {
-    'significantly better': 3.0,
-    'better': 2.0,
-    'slightly better': 1.0,
-    'negligibly better': 0.0,
-    'negligibly better / unsure': 0.0,
-    'unsure': 0.0,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """What is trained on as it is.
-
-    Attributes:
-      messages: the last by the assistant.
-      counts: which of them are to be learnt.
-      place: the file and record that it is from.
-    """
-
-    messages: Messages
-    counts: tuple[bool, ...]
-    place: str = dataclasses.field(default='', compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """Two answers of which one is better.
-
-    Attributes:
-      prompt: ends before the answer.
-      chosen: the better answer; one message, or several where tools are called.
-      rejected: the other.
-      margin: by how much, in the unit of the data: a rating's (`RATINGS`), a difference of scores; None: not said.
-      safe: whether each of the two is safe (`chosen_safe`, `rejected_safe`); None: not said.
-      place: the file and record that it is from.
-    """
-
-    prompt: Messages
-    chosen: Messages
-    rejected: Messages
-    margin: float | None = None
-    safe: tuple[bool | None, bool | None] = (None, None)
-    place: str = dataclasses.field(default='', compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """One answer, good or bad.
-
-    Attributes:
-      prompt: ends before the answer.
-      completion: the answer.
-      label: whether it is good.
-      place: the file and record that it is from.
-    """
-
-    prompt: Messages
-    completion: Messages
-    label: bool
-    place: str = dataclasses.field(default='', compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompted:
-    """What is to be answered.
-
-    Attributes:
-      messages: the last by the user or a tool.
-      fields: the whole record, for what judges an answer.
-      place: the file and record that it is from.
-    """
-
-    messages: Messages
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    place: str = dataclasses.field(default='', compare=False)
-
-
-Kind = TypeVar('Kind', Conversation, Preference, Judged, Prompted)
+from llama_jax.json_file import parse_object
 
 
 def read_records(
@@ -139,14 +36,14 @@ def read_records(
     Args:
       sources: paths, globs, `tfds:NAME[:SPLIT][@DATA_DIR]`.
       kind: what they are read as.
-      key_map: a key of this module's docstring -> the record's, 'a.b' for `b` in `a`; nothing else is read then.
+      key_map: a key that `record_kinds` lists -> the record's, 'a.b' for `b` in `a`; nothing else is read then.
       on_error: 'stop' at a record that is of no use, or 'skip' it. A collector is told of each, and says nothing.
 
     Raises:
       InputError: names the file and the record, or the source that holds none.
     """
     bad = on_error if isinstance(on_error, BadRecords) else BadRecords(on_error)
-    read = _READERS[kind]
+    read = READERS[kind]
     for source in sources:
         found = 0
         for place, item in _items(source):
@@ -252,145 +149,3 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(item) for item in value]
     return value
-
-
-def _conversation(item: Mapping[str, Any]) -> Conversation:
-    if ('chosen' in item or 'preferred_output' in item) and 'completion' not in item:
-        raise InputError(
-            'it holds a pair to compare, not an answer to learn; to learn the better one read it as completion by a '
-            'key map, as prompt=prompt,completion=chosen'
-        )
-    messages, counts = read_conversation(item)
-    if messages[-1].role != 'assistant':
-        raise InputError(f'the conversation ends with the {messages[-1].role}; it must end with an answer')
-    first = messages[0] if messages[0].role != 'system' or len(messages) == 1 else messages[1]
-    if first.role == 'assistant':
-        raise InputError('the conversation begins with the assistant; a message by the user must come first')
-    for number, (message, count) in enumerate(zip(messages, counts, strict=True)):
-        if count and not message.content.strip():
-            raise InputError(f'message {number}, an answer to learn, is empty; every answer needs a text')
-    if not any(counts):
-        raise InputError('no answer of it is to be learnt, for all have weight 0; leave it out')
-    return Conversation(with_end(messages, item, 'stopped'), counts)
-
-
-def _preference(item: Mapping[str, Any]) -> Preference:
-    if 'preferred_output' in item or 'non_preferred_output' in item:
-        given = item.get('input', {})
-        item = {
-            **(
-                {'prompt': given.get('messages'), 'tools': given.get('tools')}
-                if isinstance(given, Mapping)
-                else {}
-            ),
-            'chosen': item.get('preferred_output'),
-            'rejected': item.get('non_preferred_output'),
-        }
-    elif 'preference_strength' in item or 'overall_preference' in item:
-        item = _helpsteer(item)
-    for key in ('chosen', 'rejected'):
-        if not item.get(key):
-            what = (
-                'is empty' if key in item else f'is missing among the keys {", ".join(map(show_json, item))}'
-            )
-            raise InputError(f'a pair needs chosen and rejected (or a key map to them): {key} {what}')
-    chosen, rejected = (one_or_more_messages(item[key], key) for key in ('chosen', 'rejected'))
-    prompt = prompt_messages(item)
-    if chosen[0].role != 'assistant':  # the prompt stands in both
-        end = len(chosen) - 1
-        if prompt and prompt != chosen[:end]:
-            raise InputError(first_difference(prompt, chosen, 'the prompt', 'chosen'))
-        prompt = chosen[:end]
-        if rejected[:-1] != prompt:
-            raise InputError(first_difference(prompt, rejected, 'chosen', 'rejected'))
-        chosen, rejected = chosen[end:], rejected[end:]
-    if not prompt:
-        raise InputError('it has no prompt: chosen and rejected must begin with one, or a key prompt hold it')
-    for name, answer in (('chosen', chosen), ('rejected', rejected)):
-        if not answer or {answer[0].role, answer[-1].role} != {'assistant'}:
-            raise InputError(
-                f'{name} ends with the {(answer or prompt)[-1].role}; it must end with an answer'
-            )
-        if not answer[-1].content.strip():
-            raise InputError(f'{name} is empty; every answer needs a text')
-    chosen, rejected = (
-        with_end(chosen, item, 'chosen_stopped'),
-        with_end(rejected, item, 'rejected_stopped'),
-    )
-    if chosen == rejected:
-        raise InputError(f'chosen and rejected are the same answer, {show_json(chosen[-1].content)}')
-    if prompt[-1].role not in ('user', 'tool'):
-        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with the user')
-    safe = item.get('chosen_safe'), item.get('rejected_safe')
-    if not all(one is None or isinstance(one, bool) for one in safe):
-        raise InputError(f'chosen_safe and rejected_safe are {show_json(safe)}; they are true or false')
-    return Preference(prompt, chosen, rejected, _margin(item), safe)
-
-
-def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:
-    """HelpSteer2 and 3: the sign says which answer is better, the size by how much."""
-    answers = [item.get(f'response_{i}', item.get(f'response{i}')) for i in (1, 2)]
-    strength = item.get('preference_strength', item.get('overall_preference'))
-    if not isinstance(strength, int | float) or not strength:
-        raise InputError(f'the preference is {show_json(strength)}: a pair needs a loser, so leave ties out')
-    better = int(strength > 0)
-    prompt = item.get('prompt', item.get('context'))
-    return {
-        'prompt': prompt,
-        'chosen': answers[better],
-        'rejected': answers[1 - better],
-        'margin': abs(strength),
-    }
-
-
-def _margin(item: Mapping[str, Any]) -> float | None:
-    if 'score_chosen' in item and 'score_rejected' in item:
-        scores = item['score_chosen'], item['score_rejected']
-        if not all(isinstance(score, int | float) and np.isfinite(score) for score in scores):
-            raise InputError(f'the scores are {show_json(scores)}; they must be numbers')
-        return float(scores[0]) - float(scores[1])
-    given = item.get('margin', item.get('rating'))
-    if given is None:
-        return None
-    if isinstance(given, str) and given.strip().lower() in RATINGS:
-        return RATINGS[given.strip().lower()]
-    if isinstance(given, bool) or not isinstance(given, int | float) or not np.isfinite(given):
-        raise InputError(f'the margin is {show_json(given)}; it is a number, or one of {", ".join(RATINGS)}')
-    return float(given)
-
-
-def _judged(item: Mapping[str, Any]) -> Judged:
-    if not {'prompt', 'completion', 'label'} <= item.keys():
-        raise InputError(
-            f'it has the keys {", ".join(map(show_json, item))}; it needs prompt, completion and label, or a key map'
-        )
-    label = item['label']
-    if label not in (0, 1):  # booleans among them
-        raise InputError(f'label is {show_json(label)}; it is true or false')
-    completion = one_or_more_messages(item['completion'], 'completion')
-    prompt = prompt_messages(item)
-    if not completion[-1].content.strip():
-        raise InputError('completion is empty; every answer needs a text')
-    if not prompt or prompt[-1].role not in ('user', 'tool'):
-        raise InputError('the prompt is empty or does not end with the user')
-    return Judged(prompt, with_end(completion, item, 'stopped'), bool(label))
-
-
-def _prompted(item: Mapping[str, Any]) -> Prompted:
-    prompt = prompt_messages(item)
-    if not prompt:
-        keys = ', '.join(map(show_json, item))
-        raise InputError(f'it has the keys {keys}; it needs prompt, messages, conversations or instruction')
-    if prompt[-1].role not in ('user', 'tool') or not prompt[-1].content.strip():
-        raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with a text by the user')
-    if isinstance(about := item.get('input'), str) and 'instruction' in item and 'prompt' not in item:
-        prompt = (*prompt[:-1], dataclasses.replace(prompt[-1], input=about))
-    return Prompted(prompt)
-
-
-_READERS: dict[Any, Callable[[Mapping[str, Any]], Any]] = {
-    Conversation: _conversation,
-    Preference: _preference,
-    Judged: _judged,
-    Prompted: _prompted,
-}

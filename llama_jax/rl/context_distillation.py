@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.data.records import Messages
+from llama_jax.data.record_kinds import Messages
 from llama_jax.errors import InputError
 from llama_jax.rl.rejection import Candidate, Keep, compared_of, learnt_of, select
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llama_jax.data.records import Messages
+from llama_jax.data.record_kinds import Messages
 from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.storage import write_atomically

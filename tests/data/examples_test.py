@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.examples import Encoder, Example, ExampleRows, collate_examples, example_dataset
-from llama_jax.data.records import Conversation
+from llama_jax.data.record_kinds import Conversation
 from llama_jax.errors import InputError
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.tokenizer.chat_format import FORMATS, Message, chat_format_for

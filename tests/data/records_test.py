@@ -5,15 +5,9 @@ import numpy as np
 import pytest
 
 from llama_jax.data import records
-from llama_jax.data.records import (
-    BadRecords,
-    Conversation,
-    Judged,
-    Preference,
-    check_records,
-    parse_key_map,
-    read_records,
-)
+from llama_jax.data.bad_records import BadRecords
+from llama_jax.data.record_kinds import Conversation, Judged, Preference
+from llama_jax.data.records import check_records, parse_key_map, read_records
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import Message
 

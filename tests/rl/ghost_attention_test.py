@@ -6,7 +6,8 @@ import itertools
 import pytest
 
 from llama_jax.data.examples import Encoder
-from llama_jax.data.records import Conversation, read_records
+from llama_jax.data.record_kinds import Conversation
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import with_preprompt
 from llama_jax.rl.ghost_attention import (

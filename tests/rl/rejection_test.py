@@ -11,7 +11,8 @@ from etils import epath
 
 from llama_jax.data.examples import Encoder
 from llama_jax.data.preference_dataset import Reading
-from llama_jax.data.records import Conversation, Preference, read_records
+from llama_jax.data.record_kinds import Conversation, Preference
+from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
 from llama_jax.rl.context_distillation import distilled_lines
 from llama_jax.rl.rejection import (

@@ -13,7 +13,8 @@ import pytest
 
 import llama_jax
 from llama_jax.data.examples import Encoder, ExampleRows, collate_examples
-from llama_jax.data.records import Conversation, read_records
+from llama_jax.data.record_kinds import Conversation
+from llama_jax.data.records import read_records
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.chat_format import chat_format_for
