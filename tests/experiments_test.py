@@ -77,6 +77,13 @@ def test_generate_prints_the_completion_alone(commands, run, tmp_path):
         dict(prompt=p, completion=c.partition(stop)[0]) for p, c in zip(prompts, greedy, strict=True)
     ]
     assert lines[0]['completion'] != greedy[0]
+
+
+@pytest.mark.slow
+def test_generate_draws_as_it_is_told(commands, run, tmp_path):
+    prompts = ['ba', 'dio kurst']
+    config, params, tokenizer = llama_jax.load(run)
+    arguments = [f'--checkpoint={run}', '--max_new_tokens=12', '--prompt=ba']
     settings = {
         'temperature': 0.9, 'top_k': 40, 'top_p': 0.95, 'min_p': 0.01, 'repetition_penalty': 1.2,
         'presence_penalty': 0.1, 'frequency_penalty': 0.3, 'min_new_tokens': 3, 'seed': 4,

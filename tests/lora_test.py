@@ -1,5 +1,7 @@
 """Adapters beside a frozen base: what is trained, what stays as it is, and what the two make together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,14 +75,12 @@ def test_merged_is_the_adapter_beside_the_base(base):
     adapters, tokens = random_adapters(EVERYTHING, base), toy.packed_batch(2, 16).tokens
     model = toy.make_model()
     apply = jax.jit(lambda p: model.apply({'params': p}, tokens)[0])
-    beside, merged = (
-        apply(combine(adapters, base, EVERYTHING.scale)),
-        apply(merge(adapters, base, EVERYTHING.scale)),
-    )
+    merging = jax.jit(functools.partial(merge, scale=EVERYTHING.scale))
+    beside, merged = apply(combine(adapters, base, EVERYTHING.scale)), apply(merging(adapters, base))
     np.testing.assert_allclose(beside, merged, rtol=1e-5, atol=1e-5 * float(jnp.abs(merged).max()))
     assert float(jnp.abs(merged - apply(base)).max()) > 0.1
     narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
-    rounded = merge(adapters, narrow, EVERYTHING.scale)['blocks']['attention']['q']
+    rounded = merging(adapters, narrow)['blocks']['attention']['q']
     whole = combine(adapters, narrow, EVERYTHING.scale)['blocks']['attention']['q'].materialize()
     assert whole.dtype == jnp.float32
     np.testing.assert_array_equal(rounded, whole.astype(jnp.bfloat16))  # rounded once

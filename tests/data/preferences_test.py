@@ -129,18 +129,19 @@ def test_log_probabilities_and_scores_are_those_of_each_answer_alone(share):
     by_token = jax.jit(
         lambda p: log_probabilities(policy.clone(attention_implementation=kernel), p, batch, num_chunks=2)
     )(params)
-    sums = answer_sums(jnp.where(batch.loss_mask, by_token, 0.0), batch.segment_ids, batch.pairs)
+    counted = jnp.where(batch.loss_mask, by_token, 0.0)
+    sums = np.asarray(jax.jit(answer_sums)(counted, batch.segment_ids, batch.pairs))
     scores = jax.jit(lambda p: pair_scores(judge.clone(attention_implementation=kernel), p, batch))(judging)
+    scores = np.asarray(scores)
 
     answers = [answer for pair in pairs for answer in pair.answers if answer]
     whole = [np.concatenate([pairs[i // 2].prompt, answer.tokens]) for i, answer in enumerate(answers)]
     alone = np.zeros((len(whole), 24), np.int32)
     for tokens, row in zip(whole, alone, strict=True):
         row[: len(tokens)] = tokens
-    alone = jnp.asarray(alone)
-    logits, _ = jax.jit(lambda p: policy.apply({'params': p}, alone))(params)
+    logits, _ = jax.jit(lambda p: policy.apply({'params': p}, jnp.asarray(alone)))(params)
     by_id = np.asarray(jax.nn.log_softmax(logits))
-    alone_scores = jax.jit(lambda p: judge.apply({'params': p}, alone))(judging)
+    alone_scores = np.asarray(jax.jit(lambda p: judge.apply({'params': p}, jnp.asarray(alone)))(judging))
     for row in range(len(rows)):
         for place, number in enumerate(rows.numbers(row)):
             for side in range(2):

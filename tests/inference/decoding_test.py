@@ -172,7 +172,7 @@ def test_unstacked_weights_are_the_same_model(model, params, rows, logits_of, me
     ('mesh', 'cache_dtype'),
     [
         ({'fsdp': 2, 'tensor': 4}, 'auto'),
-        ({'data': 4, 'tensor': 2}, 'auto'),
+        pytest.param({'data': 4, 'tensor': 2}, 'auto', marks=pytest.mark.slow),
         pytest.param({'fsdp': 2, 'tensor': 4}, 'int8', marks=pytest.mark.slow),
     ],
 )

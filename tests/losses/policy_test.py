@@ -297,7 +297,8 @@ def test_one_device_is_eight(mesh):
 def test_a_policy_that_has_not_moved_has_ratio_one(temperature):
     """And at another temperature than answers were drawn at it has not."""
     params = toy.make_params(MODEL)
-    old = drawn_log_probabilities(MODEL, params, BATCH, temperature=temperature)
+    drawn = jax.jit(functools.partial(drawn_log_probabilities, MODEL, temperature=temperature))
+    old = drawn(params, BATCH)
     batch = BATCH.replace(old=old, reference=old)
     _, metrics = one_step(policy_loss(MODEL, PPO, temperature=temperature), params, batch)
     assert float(metrics['ratio_gap']) < 1e-5
@@ -309,7 +310,7 @@ def test_a_policy_that_has_not_moved_has_ratio_one(temperature):
 
 def test_a_policy_that_has_moved_is_clipped():
     params, tx = toy.make_params(MODEL), optax.sgd(1.0)
-    old = drawn_log_probabilities(MODEL, params, BATCH, temperature=1.0)
+    old = jax.jit(functools.partial(drawn_log_probabilities, MODEL, temperature=1.0))(params, BATCH)
     batch = BATCH.replace(old=old, reference=old)
     loss_fn = policy_loss(MODEL, PPO)
     step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx))

@@ -138,7 +138,8 @@ def test_log_probabilities_by_token_are_those_of_the_logits(num_chunks):
     np.testing.assert_allclose(found, expected, rtol=1e-5)  # fp32 sums of 16 and 40 terms
 
     def total(function):  # weights of both signs, as an advantage has
-        return jax.grad(lambda h, w: jnp.sum(jnp.cos(targets) * function(h, w)), argnums=(0, 1))(hidden, head)
+        weighed = jax.grad(lambda h, w: jnp.sum(jnp.cos(targets) * function(h, w)), argnums=(0, 1))
+        return jax.jit(weighed)(hidden, head)
 
     chunked = total(lambda h, w: token_log_probabilities(h, w, targets, num_chunks))
     whole = total(lambda h, w: -token_losses(jnp.einsum('btd,vd->btv', h, w), targets))

@@ -1,5 +1,7 @@
 """Codes of 4 bits as bitsandbytes has them, bit for bit, and products as of the weight that they stand for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,19 +49,20 @@ def test_products_and_gradients_are_those_of_the_weight(equation, shape, summed,
     of_values = jax.grad(loss)(x, jnp.float32(values))
     for branch in ('cpu', 'default'):
         monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, **of: of[branch](*args))  # noqa: B023
-        np.testing.assert_allclose(linear.einsum(equation, x, ours), wanted, atol=1e-4)
-        found = jax.grad(loss)(x, ours)
+        product = jax.jit(functools.partial(linear.einsum, equation))(x, ours)
+        np.testing.assert_allclose(product, wanted, atol=1e-4)
+        found = jax.jit(jax.grad(loss))(x, ours)
         np.testing.assert_allclose(found, of_values, atol=1e-5 * float(jnp.abs(of_values).max()))
 
 
 def test_a_layers_numbers_do_not_depend_on_the_others():
     weight = normal(3, 128, 6, 8) * jnp.array([1, 10, 0.1]).reshape(3, 1, 1, 1)
     counts = scale_shape(weight.shape, (1,), 64)
-    stacked = quantize_nf4(weight, counts, num_stacked=1)
-    alone = quantize_nf4(weight[1:2], (1, *counts[1:]), num_stacked=1)
+    stacked = jax.jit(lambda w: quantize_nf4(w, counts, num_stacked=1))(weight)
+    alone = jax.jit(lambda w: quantize_nf4(w, (1, *counts[1:]), num_stacked=1))(weight[1:2])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1:2], b), stacked, alone)
-    zero = quantize_nf4(jnp.zeros((128, 4)), (2, 4))
-    np.testing.assert_array_equal(zero.materialize(), jnp.zeros((128, 4)))
+    zero = jax.jit(lambda w: quantize_nf4(w, (2, 4)).materialize())(jnp.zeros((128, 4)))
+    np.testing.assert_array_equal(zero, np.zeros((128, 4)))
 
 
 def test_half_a_byte_a_weight_and_an_eighth_of_one_for_absmax():

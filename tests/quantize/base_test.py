@@ -1,6 +1,7 @@
 """A base as it is kept: quantised while it is read, the same as in memory, and what it then stands for."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -66,7 +67,8 @@ def test_a_base_is_what_is_made_in_memory_and_stands_for_what_is_kept(dtype, par
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
             near = np.isclose(np.float32(ours), np.float32(theirs), rtol=1e-5)
             assert near.mean() > 0.99
-    whole = jax.tree.map(linear.materialize, placed, is_leaf=lambda x: isinstance(x, linear.Representation))
+    representation = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, linear.Representation))
+    whole = jax.jit(functools.partial(representation, linear.materialize))(placed)
     kept = kept_leaves(leaves, dtype)
     assert whole['final_norm'].dtype == jnp.float32
     for keys, leaf in jax.tree_util.tree_leaves_with_path(whole):

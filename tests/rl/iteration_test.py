@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +73,14 @@ def test_an_answers_numbers_stand_where_its_tokens_are_predicted(iteration, pres
 def test_packed_answers_have_the_log_probabilities_of_each_alone(iteration, model, params):
     batch, places = iteration.minibatch(SHAPE, 0, iteration.num_rows(SHAPE, 1), PRESETS['ppo'])
     batch = jax.tree.map(jnp.asarray, batch)
-    found = np.asarray(drawn_log_probabilities(model, params, batch, temperature=0.7))
+    found = jax.jit(functools.partial(drawn_log_probabilities, model, temperature=0.7))(params, batch)
+    logits_of = jax.jit(lambda tokens: model.apply({'params': params}, tokens)[0])
+    found = np.asarray(found)
     for number, row, slots in places[:3]:
         tokens = np.concatenate([iteration.prompts[number], iteration.answers[number]])
-        logits, _ = model.apply({'params': params}, jnp.asarray(tokens[None]))
-        logits = np.asarray(logits[0], np.float64) / 0.7
+        padded = np.zeros((1, SHAPE.seq_len), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(logits_of(padded)[0], np.float64) / 0.7
         log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         first = len(iteration.prompts[number]) - 1
         wanted = [log_p[first + place, token] for place, token in enumerate(iteration.answers[number])]
