@@ -22,9 +22,9 @@ from llama_jax.inference.scoring import check_candidates
 from llama_jax.json_file import read_bytes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
+from llama_jax.serve.access import read_keys
 from llama_jax.serve.documents import Documents
 from llama_jax.serve.job import follow
-from llama_jax.serve.keys import read_keys
 from llama_jax.serve.served import Served, chat_of, rules_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
 from llama_jax.tokenizer.protocol import required

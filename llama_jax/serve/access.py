@@ -2,16 +2,22 @@
 
 import hashlib
 import hmac
+import re
 
+from etils import epath
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama_jax.errors import InputError
+from llama_jax.json_file import read_bytes
 from llama_jax.serve.refusal import Refusal, bad
 from llama_jax.serve.service import Service
 
 # Open without a key: what watches the server asks for them, and none tells of what is asked.
 _OPEN = frozenset({'/', '/health', '/ready', '/metrics'})
+_MAX_FILE = 1 << 20  # bytes of a file of keys
+_KEY = re.compile(r'[!-~]{8,512}')
 
 
 class Access:
@@ -29,7 +35,7 @@ class Access:
             return
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers.get('host', ''))
+            self._check_host(headers.get('host', '').lower())
             scope.setdefault('state', {})['key'] = self._key(scope, headers)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
@@ -81,3 +87,26 @@ async def read_body(request: Request, most: int) -> bytes:
     if not body:
         raise bad('the body is empty; it must be JSON')
     return bytes(body)
+
+
+def read_keys(path: str) -> tuple[str, ...]:
+    """Keys, one a line; empty lines and those that begin with # do not count.
+
+    Raises:
+      InputError: there are none, or one is none; the line is named, and the key is not shown.
+    """
+    keys = []
+    for number, line in enumerate(
+        read_bytes(epath.Path(path), _MAX_FILE).decode(errors='replace').splitlines(), 1
+    ):
+        key = line.strip()
+        if not key or key.startswith('#'):
+            continue
+        if not _KEY.fullmatch(key):
+            raise InputError(
+                f'{path} line {number} is no key; a key has 8 to 512 letters, digits and signs, and no spaces'
+            )
+        keys.append(key)
+    if not keys:
+        raise InputError(f'{path} holds no keys; write one a line')
+    return tuple(keys)

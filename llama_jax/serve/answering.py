@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from typing import Any, Protocol, TypeVar
 
 from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
 from starlette.requests import Request
@@ -22,6 +22,18 @@ AppStatus.disable_automatic_graceful_drain()
 
 class ClientGone(Exception):
     """Nobody waits for the answer."""
+
+
+class Answer(Protocol):
+    """To one request."""
+
+    async def whole(self) -> dict[str, Any]:
+        """All of it."""
+        ...
+
+    def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """It as it is made."""
+        ...
 
 
 async def unless_gone(request: Request, answer: Awaitable[_T]) -> _T:
@@ -63,7 +75,9 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def stream(request: Request, chunks: AsyncIterator[Any], ends_by_done: bool = True) -> EventStream:
+async def stream(
+    request: Request, chunks: AsyncGenerator[dict[str, Any], None], ends_by_done: bool = True
+) -> EventStream:
     """The chunks as events, [DONE] behind them; what goes wrong after the first is an event too.
 
     Raises:
@@ -81,13 +95,13 @@ async def stream(request: Request, chunks: AsyncIterator[Any], ends_by_done: boo
             yield f'event: error\ndata: {line(refusal.to_json())}\n\n'.encode()
             return
         finally:
-            await chunks.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+            await chunks.aclose()
         if ends_by_done:
             yield b'data: [DONE]\n\n'
 
     return EventStream(events(), sep='\n', send_timeout=_SEND_SECONDS)
 
 
-def _event(chunk: Any) -> bytes:
+def _event(chunk: dict[str, Any]) -> bytes:
     kind = f'event: {chunk["type"]}\n' if isinstance(chunk.get('type'), str) else ''
     return f'{kind}data: {line(chunk)}\n\n'.encode()

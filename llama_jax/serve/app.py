@@ -13,15 +13,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from llama_jax.serve import chats, completions, responses, tokens
+from llama_jax.serve import tokens
 from llama_jax.serve.access import Access, read_body
-from llama_jax.serve.answering import ClientGone
+from llama_jax.serve.answering import Answer, ClientGone, stream, unless_gone
 from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, PassagesBody, TokenizeBody
+from llama_jax.serve.chats import Chat
+from llama_jax.serve.completions import Completion
 from llama_jax.serve.documents import citations, with_passages
 from llama_jax.serve.page import page
 from llama_jax.serve.parameters import check_others
 from llama_jax.serve.refusal import Refusal, of_validation
-from llama_jax.serve.responses import ResponseBody
+from llama_jax.serve.responses import InEvents, ResponseBody
 from llama_jax.serve.service import Service
 
 _log = logging.getLogger(__name__)
@@ -32,14 +34,17 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 def make_app(service: Service) -> Starlette:
     """The application around a service."""
+    limits = service.limits
 
     async def read(request: Request, kind: type[_Body]) -> _Body:
-        body = kind.model_validate_json(await read_body(request, service.limits.max_body))
+        body = kind.model_validate_json(await read_body(request, limits.max_body))
         check_others(body)
         return body
 
     def answers(
-        kind: type[_Asking], answer: Callable[[Service, _Asking, Request, str], Awaitable[Response]]
+        kind: type[_Asking],
+        begin: Callable[[Service, _Asking, str], Awaitable[Answer]],
+        ends_by_done: bool = True,
     ) -> _Handler:
         """Of a body that names the model, once that is there."""
 
@@ -47,9 +52,12 @@ def make_app(service: Service) -> Starlette:
             service.served()
             body = await read(request, kind)
             service.check_model(body.model)
-            return await answer(service, body, request, request.state.key)
+            answer = await begin(service, body, request.state.key)
+            if body.stream:
+                return await stream(request, answer.chunks(), ends_by_done)
+            return JSONResponse(await unless_gone(request, answer.whole()))
 
-        return _guarded(handle, service)
+        return handle
 
     def tells(kind: type[_Body], tell: Callable[[Service, _Body], Awaitable[dict[str, Any]]]) -> _Handler:
         """Of a body that asks for no answer of the model."""
@@ -57,70 +65,64 @@ def make_app(service: Service) -> Starlette:
         async def handle(request: Request) -> Response:
             return JSONResponse(await tell(service, await read(request, kind)))
 
-        return _guarded(handle, service)
+        return handle
 
-    async def front(request: Request) -> Response:
+    def shows(show: Callable[[Request], Any]) -> _Handler:
+        """Of a path alone."""
+
+        async def handle(request: Request) -> Response:
+            shown = show(request)
+            return shown if isinstance(shown, Response) else JSONResponse(shown)
+
+        return handle
+
+    def model(request: Request) -> dict[str, Any]:
+        service.check_model(request.path_params.get('id'))
+        return {'id': limits.name, 'object': 'model', 'created': service.created, 'owned_by': 'llama_jax'}
+
+    def health(request: Request) -> dict[str, Any]:
         del request
-        return page()
+        if not service.worker.is_alive:
+            raise Refusal(503, 'the model does not come round', code='stalled')
+        return {'status': 'alive'}
 
-    async def tokenizer_info(request: Request) -> Response:
-        del request
-        return JSONResponse(tokens.describe(service))
-
-    def model() -> dict[str, Any]:
-        return {
-            'id': service.limits.name,
-            'object': 'model',
-            'created': service.created,
-            'owned_by': 'llama_jax',
-        }
-
-    async def models(request: Request) -> Response:
-        del request
-        return JSONResponse({'object': 'list', 'data': [model()]})
-
-    async def one_model(request: Request) -> Response:
-        service.check_model(request.path_params['id'])
-        return JSONResponse(model())
-
-    async def health(request: Request) -> Response:
-        del request
-        if service.worker.is_alive:
-            return JSONResponse({'status': 'alive'})
-        raise Refusal(503, 'the model does not come round', code='stalled')
-
-    async def ready(request: Request) -> Response:
-        del request
-        service.served()
-        return JSONResponse({'status': 'ready'})
-
-    async def metrics(request: Request) -> Response:
+    def metrics(request: Request) -> Response:
         del request
         return PlainTextResponse(
             service.metrics.render(), media_type='text/plain; version=0.0.4; charset=utf-8'
         )
 
+    async def refused(request: Request, error: Any) -> Response:
+        refusal, reason = error, None
+        if isinstance(error, ValidationError):
+            refusal, reason = of_validation(error), 'invalid'
+        if request.method == 'POST':  # others ask for no answer
+            service.metrics.refused.labels(reason or refusal.code or str(refusal.status)).inc()
+        return refusal.response()
+
     routes = [
-        Route('/v1/chat/completions', answers(ChatBody, chats.chat), methods=['POST']),
-        Route('/v1/completions', answers(CompletionBody, completions.complete), methods=['POST']),
-        Route('/v1/responses', answers(ResponseBody, responses.respond), methods=['POST']),
-        Route('/v1/models', models),
-        Route('/v1/models/{id:path}', one_model),
-        Route('/', front),
+        Route('/v1/chat/completions', answers(ChatBody, Chat.of), methods=['POST']),
+        Route('/v1/completions', answers(CompletionBody, Completion.of), methods=['POST']),
+        Route('/v1/responses', answers(ResponseBody, InEvents.of, ends_by_done=False), methods=['POST']),
+        Route('/v1/models', shows(lambda request: {'object': 'list', 'data': [model(request)]})),
+        Route('/v1/models/{id:path}', shows(model)),
+        Route('/', shows(lambda _: page())),
         Route('/passages', tells(PassagesBody, _passages), methods=['POST']),
         Route('/tokenize', tells(TokenizeBody, tokens.tokenize), methods=['POST']),
         Route('/detokenize', tells(DetokenizeBody, tokens.detokenize), methods=['POST']),
-        Route('/tokenizer_info', tokenizer_info),
-        Route('/health', health),
-        Route('/ready', ready),
-        Route('/metrics', metrics),
+        Route('/tokenizer_info', shows(lambda _: tokens.describe(service))),
+        Route('/health', shows(health)),
+        Route('/ready', shows(lambda _: {'status': 'ready'} if service.served() else None)),
+        Route('/metrics', shows(metrics)),
     ]
-    limits = service.limits
     middleware = [Middleware(Access, service=service)]
     if limits.cors_origins:
         cors = {'allow_origins': list(limits.cors_origins), 'allow_methods': ['*'], 'allow_headers': ['*']}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))  # pyright: ignore[reportArgumentType]
-    handlers = {Refusal: _refusal, HTTPException: _http, Exception: _defect}
+    handlers = {
+        Refusal: refused, ValidationError: refused, HTTPException: _http, Exception: _defect,
+        ClientGone: _nobody, ClientDisconnect: _nobody,
+    }  # fmt: skip
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # pyright: ignore
 
 
@@ -131,28 +133,9 @@ async def _passages(service: Service, body: PassagesBody) -> dict[str, Any]:
     return {'prompt': with_passages(body.prompt, found), 'places': citations(found)}
 
 
-def _guarded(handler: _Handler, service: Service) -> _Handler:
-    """A handler whose refusals are counted, and which nobody may wait for."""
-
-    async def guarded(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except ValidationError as error:
-            service.metrics.refused.labels('invalid').inc()
-            raise of_validation(error) from None
-        except Refusal as refusal:
-            service.metrics.refused.labels(refusal.code or str(refusal.status)).inc()
-            raise
-        except (ClientGone, ClientDisconnect):
-            return Response(status_code=499)  # nobody reads it
-
-    return guarded
-
-
-async def _refusal(request: Request, error: Exception) -> Response:
-    del request
-    assert isinstance(error, Refusal)
-    return error.response()
+async def _nobody(request: Request, error: Exception) -> Response:
+    del request, error
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -161,10 +161,15 @@ class Function(Part):
     strict: bool | None = None
 
 
-class Tool(Part):
-    """That the model may use: functions alone."""
+class OfFunction(Part):
+    """Of tools only functions are offered."""
 
     type: Literal['function']
+
+
+class Tool(OfFunction):
+    """That the model may use."""
+
     function: Function
 
 
@@ -174,10 +179,9 @@ class NamedFunction(Part):
     name: str
 
 
-class NamedTool(Part):
+class NamedTool(OfFunction):
     """A choice of tool: this one."""
 
-    type: Literal['function']
     function: NamedFunction
 
 

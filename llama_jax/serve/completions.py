@@ -2,53 +2,30 @@
 
 import asyncio
 import contextlib
-import secrets
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
 from llama_jax.inference.scoring import TokenScore
-from llama_jax.serve.answering import stream, unless_gone
 from llama_jax.serve.bodies import CompletionBody
 from llama_jax.serve.constraints import rule_of
 from llama_jax.serve.log_probabilities import OfCompletion
 from llama_jax.serve.refusal import bad
 from llama_jax.serve.service import Service
-from llama_jax.serve.ticket import Ticket
-from llama_jax.serve.usage import Usage
+from llama_jax.serve.ticket import Piece, Ticket
 from llama_jax.serve.worker import Asked
 from llama_jax.tokenizer.infill_format import InfillFormat
 from llama_jax.tokenizer.protocol import printable, prompt_ids
 
 
-async def complete(service: Service, body: CompletionBody, request: Request, key: str) -> Response:
-    """Answers a request.
-
-    Raises:
-      Refusal: it is wrong, or cannot be answered.
-    """
-    work = await _Work.of(service, body, key)
-    if body.stream:
-        return await stream(request, work.chunks())
-    return JSONResponse(await unless_gone(request, work.whole()))
-
-
-class _Work:
-    """One request: its prompts, and what is told of them."""
+class Completion:
+    """What comes after the prompts of one request, and what is told of them."""
 
     def __init__(self, service: Service, body: CompletionBody, prompts: list[list[int]], asked: list[Asked]):
         self._service, self._body, self._prompts, self._asked = service, body, prompts, asked
-        self._n, self._usage = body.n or 1, Usage(sum(map(len, prompts)))
-        self._head = {
-            'id': f'cmpl-{secrets.token_hex(12)}', 'object': 'text_completion', 'created': int(time.time()),
-            'model': service.limits.name,
-        }  # fmt: skip
+        self._n, self._head = body.n or 1, service.head('cmpl', 'text_completion')
 
     @classmethod
-    async def of(cls, service: Service, body: CompletionBody, key: str) -> '_Work':
+    async def of(cls, service: Service, body: CompletionBody, key: str) -> 'Completion':
         """Raises Refusal where the request is wrong."""
         service.check_n(body)
         tokenizer, given = service.served().tokenizer, list(body.prompts)
@@ -93,7 +70,7 @@ class _Work:
             for place, prompt in enumerate(self._prompts):
                 scores[place] = await asyncio.wrap_future(self._service.worker.score(prompt))
         if self._body.max_tokens == 0:
-            return Ticket(0, lambda: None, is_streamed), scores
+            return Ticket(0, lambda: None, is_streamed, sum(map(len, self._prompts))), scores
         return self._service.submit(self._asked, is_streamed), scores
 
     def _told(self, place: int) -> tuple[str, OfCompletion | None]:
@@ -107,32 +84,29 @@ class _Work:
         if self._body.logprobs is None:
             return echoed, None
         before = () if self._body.echo else prompt
-        return echoed, OfCompletion(served.tokenizer, self._service.texts(), self._body.logprobs, before)
+        return echoed, OfCompletion(
+            served.tokenizer, self._service.served().texts, self._body.logprobs, before
+        )
 
     def _choice(self, row: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {'index': row, 'text': text, 'logprobs': logprobs, 'finish_reason': finish}
 
     async def whole(self) -> dict[str, Any]:
         """All completions."""
-        rows = range(len(self._prompts) * self._n)
-        texts, finish = [''] * len(rows), ['length'] * len(rows)
-        scores: list[list[TokenScore]] = [[] for _ in rows]
         ticket, prompt_scores = await self._begin(is_streamed=False)
         with contextlib.closing(ticket):
-            async for piece in ticket.pieces():
-                texts[piece.row] += piece.text
-                scores[piece.row] += piece.scores
-                finish[piece.row] = piece.finish or 'length'
-                self._usage.take(piece)
+            rows = await ticket.whole()
+        if self._body.max_tokens == 0:
+            rows = [Piece(row, '', 0, (), 'length') for row in range(len(self._prompts) * self._n)]
         choices = []
         for row in rows:
-            place = row // self._n
+            place = row.row // self._n
             echoed, told = self._told(place)
-            logprobs = told.of([*prompt_scores[place], *scores[row]]) if told else None
-            choices.append(self._choice(row, echoed + texts[row], logprobs, finish[row]))
-        return {**self._head, 'choices': choices, 'usage': self._usage.to_json()}
+            logprobs = told.of([*prompt_scores[place], *row.scores]) if told else None
+            choices.append(self._choice(row.row, echoed + row.text, logprobs, row.finish))
+        return {**self._head, 'choices': choices, 'usage': ticket.usage.to_json()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The completions as they are made."""
         empty = {'usage': None} if self._body.tells_usage else {}
         told: dict[int, OfCompletion | None] = {}
@@ -146,11 +120,10 @@ class _Work:
                     finish = 'length' if self._body.max_tokens == 0 else None
                     yield {**self._head, 'choices': [self._choice(row, echoed, logprobs, finish)], **empty}
             async for piece in ticket.pieces():
-                self._usage.take(piece)
                 of_row = told[piece.row]
                 logprobs = of_row.of(piece.scores) if of_row else None
                 if piece.text or piece.finish or logprobs:
                     choice = self._choice(piece.row, piece.text, logprobs, piece.finish)
                     yield {**self._head, 'choices': [choice], **empty}
         if self._body.tells_usage:
-            yield {**self._head, 'choices': [], 'usage': self._usage.to_json()}
+            yield {**self._head, 'choices': [], 'usage': ticket.usage.to_json()}

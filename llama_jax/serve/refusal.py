@@ -1,5 +1,7 @@
 """What is told of a request that is not answered: OpenAI's object for errors, and the status that goes with it."""
 
+import collections
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,7 @@ from llama_jax.errors import InputError, error_line
 # Seconds after which one that was sent away may come again.
 _RETRY_SECONDS = 5
 # What pydantic puts between the names of fields: kinds of a union.
-_KIND = re.compile(r'^(str|int|float|bool|list|dict|function-|constrained|literal|.*\[)|[A-Z]')
+_KIND = re.compile(r'^((str|int|float|bool)$|function-|constrained-|literal\[|(list|dict)\[)|[A-Z]')
 
 
 class Refusal(Exception):
@@ -62,10 +64,11 @@ def of_input_error(error: InputError, param: str | None = None) -> Refusal:
 def of_validation(error: ValidationError) -> Refusal:
     """The first thing that is wrong with a body."""
     errors = error.errors(include_url=False, include_context=False)
+    of_kind = collections.Counter(one['loc'][:2] for one in errors)
     # Of the kinds that a value may have, the one that it comes nearest to.
     first = max(
         (one for one in errors if one['loc'][:1] == errors[0]['loc'][:1]),
-        key=lambda one: (not one['type'].endswith('_type'), len(one['loc'])),
+        key=lambda one: (not one['type'].endswith('_type'), -of_kind[one['loc'][:2]], len(one['loc'])),
     )
     place = [str(part) for part in first['loc'] if isinstance(part, int) or not _KIND.search(part)]
     param = re.sub(r'\.(\d+)', r'[\1]', '.'.join(place)) or None
@@ -76,5 +79,5 @@ def of_validation(error: ValidationError) -> Refusal:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f'{text[:60]}...'

@@ -1,18 +1,16 @@
 """/v1/responses, of which nothing is kept: texts and calls of functions, told in the words of the newer clients."""
 
+import contextlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
-from llama_jax.serve.answering import stream, unless_gone
-from llama_jax.serve.bodies import ChatBody, FreeJson, Part, TextPart
-from llama_jax.serve.chats import Answer
+from llama_jax.serve.bodies import ChatBody, FreeJson, Function, NamedFunction, OfFunction, Part, TextPart
+from llama_jax.serve.chats import Chat
 from llama_jax.serve.refusal import Refusal, bad, of_validation
 from llama_jax.serve.service import Service
 
@@ -34,21 +32,12 @@ class Item(Part):
     output: str | list[TextPart] | None = None
 
 
-class FlatFunction(Part):
+class FlatFunction(Function, OfFunction):
     """That the model may call."""
 
-    type: Literal['function']
-    name: str
-    description: str | None = None
-    parameters: FreeJson | None = None
-    strict: bool | None = None
 
-
-class FlatChoice(Part):
+class FlatChoice(NamedFunction, OfFunction):
     """This function."""
-
-    type: Literal['function']
-    name: str
 
 
 class Format(Part):
@@ -83,25 +72,6 @@ class ResponseBody(Part):
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
-async def respond(service: Service, body: ResponseBody, request: Request, key: str) -> Response:
-    """Answers a request.
-
-    Raises:
-      Refusal: it is wrong, or cannot be answered.
-    """
-    try:
-        answer = await Answer.of(service, _chat_body(body), key)
-    except ValidationError as error:
-        raise _renamed(of_validation(error)) from None
-    except Refusal as refusal:
-        raise _renamed(refusal) from None
-    told = _Told(body, service.limits.name)
-    if body.stream:
-        return await stream(request, told.events(answer), ends_by_done=False)
-    whole = await unless_gone(request, answer.whole())
-    return JSONResponse(told.of_chat(whole))
-
-
 def _renamed(refusal: Refusal) -> Refusal:
     param = refusal.param
     for name, here in _NAMES.items():
@@ -116,8 +86,11 @@ def _chat_body(body: ResponseBody) -> ChatBody:
         messages.append({'role': 'system', 'content': body.instructions})
     items = [Item(role='user', content=body.input)] if isinstance(body.input, str) else body.input
     messages += [_message(item, f'input[{number}]') for number, item in enumerate(items)]
-    asked: dict[str, Any] = {'model': body.model, 'messages': messages, 'stream': body.stream}
-    asked |= {
+    asked: dict[str, Any] = {
+        'model': body.model,
+        'messages': messages,
+        'stream': True,
+        'stream_options': {'include_usage': True},
         'max_completion_tokens': body.max_output_tokens,
         'temperature': body.temperature,
         'top_p': body.top_p,
@@ -161,11 +134,12 @@ def _message(item: Item, place: str) -> dict[str, Any]:
     return {'role': item.role or 'user', 'content': text_of(item.content, 'content')}
 
 
-class _Told:
-    """One response, as it grows."""
+class InEvents:
+    """The answer of a chat, as one response that grows."""
 
-    def __init__(self, body: ResponseBody, model: str):
-        self._body, self._id = body, f'resp_{secrets.token_hex(12)}'
+    def __init__(self, body: ResponseBody, model: str, chat: Chat):
+        """See `of`."""
+        self._chat, self._id = chat, f'resp_{secrets.token_hex(12)}'
         choice = body.tool_choice
         self._head: dict[str, Any] = {
             'id': self._id, 'object': 'response', 'created_at': int(time.time()), 'model': model, 'error': None,
@@ -176,6 +150,16 @@ class _Told:
             'tool_choice': choice.model_dump() if isinstance(choice, FlatChoice) else choice or 'auto',
             'store': False, 'previous_response_id': None, 'truncation': 'disabled',
         }  # fmt: skip
+
+    @classmethod
+    async def of(cls, service: Service, body: ResponseBody, key: str) -> 'InEvents':
+        """Raises Refusal where the request is wrong."""
+        try:
+            return cls(body, service.limits.name, await Chat.of(service, _chat_body(body), key))
+        except ValidationError as error:
+            raise _renamed(of_validation(error)) from None
+        except Refusal as refusal:
+            raise _renamed(refusal) from None
 
     def _whole(self, output: list[Any], finish: str | None, usage: dict[str, Any] | None) -> dict[str, Any]:
         """The response: in progress where nothing has ended it."""
@@ -213,16 +197,13 @@ class _Told:
             'name': function['name'], 'arguments': function['arguments'],
         }  # fmt: skip
 
-    def of_chat(self, chat: dict[str, Any]) -> dict[str, Any]:
-        """Of a chat's whole answer."""
-        (choice,) = chat['choices']
-        status = 'incomplete' if choice['finish_reason'] == 'length' else 'completed'
-        calls = choice['message'].get('tool_calls')
-        item = self._call(calls[0], status) if calls else self._text(choice['message']['content'], status)
-        return self._whole([item], choice['finish_reason'], chat['usage'])
+    async def whole(self) -> dict[str, Any]:
+        """All of it, with which its events end."""
+        *_, last = [event async for event in self.chunks()]
+        return last['response']
 
-    async def events(self, answer: Answer) -> AsyncIterator[dict[str, Any]]:
-        """Of a chat's stream."""
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Its events."""
         number = 0
 
         def event(kind: str, **fields: Any) -> dict[str, Any]:
@@ -230,28 +211,36 @@ class _Told:
             number += 1
             return {'type': f'response.{kind}', 'sequence_number': number - 1, **fields}
 
-        yield event('created', response=self._whole([], None, None))
-        yield event('in_progress', response=self._whole([], None, None))
-        text, call, finish = '', None, None
+        text, call, finish, usage = '', None, None, None
         of_text = {'item_id': f'msg_{self._id[5:]}', 'output_index': 0, 'content_index': 0}
         of_call = {'item_id': f'fc_{self._id[5:]}', 'output_index': 0}
-        async for chunk in answer.chunks():
-            for choice in chunk['choices']:
-                delta, finish = choice['delta'], choice['finish_reason']
-                if piece := delta.get('content'):
-                    if not text:
-                        yield event('output_item.added', output_index=0, item=self._text('', 'in_progress'))
-                        yield event('content_part.added', **of_text, part=self._part(''))
-                    text += piece
-                    yield event('output_text.delta', **of_text, delta=piece, logprobs=[])
-                for new in delta.get('tool_calls', ()):
-                    if call is None:
-                        call = new
-                        yield event('output_item.added', output_index=0, item=self._call(call, 'in_progress'))
-                    else:
-                        piece = new['function']['arguments']
-                        call['function']['arguments'] += piece
-                        yield event('function_call_arguments.delta', **of_call, delta=piece)
+        async with contextlib.aclosing(self._chat.chunks()) as chunks:
+            chunk = await anext(chunks)  # what is refused is so before anything is told
+            yield event('created', response=self._whole([], None, None))
+            yield event('in_progress', response=self._whole([], None, None))
+            while chunk is not None:
+                usage = chunk['usage']
+                for choice in chunk['choices']:
+                    delta, finish = choice['delta'], choice['finish_reason']
+                    if piece := delta.get('content'):
+                        if not text:
+                            yield event(
+                                'output_item.added', output_index=0, item=self._text('', 'in_progress')
+                            )
+                            yield event('content_part.added', **of_text, part=self._part(''))
+                        text += piece
+                        yield event('output_text.delta', **of_text, delta=piece, logprobs=[])
+                    for new in delta.get('tool_calls', ()):
+                        if call is None:
+                            call = new
+                            yield event(
+                                'output_item.added', output_index=0, item=self._call(call, 'in_progress')
+                            )
+                        else:
+                            piece = new['function']['arguments']
+                            call['function']['arguments'] += piece
+                            yield event('function_call_arguments.delta', **of_call, delta=piece)
+                chunk = await anext(chunks, None)
         status = 'incomplete' if finish == 'length' else 'completed'
         if call is not None:
             item = self._call(call, status)
@@ -264,5 +253,4 @@ class _Told:
                 yield event('content_part.done', **of_text, part=self._part(text))
         if text or call is not None:
             yield event('output_item.done', output_index=0, item=item)
-        kind = 'incomplete' if finish == 'length' else 'completed'
-        yield event(kind, response=self._whole([item], finish, answer.usage.to_json()))
+        yield event(status, response=self._whole([item], finish, usage))

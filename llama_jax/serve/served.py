@@ -12,6 +12,7 @@ from llama_jax.inference.decoding import power_of_two
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.serve.log_probabilities import TokenTexts
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import Params
 
@@ -44,6 +45,11 @@ class Served:
     rules: Rules | str
     make_generator: Callable[[], Generator]
     score: Callable[[Sequence[int]], list[TokenScore]]
+
+    @functools.cached_property
+    def texts(self) -> TokenTexts:
+        """How tokens are written."""
+        return TokenTexts(self.tokenizer)
 
     @classmethod
     def create(

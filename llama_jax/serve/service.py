@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llama_jax.errors import InputError
 from llama_jax.inference.chat import Chat
@@ -17,7 +17,6 @@ from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.refusal import Refusal, bad, of_input_error
 from llama_jax.serve.served import Served
 from llama_jax.serve.ticket import Ticket
-from llama_jax.serve.token_texts import TokenTexts
 from llama_jax.serve.worker import Asked, Worker
 
 _T = TypeVar('_T')
@@ -61,7 +60,6 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_answering = 0
-        self._texts: TokenTexts | None = None
 
     def served(self) -> Served:
         """What is served.
@@ -77,17 +75,16 @@ class Service:
             raise Refusal(503, 'the model is being loaded; ask again soon', code='loading')
         return self.worker.served
 
-    def texts(self) -> TokenTexts:
-        """How tokens are written."""
-        if self._texts is None:
-            self._texts = TokenTexts(self.served().tokenizer)
-        return self._texts
-
     def check_model(self, name: str | None) -> None:
         """Refuses a model that is not served."""
         if name is not None and name != self.limits.name:
             message = f'the model {name!r} is not served here; there is {self.limits.name!r}'
             raise Refusal(404, message, 'model', 'model_not_found')
+
+    def head(self, id_begins: str, kind: str) -> dict[str, Any]:
+        """What every answer begins with."""
+        id, created = f'{id_begins}-{secrets.token_hex(12)}', int(time.time())
+        return {'id': id, 'object': kind, 'created': created, 'model': self.limits.name}
 
     def chat(self) -> Chat:
         """How the model is talked to."""
@@ -172,5 +169,6 @@ class Service:
             raise Refusal(
                 429, f'{self.limits.max_queue} answers wait already; ask again soon', code='queue_full'
             )
-        self.metrics.prompt_tokens.inc(sum(len(one.request.tokens) for one in asked))
-        return self.worker.submit(asked, is_streamed)
+        ticket = self.worker.submit(asked, is_streamed)
+        self.metrics.prompt_tokens.inc(ticket.usage.prompt_tokens)
+        return ticket

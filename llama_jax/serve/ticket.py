@@ -4,6 +4,7 @@ import asyncio
 import collections
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from llama_jax.inference.completion import FinishReason
 from llama_jax.inference.scoring import TokenScore
@@ -44,18 +45,47 @@ class Piece:
         return _PIECE_BYTES + len(self.text.encode()) + _SCORE_BYTES * scores
 
 
-class Ticket:
-    """One request's pieces, in the order in which they are made; it belongs to one event loop, and is to be closed."""
+@dataclasses.dataclass
+class Usage:
+    """Tokens of one request.
 
-    def __init__(self, num_rows: int, cancel: Callable[[], None], is_streamed: bool):
+    Attributes:
+      prompt_tokens: of all its prompts, each once.
+      cached_tokens: of them that were not read again.
+      completion_tokens: of all its answers.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As completions and chats have it."""
+        return {
+            'prompt_tokens': self.prompt_tokens,
+            'completion_tokens': self.completion_tokens,
+            'total_tokens': self.prompt_tokens + self.completion_tokens,
+            'prompt_tokens_details': {'cached_tokens': self.cached_tokens},
+        }
+
+
+class Ticket:
+    """One request's pieces, in the order in which they are made; it belongs to one event loop, and is to be closed.
+
+    Attributes:
+      usage: what was taken from it so far.
+    """
+
+    def __init__(self, num_rows: int, cancel: Callable[[], None], is_streamed: bool, prompt_tokens: int):
         """Nothing has come yet.
 
         Args:
           num_rows: that it has.
           cancel: ends them.
           is_streamed: to a client that may read too slowly.
+          prompt_tokens: of all its prompts.
         """
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.usage = asyncio.get_running_loop(), Usage(prompt_tokens)
         self._num_open, self._cancel = num_rows, cancel
         self._limit = _MAX_BYTES if is_streamed else None
         self._waiting: collections.deque[Piece | Refusal] = collections.deque()
@@ -88,7 +118,26 @@ class Ticket:
                 raise item
             self._num_bytes -= item.size
             self._num_open -= item.finish is not None
+            self.usage.completion_tokens += item.num_tokens
+            self.usage.cached_tokens += item.cached_tokens
             yield item
+
+    async def whole(self) -> list[Piece]:
+        """The rows in their order, each as one piece.
+
+        Raises:
+          Refusal: the request cannot be answered.
+        """
+        by_row: dict[int, list[Piece]] = {}
+        async for piece in self.pieces():
+            by_row.setdefault(piece.row, []).append(piece)
+        return [
+            Piece(
+                row, ''.join(piece.text for piece in pieces), sum(piece.num_tokens for piece in pieces),
+                [score for piece in pieces for score in piece.scores], pieces[-1].finish,
+            )
+            for row, pieces in sorted(by_row.items())
+        ]  # fmt: skip
 
     def close(self) -> None:
         """Ends the rows that have not ended."""

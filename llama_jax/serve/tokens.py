@@ -33,7 +33,7 @@ async def detokenize(service: Service, body: DetokenizeBody) -> dict[str, Any]:
 
 def describe(service: Service) -> dict[str, Any]:
     """Names of the tokens that begin and end texts."""
-    tokenizer, texts = service.served().tokenizer, service.texts()
+    tokenizer, texts = service.served().tokenizer, service.served().texts
     return {
         'tokenizer_class': type(tokenizer).__name__,
         'vocab_size': tokenizer.vocab_size,

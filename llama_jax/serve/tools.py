@@ -1,6 +1,5 @@
 """Functions that a client offers: how the model hears of them, and which of its words are a call of one."""
 
-import dataclasses
 import json
 import secrets
 from collections.abc import Collection, Sequence
@@ -14,29 +13,6 @@ from llama_jax.tokenizer.tool_calls import describe_tools, spell_call
 
 # What Llama 3.1 may begin a call with.
 _TAG = '<|python_tag|>'
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """Of a function, by the model.
-
-    Attributes:
-      id: made up here.
-      name: of the function.
-      arguments: JSON in a text.
-    """
-
-    id: str
-    name: str
-    arguments: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As chats have it."""
-        return {
-            'id': self.id,
-            'type': 'function',
-            'function': {'name': self.name, 'arguments': self.arguments},
-        }
 
 
 def offered(body: ChatBody) -> list[str]:
@@ -124,7 +100,7 @@ class Words:
         self._may_call = False
         return self._held
 
-    def end(self) -> tuple[str, Call | None]:
+    def end(self) -> tuple[str, dict[str, Any] | None]:
         """The rest, or the call that the answer is."""
         if not self._may_call:
             return '', None
@@ -132,8 +108,8 @@ class Words:
         return ('', call) if call else (self._held, None)
 
 
-def parse_call(text: str, names: Collection[str]) -> Call | None:
-    """The call of one of these functions that a text is, if it is one."""
+def parse_call(text: str, names: Collection[str]) -> dict[str, Any] | None:
+    """The call of one of these functions that a text is, as chats have it, if it is one."""
     text = text.strip().removeprefix(_TAG)
     try:
         value = json.loads(text)
@@ -144,10 +120,12 @@ def parse_call(text: str, names: Collection[str]) -> Call | None:
     arguments = value.get('parameters', value.get('arguments', {}))
     if not isinstance(arguments, dict):
         return None
-    return Call(f'call_{secrets.token_hex(12)}', value['name'], json.dumps(arguments, ensure_ascii=False))
+    function = {'name': value['name'], 'arguments': json.dumps(arguments, ensure_ascii=False)}
+    return {'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': function}
 
 
-def call_deltas(call: Call) -> Sequence[dict[str, Any]]:
+def call_deltas(call: dict[str, Any]) -> Sequence[dict[str, Any]]:
     """The same for a stream: first whose it is, then its arguments."""
-    first = {'index': 0, **call.to_json(), 'function': {'name': call.name, 'arguments': ''}}
-    return first, {'index': 0, 'function': {'arguments': call.arguments}}
+    function = call['function']
+    first = {'index': 0, **call, 'function': {**function, 'arguments': ''}}
+    return first, {'index': 0, 'function': {'arguments': function['arguments']}}

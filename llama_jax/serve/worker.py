@@ -124,7 +124,10 @@ class Worker:
     def submit(self, asked: Sequence[Asked], is_streamed: bool) -> Ticket:
         """Lets rows of some prompts wait for slots; they are numbered one prompt after the other."""
         num_rows = sum(one.num_rows for one in asked)
-        ticket = Ticket(num_rows, lambda: self._order(lambda: self._cancel(ticket)), is_streamed)
+        ticket = Ticket(
+            num_rows, lambda: self._order(lambda: self._cancel(ticket)), is_streamed,
+            sum(len(one.request.tokens) for one in asked),
+        )  # fmt: skip
         with self._lock:
             self._open[ticket] = num_rows
         self._order(lambda: self._submit(ticket, asked))

@@ -3,6 +3,7 @@
 import inspect
 import json
 import pathlib
+import re
 
 import pytest
 from openai.resources.chat.completions import Completions as Chats
@@ -10,6 +11,7 @@ from openai.resources.completions import Completions
 
 from llama_jax.serve.bodies import ChatBody, CompletionBody
 from llama_jax.serve.parameters import HARMLESS, REFUSED
+from llama_jax.serve.responses import ResponseBody
 from tests.serve.serving import Script, scripted, serving
 
 USER = [{'role': 'user', 'content': 'Hi'}]
@@ -38,7 +40,8 @@ def refusal(response, status=400):
         ({'n': 1.5}, 'n', 'valid integer'),
         ({'top_p': -1}, 'top_p', 'greater than 0'),
         ({'temperature': 1e9}, 'temperature', 'less than or equal to 2'),
-        ({'temperature': '1'}, 'temperature', 'valid number'),
+        ({'temperature': '1'}, 'temperature', 'valid number, not "1"'),
+        ({'model': None}, 'model', 'valid string, not null'),
         ({'stop': ['a', 'b', 'c', 'd', 'e']}, 'stop', 'at most 4'),
         ({'stop': ''}, 'stop', 'at least one character'),
         ({'max_tokens': 0}, 'max_tokens', 'greater than or equal to 1'),
@@ -105,6 +108,8 @@ def test_what_is_no_request_at_all_is_refused(client):
         ({'prompt': [[]]}, 'prompt'),
         ({'prompt': [[600]]}, 'prompt'),
         ({'prompt': [-1]}, 'prompt[0]'),
+        ({'prompt': [1, 2.5]}, 'prompt[1]'),
+        ({'prompt': ['a', [1]]}, 'prompt[1]'),
         ({'prompt': {'a': 1}}, 'prompt'),
         ({'prompt': 'a', 'max_tokens': 0}, 'max_tokens'),
         ({'prompt': 'a', 'logprobs': 21}, 'logprobs'),
@@ -143,6 +148,17 @@ def test_every_parameter_of_the_official_client_is_honoured_or_told_of(client, b
     assert all(f'`{name}`' in page for name in HARMLESS)
 
 
+@pytest.mark.parametrize('path', ['completions', 'chat/completions', 'responses'])
+def test_a_field_of_a_wrong_kind_is_named_whatever_its_name(client, path):
+    body = {'completions': CompletionBody, 'chat/completions': ChatBody, 'responses': ResponseBody}[path]
+    right = {'model': 'toy', 'messages': USER, 'prompt': 'a', 'input': 'a'}
+    right = {name: value for name, value in right.items() if name in body.model_fields}
+    for name in body.model_fields:
+        error = refusal(client.post(f'/v1/{path}', json=right | {name: [[{}], {}]}))
+        assert re.match(rf'{name}\b', error['param'] or ''), (name, error)
+        assert error['message'].startswith(error['param'])
+
+
 def test_keys_open_and_nothing_else_does():
     keys = {'keys': ('sesame-1234', 'other-12345')}
     with serving(lambda: scripted(Script('Hello')), **keys) as (client, _):
@@ -163,6 +179,7 @@ def test_pages_elsewhere_may_not_ask_unless_they_are_named():
     origin = {'origin': 'https://a.org', 'access-control-request-method': 'POST'}
     with serving(lambda: scripted(Script('Hello')), hosts=('localhost', '127.0.0.1')) as (client, _):
         assert refusal(client.get('/v1/models', headers={'host': 'evil.org'}), 403)
+        assert client.get('/v1/models', headers={'host': 'LocalHost:8000'}).status_code == 200
         answer = client.options('/v1/chat/completions', headers=origin | {'host': 'localhost:8000'})
         assert 'access-control-allow-origin' not in answer.headers
     limits = {'cors_origins': ('https://a.org',), 'keys': ('sesame-1234',)}

@@ -16,6 +16,7 @@ from llama_jax.serve.worker import Asked
 from tests.command_line import wait_for
 from tests.serve.serving import Script, scripted, serving
 
+USER = [{'role': 'user', 'content': 'Hi'}]
 BODY = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900}
 
 
@@ -81,7 +82,7 @@ def test_a_client_that_stops_reading_frees_its_slot_and_little_waits_for_it():
 
 def test_what_is_told_at_once_does_not_wait_for_a_client():
     async def read():
-        ticket = Ticket(1, lambda: cancelled.append(1), is_streamed=True)
+        ticket = Ticket(1, lambda: cancelled.append(1), is_streamed=True, prompt_tokens=1)
         large, pieces = Piece(0, 'x' * 200_000, 1), ticket.pieces()
         for _ in range(3):
             ticket.put([large])
@@ -128,13 +129,21 @@ def test_too_much_at_a_time_is_sent_away_and_may_come_again():
         refused = complete(client)
         assert refused.status_code == 429 and int(refused.headers['retry-after']) > 0
         assert refused.json()['error']['code'] == 'queue_full'
+        streams = {
+            'completions': {'prompt': 'a'},
+            'chat/completions': {'messages': USER},
+            'responses': {'input': 'a'},
+        }
+        for path, asked in streams.items():
+            response = client.post(f'/v1/{path}', json={'model': 'toy', 'stream': True} | asked)
+            assert response.status_code == 429, path
         assert complete(client, prompt=['a'] * 6).status_code == 400  # it would never fit
         go.set()
         for thread in threads:
             thread.join()
         assert [answer.status_code for answer in answers] == [200] * 5
         assert complete(client).status_code == 200
-        assert b'requests_refused_total{reason="queue_full"} 1.0' in service.metrics.render()
+        assert b'requests_refused_total{reason="queue_full"} 4.0' in service.metrics.render()
 
 
 def test_while_it_loads_or_ends_it_lives_and_sends_away():
