@@ -15,18 +15,17 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.prompting.loading import define_model, open_model, place_model
 from experiments.run import preference_files
 from experiments.run.config_file import split_list
 from experiments.run.settings import partitioner_of_flags
 from experiments.run.trained_format import chat_format_of
 from experiments.run.workdir import hold_folder
-from llama_jax import pretrained, runtime, storage
+from llama_jax import runtime, storage
 from llama_jax.data.records import check_records
 from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
@@ -38,14 +37,16 @@ from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.item_log import ItemLog
-from llama_jax.models.kv_cache import CACHE_DTYPES
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
+from llama_jax.json_file import parse_json, read_bytes
+from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.reward import model_of
-from llama_jax.partitioning import Partitioner
-from llama_jax.types import Params
+from llama_jax.tokenizer.protocol import required
 
-_CHECKPOINT = launch.define_path(
-    'checkpoint', None, 'anything that is a Llama, as for generate', required=True
+_MODEL = define_model(
+    mesh=flags.DEFINE_list(
+        'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: all other devices'
+    ),
+    axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
 )
 _TASKS = launch.define_path(
     'tasks',
@@ -83,21 +84,9 @@ _ON_ERROR = flags.DEFINE_enum(
     ['stop', 'skip'],
     'at a bad record of preference:FILE; skip: leave it out, count and name it',
 )
-_TOKENIZER = launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own")
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU')
-_CACHE_DTYPE = flags.DEFINE_enum(
-    'cache_dtype', None, CACHE_DTYPES, 'of keys and values of completions; auto: of the computation'
-)
-_KEEP_QUANTIZED = flags.DEFINE_bool(
-    'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
-)
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 8192, 'tokens in a batch, padding included: what fits into memory'
 )
-_MESH = flags.DEFINE_list(
-    'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: all other devices'
-)
-_AXIS_RULES = flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)")
 _SEED = flags.DEFINE_integer('seed', 0, 'of sampled completions')
 launch.define_processes()
 
@@ -106,7 +95,7 @@ logger = logging.getLogger('llama_jax.evaluate')
 
 def main() -> None:
     """Prepares all tasks, then loads the model, then evaluates one task after the other."""
-    output = epath.Path(_OUTPUT.value)
+    given, output = _MODEL.value, epath.Path(_OUTPUT.value)
     runtime.enable_compilation_cache()
     # ---- What is refused before anything is written -----------------------------------------------------------------
     with contextlib.ExitStack() as at_exit:
@@ -117,7 +106,7 @@ def main() -> None:
             if _COMPARE.value:
                 with launch.flags_named('--compare'):
                     published_scores(_COMPARE.value)
-            partitioner = partitioner_of_flags(_MESH.value, _AXIS_RULES.value)
+            partitioner = partitioner_of_flags(given['mesh'], given['axis_rules'])
             pair_files, names = preference_files.split_tasks(split_list(_TASKS.value))
             tasks = find_tasks(names, _DATA_DIR.value) if names or not pair_files else []
             for flag in (
@@ -130,33 +119,47 @@ def main() -> None:
             graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
             sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
             settings = {'limit': _LIMIT.value, 'num_fewshot': _NUM_FEWSHOT.value, 'sampling': sampling}
-            given = ('data_dir', *settings, 'num_samples', 'temperature', 'top_p')
-            with launch.flags_named(*(f'--{name}' for name in given if name != 'sampling')):
+            named = ('data_dir', 'limit', 'num_fewshot', 'num_samples', 'temperature', 'top_p')
+            with launch.flags_named(*(f'--{name}' for name in named)):
                 prepared_tasks = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
-            flags_given = {
-                flag.name: flag.value for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P, _CACHE_DTYPE)
-            }
-            check_sampling(prepared_tasks, flags_given)
-        opened, model, params, tokenizer = load(
-            _CHECKPOINT.value, _TOKENIZER.value, _DTYPE.value, partitioner, _KEEP_QUANTIZED.value,
-            _CACHE_DTYPE.value or 'auto', scores=not tasks,
-        )  # fmt: skip
-        with (
-            runtime.refused_by_all(),
-            launch.flags_named('--chat_format', '--on_error', '--batch_size', '--tasks'),
-        ):
+            of_completions = [flag.name for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P) if flag.present]
+            if _MODEL.is_given('cache_dtype'):
+                of_completions.append('cache_dtype')
+            check_sampling(prepared_tasks, of_completions)
+            if runtime.is_main_process():
+                check_results(
+                    output, [*(task.name for task in tasks), *map(preference_files.task_of, pair_files)]
+                )
+        opened = open_model(given)
+        # Without tasks it may be a reward model.
+        model, params, tokenizer = place_model(
+            opened, given, partitioner, LlamaForCausalLM if tasks else model_of
+        )
+        tokenizer = required(tokenizer)
+        logger.info(
+            '%s: %s weights on %d devices', opened.path, f'{model.config.num_params:,}', jax.device_count()
+        )
+        pairs = {}
+        if pair_files:
             seq_len = min(_BATCH_SIZE.value, model.config.max_seq_len)
-            pairs = preference_files.read_pairs(
-                pair_files, tokenizer, chat_format_of(opened, tokenizer, _CHAT_FORMAT.value),
-                _ON_ERROR.value, seq_len, _LIMIT.value,
-            )  # fmt: skip
-        if tasks:
-            engine = Engine(model, params, tokenizer, batch_tokens=_BATCH_SIZE.value, seed=_SEED.value)
-            # All processes compute it: the weights may be spread over them.
-            header = {'model': engine.fingerprint, 'seed': engine.seed}
+            with (
+                runtime.refused_by_all(),
+                launch.flags_named('--chat_format', '--on_error', '--batch_size', '--tasks'),
+            ):
+                pairs = preference_files.read_pairs(
+                    pair_files, tokenizer, chat_format_of(opened, tokenizer, _CHAT_FORMAT.value),
+                    _ON_ERROR.value, seq_len, _LIMIT.value,
+                )  # fmt: skip
+        engine = Engine(model, params, tokenizer, batch_tokens=_BATCH_SIZE.value, seed=_SEED.value)
+        # All processes compute it: the weights may be spread over them.
+        header = {'model': engine.fingerprint, 'seed': engine.seed}
+        header_of_pairs = {'model': header['model'], 'chat_format': _CHAT_FORMAT.value}
         hold_folder(output)
         with runtime.refused_by_all(), launch.flags_named('--output'):
             logs = [open_log(output, prepared, header, at_exit) for prepared in prepared_tasks]
+            if runtime.is_main_process():
+                for file in pairs:
+                    preference_files.check_samples(output, file, header_of_pairs)
         # ---- From here on the output is written to, and nothing in it is taken away ----------------------------------
         results, report = {}, ''
         for prepared, log in zip(prepared_tasks, logs, strict=True):
@@ -172,14 +175,14 @@ def main() -> None:
                     count,
                 )
             if runtime.is_main_process():
-                report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results)
+                report = write_results(output, given['checkpoint'], _COMPARE.value, results)
         of_pairs = {}
         for file, of_file in pairs.items():
             figures = preference_files.figures_of(model, params, partitioner, of_file, _BATCH_SIZE.value)
-            of_pairs[f'{preference_files.PREFIX}{file}'] = preference_files.report(of_file, figures)
+            of_pairs[preference_files.task_of(file)] = preference_files.report(of_file, figures)
             if runtime.is_main_process():
-                preference_files.write(output, file, of_file, figures)
-                report = write_results(output, _CHECKPOINT.value, _COMPARE.value, results, of_pairs)
+                preference_files.write(output, file, header_of_pairs, of_file, figures)
+                report = write_results(output, given['checkpoint'], _COMPARE.value, results, of_pairs)
     if runtime.is_main_process():
         print(report)
 
@@ -199,6 +202,25 @@ def find_tasks(names: Sequence[str], data_dir: str) -> list[Task]:
     if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
         raise InputError('--data_dir is required: the folder of the benchmarks, or hf:// or tfds://')
     return list(tasks.values())
+
+
+def check_results(output: epath.Path, names: Sequence[str]) -> None:
+    """Refuses a folder whose results of other tasks, or whose files of other origin, this evaluation would replace."""
+    if not (file := output / 'results.json').exists():
+        if strange := [name for name in ('report.md', 'comparison.png') if (output / name).exists()]:
+            raise InputError(
+                f'{output / strange[0]} is of no evaluation; move it away, or choose another --output'
+            )
+        return
+    with launch.flags_named('--output'):
+        held = parse_json(read_bytes(file), str(file))
+    if not isinstance(held, dict):
+        raise InputError(f'{file} is of no evaluation; move it away, or choose another --output')
+    if others := [name for name in held if name not in names]:
+        raise InputError(
+            f'{file} has results of {", ".join(others)}, which --tasks does not name, and would lose them; name all '
+            '(finished items are not asked again), or choose another --output'
+        )
 
 
 def make_graders(
@@ -226,39 +248,12 @@ def make_graders(
     return graders
 
 
-def check_sampling(prepared_tasks: Sequence[PreparedTask], sampling: dict[str, Any]) -> None:
-    """Refuses settings of completions where none is asked for."""
+def check_sampling(prepared_tasks: Sequence[PreparedTask], given: Sequence[str]) -> None:
+    """Refuses flags of completions, by name, where none is asked for."""
     asked = (request for prepared in prepared_tasks for requests in prepared.requests for request in requests)
-    given = [f'--{name}' for name, value in sampling.items() if value is not None]
     if given and not any(isinstance(request, Completion) for request in asked):
-        raise InputError(f'{", ".join(given)}: none of --tasks generates text; leave it out')
-
-
-def load(
-    checkpoint: str,
-    tokenizer_file: str,
-    given_dtype: str,
-    partitioner: Partitioner,
-    keep_quantized: bool,
-    cache_dtype: str,
-    scores: bool,
-) -> tuple[pretrained.Checkpoint, Any, Params, Any]:
-    """(opened checkpoint, model, weights, tokenizer) on the mesh; where `scores`, it may be a reward model."""
-    dtype = DTYPES[dtype_name(given_dtype)]
-    make = model_of if scores else LlamaForCausalLM
-    with launch.flags_named('--checkpoint', '--tokenizer'):
-        opened = open_with_tokenizer(checkpoint, tokenizer_file)
-        shapes_and_axes = abstract_params_and_axes(make(opened.config))
-    with launch.flags_named('--mesh', '--axis_rules'):
-        partitioner.tree_shardings(*shapes_and_axes)  # before anything is loaded
-    with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
-        config, params, tokenizer = pretrained.load(
-            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
-            keep_quantized=keep_quantized,
-        )  # fmt: skip
-    logger.info('%s: %s weights on %d devices', checkpoint, f'{config.num_params:,}', jax.device_count())
-    model = make(config, dtype=dtype, partitioner=partitioner, cache_dtype=cache_dtype)
-    return opened, model, params, tokenizer
+        flags_given = ', '.join(f'--{name}' for name in given)
+        raise InputError(f'{flags_given}: none of --tasks generates text; leave it out')
 
 
 def open_log(

@@ -51,7 +51,7 @@ def main() -> None:
     runtime.enable_compilation_cache()
     given = _POLICY.value
     with runtime.refused_by_all():
-        request = request_of(given)
+        request = request_of(given, plots=bool(_PROBE.value))
         probed = _probed(_PROBE.value, _PROMPTS.value, given['samples'])
         turns = max(probed, default=_TURNS.value)
         if bool(_PROMPTS.value) == bool(_DIALOGS.value) or bool(_PROMPTS.value) != (turns > 0):

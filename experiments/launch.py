@@ -59,10 +59,14 @@ class Flags:
         """By the names of the flags."""
         return {name: holder.value for name, holder in self._holders.items()}
 
+    def is_given(self, name: str) -> bool:
+        """Whether the command line has it, be it as the default is."""
+        return self._holders[name].present
+
     def check_owners(self, **owners: str) -> None:
         """Refuses a flag that is given where the one that it says more of, its owner by name, is not."""
         for name, owner in owners.items():
-            if self._holders[name].present and not self._holders[owner].value:
+            if self.is_given(name) and not self._holders[owner].value:
                 raise InputError(f'--{name} is of --{owner}, which is not given')
 
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
+from experiments import evaluate
+from llama_jax.errors import InputError
 from tests.command_line import REPOSITORY, tiny_run, xla_flags
 
 
@@ -160,6 +163,7 @@ def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path
     assert len((output / 'samples/piqa.jsonl').read_text().splitlines()) == 7
     # The log of another evaluation is found before the first task is begun.
     (output / 'results.json').unlink()
+    (output / 'report.md').unlink()
     samples = output / 'samples/winogrande.jsonl'
     samples.write_text(json.dumps({'header': {'task': 'winogrande', 'model': 'another', 'seed': 0}}) + '\n')
     line = commands.run(
@@ -167,6 +171,21 @@ def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path
     ).error()
     assert f"{samples} is of another run: model was 'another'" in line and '(set by --output)' in line
     assert not (output / 'results.json').exists()
+
+
+def test_results_of_other_tasks_and_files_of_others_are_not_replaced(tmp_path):
+    output, file = epath.Path(tmp_path), tmp_path / 'results.json'
+    evaluate.check_results(output / 'new', ['piqa'])
+    (tmp_path / 'comparison.png').write_bytes(b'mine')
+    with pytest.raises(InputError, match=r'comparison\.png is of no evaluation; move it away, or'):
+        evaluate.check_results(output, ['piqa'])
+    file.write_text('{"piqa": {"n": 1}, "preference:a/b": {"mean": NaN}}')
+    evaluate.check_results(output, ['preference:a/b', 'siqa', 'piqa'])
+    with pytest.raises(InputError, match='has results of preference:a/b, which --tasks does not name'):
+        evaluate.check_results(output, ['piqa', 'siqa'])
+    file.write_text('[]')
+    with pytest.raises(InputError, match=r'results\.json is of no evaluation'):
+        evaluate.check_results(output, ['piqa'])
 
 
 # What is refused: the arguments, and what the line says.
@@ -259,7 +278,8 @@ def test_training_evaluates_on_its_mesh(commands, corpus, shared_data, tmp_path)
         'piqa/acc', 'piqa/acc_norm', 'piqa/acc_bytes', 'winogrande/acc'
     }  # fmt: skip
     assert json.loads((run / 'report.json').read_text())['sample']
-    # The same by the command, on one device, from the weights that were saved.
+    # The same by the command, on one device, from the weights that were saved; benchmarks hang on nothing else of it.
+    (run / 'config.json').write_text('{')
     commands.run(
         'evaluate', f'--checkpoint={run}', '--tasks=piqa', '--limit=6', f'--data_dir={shared_data}/eval',
         f'--output={tmp_path}/out',

@@ -88,9 +88,14 @@ def test_a_reward_model_gives_scores_and_all_is_written(tmp_path):
     assert report['n'] == 9 - len(file.left_out) == kept.sum() and report['left_out'] == len(file.left_out)
     assert report['accuracy_score'] == report['score']['accuracy'] == right
     assert 0 <= report['score']['bag_of_words'] <= 1
-    preference_files.write(epath.Path(tmp_path), 'a/b.jsonl', file, figures)
+    output, header = epath.Path(tmp_path), {'model': 'f00', 'chat_format': ''}
+    preference_files.check_samples(output, 'a/b.jsonl', header)
+    preference_files.write(output, 'a/b.jsonl', header, file, figures)
+    preference_files.check_samples(output, 'a/b.jsonl', header)
+    with pytest.raises(InputError, match="is of another run: model was 'f00' and is 'f01'; write to another"):
+        preference_files.check_samples(output, 'a/b.jsonl', header | {'model': 'f01'})
     assert (tmp_path / 'preference_a_b.jsonl_score.png').read_bytes().startswith(b'\x89PNG')
-    lines = (tmp_path / 'samples' / 'preference_a_b.jsonl.jsonl').read_text().splitlines()
+    _, *lines = (tmp_path / 'samples' / 'preference_a_b.jsonl.jsonl').read_text().splitlines()
     assert [json.loads(line)['index'] for line in lines] == list(range(9))
     first = int(np.flatnonzero(kept)[0])
     assert json.loads(lines[first])['score'] == figures['score'][first].tolist()

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.policy.candidates import read_pool
 from experiments.policy.rewards import Term, parse_rewards, task_reward
-from experiments.policy.sampled import plot_beside
+from experiments.policy.sampled import check_plot, plot_beside
 from llama_jax.errors import InputError
 from llama_jax.eval.task import Graders
 from llama_jax.grading.sandbox import CodeExecution
@@ -93,10 +93,18 @@ def test_a_folder_whose_name_ends_as_a_weight_does_is_a_folder(tmp_path):
     assert parse_rewards(f'{other}/=1e-3') == [Term('model', f'{other}/', 1e-3)]
 
 
-def test_the_output_is_not_where_its_plot_goes(tmp_path):
+def test_a_plot_replaces_neither_its_output_nor_a_file_of_others(tmp_path):
     assert plot_beside(f'{tmp_path}/x.y.jsonl') == tmp_path / 'x.y.png'
+    check_plot(f'{tmp_path}/x.jsonl')
     with pytest.raises(InputError, match=r'x\.png is where the plot goes .* name .* as \S+x\.jsonl'):
-        plot_beside(f'{tmp_path}/x.png')
+        check_plot(f'{tmp_path}/x.png')
+    (tmp_path / 'x.png').write_bytes(b'mine')
+    with pytest.raises(
+        InputError, match=r'x\.png is there already, where the plot of \S+x\.jsonl goes; remove'
+    ):
+        check_plot(f'{tmp_path}/x.jsonl')
+    (tmp_path / 'x.jsonl.partial').write_text('')  # killed between the plot and the answers
+    check_plot(f'{tmp_path}/x.jsonl')
 
 
 def test_what_a_pool_holds_keeps_how_it_ended(tmp_path):

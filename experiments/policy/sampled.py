@@ -88,8 +88,16 @@ class Request:
     partitioner: Partitioner
 
 
-def request_of(given: dict[str, Any]) -> Request:
-    """Raises InputError where flags are wrong by themselves, or the output cannot be written."""
+def request_of(given: dict[str, Any], *, plots: bool = True) -> Request:
+    """What the flags ask for.
+
+    Args:
+      given: the flags of `define_sampled_policy` by name.
+      plots: whether a plot is drawn beside the output.
+
+    Raises:
+      InputError: flags are wrong by themselves, or the output cannot be written.
+    """
     names = ('samples', 'temperatures', 'max_new_tokens', 'batch_size', 'shard')
     with flags_named(*(f'--{name}' for name in names)):
         temperatures = _temperatures(given['temperatures'])
@@ -103,23 +111,27 @@ def request_of(given: dict[str, Any]) -> Request:
     with flags_named('--output'):
         if runtime.is_main_process():
             check_output(given['output'])
-            plot_beside(given['output'])
+            if plots:
+                check_plot(given['output'])
     return Request(given, sampling, terms, shard, partitioner_of_flags(given['mesh'], given['axis_rules']))
 
 
 def plot_beside(output: str) -> epath.Path:
-    """The plot that is drawn beside the file of an output.
+    """The plot that is drawn beside the file of an output."""
+    return epath.Path(output).with_suffix('.png')
 
-    Raises:
-      InputError: it is that file.
-    """
-    plot = epath.Path(output).with_suffix('.png')
-    if plot == epath.Path(output):
+
+def check_plot(output: str) -> None:
+    """Refuses an output whose plot would replace itself, or another file than that of a command that was killed."""
+    if (plot := plot_beside(output)) == epath.Path(output):
         raise InputError(
             f'{output} is where the plot goes that is drawn beside it; name the file of answers otherwise, as '
             f'{plot.with_suffix(".jsonl")}'
         )
-    return plot
+    if plot.exists() and not epath.Path(f'{output}.partial').exists():
+        raise InputError(
+            f'{plot} is there already, where the plot of {output} goes; remove it, or write to another place'
+        )
 
 
 def _temperatures(given: Sequence[str]) -> tuple[float, ...]:

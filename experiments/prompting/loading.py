@@ -1,5 +1,6 @@
-"""--checkpoint on its devices, for commands that generate: with its tokenizer, and who proposes tokens."""
+"""--checkpoint on its devices: with its tokenizer and, for commands that generate, who proposes tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,16 +22,31 @@ from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import Params
 
 
-def define_model() -> launch.Flags:
-    """--checkpoint and what else says which model generates, in one process; see `load_model`."""
-    return launch.Flags(**_define_flags_of_a_model())
+def define_model(**others: flags.FlagHolder) -> launch.Flags:
+    """--checkpoint, what else says which model it is, and the flags of the command's own that do; see `place_model`."""
+    return launch.Flags(
+        checkpoint=launch.define_path(
+            'checkpoint', None,
+            'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
+        ),
+        tokenizer=launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        dtype=flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+        cache_dtype=flags.DEFINE_enum(
+            'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
+        ),
+        keep_quantized=flags.DEFINE_bool(
+            'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
+        ),
+        **others,
+    )  # fmt: skip
 
 
 def define_shared_model() -> launch.Flags:
     """The same for commands that several processes run together, and in which a draft may propose tokens."""
     launch.define_processes()
-    return launch.Flags(
-        **_define_flags_of_a_model(),
+    return define_model(
         mesh=flags.DEFINE_list(
             'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
         ),
@@ -45,25 +61,6 @@ def define_shared_model() -> launch.Flags:
             'draft_tokens', 4, 'with --draft: tokens that it proposes a step', 1, MAX_PROPOSED
         ),
     )  # fmt: skip
-
-
-def _define_flags_of_a_model() -> dict[str, Any]:
-    return {
-        'checkpoint': launch.define_path(
-            'checkpoint', None,
-            'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
-        ),
-        'tokenizer': launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
-        'dtype': flags.DEFINE_enum(
-            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
-        ),
-        'cache_dtype': flags.DEFINE_enum(
-            'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
-        ),
-        'keep_quantized': flags.DEFINE_bool(
-            'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
-        ),
-    }  # fmt: skip
 
 
 def shared_partitioner(given: dict[str, Any]) -> Partitioner | None:
@@ -91,24 +88,46 @@ def load_model(
       partitioner: places the weights.
     """
     runtime.enable_compilation_cache()
-    dtype, tokenizer_file, draft_name = (
-        DTYPES[dtype_name(given['dtype'])],
-        given['tokenizer'],
-        given.get('draft', ''),
-    )
+    opened, draft_name = open_model(given), given.get('draft', '')
+    draft = open_draft(draft_name, opened, given['tokenizer'])
+    model, params, tokenizer = place_model(opened, given, partitioner)
+    proposer = make_proposer(draft_name, given.get('draft_tokens', 0), draft, model, params)
+    return model, params, tokenizer, opened.template, proposer
+
+
+def open_model(given: dict[str, Any]) -> pretrained.Checkpoint:
+    """What the flags of `define_model` name, with its tokenizer; the weights are still in their files."""
     with launch.flags_named('--checkpoint', '--tokenizer'):
-        checkpoint = open_with_tokenizer(given['checkpoint'], tokenizer_file)
-    draft = open_draft(draft_name, checkpoint, tokenizer_file)
-    model = LlamaForCausalLM(
-        checkpoint.config, dtype=dtype, partitioner=partitioner, cache_dtype=given['cache_dtype']
-    )
-    if partitioner is not None:
+        return open_with_tokenizer(given['checkpoint'], given['tokenizer'])
+
+
+def place_model(
+    opened: pretrained.Checkpoint,
+    given: dict[str, Any],
+    partitioner: Partitioner | None,
+    make: Callable[..., Any] = LlamaForCausalLM,
+) -> tuple[Any, Params, Tokenizer | None]:
+    """The model on its devices, its weights and tokenizer.
+
+    Args:
+      opened: by `open_model`.
+      given: the flags of `define_model` by name.
+      partitioner: places the weights.
+      make: the model of a configuration.
+
+    Raises:
+      InputError: it is another kind of model, or has no place there.
+    """
+    dtype = DTYPES[dtype_name(given['dtype'])]
+    model = make(opened.config, dtype=dtype, partitioner=partitioner, cache_dtype=given['cache_dtype'])
+    if partitioner is not None:  # before anything is loaded
+        with launch.flags_named('--checkpoint'):
+            shapes_and_axes = abstract_params_and_axes(model)
         with launch.flags_named('--mesh', '--axis_rules'):
-            partitioner.tree_shardings(*abstract_params_and_axes(model))  # before anything is loaded
+            partitioner.tree_shardings(*shapes_and_axes)
     with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
         _, params, tokenizer = pretrained.load(
-            checkpoint, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=tokenizer_file,
+            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=given['tokenizer'],
             keep_quantized=given['keep_quantized'],
         )  # fmt: skip
-    proposer = make_proposer(draft_name, given.get('draft_tokens', 0), draft, model, params)
-    return model, params, tokenizer, checkpoint.template, proposer
+    return model, params, tokenizer

@@ -22,6 +22,7 @@ from llama_jax.data.preferences import EncodedPair, PreferenceRows
 from llama_jax.errors import InputError
 from llama_jax.eval.preferences import answer_figures, folded_bag_of_words, judge, preference_report
 from llama_jax.eval.preferences_shown import describe_preferences, plot_preferences
+from llama_jax.item_log import ItemLog
 from llama_jax.losses.dpo import PreferenceLoss, answer_log_probabilities
 from llama_jax.losses.reward import pair_scores
 from llama_jax.partitioning import Partitioner
@@ -32,6 +33,11 @@ from llama_jax.types import Params, PreferenceBatch
 PREFIX = 'preference:'
 
 logger = logging.getLogger('llama_jax.preference_files')
+
+
+def task_of(file: str) -> str:
+    """The name of the task that judges the pairs of a file."""
+    return f'{PREFIX}{file}'
 
 
 def split_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -140,15 +146,30 @@ def report(of_file: PairFile, figures: dict[str, np.ndarray]) -> dict[str, Any]:
     return {'n': number, 'left_out': len(of_file.left_out), **shown, **found}
 
 
-def write(output: epath.Path, file: str, of_file: PairFile, figures: dict[str, np.ndarray]) -> None:
-    """Plots, and each pair with its figures."""
-    name = f'{PREFIX}{file}'.replace('/', '_').replace(':', '_')
+def check_samples(output: epath.Path, file: str, header: Mapping[str, Any]) -> None:
+    """Raises InputError where what `write` would replace is of another checkpoint, or spelled otherwise."""
+    ItemLog(_samples(output, file), {'task': task_of(file), **header}).close()
+
+
+def write(
+    output: epath.Path,
+    file: str,
+    header: Mapping[str, Any],
+    of_file: PairFile,
+    figures: dict[str, np.ndarray],
+) -> None:
+    """Plots, and each pair with its figures, below what they depend on beside the pairs."""
+    samples = _samples(output, file)
     for figure, values in figures.items():
-        plot_preferences(output / f'{name}_{figure}.png', judge(of_file.pairs, values), figure)
+        plot_preferences(output / f'{samples.stem}_{figure}.png', judge(of_file.pairs, values), figure)
+    first = json.dumps({'header': {'task': task_of(file), **header}}) + '\n'
     lines = [_line(i, pair, figures) for i, pair in enumerate(of_file.pairs)]
-    folder = output / 'samples'
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_atomically(folder / f'{name}.jsonl', ''.join(lines))
+    samples.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_atomically(samples, first + ''.join(lines))
+
+
+def _samples(output: epath.Path, file: str) -> epath.Path:
+    return output / 'samples' / f'{task_of(file).replace("/", "_").replace(":", "_")}.jsonl'
 
 
 def _line(number: int, pair: EncodedPair, figures: dict[str, np.ndarray]) -> str:
