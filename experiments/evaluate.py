@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.prompting.loading import define_model, open_model, place_model
+from experiments.prompting.loading import define_spread_model, open_model, place_model
 from experiments.run import preference_files
 from experiments.run.config_file import split_list
 from experiments.run.settings import partitioner_of_flags
@@ -42,12 +42,7 @@ from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.reward import model_of
 from llama_jax.tokenizer.protocol import required
 
-_MODEL = define_model(
-    mesh=flags.DEFINE_list(
-        'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: all other devices'
-    ),
-    axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
-)
+_MODEL = define_spread_model()
 _TASKS = launch.define_path(
     'tasks',
     None,
@@ -88,7 +83,6 @@ _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 8192, 'tokens in a batch, padding included: what fits into memory'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'of sampled completions')
-launch.define_processes()
 
 logger = logging.getLogger('llama_jax.evaluate')
 

@@ -22,31 +22,16 @@ from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import Params
 
 
-def define_model(**others: flags.FlagHolder) -> launch.Flags:
-    """--checkpoint, what else says which model it is, and the flags of the command's own that do; see `place_model`."""
-    return launch.Flags(
-        checkpoint=launch.define_path(
-            'checkpoint', None,
-            'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
-        ),
-        tokenizer=launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
-        dtype=flags.DEFINE_enum(
-            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
-        ),
-        cache_dtype=flags.DEFINE_enum(
-            'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
-        ),
-        keep_quantized=flags.DEFINE_bool(
-            'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
-        ),
-        **others,
-    )  # fmt: skip
+def define_model() -> launch.Flags:
+    """--checkpoint and what else says which model generates, in one process; see `load_model`."""
+    return launch.Flags(**_define_flags_of_a_model())
 
 
 def define_shared_model() -> launch.Flags:
     """The same for commands that several processes run together, and in which a draft may propose tokens."""
     launch.define_processes()
-    return define_model(
+    return launch.Flags(
+        **_define_flags_of_a_model(),
         mesh=flags.DEFINE_list(
             'mesh', [], 'sizes of the axes data, fsdp, tensor; -1: all other devices; none: one device'
         ),
@@ -61,6 +46,37 @@ def define_shared_model() -> launch.Flags:
             'draft_tokens', 4, 'with --draft: tokens that it proposes a step', 1, MAX_PROPOSED
         ),
     )  # fmt: skip
+
+
+def define_spread_model() -> launch.Flags:
+    """The same for commands that use all devices of all processes from the start; see `place_model`."""
+    launch.define_processes()
+    return launch.Flags(
+        **_define_flags_of_a_model(),
+        mesh=flags.DEFINE_list(
+            'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: all other devices'
+        ),
+        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
+    )
+
+
+def _define_flags_of_a_model() -> dict[str, Any]:
+    return {
+        'checkpoint': launch.define_path(
+            'checkpoint', None,
+            'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
+        ),
+        'tokenizer': launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        'dtype': flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+        'cache_dtype': flags.DEFINE_enum(
+            'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
+        ),
+        'keep_quantized': flags.DEFINE_bool(
+            'keep_quantized', False, 'compute with the integers of a .gguf in Q8_0 or Q4_0, as they are'
+        ),
+    }  # fmt: skip
 
 
 def shared_partitioner(given: dict[str, Any]) -> Partitioner | None:
