@@ -160,28 +160,35 @@ def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('fold', [0, 1])  # of five
-def test_which_of_two_answers_is_harmless_is_learnt_a_little(commands, shared_data, tmp_path, fold):
-    """A fifth of the prompts by a model that was trained on the others; both are 3 standard errors."""
-    train, held_out = [], []
+def test_which_of_two_answers_is_harmless_is_learnt_a_little(commands, shared_data, tmp_path):
+    """Each fifth of the prompts by a model that was trained on the others: all pairs that rows hold are judged once."""
     with gzip.open(shared_data / 'finetune/hh_harmless_base_test.jsonl.gz', 'rt') as file:
-        for line in map(json.loads, file):
-            prompt = line['chosen'].rpartition('\n\nAssistant:')[0]
-            is_held_out = hashlib.sha256(prompt.encode()).digest()[0] % 5 == fold
-            (held_out if is_held_out else train).append(line)
-    files = [
-        write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', train), ('test', held_out))
-    ]
+        lines = [json.loads(line) for line in file]
+    prompts = [line['chosen'].rpartition('\n\nAssistant:')[0] for line in lines]
+    folds = np.array([hashlib.sha256(prompt.encode()).digest()[0] % 5 for prompt in prompts])
     settings = {
         'data.format': 'hh', 'data.on_error': 'skip', 'data.too_long': 'oldest', 'data.seq_len': 256,
         'data.share_prompt': True, 'train.batch_size': 4, 'optimizer.warmup_steps': 20,
     }  # fmt: skip
-    report = trained(commands, shared_data, tmp_path / 'run', *files, 0, **settings)
-    right, pairs = report['accuracy'], report['pairs']
-    z = (right - 0.5) / report['standard_error']
+    counts, shares = [], []
+    for fold in range(5):
+        files = [
+            write_lines(tmp_path / f'{name}{fold}.jsonl', (lines[place] for place in np.flatnonzero(chosen)))
+            for name, chosen in (('train', folds != fold), ('test', folds == fold))
+        ]
+        report = trained(commands, shared_data, tmp_path / f'run{fold}', *files, 0, **settings)
+        counts.append(report['pairs'])
+        shares.append([report[key] for key in ('accuracy', 'longer_is_better', 'bag_of_words')])
+        print(f'fold {fold}, {counts[-1]} pairs: {_said(shares[-1])}', flush=True)
+    right, *rules = np.average(shares, axis=0, weights=counts)
+    z = (right - 0.5) / (0.25 / sum(counts)) ** 0.5
     print(
-        f'fold {fold}: right in {100 * right:.1f} % of {pairs}, z {z:.1f}; the longer one is in '
-        f'{100 * report["longer_is_better"]:.1f} %, a bag of words in {100 * report["bag_of_words"]:.1f} %; the '
-        "paper's two models of 70B are in 71.0 and 74.7 %"
+        f'all {sum(counts)} pairs: {_said([right, *rules])}, z {z:.1f}; '
+        "the paper's two models of 70B are right in 71.0 and 74.7 %"
     )
-    assert pairs >= 200 and z >= 3 / 2**0.5
+    assert sum(counts) >= 1300 and z >= 3
+
+
+def _said(shares):
+    right, longer, words = (f'{100 * share:.1f} %' for share in shares)
+    return f'right in {right}; the longer one is in {longer}, a bag of words in {words}'
