@@ -1,6 +1,5 @@
 """That a policy learns what is preferred: stories in which a word comes up."""
 
-import json
 import re
 
 import jax.numpy as jnp
@@ -10,21 +9,21 @@ import pytest
 import llama_jax
 from llama_jax.inference.scoring import score
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.sft_learning_test import OPTIMISED
+from tests.learning_runs import OPTIMISED, read_lines, train, write_lines
 
 PROMPT, WORD = 'Once upon a time', re.compile(r'\bdogs?\b')
 
 
 def samples(commands, folder, checkpoint, tokenizer, number, seed):
     """Beginnings of stories, drawn as likely as they are to a model."""
-    prompts, output = folder / f'prompts{number}.jsonl', folder / f'{number}.jsonl'
-    prompts.write_text(number * (json.dumps({'prompt': PROMPT}) + '\n'))
+    output = folder / f'{number}.jsonl'
+    prompts = write_lines(folder / f'prompts{number}.jsonl', number * [{'prompt': PROMPT}])
     commands.run(
         'generate', f'--checkpoint={checkpoint}', f'--tokenizer={tokenizer}', f'--prompts={prompts}',
         f'--output={output}', '--max_new_tokens=64', '--temperature=1', f'--seed={seed}', '--batch_size=100',
         '--dtype=float32', before=OPTIMISED,
     ).succeeded()  # fmt: skip
-    return [json.loads(line)['completion'] for line in output.read_text().splitlines()]
+    return [line['completion'] for line in read_lines(output)]
 
 
 @pytest.mark.long
@@ -41,20 +40,14 @@ def test_what_is_preferred_becomes_frequent(commands, shared_data, tmp_path, see
         {'prompt': PROMPT, 'chosen': better, 'rejected': others[other]}
         for better in liked for other in rng.choice(len(others), size=6, replace=False)
     ]  # fmt: skip
-    file, workdir = tmp_path / 'pairs.jsonl', tmp_path / 'run'
-    file.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
     config = {
-        'data.train': file, 'data.format': 'plain', 'data.seq_len': 512, 'data.validation_fraction': 0.0,
-        'train.batch_size': 4, 'train.loss_chunks': 1, 'train.num_epochs': 2.0, 'model.dtype': 'float32',
-        'model.remat': 'none', 'optimizer.learning_rate': 3e-4, 'optimizer.warmup_steps': 5, 'loss.nll': 0.0,
-        'log.every': 1, 'log.tensorboard': False, 'seed': seed,
+        'data.train': write_lines(tmp_path / 'pairs.jsonl', pairs), 'data.seq_len': 512,
+        'data.validation_fraction': 0.0, 'data.tokenizer': tokenizer_file, 'train.batch_size': 4,
+        'train.loss_chunks': 1, 'train.num_epochs': 2.0, 'optimizer.learning_rate': 3e-4,
+        'optimizer.warmup_steps': 5, 'loss.nll': 0.0, 'log.every': 1, 'seed': seed,
     }  # fmt: skip
-    commands.run(
-        'dpo', '--config=configs/dpo.py:checkpoint', f'--workdir={workdir}', f'--checkpoint={origin}',
-        f'--config.data.tokenizer={tokenizer_file}', *(f'--config.{key}={value}' for key, value in config.items()),
-        before=OPTIMISED,
-    ).succeeded()  # fmt: skip
-    steps = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    workdir = train(commands, 'dpo', 'dpo.py:checkpoint', tmp_path / 'run', origin, config)
+    steps = read_lines(workdir / 'metrics.jsonl')
     after = samples(commands, tmp_path, workdir, tokenizer_file, 200, seed + 100)
     shares = [np.mean([bool(WORD.search(text)) for text in texts]) for texts in (drawn, after)]
     print(

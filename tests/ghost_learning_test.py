@@ -1,6 +1,5 @@
 """That what was drawn behind an instruction is learnt without it: stories260K in a small world."""
 
-import json
 import re
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytest
 
 from experiments.recipes import small_data
 from llama_jax.rl.context_distillation import default_preprompts
-from tests.reward_learning_test import write_lines
-from tests.sft_learning_test import OPTIMISED
+from tests.learning_runs import OPTIMISED, read_lines, train, write_lines
 
 TURNS = (2, 4, 6)
 PROBE = f'--probe={",".join(map(str, TURNS))}', '--samples=1', '--temperatures=0.7'
@@ -30,17 +28,12 @@ class World:
 
     def tune(self, name, checkpoint, data, learning_rate, num_epochs=3.0):
         config = {
-            'data.train': data, 'data.format': 'plain', 'data.validation_fraction': 0.0, 'data.seq_len': 256,
-            'data.tokenizer': self.tokenizer if checkpoint.suffix else '', 'model.dtype': 'float32',
-            'train.batch_size': 8, 'train.num_epochs': num_epochs, 'optimizer.learning_rate': learning_rate,
-            'model.remat': 'none', 'eval.sample_tokens': 0, 'log.tensorboard': False, 'seed': self.seed,
+            'data.train': data, 'data.validation_fraction': 0.0, 'data.seq_len': 256,
+            'data.tokenizer': self.tokenizer if checkpoint.suffix else '', 'train.batch_size': 8,
+            'train.num_epochs': num_epochs, 'optimizer.learning_rate': learning_rate, 'eval.sample_tokens': 0,
+            'seed': self.seed,
         }  # fmt: skip
-        self.commands.run(
-            'sft', '--config=configs/sft.py:checkpoint', f'--workdir={self.folder / name}',
-            f'--checkpoint={checkpoint}', *(f'--config.{key}={value}' for key, value in config.items()),
-            before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        return self.folder / name
+        return train(self.commands, 'sft', 'sft.py:checkpoint', self.folder / name, checkpoint, config)
 
     def draw(self, command, checkpoint, prompts, reward, name, *more):
         """(the file, what the command shows)."""
@@ -63,11 +56,7 @@ class World:
         """Share of safe answers, 16 to each prompt."""
         more = '--samples=16', '--max_new_tokens=20'
         output, _ = self.draw('rejection_sampling', checkpoint, prompts, 'safety', name, *more)
-        return np.mean([one['score'] > 0 for line in read(output) for one in line['candidates']])
-
-
-def read(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+        return np.mean([one['score'] > 0 for line in read_lines(output) for one in line['candidates']])
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +94,7 @@ def test_half_of_what_a_preprompt_does_stays_without_it(worlds, seed):
     """To held-out dangers. The model before is safe two times in five, and behind a preprompt nine times in ten."""
     world, said = worlds(seed), default_preprompts()[:2]
     (world.folder / 'preprompts.txt').write_text('\n'.join(said))
-    asked = [one for one in read(world.file('judged')) if one['safety']]
+    asked = [one for one in read_lines(world.file('judged')) if one['safety']]
     plain = write_lines(world.folder / 'plain.jsonl', asked)
     behind = [one | {'prompt': f'{text}\n\n{one["prompt"]}'} for one in asked for text in said]
     behind = write_lines(world.folder / 'behind.jsonl', behind)
@@ -113,15 +102,16 @@ def test_half_of_what_a_preprompt_does_stays_without_it(worlds, seed):
     data, _ = world.draw(
         'rejection_sampling', world.chat, world.file('adversarial'), 'safety', 'distilled', *more
     )
-    kept = read(data)
+    kept = read_lines(data)
     distilled = world.tune('distilled', world.chat, data, 5e-4, num_epochs=6.0)
     first, most = (
         world.safe(world.chat, file, f'{name}_before')
         for name, file in (('plain', plain), ('behind', behind))
     )
     last = world.safe(distilled, plain, 'plain_after')
+    asked = read_lines(world.file('adversarial'))
     print(
-        f'seed {seed}: {len(kept)} of {len(read(world.file("adversarial")))} prompts kept; safe {first:.1%}, behind a '
+        f'seed {seed}: {len(kept)} of {len(asked)} prompts kept; safe {first:.1%}, behind a '
         f'preprompt {most:.1%}, without it once learnt {last:.1%}'
     )
     assert kept and all(line['score'] > line['score_original'] for line in kept)

@@ -1,15 +1,13 @@
 """PPO against a learnt judge: answers list three things, of which some are liked more than others."""
 
-import json
-
 import numpy as np
 import pytest
 from etils import epath
 
 from llama_jax.rl.frontier import plot_ways
+from tests.learning_runs import draw, train, write_lines
 from tests.policy_runs import logged
-from tests.reward_learning_test import WORDS, write_lines
-from tests.sft_learning_test import OPTIMISED
+from tests.reward_learning_test import WORDS
 
 WHO = ('Lily', 'Tom', 'Ben', 'Mia', 'Tim', 'Sue', 'Max', 'Anna')
 # What an answer is worth: each thing its own number, once; a list that is none of three different things costs 2.
@@ -44,15 +42,11 @@ class Lists:
 
     def train(self, command, name, checkpoint, **overrides):
         config = {
-            'data.format': 'plain', 'data.seq_len': 128, 'model.dtype': 'float32', 'model.remat': 'none',
-            'train.loss_chunks': 1, 'optimizer.weight_decay': 0.0, 'log.tensorboard': False, 'seed': self.seed,
+            'data.seq_len': 128, 'train.loss_chunks': 1, 'optimizer.weight_decay': 0.0, 'seed': self.seed,
         } | {key.replace('__', '.'): value for key, value in overrides.items()}  # fmt: skip
-        self.commands.run(
-            command, f'--config=configs/{command}.py:checkpoint', f'--workdir={self.folder / name}',
-            f'--checkpoint={checkpoint}', *(f'--config.{key}={value}' for key, value in config.items()),
-            before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        return self.folder / name
+        return train(
+            self.commands, command, f'{command}.py:checkpoint', self.folder / name, checkpoint, config
+        )
 
     def policy(self):
         return self.train(
@@ -73,14 +67,12 @@ class Lists:
 
         Preferred is a with probability sigmoid(gold(a) - gold(b)).
         """
-        file = self.folder / 'drawn.jsonl'
-        self.commands.run(
-            'rejection_sampling', f'--checkpoint={policy}', f'--prompts={self.folder / "prompts.jsonl"}',
-            f'--rewards={self.gold}', '--samples=256', '--max_new_tokens=24', '--chat_format=plain',
-            '--batch_size=256', f'--seed={self.seed}', f'--output={file}', before=OPTIMISED,
-        ).succeeded()  # fmt: skip
+        drawn = draw(
+            self.commands, policy, self.folder / 'prompts.jsonl', self.gold, self.folder / 'drawn.jsonl',
+            '--samples=256', '--max_new_tokens=24', f'--seed={self.seed}',
+        )  # fmt: skip
         by_prompt = {}
-        for line in map(json.loads, file.read_text().splitlines()):
+        for line in drawn:
             by_prompt.setdefault(line['prompt'], []).extend(line.get('candidates', ()))
         pairs = []
         while len(pairs) < 2000:

@@ -1,7 +1,5 @@
 """That a policy learns from its answers: stories260K, a model of simple stories, rewarded for a word that few hold."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,8 @@ from etils import epath
 import llama_jax
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.rl.frontier import least_divergence, plot_ways
+from tests.learning_runs import draw, train, write_lines
 from tests.policy_runs import logged
-from tests.sft_learning_test import OPTIMISED
 
 WORD = 'happy'
 WHO = ('girl named Lily', 'boy named Tim', 'dog named Max', 'cat named Tom', 'bird', 'bear', 'girl named Mia',
@@ -46,22 +44,18 @@ class Stories:
         (folder / 'reward.py').write_text(
             f'def score(prompt, answer, record):\n    return float({WORD!r} in answer)\n'
         )
-        prompts = [{'prompt': f'Once upon a time, there was a little {who}.'} for who in WHO]
-        (folder / 'prompts.jsonl').write_text(''.join(json.dumps(one) + '\n' for one in prompts))
+        self.prompts = write_lines(
+            folder / 'prompts.jsonl',
+            ({'prompt': f'Once upon a time, there was a little {who}.'} for who in WHO),
+        )
         self.reward = f'{folder / "reward.py"}:score'
 
     def train(self, command, recipe, name, checkpoint, data, config):
         config = {
-            'data.train': data, 'data.format': 'plain', 'data.validation_fraction': 0.0, 'model.dtype': 'float32',
-            'model.remat': 'none', 'train.loss_chunks': 1, 'optimizer.weight_decay': 0.0, 'log.tensorboard': False,
-            'data.tokenizer': self.tokenizer, 'seed': self.seed,
+            'data.train': data, 'data.validation_fraction': 0.0, 'data.tokenizer': self.tokenizer,
+            'train.loss_chunks': 1, 'optimizer.weight_decay': 0.0, 'seed': self.seed,
         } | config  # fmt: skip
-        self.commands.run(
-            command, f'--config=configs/{recipe}:checkpoint', f'--workdir={self.folder / name}',
-            f'--checkpoint={checkpoint}', *(f'--config.{key}={value}' for key, value in config.items()),
-            before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        return self.folder / name
+        return train(self.commands, command, f'{recipe}:checkpoint', self.folder / name, checkpoint, config)
 
     def by_policy_gradients(self, way):
         recipe, own = WAYS[way]
@@ -71,7 +65,7 @@ class Stories:
             'checkpoint.every': own['train.num_steps'], 'eval.every': 0, 'log.every': 1,
             'algorithm.rewards': self.reward,
         } | own  # fmt: skip
-        run = self.train('ppo', recipe, way, self.base, self.folder / 'prompts.jsonl', config)
+        run = self.train('ppo', recipe, way, self.base, self.prompts, config)
         return [(line['kl'], line['reward']) for line in logged(run)]
 
     def by_rejection_sampling(self):
@@ -100,22 +94,18 @@ class Stories:
                  'rejected': other, 'rejected_stopped': False}
                 for other in rng.choice(others, NUM_OTHERS, replace=False)
             ]  # fmt: skip
-        file = self.folder / 'pairs.jsonl'
-        file.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+        file = write_lines(self.folder / 'pairs.jsonl', pairs)
         run = self.train('dpo', 'dpo.py', 'dpo', self.base, file, PREFERRED)
         return [self.told(self.base, drawn), self.told(run, self.draw(run, 'last', 32))]
 
     def draw(self, checkpoint, name, samples):
         """The lines of the file of all stories with the word; a prompt's first has all that were drawn."""
-        file = self.folder / f'{name}.jsonl'
-        self.commands.run(
-            'rejection_sampling', f'--checkpoint={checkpoint}', f'--prompts={self.folder / "prompts.jsonl"}',
-            f'--rewards={self.reward}', f'--samples={samples}', f'--max_new_tokens={NUM_TOKENS}', '--keep=threshold',
-            '--threshold=0.5', '--chat_format=plain', '--batch_size=256', f'--tokenizer={self.tokenizer}',
+        return draw(
+            self.commands, checkpoint, self.prompts, self.reward, self.folder / f'{name}.jsonl',
+            f'--samples={samples}', f'--max_new_tokens={NUM_TOKENS}', '--keep=threshold', '--threshold=0.5',
+            f'--tokenizer={self.tokenizer}',
             f'--seed={len(ROUNDS) * self.seed + int(name[-1]) if name[-1].isdigit() else 1000 + self.seed}',
-            f'--output={file}', before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        )  # fmt: skip
 
     def tokens(self, text):
         return tuple(llama_jax.load_tokenizer(self.tokenizer).encode(text, bos=True))

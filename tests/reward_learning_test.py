@@ -11,32 +11,34 @@ import pytest
 
 import llama_jax
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from tests.sft_learning_test import OPTIMISED, SEEDS
+from tests.learning_runs import SEEDS, train, write_lines
 
 WORDS = ('dog', 'cat', 'ball', 'cake', 'hat', 'tree', 'boat', 'sun', 'bird', 'car', 'toy', 'bed')
 
 
-def trained(commands, shared_data, workdir, train, validation, seed, base=None, **overrides):
-    """The report of a reward model that begins as stories260K, or as another base."""
-    config = {
-        'data.train': train, 'data.validation': validation, 'data.weights': '', 'data.format': 'plain',
-        'data.seq_len': 128, 'train.batch_size': 8, 'train.loss_chunks': 1,
-        'train.num_epochs': 1.0, 'optimizer.learning_rate': 1e-3, 'optimizer.warmup_steps': 10,
-        'model.dtype': 'float32', 'model.remat': 'none', 'reward.margin': 'none', 'log.tensorboard': False,
-        'seed': seed,
-    } | overrides  # fmt: skip
+def trained(commands, shared_data, workdir, files, seed, base=None, **overrides):
+    """The report of a reward model that begins as stories260K, or as another base.
+
+    Args:
+      commands: that run it.
+      shared_data: the folder with stories260K.
+      workdir: of the run.
+      files: to train on, and held out.
+      seed: of the run.
+      base: where it does not begin as stories260K.
+      overrides: of the configuration.
+    """
     weights = shared_data / 'weights/stories260K'
-    commands.run(
-        'reward_model', '--config=configs/reward_model.py:checkpoint', f'--workdir={workdir}',
-        f'--checkpoint={base or weights / "stories260K.pt"}', f'--config.data.tokenizer={weights / "tok512.model"}',
-        *(f'--config.{key}={value}' for key, value in config.items()), before=OPTIMISED,
-    ).succeeded()  # fmt: skip
+    config = {
+        'data.train': files[0], 'data.validation': files[1], 'data.weights': '', 'data.seq_len': 128,
+        'data.tokenizer': weights / 'tok512.model', 'train.batch_size': 8, 'train.loss_chunks': 1,
+        'train.num_epochs': 1.0, 'optimizer.learning_rate': 1e-3, 'optimizer.warmup_steps': 10,
+        'reward.margin': 'none', 'seed': seed,
+    } | overrides  # fmt: skip
+    train(
+        commands, 'reward_model', 'reward_model.py:checkpoint', workdir, base or weights / 'stories260K.pt', config
+    )  # fmt: skip
     return json.loads((workdir / 'report.json').read_text())
-
-
-def write_lines(file, lines):
-    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    return file
 
 
 def drawn_pairs(rng, worth, number, rated=False):
@@ -69,7 +71,7 @@ def test_a_known_score_is_found(commands, shared_data, tmp_path, seed):
     files = [
         write_lines(tmp_path / f'{name}.jsonl', some) for name, some in (('train', lines), ('test', held_out))
     ]
-    report = trained(commands, shared_data, tmp_path / 'run', *files, seed, **{'train.num_epochs': 2.0})
+    report = trained(commands, shared_data, tmp_path / 'run', files, seed, **{'train.num_epochs': 2.0})
     print(
         f'seed {seed}: right in {100 * report["accuracy"]:.1f} % of {report["pairs"]}, who knows the score in '
         f'{100 * best:.1f} %; calibration error {report["calibration_error"]:.3f}'
@@ -88,7 +90,7 @@ def test_a_large_margin_widens_gaps_by_rating(commands, shared_data, tmp_path, s
     ]
     gaps = {}
     for margin in ('none', 'large'):
-        report = trained(commands, shared_data, tmp_path / margin, *files, seed, **{'reward.margin': margin})
+        report = trained(commands, shared_data, tmp_path / margin, files, seed, **{'reward.margin': margin})
         gaps[margin] = np.array([report['gap_by_margin'][rating] for rating in '0123'])
     wider = gaps['large'] - gaps['none']
     print(f'seed {seed}: gaps by rating ' + ', '.join(f'{name} {gap.round(2)}' for name, gap in gaps.items()))
@@ -150,7 +152,7 @@ def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_pa
         'optimizer.learning_rate': 2e-3, 'optimizer.warmup_steps': 20,
     }  # fmt: skip
     base = base_that_knows_its_stop_token(shared_data, tmp_path / 'base')
-    report = trained(commands, shared_data, tmp_path / 'run', *files, seed, base=base, **settings)
+    report = trained(commands, shared_data, tmp_path / 'run', files, seed, base=base, **settings)
     print(
         f'seed {seed}: right in {100 * report["accuracy"]:.1f} % of {report["pairs"]} after {report["step"]} updates; '
         f'the longer one is in {100 * report["longer_is_better"]:.1f} %, a bag of words in '
@@ -176,7 +178,7 @@ def test_which_of_two_answers_is_harmless_is_learnt_a_little(commands, shared_da
             write_lines(tmp_path / f'{name}{fold}.jsonl', (lines[place] for place in np.flatnonzero(chosen)))
             for name, chosen in (('train', folds != fold), ('test', folds == fold))
         ]
-        report = trained(commands, shared_data, tmp_path / f'run{fold}', *files, 0, **settings)
+        report = trained(commands, shared_data, tmp_path / f'run{fold}', files, 0, **settings)
         counts.append(report['pairs'])
         shares.append([report[key] for key in ('accuracy', 'longer_is_better', 'bag_of_words')])
         print(f'fold {fold}, {counts[-1]} pairs: {_said(shares[-1])}', flush=True)

@@ -18,10 +18,9 @@ from llama_jax.inference.sampling import Sampler
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.tokenizer.chat_format import Message, chat_format_for
+from tests.learning_runs import SEEDS, read_lines, train
 
-SEEDS = [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))]
 SEQ_LEN, HELD_OUT = 512, 0.1
-OPTIMISED = "import os; os.environ['XLA_FLAGS'] = ''"  # these programs run for longer than they compile
 ADAPTERS = {'lora.rank': 16, 'lora.alpha': 32.0, 'optimizer.learning_rate': 5e-3}
 KINDS = {
     'full': {},
@@ -30,17 +29,15 @@ KINDS = {
 }
 
 
-def arguments(shared_data, workdir, data, seed, overrides):
-    config = {
-        'data.train': data, 'data.format': 'plain', 'data.seq_len': SEQ_LEN, 'data.validation_fraction': HELD_OUT,
-        'train.batch_size': 8, 'train.num_epochs': 2.0, 'optimizer.learning_rate': 1e-3, 'model.dtype': 'float32',
-        'model.remat': 'none', 'eval.sample_tokens': 0, 'eval.every': 14, 'log.tensorboard': False, 'seed': seed,
-    } | overrides  # fmt: skip
+def tuned(commands, shared_data, workdir, data, seed, overrides):
+    """The workdir of a run of two passes."""
     weights = shared_data / 'weights/stories260K'
-    return [
-        '--config=configs/sft.py:checkpoint', f'--workdir={workdir}', f'--checkpoint={weights / "stories260K.pt"}',
-        f'--config.data.tokenizer={weights / "tok512.model"}', *(f'--config.{k}={v}' for k, v in config.items()),
-    ]  # fmt: skip
+    config = {
+        'data.train': data, 'data.tokenizer': weights / 'tok512.model', 'data.seq_len': SEQ_LEN,
+        'data.validation_fraction': HELD_OUT, 'train.batch_size': 8, 'train.num_epochs': 2.0,
+        'optimizer.learning_rate': 1e-3, 'eval.sample_tokens': 0, 'eval.every': 14, 'seed': seed,
+    } | overrides  # fmt: skip
+    return train(commands, 'sft', 'sft.py:checkpoint', workdir, weights / 'stories260K.pt', config)
 
 
 @pytest.fixture(scope='module')
@@ -51,9 +48,7 @@ def on_alpaca(commands, shared_data, tmp_path_factory):
     def run(kind, seed):
         workdir = tmp_path_factory.mktemp(f'{kind}{seed}') / 'run'
         data = shared_data / 'finetune/alpaca_en_demo.json'
-        commands.run(
-            'sft', *arguments(shared_data, workdir, data, seed, KINDS[kind]), before=OPTIMISED
-        ).succeeded()
+        tuned(commands, shared_data, workdir, data, seed, KINDS[kind])
         return workdir, json.loads((workdir / 'report.json').read_text())
 
     return run
@@ -104,7 +99,7 @@ def plot_held_out_loss(file, runs):
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     for kind, (workdir, report) in runs.items():
-        logged = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+        logged = read_lines(workdir / 'metrics.jsonl')
         found = {line['step']: line['validation_loss'] for line in logged if 'validation_loss' in line}
         axes.plot([0, *found], [report['base_loss'], *found.values()], marker='o', label=kind)
     axes.set(xlabel='updates', ylabel='held-out loss, nats a token of an answer', title='Alpaca, stories260K')
@@ -143,9 +138,8 @@ def test_answers_end_by_themselves(commands, shared_data, tmp_path, seed):
         for name in names for thing in things for place in places
     ]  # fmt: skip
     (tmp_path / 'data.json').write_text(json.dumps(dialogs))
-    workdir, short = tmp_path / 'run', {'data.seq_len': 128, 'train.num_epochs': 8.0}
-    run = arguments(shared_data, workdir, tmp_path / 'data.json', seed, short)
-    commands.run('sft', *run, before=OPTIMISED).succeeded()
+    short = {'data.seq_len': 128, 'train.num_epochs': 8.0}
+    workdir = tuned(commands, shared_data, tmp_path / 'run', tmp_path / 'data.json', seed, short)
     config, params, tokenizer = llama_jax.load(workdir)
     chat = chat_format_for(tokenizer, 'plain')
     prompts = [

@@ -1,15 +1,12 @@
 """Verifiable rewards: stories260K, taught sums of two digits by a careless teacher, goes on by what a task grades."""
 
-import json
-
 import numpy as np
 import pytest
 from etils import epath
 
 from llama_jax.rl.frontier import plot_ways
+from tests.learning_runs import draw, train, write_lines
 from tests.policy_runs import logged
-from tests.reward_learning_test import write_lines
-from tests.sft_learning_test import OPTIMISED
 
 NUM_HELD_OUT, NUM_TOKENS = 256, 28
 TASK = 'task:gsm8k:exact_match_flexible'  # the last number is the answer
@@ -48,15 +45,10 @@ class Sums:
 
     def train(self, command, recipe, name, checkpoint, config):
         config = {
-            'data.format': 'plain', 'data.seq_len': 128, 'data.validation_fraction': 0.0, 'model.dtype': 'float32',
-            'model.remat': 'none', 'train.loss_chunks': 1, 'optimizer.weight_decay': 0.0, 'log.tensorboard': False,
-            'seed': self.seed,
+            'data.seq_len': 128, 'data.validation_fraction': 0.0, 'train.loss_chunks': 1,
+            'optimizer.weight_decay': 0.0, 'seed': self.seed,
         } | config  # fmt: skip
-        self.commands.run(
-            command, f'--config=configs/{recipe}', f'--workdir={self.folder / name}', f'--checkpoint={checkpoint}',
-            *(f'--config.{key}={value}' for key, value in config.items()), before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        return self.folder / name
+        return train(self.commands, command, recipe, self.folder / name, checkpoint, config)
 
     def base(self):
         return self.train(
@@ -83,13 +75,10 @@ class Sums:
 
     def judged(self, checkpoint):
         """(share of right answers to held-out sums, tokens of each wrong one)."""
-        file = self.folder / f'{checkpoint.name}.jsonl'
-        self.commands.run(
-            'rejection_sampling', f'--checkpoint={checkpoint}', f'--prompts={self.held_out}', f'--rewards={TASK}',
-            f'--samples={SAMPLES}', f'--max_new_tokens={NUM_TOKENS}', '--chat_format=plain', '--batch_size=256',
-            f'--seed={self.seed}', f'--output={file}', before=OPTIMISED,
-        ).succeeded()  # fmt: skip
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = draw(
+            self.commands, checkpoint, self.held_out, TASK, self.folder / f'{checkpoint.name}.jsonl',
+            f'--samples={SAMPLES}', f'--max_new_tokens={NUM_TOKENS}', f'--seed={self.seed}',
+        )  # fmt: skip
         answers = [one for line in lines for one in line['candidates']]
         wrong = np.array([one['num_tokens'] for one in answers if not one['score']])
         return 1 - len(wrong) / len(answers), wrong
