@@ -64,12 +64,13 @@ def scores(workdir, prompt, answer) -> np.ndarray:
 
 
 @pytest.mark.parametrize('kind', ['whole', 'adapters'])
-def test_values_begin_as_a_reward_model(commands, folder, base, prompts, kind):
+def test_values_begin_as_a_reward_model_and_learn_at_their_own_rate(commands, folder, base, prompts, kind):
     own = {'lora__rank': 4, 'model__weights': 'float32'} if kind == 'adapters' else {}
     model = judge(commands, folder, base, f'judge_{kind}', **own)
     workdir = folder / f'values_{kind}'
     run = arguments(
-        workdir, base, prompts, algorithm__values_from=model, algorithm__rewards=model, train__num_steps=2, **own
+        workdir, base, prompts, algorithm__values_from=model, algorithm__rewards=model,
+        algorithm__constants='value_rate=0', **own,
     )  # fmt: skip
     shown = commands.run('ppo', *run).succeeded()
     assert ("adapters beside the policy's base, which it shares" in shown.stderr) == (kind == 'adapters')
@@ -79,10 +80,11 @@ def test_values_begin_as_a_reward_model(commands, folder, base, prompts, kind):
         for prompt, answer in zip(iteration.prompts, iteration.answers, strict=True)
     ]
     assert iteration.figures['reward'] == pytest.approx(np.mean(ends), abs=1e-5)
-    for place in (0, 7):
-        want = scores(model, iteration.prompts[place], iteration.answers[place])
+    later = Iteration.from_bytes((workdir / 'rollouts/00000002.npz').read_bytes())
+    for drawn, place in ((iteration, 0), (iteration, 7), (later, 3)):  # at a rate of 0 they stay so
+        want = scores(model, drawn.prompts[place], drawn.answers[place])
         # Sums of fp32, packed and alone.
-        np.testing.assert_allclose(iteration.values[place], want, atol=2e-5)
+        np.testing.assert_allclose(drawn.values[place], want, atol=2e-5)
     assert max(np.ptp(one) for one in iteration.values) > 0.01
     if kind == 'adapters':
         for name, other, message in (

@@ -1,5 +1,6 @@
 """A run of policy gradients from its flags to where its loop begins: all that it reads, checked, and its workdir."""
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +17,8 @@ from experiments.run.objective import objective_of, scored
 from llama_jax import runtime
 from llama_jax.data.records import check_records
 from llama_jax.errors import InputError
+from llama_jax.models.reward import VALUE
+from llama_jax.train.optimizer import at_rate
 from llama_jax.train.state import abstract_state
 
 
@@ -37,6 +40,8 @@ def begin_policy(config: ConfigDict, **flags: Any) -> tuple[training.Run, Iterat
         if not flags['checkpoint']:
             raise InputError('a policy starts from a model: give it by --checkpoint')
     plan = training.plan(config, **flags, check_data=check_records)
+    if recipe.algorithm.has_values and recipe.course.value_rate != 1:
+        plan = dataclasses.replace(plan, tx=at_rate(plan.tx, VALUE, recipe.course.value_rate))
     with runtime.refused_by_all():
         sampler = plan.model.clone(remat='none', partitioner=sampler_partitioner(config, plan.partitioner))
         prompts = read_prompts(plan)

@@ -53,6 +53,7 @@ class Course:
       beta_target: nats an answer to the reference, which beta is moved to hold; 0: it stays.
       importance: limit of the weights for what the sampler did otherwise than the policy; 0: there are none.
       patience: measurements without a better held-out reward after which a run ends; 0: it does not.
+      value_rate: learning rate of the values, as a multiple of the policy's; 0: they stay as they begin.
     """
 
     epochs: int = 1
@@ -60,6 +61,7 @@ class Course:
     beta_target: float = 0.0
     importance: float = 0.0
     patience: int = 0
+    value_rate: float = 1.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import optax
@@ -98,6 +99,17 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule | float) ->
         )
         update = optax.chain(rule, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(schedule))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def at_rate(tx: optax.GradientTransformation, name: str, factor: float) -> optax.GradientTransformation:
+    """The same optimiser with `factor` times the learning rate for the weights under `name`; its state is the same."""
+
+    def update(gradients: PyTree, state: PyTree, params: Params | None = None) -> tuple[Params, PyTree]:
+        updates: Any
+        updates, state = tx.update(gradients, state, params)
+        return updates | {name: jax.tree.map(lambda leaf: factor * leaf, updates[name])}, state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def decayed(params: Params) -> PyTree:

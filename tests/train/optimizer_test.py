@@ -12,7 +12,14 @@ from llama_jax.errors import InputError
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import abstract_params, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
-from llama_jax.train.optimizer import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer, make_schedule
+from llama_jax.train.optimizer import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    at_rate,
+    decayed,
+    make_optimizer,
+    make_schedule,
+)
 from llama_jax.train.state import abstract_state, new_state
 from llama_jax.train.step import train_step
 from tests import toy
@@ -94,6 +101,25 @@ def test_gradients_are_clipped_to_the_global_norm():
     jax.tree.map(close, update(large), update(clipped, clip_norm=0.0))
     jax.tree.map(close, update(clipped, clip_norm=5.0), update(clipped, clip_norm=0.0))
     assert np.abs(update(large, clip_norm=0.0)['b']) > 5 * np.abs(update(large)['b'])
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_one_part_learns_at_a_rate_of_its_own(name):
+    """Decay among it: as if its learning rate were so many times as high, from a state of the same shape."""
+    params = {part: {'q': jnp.full((2, 4, 4), 2.0)} for part in ('policy', 'value')}
+    gradients = jax.tree.map(
+        lambda leaf: jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape), params
+    )
+    config = OptimizerConfig(name=name, weight_decay=0.1)
+    one, ten = (make_optimizer(config, rate) for rate in (1e-3, 1e-2))
+    mixed = at_rate(one, 'value', 10.0)
+
+    def update(tx):
+        return tx.update(gradients, tx.init(params), params)[0]
+
+    jax.tree.map(np.testing.assert_array_equal, mixed.init(params), one.init(params))
+    np.testing.assert_array_equal(update(mixed)['policy']['q'], update(one)['policy']['q'])
+    np.testing.assert_allclose(update(mixed)['value']['q'], update(ten)['value']['q'], rtol=1e-5)
 
 
 def successor_batch(seed):
