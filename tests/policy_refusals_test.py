@@ -16,24 +16,29 @@ import types
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 
 from configs import grpo, ppo, reward_model
 from experiments.policy import rewards
 from experiments.policy.drawing import Drawing, Drawn
 from experiments.policy.ghost_dialogs import held_dialogs
 from experiments.policy.objective import check_policy, sampler_partitioner
-from experiments.run import config_file, settings, workdir
+from experiments.run import settings, workdir
+from llama_jax.checkpoint.model_file import save_config
+from llama_jax.checkpoint.weights import save_params
 from llama_jax.convert import huggingface
 from llama_jax.data.record_kinds import Conversation
 from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
+from llama_jax.models.llama import abstract_params
+from llama_jax.models.reward import LlamaForRewardModel
 from llama_jax.rl.ghost_attention import default_constraints
 from llama_jax.rl.rewards import Rewarded, Weighted, judge
 from llama_jax.rl.rollout import Rollout, check_room
 from llama_jax.tokenizer.chat_format import Message, chat_format_for
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from tests import toy
-from tests.convert.in_memory import random_source
+from tests.convert.in_memory import InMemory, random_source
 from tests.rl.rollout_test import Letters
 
 
@@ -46,15 +51,6 @@ def config_of(recipe=ppo, model='tiny', **changed):
     config = recipe.get_config(model)
     config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in changed.items()})
     return config
-
-
-def of_a_key_that_cuts_the_distribution(name):
-    def row(folder, tokenizer):
-        argv = ['--config=configs/ppo.py:tiny', f'--config.rollout.{name}=0.9']
-        raise InputError(config_file.describe_error(AttributeError(name), argv))
-
-    row.__name__ = f'{name}_of_a_policy'
-    return row
 
 
 def one_answer_a_group_of_grpo(folder, tokenizer):
@@ -120,9 +116,16 @@ def a_judge_without_a_score(folder, tokenizer):
 
 
 def a_judge_of_safety_that_learnt_no_threshold(folder, tokenizer):
-    workdir.record_run(epath.Path(folder), config_of(reward_model, reward__safety=0.0), '', 'abc')
-    opened = types.SimpleNamespace(place=epath.Path(folder), format='orbax')
-    rewards._check_threshold('runs/helpful', opened)
+    run = epath.Path(folder / 'judge')
+    run.mkdir()
+    architecture = dataclasses.replace(toy.CONFIG, scalar_head=True)
+    shapes = traverse_util.flatten_dict(abstract_params(LlamaForRewardModel(architecture)), sep='/')
+    save_params(
+        run / 'checkpoints', {name: InMemory(np.zeros(one.shape, one.dtype)) for name, one in shapes.items()}
+    )
+    save_config(run, architecture)
+    workdir.record_run(run, config_of(reward_model, reward__safety=0.0), '', 'abc')
+    rewards.check_rewards(rewards.parse_rewards(f'helpfulness:{run},safety:{run}'), allow_code=False)
 
 
 def prompts_without_room(folder, tokenizer):
@@ -184,8 +187,6 @@ def a_dialog_without_a_user(folder, tokenizer):
 
 JUDGE = 'the reward model .*judge'
 TABLE = {
-    **{of_a_key_that_cuts_the_distribution(name): rf'unknown config key --config\.rollout\.{name}; '
-       for name in ('top_p', 'top_k', 'min_new_tokens')},
     one_answer_a_group_of_grpo: r'rollout\.samples=1, and the advantage group_std .*name=grpo.*; draw at least 2',
     one_answer_a_group_of_rloo: r'rollout\.samples=1, and the advantage leave_one_out .*rloo.*; draw at least 2',
     k1_in_the_loss: "divergence is 'k1': in the loss the mean of its gradient is 0.*; choose reward, .* or k2",
@@ -197,7 +198,7 @@ TABLE = {
     a_reward_that_is_no_number: r'mine\.py:score is nan for record 3, answer 1 .*; it must be a finite number',
     a_judge_of_another_tokenizer: rf'{JUDGE} .*they have 64 and 512 ids',
     a_judge_without_a_score: rf'{JUDGE} has no score: it is a language model; train one .*reward_model',
-    a_judge_of_safety_that_learnt_no_threshold: r'was trained without .*\(reward\.safety 0\).*; train it with',
+    a_judge_of_safety_that_learnt_no_threshold: rf'{JUDGE} was trained without .*\(reward\.safety 0\).*train',
     prompts_without_room: '2 of 3 prompts are longer than 60 tokens, .*: the longest has 70; leave them out',
     groups_without_variance: r'10 times others were drawn, and still 4 of 4 groups .*samples=2 .*too easy or too hard',
     a_batch_of_no_whole_minibatches: r'batch_size=60 answers do not divide into --config\.train\.batch_size=64',
@@ -216,3 +217,11 @@ def test_a_row_of_the_table(row, tmp_path, tokenizer):
     with pytest.raises(InputError, match=TABLE[row]) as refusal:
         row(tmp_path, tokenizer)
     assert not re.search(r'\n', str(refusal.value))
+
+
+@pytest.mark.parametrize('name', ['top_p', 'top_k', 'min_new_tokens'])
+def test_the_command_has_no_key_that_cuts_what_is_drawn_from(commands, tmp_path, name):
+    """The ratio would be that of another distribution than answers come from."""
+    run = '--config=configs/ppo.py:tiny', f'--workdir={tmp_path / "run"}', f'--config.rollout.{name}=1'
+    assert f'unknown config key --config.rollout.{name}; ' in commands.run('ppo', *run).error()
+    assert not list(tmp_path.iterdir())
