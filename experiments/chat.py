@@ -62,6 +62,7 @@ def main() -> None:
 def _talk(conversation: Conversation) -> None:
     """Until the lines end; Ctrl-C forgets the line that is being typed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(errors='replace')  # pyright: ignore[reportAttributeAccessIssue]  what is typed may be no text
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lets lines be edited
     while True:

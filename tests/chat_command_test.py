@@ -74,10 +74,23 @@ def test_what_may_be_typed(make_session, tmp_path):
     assert screen.messages == []
     for line, words in (
         ('/undo', 'no answer to take back'), ('/rest', 'did you mean reset'), ('/save', 'needs a file'),
-        ('/load nothing.json', 'nothing.json'), (f'/save {tmp_path}/no/talk.json', 'there is no folder'),
+        ('/save /proc/talk.json', '/proc/talk.json cannot be written: '), ('/load nothing.json', 'nothing.json'), (f'/save {tmp_path}/no/talk.json', 'there is no folder'),
     ):  # fmt: skip
         assert words in screen.type(line)
     assert not screen.conversation.take('/quit')
+
+
+def test_what_cannot_be_gone_on_from_is_not_loaded(make_session, tmp_path):
+    screen = Screen(make_session)
+    screen.type('Hi')
+    file = tmp_path / 'talk.json'
+    file.write_text('[{"role": "robot", "content": "x"}]')
+    assert "role is 'robot'" in screen.type(f'/load {file}')
+    assert 'no file has such a name' in screen.type('/load a\0b') + screen.type('/save a\0b')
+    assert [message['role'] for message in screen.messages] == ['user', 'assistant']
+    file.write_text('[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]')
+    assert screen.type(f'/load {file}') == '' == screen.type(f'/save {tmp_path}/again.json')
+    assert json.loads((tmp_path / 'again.json').read_text())[0]['content'] == '\ufffd'
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(make_session):

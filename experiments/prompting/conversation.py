@@ -16,6 +16,7 @@ from llama_jax.inference.chat_session import ChatSession
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.serve.documents import Documents, citations, with_passages
 from llama_jax.storage import write_atomically
+from llama_jax.tokenizer.text_pieces import without_surrogates
 
 HELP = (
     '/reset begins anew; /system TEXT says how it is to answer; /undo takes the last answer back;\n'
@@ -91,7 +92,11 @@ class Conversation:
             raise InputError(f'{file} is there already; name another file')
         if not (path := epath.Path(file)).parent.is_dir():
             raise InputError(f'{file} cannot be written: there is no folder {path.parent}')
-        write_atomically(path, json.dumps(messages, ensure_ascii=False, indent=1) + '\n')
+        text = json.dumps(messages, ensure_ascii=False, indent=1)
+        try:
+            write_atomically(path, without_surrogates(text) + '\n')  # as the model read it
+        except OSError as error:
+            raise InputError(f'{file} cannot be written: {error.strerror}') from None
 
     def _answer(self, line: str) -> None:
         passages = self._documents.find(line) if self._documents else []
@@ -128,4 +133,6 @@ def _interrupted() -> Iterator[Callable[[], bool]]:
 def _named(rest: str, name: str) -> str:
     if not rest:
         raise InputError(f'/{name} needs a file')
+    if '\0' in rest:
+        raise InputError(f'/{name} {rest!r}: no file has such a name')
     return os.path.expanduser(rest)

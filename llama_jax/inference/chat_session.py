@@ -63,13 +63,15 @@ class ChatSession:
           messages: of a conversation so far; what the system says, say.
 
         Raises:
-          InputError: the messages are none, or the checkpoint is not known to talk.
+          InputError: the messages are none that a user could go on from, or the checkpoint is not known to talk.
         """
         self._tokenizer = required(tokenizer)
         self._chat = Chat(self._tokenizer, template)
         self._config, self._num_rows = model.config, decoding.rows_of(1, model.partitioner)
         self._slots = Slots(model, params, 0, None)
         self.messages = check_messages(messages) if messages else []
+        if messages:
+            self._chat.encode_prompt([*self.messages, {'role': 'user', 'content': '?'}])
         self.num_cached = self.num_made = 0
         self._held: list[int] = []  # tokens that the cache holds
         self._answering: Generator[str, None, None] = (piece for piece in ())

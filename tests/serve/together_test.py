@@ -68,6 +68,9 @@ def test_two_processes_answer_as_one_and_end_together(server):
         thread.start()
     for thread in threads:
         thread.join()
+    if len(texts) < 12:
+        waiter.join(60)
+    assert not ended, '\n'.join(process.stderr for process in ended)
     assert len(texts) == 12
     for more, text in texts:
         if 'extra_body' in more:
