@@ -18,8 +18,8 @@ from experiments import launch
 from experiments.prompting.loading import define_shared_model, load_model, shared_partitioner
 from llama_jax import runtime
 from llama_jax.errors import InputError
+from llama_jax.inference.chat import Chat
 from llama_jax.inference.scoring import check_candidates
-from llama_jax.json_file import read_bytes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
 from llama_jax.serve.access import read_keys
@@ -27,6 +27,7 @@ from llama_jax.serve.documents import Documents
 from llama_jax.serve.job import follow
 from llama_jax.serve.served import Served, chat_of, rules_of
 from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
+from llama_jax.tokenizer.chat_template import read_template
 from llama_jax.tokenizer.protocol import required
 
 _MODEL = define_shared_model()
@@ -62,10 +63,12 @@ def main() -> None:
         )
     partitioner = shared_partitioner(given)
     listener = documents = None
-    with runtime.refused_by_all(), launch.flags_named('--documents', '--host', '--port'):
+    with runtime.refused_by_all():
         if runtime.is_main_process():
-            listener = listen(_HOST.value, _PORT.value)
-            documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
+            with launch.flags_named('--documents'):
+                documents = Documents(_DOCUMENTS.value) if _DOCUMENTS.value else None
+            with launch.flags_named('--port', '--host'):
+                listener = listen(_HOST.value, _PORT.value)
     limits = Limits(
         _NAME.value or os.path.basename(given['checkpoint'].rstrip('/')), _MAX_QUEUE.value, _MAX_BODY.value, keys,
         tuple(_CORS_ORIGINS.value), hosts_of(_HOST.value, keys), documents,
@@ -99,12 +102,17 @@ def load(
     model = model.clone(config=dataclasses.replace(model.config, max_seq_len=context or most))
     params, tokenizer = unstack(params, jax.numpy.dtype(model.dtype), delete=True), required(tokenizer)
     if template_name == 'native':
-        template = ''
-    elif template_name != 'checkpoint':
+        chat = chat_of(tokenizer, '')
+    else:
         with launch.flags_named('--chat_template'):
-            template = read_bytes(epath.Path(template_name)).decode(errors='replace')
+            if template_name != 'checkpoint':
+                template = read_template(epath.Path(template_name))
+            elif not template:
+                raise InputError('the checkpoint has no template; give native, or a FILE of Jinja')
+            chat = Chat(tokenizer, template)
+            chat.encode_prompt([{'role': 'user', 'content': 'Hi'}])
     rules = rules_of(tokenizer, model, draft is not None) if constrains else 'the server was started without'
-    return Served.create(model, params, tokenizer, chat_of(tokenizer, template), rules, draft=draft, **rows)
+    return Served.create(model, params, tokenizer, chat, rules, draft=draft, **rows)
 
 
 if __name__ == '__main__':

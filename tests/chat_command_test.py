@@ -74,7 +74,8 @@ def test_what_may_be_typed(make_session, tmp_path):
     assert screen.messages == []
     for line, words in (
         ('/undo', 'no answer to take back'), ('/rest', 'did you mean reset'), ('/save', 'needs a file'),
-        ('/save /proc/talk.json', '/proc/talk.json cannot be written: '), ('/load nothing.json', 'nothing.json'), (f'/save {tmp_path}/no/talk.json', 'there is no folder'),
+        ('/save /proc/talk.json', '/proc/talk.json cannot be written: '),
+        ('/load nothing.json', 'nothing.json'), (f'/save {tmp_path}/no/talk.json', 'there is no folder'),
     ):  # fmt: skip
         assert words in screen.type(line)
     assert not screen.conversation.take('/quit')

@@ -97,7 +97,7 @@ def read_keys(path: str) -> tuple[str, ...]:
     """
     keys = []
     for number, line in enumerate(
-        read_bytes(epath.Path(path), _MAX_FILE).decode(errors='replace').splitlines(), 1
+        read_bytes(epath.Path(path), _MAX_FILE).decode('utf-8-sig', 'replace').splitlines(), 1
     ):
         key = line.strip()
         if not key or key.startswith('#'):

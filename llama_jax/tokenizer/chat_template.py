@@ -162,6 +162,20 @@ def _end(process: subprocess.Popen) -> None:
     process.stdout.close()
 
 
+def read_template(file: epath.Path) -> str:
+    """The template in a file of Jinja.
+
+    Raises:
+      InputError: there is no such file, or it is no text.
+    """
+    try:
+        return read_bytes(file, _MAX_TEMPLATE).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f'{file} is no text in UTF-8 from byte {error.start} on; give a template in Jinja'
+        ) from None
+
+
 def template_beside(folder: epath.Path) -> str:
     """The template that a Hugging Face folder holds, in a file of its own or in its configuration; '' for none.
 
@@ -169,7 +183,7 @@ def template_beside(folder: epath.Path) -> str:
       InputError: a file is damaged.
     """
     if (file := folder / 'chat_template.jinja').exists():
-        return read_bytes(file, _MAX_TEMPLATE).decode(errors='replace')
+        return read_template(file)
     if not (file := folder / 'tokenizer_config.json').exists():
         return ''
     template = read_object(file).get('chat_template')

@@ -11,6 +11,8 @@ import time
 import openai
 import pytest
 
+from experiments import serve
+from llama_jax.errors import InputError
 from tests.command_line import wait_for
 
 
@@ -49,6 +51,29 @@ def get(client, path):
         return client._client.get(f'{str(client.base_url).removesuffix("v1/")}{path}').status_code
     except Exception:
         return 0
+
+
+@pytest.mark.parametrize(
+    ('template', 'words'),
+    [
+        ('checkpoint', 'has no template'), ('nothing.jinja', 'nothing.jinja'), ('bytes.jinja', 'no text in UTF-8'),
+        ('wrong.jinja', 'cannot render'), ('right.jinja', None),
+    ],
+)  # fmt: skip
+def test_a_template_that_is_none_ends_it(folder, weights, template, words):
+    for name, content in (('bytes', b'\xff'), ('wrong', b'{% if %}'), ('right', b'{{ bos_token }}Hi')):
+        (folder / f'{name}.jinja').write_bytes(content)
+    given = {
+        'checkpoint': f'{weights}/stories260K.gguf', 'tokenizer': '', 'dtype': 'auto', 'cache_dtype': 'auto',
+        'keep_quantized': False,
+    }  # fmt: skip
+    path = template if template == 'checkpoint' else str(folder / template)
+    rows = {'num_slots': 1, 'log_probabilities': 1}
+    if words is None:
+        assert serve.load(rows, path, 0, False, given, None).chat.is_by_template
+        return
+    with pytest.raises(InputError, match=f'{words}.*--chat_template'):
+        serve.load(rows, path, 0, False, given, None)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from openai.resources.chat.completions import Completions as Chats
 from openai.resources.completions import Completions
 
+from llama_jax.serve.access import read_keys
 from llama_jax.serve.bodies import ChatBody, CompletionBody
 from llama_jax.serve.parameters import HARMLESS, REFUSED
 from llama_jax.serve.responses import ResponseBody
@@ -173,6 +174,12 @@ def test_keys_open_and_nothing_else_does():
             assert client.post('/v1/chat/completions', json=body, headers=right).status_code == 200
         assert client.options('/v1/models').status_code == 405  # no key is asked for
         assert [client.get(path).status_code for path in ('/health', '/ready', '/metrics')] == [200] * 3
+
+
+def test_keys_are_read_from_a_file_of_any_editor(tmp_path):
+    file = tmp_path / 'keys'
+    file.write_bytes(b'\xef\xbb\xbfsesame-1234\r\n\r\n# of a friend\r\nother-12345\r\n')
+    assert read_keys(str(file)) == ('sesame-1234', 'other-12345')
 
 
 def test_pages_elsewhere_may_not_ask_unless_they_are_named():
