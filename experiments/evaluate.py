@@ -8,10 +8,8 @@ model. The same command again goes on where it was killed.
 """
 
 import contextlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ from experiments import launch
 from experiments.prompting.loading import define_spread_model, open_model, place_model
 from experiments.run import preference_files
 from experiments.run.config_file import split_list
+from experiments.run.results_file import check_results, write_results
 from experiments.run.settings import partitioner_of_flags
 from experiments.run.trained_format import chat_format_of
 from experiments.run.workdir import hold_folder
@@ -30,14 +29,12 @@ from llama_jax.data.records import check_records
 from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
 from llama_jax.eval.harness import PreparedTask, Sampling, evaluate, finished_items, prepare
-from llama_jax.eval.published import Comparison, compare, published_scores
-from llama_jax.eval.report import plot_comparison, to_report
+from llama_jax.eval.published import published_scores
 from llama_jax.eval.task import Completion, Graders, Task
 from llama_jax.eval.tasks import find_task
 from llama_jax.eval.text_rating import CommandRating, file_rating
 from llama_jax.grading.sandbox import CodeExecution
 from llama_jax.item_log import ItemLog
-from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.reward import model_of
 from llama_jax.tokenizer.protocol import required
@@ -198,25 +195,6 @@ def find_tasks(names: Sequence[str], data_dir: str) -> list[Task]:
     return list(tasks.values())
 
 
-def check_results(output: epath.Path, names: Sequence[str]) -> None:
-    """Refuses a folder whose results of other tasks, or whose files of other origin, this evaluation would replace."""
-    if not (file := output / 'results.json').exists():
-        if strange := [name for name in ('report.md', 'comparison.png') if (output / name).exists()]:
-            raise InputError(
-                f'{output / strange[0]} is of no evaluation; move it away, or choose another --output'
-            )
-        return
-    with launch.flags_named('--output'):
-        held = parse_json(read_bytes(file), str(file))
-    if not isinstance(held, dict):
-        raise InputError(f'{file} is of no evaluation; move it away, or choose another --output')
-    if others := [name for name in held if name not in names]:
-        raise InputError(
-            f'{file} has results of {", ".join(others)}, which --tasks does not name, and would lose them; name all '
-            '(finished items are not asked again), or choose another --output'
-        )
-
-
 def make_graders(
     tasks: Sequence[Task], allow_code: bool, ratings: str, rating_command: str, at_exit: contextlib.ExitStack
 ) -> Graders:
@@ -260,26 +238,6 @@ def open_log(
     log = at_exit.enter_context(contextlib.closing(ItemLog(file, {'task': prepared.task.name, **header})))
     finished_items(prepared, log)
     return log
-
-
-def write_results(
-    output: epath.Path,
-    checkpoint: str,
-    compared_to: str,
-    results: dict[str, Any],
-    of_pairs: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
-    """Writes results.json, the report and the plot; returns the report."""
-    storage.write_atomically(output / 'results.json', json.dumps({**results, **of_pairs}, indent=2) + '\n')
-    rows: list[Comparison] = compare(compared_to, results) if compared_to else []
-    title = f'Evaluation of {checkpoint}'
-    report = to_report(title, results, compared_to, rows) if results else f'# {title}\n'
-    if of_pairs:
-        report += f'\n{preference_files.describe(of_pairs)}\n'
-    storage.write_atomically(output / 'report.md', report)
-    if rows:
-        plot_comparison(output / 'comparison.png', compared_to, rows)
-    return report
 
 
 if __name__ == '__main__':

@@ -17,6 +17,9 @@ from experiments.run.failures import describe_failure
 from llama_jax import runtime, signals
 from llama_jax.errors import InputError, SystemFailure
 
+# What is defined here is the flag of the command that asks for it, and stands in its --help.
+flags.disclaim_key_flags()
+
 
 class _PathParser(flags.ArgumentParser):
     """A path or several, by commas; '~' stands for the user's folder, which no shell expands within --name=value."""
@@ -37,7 +40,9 @@ def define_path(name: str, default: str | None, help: str, required: bool = Fals
 
 def define_config() -> flags.FlagHolder:
     """--config=configs/TASK.py:MODEL, with --config.SECTION.KEY=VALUE for any of its keys."""
-    holder = config_flags.DEFINE_config_file('config', None, 'configuration file: FILE.py:MODEL')
+    holder = config_flags.DEFINE_config_file(
+        'config', None, 'configuration file, FILE.py:MODEL; any of its settings is --config.SECTION.KEY=VALUE'
+    )
     flags.mark_flag_as_required('config')
     return holder
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from etils import epath
 
-from experiments import evaluate
+from experiments.run.results_file import check_results
 from llama_jax.errors import InputError
 from tests.command_line import REPOSITORY, tiny_run, xla_flags
 
@@ -175,17 +175,17 @@ def test_what_a_later_task_refuses_leaves_what_is_done(commands, given, tmp_path
 
 def test_results_of_other_tasks_and_files_of_others_are_not_replaced(tmp_path):
     output, file = epath.Path(tmp_path), tmp_path / 'results.json'
-    evaluate.check_results(output / 'new', ['piqa'])
+    check_results(output / 'new', ['piqa'])
     (tmp_path / 'comparison.png').write_bytes(b'mine')
     with pytest.raises(InputError, match=r'comparison\.png is of no evaluation; move it away, or'):
-        evaluate.check_results(output, ['piqa'])
+        check_results(output, ['piqa'])
     file.write_text('{"piqa": {"n": 1}, "preference:a/b": {"mean": NaN}}')
-    evaluate.check_results(output, ['preference:a/b', 'siqa', 'piqa'])
+    check_results(output, ['preference:a/b', 'siqa', 'piqa'])
     with pytest.raises(InputError, match='has results of preference:a/b, which --tasks does not name'):
-        evaluate.check_results(output, ['piqa', 'siqa'])
+        check_results(output, ['piqa', 'siqa'])
     file.write_text('[]')
     with pytest.raises(InputError, match=r'results\.json is of no evaluation'):
-        evaluate.check_results(output, ['piqa'])
+        check_results(output, ['piqa'])
 
 
 # What is refused: the arguments, and what the line says.

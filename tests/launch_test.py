@@ -78,7 +78,7 @@ def test_no_flag_is_of_all_commands():
         if isinstance(node, ast.Assign)
     ]
     assert not any('DEFINE' in ast.unparse(node) for node in defined)
-    joins = re.compile(r'\bdefine_(processes|run|sampled_policy|shared_model)\(\)')
+    joins = re.compile(r'\bdefine_(processes|run|sampled_policy|shared_model|spread_model)\(\)')
     commands = [file for file in COMMANDS if file.parent == EXPERIMENTS]
     joining = [file.stem for file in commands if joins.search(file.read_text())]
     assert joining == [
@@ -275,3 +275,12 @@ def test_a_configuration_that_fails_is_told_in_a_line(tmp_path):
     file.write_text("def get_config():\n    return {}['x']\n")
     line = config_file.describe_error(KeyError('x'), [f'--config={file}'])
     assert line == f"--config={file} cannot be loaded: KeyError: 'x'" and os.sep in line
+
+
+def test_help_of_a_command_shows_what_others_define_for_it():
+    launch.define_path('for_this_test', '', 'a path')
+    try:
+        own = flags.FLAGS.get_key_flags_for_module(__name__)
+        assert [flag.name for flag in own] == ['for_this_test']
+    finally:
+        delattr(flags.FLAGS, 'for_this_test')

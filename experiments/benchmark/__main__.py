@@ -2,7 +2,8 @@
 
     python -m experiments.benchmark --suite=train [--json=FILE]
 
-Each suite is a file of its own, `benchmark/SUITE.py`, which says what it measures and has its own flags.
+Each suite is a file of its own, `benchmark/SUITE.py`, which says what it measures and has its own flags;
+--helpfull lists them.
 """
 
 import importlib

@@ -31,6 +31,8 @@ from llama_jax.tokenizer.chat_format import FORMATS, ChatFormat
 from llama_jax.tokenizer.protocol import Tokenizer, required
 from llama_jax.types import Params
 
+flags.disclaim_key_flags()  # they are those of the command that asks for them
+
 
 def define_sampled_policy() -> launch.Flags:
     """--checkpoint, --rewards and what else says how answers are drawn and judged; see `request_of`."""

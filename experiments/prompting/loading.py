@@ -21,6 +21,8 @@ from llama_jax.partitioning import Partitioner
 from llama_jax.tokenizer.protocol import Tokenizer
 from llama_jax.types import Params
 
+flags.disclaim_key_flags()  # they are those of the command that asks for them
+
 
 def define_model() -> launch.Flags:
     """--checkpoint and what else says which model generates, in one process; see `load_model`."""
