@@ -22,7 +22,7 @@ def train(
     checkpoint: pathlib.Path,
     config: Mapping[str, Any],
 ) -> pathlib.Path:
-    """Runs `experiments.COMMAND --config=configs/RECIPE` on plain text in float32, to its end; its workdir."""
+    """Runs `experiments COMMAND --config=configs/RECIPE` on plain text in float32, to its end; its workdir."""
     config = {
         'data.format': 'plain', 'model.dtype': 'float32', 'model.remat': 'none', 'log.tensorboard': False,
     } | config  # fmt: skip
