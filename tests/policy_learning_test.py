@@ -24,9 +24,13 @@ WAYS = {
     }),
 }  # fmt: skip
 NUM_TOKENS = 48
-# Of rejection sampling: answers to a prompt that a round draws, and how all that hold the word are learnt.
-ROUNDS = ((256, {'train.num_epochs': 2.0, 'optimizer.learning_rate': 5e-4}),
-          (128, {'train.num_epochs': 1.0, 'optimizer.learning_rate': 4e-4}))  # fmt: skip
+# Of rejection sampling: answers to a prompt that each round draws, and how all that hold the word are learnt. The
+# first draws most, since few of the base's stories have it; many stories to an update move the policy least for them.
+ROUNDS = (1024, 128, 128)
+BEST = {
+    'data.too_long': 'cut', 'train.batch_size': 64, 'train.num_epochs': 2.0, 'optimizer.learning_rate': 5e-4,
+    'optimizer.warmup_steps': 2, 'optimizer.eps': 1e-8, 'eval.sample_tokens': 0,
+}  # fmt: skip
 # Of preferences: answers to a prompt, stories without the word that each with it is preferred to, how that is learnt.
 NUM_COMPARED, NUM_OTHERS = 64, 4
 PREFERRED = {
@@ -71,17 +75,14 @@ class Stories:
     def by_rejection_sampling(self):
         """The best answers are learnt, where they end for want of room without the end: each is cut a token before."""
         checkpoint, points = self.base, []
-        for number, (samples, own) in enumerate(ROUNDS):
+        for number, samples in enumerate(ROUNDS):
             kept = self.draw(checkpoint, f'kept{number}', samples)
             points.append(self.told(checkpoint, kept))
             shortest = min(len(self.tokens(line['prompt'])) for line in kept)
-            config = {
-                'data.seq_len': shortest + NUM_TOKENS - 2, 'data.too_long': 'cut', 'train.batch_size': 16,
-                'optimizer.warmup_steps': 2, 'eval.sample_tokens': 0,
-            } | own  # fmt: skip
+            config = BEST | {'data.seq_len': shortest + NUM_TOKENS - 2}
             data = self.folder / f'kept{number}.jsonl'
             checkpoint = self.train('sft', 'sft.py', f'sft{number}', checkpoint, data, config)
-        return [*points, self.told(checkpoint, self.draw(checkpoint, 'last', 32))]
+        return [*points, self.told(checkpoint, self.draw(checkpoint, 'last', 64))]
 
     def by_preferences(self):
         """Each story with the word is preferred to some without it, of the same prompt."""
@@ -161,7 +162,7 @@ def ways(folder):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ('way', 'seed'),
-    [*((way, 0) for way in (*WAYS, 'rejection sampling', 'dpo')), ('grpo', 1), ('grpo', 2), ('ppo', 1), ('ppo', 2)],
+    [*((way, seed) for way in (*WAYS, 'rejection sampling') for seed in (0, 1, 2)), ('dpo', 0)],
 )  # fmt: skip
 def test_a_word_comes_to_most_stories_within_few_nats(commands, shared_data, tmp_path, ways, way, seed):
     """Of stories of 48 tokens few hold it at first, four fifths at last; by DPO, of few pairs, three times as many."""
