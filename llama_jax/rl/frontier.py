@@ -59,7 +59,9 @@ def plot_ways(
         axes.plot(
             [least_divergence(one, first) for one in shares], shares, color='black', label='least for a share'
         )
-        numbers = np.unique(np.geomspace(1, _MOST_SAMPLES, 60).astype(int)).tolist()
+        # Up to where hardly one in a thousand is not good: farther out there is nothing to see.
+        enough = math.ceil(math.log(1e-3) / math.log1p(-first))
+        numbers = np.unique(np.geomspace(1, min(enough, _MOST_SAMPLES), 60).astype(int)).tolist()
         best = [(best_of_n_divergence(n), 1 - (1 - first) ** n) for n in numbers]
         axes.plot(
             *zip(*best, strict=True), color='black', linestyle=':', label='best of n, log n - (n - 1) / n'
