@@ -10,6 +10,8 @@ reward at the beginning and the end, and reward_over_kl.png how it rose.
 
 from typing import Any
 
+from absl import flags
+
 from experiments import launch, training
 from experiments.policy.beginning import begin_policy
 from experiments.policy.iterations import HELD_OUT
@@ -19,11 +21,14 @@ from llama_jax.train.metrics import read_metrics
 
 _CONFIG = launch.define_config()
 _RUN = launch.define_run()
+_ALLOW_CODE = flags.DEFINE_boolean(
+    'allow_code_execution', False, 'a reward task: may run generated programs, in a sandbox'
+)
 
 
 def main() -> None:
     """One run from start to report."""
-    run, iterations = begin_policy(_CONFIG.value, **_RUN.value)
+    run, iterations = begin_policy(_CONFIG.value, allow_code=_ALLOW_CODE.value, **_RUN.value)
     trained = training.fit(run, iterations.next_batch, iterations.measurements())
     if trained.stopped or not runtime.is_main_process():
         return

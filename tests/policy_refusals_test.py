@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from configs import grpo, ppo, reward_model
 from experiments.policy import rewards
+from experiments.policy.beginning import begin_policy
 from experiments.policy.drawing import Drawing, Drawn
 from experiments.policy.ghost_dialogs import held_dialogs
 from experiments.policy.objective import check_policy, sampler_partitioner
@@ -96,6 +97,14 @@ def a_reward_for_other_answers(folder, tokenizer):
 
 def a_reward_that_is_no_number(folder, tokenizer):
     own_reward(folder, 'return float("nan")')
+
+
+def a_task_that_runs_programs(folder, tokenizer):
+    begin_policy(config_of(algorithm__rewards='task:mbpp'), allow_code=False, checkpoint='')
+
+
+def a_policy_from_nothing_once_programs_may_run(folder, tokenizer):
+    begin_policy(config_of(algorithm__rewards='task:mbpp'), allow_code=True, checkpoint='')
 
 
 def model_in(folder, **changed):
@@ -196,6 +205,8 @@ TABLE = {
     a_reward_of_several_numbers: r"gave '\[0\.5, 1\.0\]' for record 3, answer 1 .*; it must give one number",
     a_reward_for_other_answers: r'own gave values of shape \[3\] for 2 answers, the first of record 3.*give one each',
     a_reward_that_is_no_number: r'mine\.py:score is nan for record 3, answer 1 .*; it must be a finite number',
+    a_task_that_runs_programs: r'mbpp executes .*must be allowed \(set by .*rewards, --allow_code_execution\)',
+    a_policy_from_nothing_once_programs_may_run: 'a policy starts from a model: give it by --checkpoint',
     a_judge_of_another_tokenizer: rf'{JUDGE} .*they have 64 and 512 ids',
     a_judge_without_a_score: rf'{JUDGE} has no score: it is a language model; train one .*reward_model',
     a_judge_of_safety_that_learnt_no_threshold: rf'{JUDGE} was trained without .*\(reward\.safety 0\).*train',

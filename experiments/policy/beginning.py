@@ -22,11 +22,12 @@ from llama_jax.train.optimizer import at_rate
 from llama_jax.train.state import abstract_state
 
 
-def begin_policy(config: ConfigDict, **flags: Any) -> tuple[training.Run, Iterations]:
+def begin_policy(config: ConfigDict, *, allow_code: bool, **flags: Any) -> tuple[training.Run, Iterations]:
     """(the run, what gives it minibatches): all that it needs is read.
 
     Args:
       config: all keys.
+      allow_code: a reward may run generated programs, in a sandbox.
       flags: of `launch.define_run`.
 
     Raises:
@@ -34,9 +35,9 @@ def begin_policy(config: ConfigDict, **flags: Any) -> tuple[training.Run, Iterat
     """
     with runtime.refused_by_all():
         recipe = check_policy(config)
-        with launch.flags_named('--config.algorithm.rewards'):
+        with launch.flags_named('--config.algorithm.rewards', '--allow_code_execution'):
             terms = parse_rewards(config.algorithm.rewards)
-            check_rewards(terms, allow_code=False)
+            check_rewards(terms, allow_code)
         if not flags['checkpoint']:
             raise InputError('a policy starts from a model: give it by --checkpoint')
     plan = training.plan(config, **flags, check_data=check_records)
@@ -54,6 +55,7 @@ def begin_policy(config: ConfigDict, **flags: Any) -> tuple[training.Run, Iterat
         judges = open_rewards(
             terms, tokenizer=plan.tokenizer, max_new_tokens=config.rollout.max_new_tokens,
             partitioner=plan.partitioner, dtype=plan.model.dtype,
+            allow_code=allow_code,
             shared=None if whole else SharedBase(objective.provenance['adapters'], objective.frozen),
         )  # fmt: skip
     target = abstract_state(objective.params, objective.axes, plan.tx, plan.partitioner)
