@@ -89,6 +89,7 @@ def _open_llama_cpp(path: str, context: int) -> None:
 
 def _complete_by_llama_cpp(ids: list[int], number: int) -> float:
     start = time.perf_counter()
+    _opened[0].reset()  # it would keep what it has read of the same prompt, and read one token of it alone
     drawn = _opened[0].generate(ids, temp=0.0, top_k=1)
     for _ in range(number):
         next(drawn)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.benchmark import decode
+from experiments.benchmark import decode, decode_peers
 from llama_jax.errors import InputError
 
 
@@ -19,6 +19,25 @@ def test_steps_that_noise_hides_give_no_figure(capsys):
     assert 'peer: left out, 5 tokens took no longer than one' in capsys.readouterr().out
     with pytest.raises(InputError, match='--decode_tokens=5: 5 tokens took no longer than one; give more'):
         decode.take_turns({'ours': slow_first}, tokens=5, rounds=3)
+
+
+def test_llama_cpp_reads_its_prompt_in_every_turn(monkeypatch):
+    """By itself it reads a prompt's last token alone where it still holds the rest."""
+
+    class Opened:
+        num_tokens = 0
+
+        def reset(self):
+            self.num_tokens = 0
+
+        def generate(self, ids, **_):
+            assert self.num_tokens == 0
+            self.num_tokens = len(ids)
+            yield from range(8)
+
+    monkeypatch.setattr(decode_peers, '_opened', [Opened()])
+    for number in (8, 1):
+        assert decode_peers._complete_by_llama_cpp([1, 2, 3], number) > 0
 
 
 @pytest.mark.slow
