@@ -26,8 +26,10 @@ def main() -> None:
     known, (verb, *rest) = verbs(), [*sys.argv[1:2], *([''] if len(sys.argv) < 2 else []), *sys.argv[2:]]
     if verb in ('', '-h', '--help', 'help'):
         width = max(map(len, known))
-        print('llama_jax VERB --option=value ...; `llama_jax VERB --help` tells of one\n')
-        print('\n'.join(f'  {name:{width}}  {line}' for name, line in known.items()))
+        lines = [f'  {name:{width}}  {line}' for name, line in known.items()]
+        print(
+            '\n'.join(['llama_jax VERB --option=value ...; `llama_jax VERB --help` tells of one\n', *lines])
+        )
         return
     if verb not in known:
         print(f'error: there is no command {verb!r}; {did_you_mean(verb, known)}', file=sys.stderr)

@@ -142,6 +142,11 @@ def test_a_checkpoint_is_asked_as_it_was_trained(shared_data, tmp_path, caplog):
         (tmp_path / 'config.json').write_text(json.dumps(record))
         assert tags('orbax') == (name or 'llama2') and tags('orbax', 'alpaca') == 'alpaca'
     assert 'prompts are spelled as in its training: hh' in caplog.text
+    # Each checkpoint has a copy of a record that is lost.
+    (copy := tmp_path / 'checkpoints/7/metadata').mkdir(parents=True)
+    (copy / 'metadata').write_text(json.dumps(record | {'config': {'data': {'format': 'hh'}}}))
+    (tmp_path / 'config.json').unlink()
+    assert tags('orbax') == 'hh'
 
 
 def test_files_of_pairs_are_told_from_other_tasks():

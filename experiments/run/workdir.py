@@ -148,9 +148,8 @@ def recorded_config(opened: pretrained.Checkpoint) -> dict[str, Any] | None:
     Raises:
       InputError: as `read_record`.
     """
-    if opened.format != 'orbax' or not (opened.place / CONFIG_FILE).exists():
-        return None
-    return (read_record(opened.place) or {}).get('config', {})
+    record = read_record(opened.place) if opened.format == 'orbax' else None
+    return record and record.get('config', {})
 
 
 def unit_bytes_of(workdir: epath.Path, fork: 'Fork | None' = None) -> int:

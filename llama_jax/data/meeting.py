@@ -39,8 +39,8 @@ class Meeting:
         """Returns when it is there; says now and then what is waited for.
 
         Raises:
-            InputError: another machine has given up.
-        SystemFailure: it has, and what failed was the system.
+          InputError: another machine has given up.
+          SystemFailure: it has, and what failed was the system.
         """
         said = time.monotonic()
         while not is_there():
