@@ -103,8 +103,12 @@ def test_a_dead_link_is_found():
 
 
 def test_every_block_of_python_is_run():
-    """Here, those of two pages where their subject is tested."""
-    elsewhere = {'generation.md': 'api_test.py', 'notebooks.md': 'face_test.py'}
+    """Here, those of three pages where their subject is tested."""
+    elsewhere = {
+        'finetuning.md': 'sft_test.py',
+        'generation.md': 'api_test.py',
+        'notebooks.md': 'face_test.py',
+    }
     for page, test in elsewhere.items():
         assert f"'docs/{page}'" in (ROOT / 'tests' / test).read_text() and BLOCKS[page]
     counts = {name: len(blocks) for name, blocks in BLOCKS.items() if blocks and name not in elsewhere}

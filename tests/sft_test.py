@@ -11,7 +11,7 @@ from llama_jax.inference.chat import Chat
 from llama_jax.tokenizer.chat_format import chat_format_for
 from tests.command_line import figures
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'finetuning.md'
+PAGE = pathlib.Path(__file__).resolve().parents[1] / 'docs/finetuning.md'
 
 
 @pytest.fixture(scope='module')
@@ -151,3 +151,22 @@ def test_every_command_of_the_page_runs(commands, records, base, tmp_path):
         kept_keys = {option.partition('=')[0] for option in kept}
         small = [option for option in small if option.partition('=')[0] not in kept_keys]
         commands.run('sft', *small, *base, *kept).succeeded()
+
+
+@pytest.mark.slow
+def test_the_objective_that_the_page_adds_is_trained(commands, run, records, base, tmp_path):
+    """Its program stands beside the commands: it begins at 0 where a model is its own teacher, and falls to another."""
+    (program,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
+    assert len(program.splitlines()) < 60
+    (tmp_path / 'distill.py').write_text(program)
+    beside = f'import experiments; experiments.__path__.append({str(tmp_path)!r})'
+    losses = {}
+    for name, teacher in (('itself', base[0].partition('=')[2]), ('another', run)):
+        options = [*sizes('', tmp_path / name, records, train__num_epochs=4), *base, f'--teacher={teacher}']
+        commands.run('distill', *options, before=beside).succeeded()
+        losses[name] = [loss for _, loss, _ in figures(tmp_path / name)]
+    assert losses['itself'][0] == pytest.approx(0, abs=1e-6)  # log-probabilities of fp32, of the same program
+    assert losses['another'][0] > 0.1 and losses['another'][-1] < 0.5 * losses['another'][0]
+    wrong = [*sizes('', tmp_path / 'wrong', records, lora__rank=2), *base, f'--teacher={run}']
+    error = commands.run('distill', *wrong, before=beside).error()
+    assert 'distilling trains all weights' in error and not (tmp_path / 'wrong').exists()
