@@ -15,6 +15,7 @@ import os
 import time
 from typing import Any
 
+import jax
 import tqdm
 from absl import flags
 from etils import epath
@@ -63,6 +64,8 @@ logger = logging.getLogger('llama_jax.prepare_data')
 
 def main() -> None:
     """Reads, tokenises, packs, writes; or shows what was written."""
+    jax.config.update('jax_platforms', 'cpu')  # an accelerator has no part in it, and may be a training's
+    launch.find_devices()
     if _INSPECT.value is not None:
         for flag in (_CONFIG, _INPUT, _SEQ_LEN, _TEXT_KEY, _SEPARATOR, _VERIFY, _UNIT_BYTES, _ON_ERROR, _MAX_ERRORS,
                      _NUM_WORKERS, _NUM_SHARDS, _SHARD_INDEX):  # fmt: skip
@@ -91,7 +94,7 @@ def main() -> None:
             ('tokenizer', _TOKENIZER.value),
             ('seq_len', _SEQ_LEN.value),
         ):
-            if value is None:
+            if value in (None, ''):
                 raise InputError(f'--{name} is required, or --config=configs/prepare_data.py:RECIPE')
         reading = Reading(_TEXT_KEY.value, _SEPARATOR.value)
         sources, tokenizer_file = (
@@ -123,12 +126,15 @@ def main() -> None:
             for source in preparation.sources:
                 for text in source.inputs:
                     check_source(text)
+    flags_of_rows = (
+        _CONFIG, _INPUT, _TEXT_KEY, _SEPARATOR, _TOKENIZER, _SEQ_LEN, _UNIT_BYTES, _ON_ERROR, _MAX_ERRORS, _OUTPUT
+    )  # fmt: skip
     output = epath.Path(_OUTPUT.value)
     mark = '' if machine.count == 1 else f'-{machine.index}-of-{machine.count}'
     hold_folder(output.parent / f'{output.name}{mark}', beside=True)
     with (
         _Progress() as progress,
-        launch.flags_named(*(f'--{name}' for name in ('input', 'output', 'tokenizer', *asked))),
+        launch.flags_named(*(f'--{flag.name}' for flag in flags_of_rows if flag.present)),
     ):
         report = prepare(
             preparation, tokenizer, num_workers=_NUM_WORKERS.value or len(os.sched_getaffinity(0)), machine=machine,
@@ -194,4 +200,4 @@ class _Progress:
 
 
 if __name__ == '__main__':
-    launch.run(main)
+    launch.run(main, find=False)

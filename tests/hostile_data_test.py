@@ -9,6 +9,7 @@ import re
 import pytest
 import zstandard
 
+from experiments.preparation.inspection import inspect
 from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import WORK, prepare
 from llama_jax.data.prepared import PreparedRows
@@ -40,7 +41,10 @@ BAD_LINES = {
     'null for a text': (b'{"text": null}', "field 'text' is NoneType, not text"),
     'a number for a text': (b'{"text": 1.5}', "field 'text' is float, not text"),
     'a list for a text': (b'{"text": ["a"]}', "field 'text' is list, not text"),
-    'no text': (b'{"body": "a", "url": "b"}', "has no field 'text': its fields are body, url"),
+    'no text': (
+        b'{"body": "a", "url": "b"}',
+        "has no field 'text': its fields are body, url; name another by text_key",
+    ),
     'no field at all': (b'{}', "has no field 'text': its fields are none"),
     'nested a million deep': (b'[' * 1_000_000, 'is not JSON'),
     'two on a line': (b'{"text": "a"}{"text": "b"}', 'is not JSON'),
@@ -139,6 +143,42 @@ def test_a_file_that_is_cut_short_is_always_refused(tmp_path, name, on_error):
     assert f'{tmp_path}/{name}' in said and ('copy' in said or 'write it again' in said)
 
 
+def test_a_link_to_a_file_is_that_file(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(lines())
+    (tmp_path / 'b.jsonl').symlink_to('a.jsonl')
+    assert 'b.jsonl is named twice, by' in refused(preparation(tmp_path, '*.jsonl'))
+
+
+def test_where_every_record_is_bad_the_first_is_named(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(lines())
+    asked = preparation(tmp_path, 'a.jsonl', on_error='skip', reading=Reading('body'))
+    with pytest.raises(InputError, match="line 1 has no field 'body': its fields are text; name another by"):
+        prepare(asked, Letters())
+    # The records of what was read stay; a source that is mended by another file is told how to begin anew.
+    (tmp_path / 'b.jsonl').write_bytes(lines())
+    with pytest.raises(
+        InputError, match=f'was begun with another sources: .* delete {tmp_path}/out, or write'
+    ):
+        prepare(preparation(tmp_path, 'b.jsonl'), Letters())
+
+
+def test_what_cannot_be_inspected_says_what_it_is(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(lines())
+    sources = tuple(TextSource(name, (f'{tmp_path}/{name}.jsonl',)) for name in 'ab')
+    (tmp_path / 'b.jsonl').write_bytes(lines())
+    prepare(Preparation(f'{tmp_path}/two', sources, 16), Letters())
+    (tmp_path / 'begun' / WORK).mkdir(parents=True)
+    for folder, line in (
+        ('', "no folder ''; give one of prepared rows"),
+        (f'{tmp_path}/none', f"no folder '{tmp_path}/none'"),
+        (f'{tmp_path}/a.jsonl', 'has no manifest of prepared rows; of a workdir give a step'),
+        (f'{tmp_path}/begun', 'is not finished'),
+        (f'{tmp_path}/two', 'each in a folder of its own: a, b; give one of these'),
+    ):
+        with pytest.raises(InputError, match=line):
+            inspect(folder, None, None, None, None)
+
+
 @pytest.mark.slow
 def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder, tmp_path):
     from llama_jax.data.datasets import train_tokenizer
@@ -151,12 +191,14 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
     output = tmp_path / 'out'
     given = [f'--tokenizer={folder}/tokenizer.model', '--seq_len=16', f'--output={output}', '--num_workers=1']
     for arguments, line in (
+        (['--input='], '--input is required, or --config'),
         ([f'--input={tmp_path}/none*.jsonl'], 'no file matches'),
         ([f'--input={tmp_path}/none.jsonl'], 'no file'),
         ([f'--input={tmp_path}/a.csv'], 'a.csv is of no known kind; they are .jsonl'),
         ([f'--input={tmp_path}/a.jsonl,{tmp_path}/*.jsonl'], 'is named twice, by'),
         ([f'--input={tmp_path}/dir.jsonl'], 'is a directory without a manifest'),
         ([f'--input={tmp_path}/a.jsonl', '--text_key=body'], "has no field 'body': its fields are text"),
+        ([f'--input={tmp_path}/bad.jsonl'], '(set by --input, --tokenizer, --seq_len, --output)'),
         ([f'--input={tmp_path}/bad.jsonl'], 'bad.jsonl line 4 is not JSON'),
         ([f'--input={tmp_path}/bad.jsonl', '--on_error=skip', '--max_errors=6'], '7 records have no text'),
         ([f'--input={tmp_path}/a.jsonl', '--on_error=go'], "'go'"),

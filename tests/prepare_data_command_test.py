@@ -169,5 +169,6 @@ def test_the_bytes_do_not_depend_on_hashes_time_zone_or_the_order_files_were_mad
         file.write_bytes(text)
     monkeypatch.setenv('PYTHONHASHSEED', '12345')
     monkeypatch.setenv('TZ', 'Asia/Kathmandu')
+    monkeypatch.setenv('JAX_PLATFORMS', 'none')  # no accelerator is asked for
     run_python('prepare_data', *command, f'--output={tmp_path}/out', '--num_workers=2').succeeded()
     assert contents(tmp_path / 'out') == whole

@@ -12,6 +12,7 @@ from experiments.run.data_schedule import parse_schedule
 from experiments.run.workdir import read_record
 from llama_jax import pretrained, storage
 from llama_jax.data.datasets import pretrain_dataset
+from llama_jax.data.prepare import REPORT, WORK
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.provenance import (
     Passage,
@@ -23,6 +24,7 @@ from llama_jax.data.provenance import (
     reading_of,
 )
 from llama_jax.errors import InputError
+from llama_jax.json_file import read_object
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 _MAX_ROWS = 100_000  # that copies are looked for in; more takes minutes
@@ -53,7 +55,7 @@ def inspect(
                 raise InputError(f'{name} and step are both given; a step is shown as a whole')
         return describe_step(folder, step)
     if not is_prepared(folder):
-        raise InputError(f'{folder} has no manifest of prepared rows; of a workdir give a step too')
+        raise InputError(_why_not_prepared(folder))
     if picture:
         storage.write_atomically(epath.Path(picture), draw_folder(folder))
     if row is None:
@@ -61,6 +63,21 @@ def inspect(
     return describe_row(
         PreparedRows(folder), row, pretrained.load_tokenizer(tokenizer) if tokenizer else None
     )
+
+
+def _why_not_prepared(folder: str) -> str:
+    """What is wrong with a folder that holds no rows."""
+    path = epath.Path(folder)
+    if not folder or not path.exists():
+        return f'no folder {folder!r}; give one of prepared rows, or the workdir of a run and a step'
+    if (path / WORK).exists():
+        return f'{folder} is not finished; prepare it to its end by the same command'
+    if (path / REPORT).exists():
+        names = ', '.join(read_object(path / REPORT)['sources'])
+        return (
+            f'{folder} holds several sources, each in a folder of its own: {names}; give one of these folders'
+        )
+    return f'{folder} has no manifest of prepared rows; of a workdir give a step too'
 
 
 def describe_folder(folder: str) -> str:

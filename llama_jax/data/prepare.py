@@ -163,7 +163,7 @@ def _compare(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
             continue
         raise InputError(
             f'{output} was begun with another {key}: {_brief(before.get(key))}, now {_brief(now[key])}; restore it, '
-            'or write elsewhere'
+            f'delete {output}, or write elsewhere'
         )
     for old, new in zip(before['files'], now['files'], strict=True):
         was, found = dict(map(tuple, old)), dict(map(tuple, new))
@@ -174,8 +174,8 @@ def _compare(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
                     for size in (was.get(name), found.get(name))
                 ]
                 raise InputError(
-                    f'{name} has changed since {output} was begun: it was {sizes[0]}, now {sizes[1]}; restore it, or '
-                    'write elsewhere'
+                    f'{name} has changed since {output} was begun: it was {sizes[0]}, now {sizes[1]}; restore it, '
+                    f'delete {output}, or write elsewhere'
                 )
 
 

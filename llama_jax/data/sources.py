@@ -242,7 +242,9 @@ def _text_record(data: bytes, name: str, number: int, offset: int, strip: str) -
 def _read_tfds(source: str, text_key: str, start: Place) -> Iterator[Record]:
     examples, fields = open_tfds(source)
     if text_key not in fields:
-        raise InputError(f'source {source!r} has no field {text_key!r}: its fields are {", ".join(fields)}')
+        raise InputError(
+            f'source {source!r} has no field {text_key!r}: its fields are {", ".join(fields)}; name another by text_key'
+        )
     for number in range(start.number, len(examples)):
         where, text = f'source {source!r} example {number}', examples[number][text_key]
         try:
@@ -267,7 +269,8 @@ def _text_of(record: Record, text_key: str) -> str:
     text = look_up(item, text_key)
     if text is None and text_key not in item:
         fields = show_json(', '.join(item))[1:-1] or 'none'
-        raise InputError(f'{where} has no field {text_key!r}: its fields are {fields}')
+        other = '; name another by text_key' if item else ''
+        raise InputError(f'{where} has no field {text_key!r}: its fields are {fields}{other}')
     if not isinstance(text, str):
         raise InputError(f'{where}: field {text_key!r} is {type(text).__name__}, not text')
     if len(text) > MAX_BYTES:

@@ -85,7 +85,9 @@ def scan_all(
         _log.warning('left out %d bad records, the first: %s', bad, '; '.join(named))
     for source, group in zip(preparation.sources, scans, strict=True):
         if not any(scan.num_documents for scan in group):
-            raise InputError(f'source {",".join(source.inputs)!r} holds no text: every document is empty')
+            lines = [line for scan in group for line in scan.bad]
+            why = f'every record is bad or empty, as {lines[0]}' if lines else 'every document is empty'
+            raise InputError(f'source {",".join(source.inputs)!r} holds no text: {why}')
     return scans
 
 

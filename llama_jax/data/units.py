@@ -240,8 +240,8 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def place_of(file: str) -> str:
-    """What tells a file from others, however its name is written."""
-    return file if '://' in file or file.startswith('tfds:') else os.path.abspath(file)
+    """What tells a file from others, however its name is written, and whatever links to it."""
+    return file if '://' in file or file.startswith('tfds:') else os.path.realpath(file)
 
 
 def list_inputs(inputs: Iterable[str]) -> list[str]:
