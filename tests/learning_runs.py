@@ -25,7 +25,7 @@ def train(
     """Runs `experiments COMMAND --config=configs/RECIPE` on plain text in float32, to its end; its workdir."""
     config = {
         'data.format': 'plain', 'model.dtype': 'float32', 'model.remat': 'none', 'log.tensorboard': False,
-    } | config  # fmt: skip
+    } | dict(config)  # fmt: skip
     commands.run(
         command, f'--config=configs/{recipe}', f'--workdir={workdir}', f'--checkpoint={checkpoint}',
         *(f'--config.{key}={value}' for key, value in config.items()), before=OPTIMISED,
