@@ -107,8 +107,8 @@ class _Worker:
 
     def __init__(self):
         self.connection, theirs = Pipe()
-        # What glibc frees goes back to the system at once: else it keeps more and more, the longer a worker lives.
-        kept = {'MALLOC_MMAP_THRESHOLD_': '131072', 'MALLOC_TRIM_THRESHOLD_': '131072'}
+        # Blocks of a megabyte go back to the system at once: else glibc keeps more and more, the longer a worker lives.
+        kept = {'MALLOC_MMAP_THRESHOLD_': str(1 << 20), 'MALLOC_TRIM_THRESHOLD_': str(1 << 20)}
         environment = kept | os.environ
         environment |= {
             'PYTHONPATH': os.pathsep.join(filter(None, sys.path)),
