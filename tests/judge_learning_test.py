@@ -55,9 +55,14 @@ class Lists:
             train__num_epochs=2.0, optimizer__learning_rate=2e-3, optimizer__warmup_steps=5, eval__sample_tokens=0,
         )  # fmt: skip
 
-    def judge(self, policy):
+    def judge(self, policy, name='judge', num_pairs=1700):
+        """A reward model of so many pairs."""
+        file = self.folder / f'{name}.jsonl'
+        file.write_text(
+            ''.join((self.folder / 'pairs.jsonl').read_text().splitlines(keepends=True)[:num_pairs])
+        )
         return self.train(
-            'reward_model', 'judge', policy, data__train=self.folder / 'pairs.jsonl', data__weights='',
+            'reward_model', name, policy, data__train=file, data__weights='',
             data__validation=self.folder / 'held_out.jsonl', train__batch_size=8, train__num_epochs=2.0,
             optimizer__learning_rate=1e-3, optimizer__warmup_steps=10, reward__margin='none',
         )  # fmt: skip
@@ -88,54 +93,100 @@ class Lists:
         write_lines(self.folder / 'held_out.jsonl', pairs[-300:])
         return float(np.std([one['score'] for some in by_prompt.values() for one in some]))
 
-    def learn(self, name, policy, judge, *, num_iterations, beta, values_from):
+    def learn(self, name, policy, judge, *, num_iterations, beta, values_from, **overrides):
         run = self.train(
-            'ppo', name, policy, data__train=self.folder / 'prompts.jsonl', data__validation_fraction=0.0,
-            rollout__batch_size=64, rollout__samples=8, rollout__slots=64, rollout__max_new_tokens=24,
-            train__batch_size=16, train__num_steps=4 * num_iterations, optimizer__learning_rate=3e-4,
-            algorithm__beta=beta, algorithm__values_from=values_from, algorithm__rewards=f'{judge},{self.gold}=0',
-            checkpoint__every=4 * num_iterations, eval__every=0, log__every=1,
+            'ppo', name, policy, **{
+                'data__train': self.folder / 'prompts.jsonl', 'data__validation_fraction': 0.0,
+                'rollout__batch_size': 64, 'rollout__samples': 8, 'rollout__slots': 64, 'rollout__max_new_tokens': 24,
+                'train__batch_size': 16, 'train__num_steps': 4 * num_iterations, 'optimizer__learning_rate': 3e-4,
+                'algorithm__beta': beta, 'algorithm__values_from': values_from,
+                'algorithm__rewards': f'{judge},{self.gold}=0', 'checkpoint__every': 4 * num_iterations,
+                'eval__every': 0, 'log__every': 1,
+            } | overrides
         )  # fmt: skip
         return [line for line in logged(run) if 'reward' in line]
 
 
+@pytest.fixture(scope='module')
+def worlds(commands, shared_data, tmp_path_factory):
+    """By seed: who lists what, the policy, how far what its answers are worth is spread, a judge of them."""
+    found = {}
+
+    def of(seed):
+        if seed not in found:
+            folder = tmp_path_factory.mktemp(f'lists{seed}')
+            lists = Lists(commands, folder, shared_data / 'weights/stories260K', seed)
+            policy = lists.policy()
+            found[seed] = lists, policy, lists.compare(policy), lists.judge(policy)
+        return found[seed]
+
+    return of
+
+
+def described(lists, lines):
+    """(gold by iteration, explained variance), printed."""
+    gold = np.array([line[f'reward/{lists.gold}'] for line in lines])
+    expected = np.array([line['explained_variance'] for line in lines])
+    print(
+        f'seed {lists.seed}: gold {gold[0]:.2f} to {gold[-3:].mean():.2f}, {gold.max():.2f} at most; '
+        f'judge {lines[0]["reward"]:.2f} to {lines[-1]["reward"]:.2f} at {lines[-1]["kl"]:.2f} nats; '
+        f'explained variance {", ".join(f"{one:.2f}" for one in expected[[0, 2, 4, 9, -1]])}'
+    )
+    return gold, expected
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('seed', [0])
-def test_gold_rises_by_what_a_judge_has_learnt_of_it(commands, shared_data, tmp_path, seed):
-    """By a standard deviation of the policy's own answers. Values that begin as the judge know more than those from 0.
+def test_gold_rises_by_what_a_judge_has_learnt_of_it(worlds, tmp_path, seed):
+    """By a standard deviation of the policy's own answers. Values that begin as the judge come to know what is worth.
 
-    But for the first iteration: a judge was never asked about an answer that is not whole.
+    But for the first iterations: a judge was never asked about an answer that is not whole.
     """
-    lists = Lists(commands, tmp_path, shared_data / 'weights/stories260K', seed)
-    policy = lists.policy()
-    spread = lists.compare(policy)
-    judge = lists.judge(policy)
-    expected, plotted = {}, {}
-    for name, start, beta, num_iterations in (
-        ('judge', judge, 0.3, ITERATIONS), ('zero', 'zero', 0.3, ITERATIONS),
-        ('judge without a divergence', judge, 0.0, 2 * ITERATIONS),
-    ):  # fmt: skip
+    lists, policy, spread, judge = worlds(seed)
+    plotted = {}
+    for beta, num_iterations in ((0.3, ITERATIONS), (0.0, 2 * ITERATIONS)):
         lines = lists.learn(
-            f'from_{name}'.replace(' ', '_'),
-            policy,
-            judge,
-            num_iterations=num_iterations,
-            beta=beta,
-            values_from=start,
+            f'from_judge_{beta}', policy, judge, num_iterations=num_iterations, beta=beta, values_from=judge
         )
-        gold = np.array([line[f'reward/{lists.gold}'] for line in lines])
-        expected[name] = np.array([line['explained_variance'] for line in lines])
+        gold, expected = described(lists, lines)
         for what, values in (('gold', gold), ('judge', [line['reward'] for line in lines])):
-            label = f'{what}, beta {beta}'
-            plotted.setdefault(
-                label, [(line['kl'], value) for line, value in zip(lines, values, strict=True)]
-            )
-        print(
-            f'seed {seed}, {name}: gold {gold[0]:.2f} to {gold[-3:].mean():.2f}, {gold.max():.2f} at most, spread '
-            f'{spread:.2f}; judge {lines[0]["reward"]:.2f} to {lines[-1]["reward"]:.2f} at {lines[-1]["kl"]:.2f} nats; '
-            f'explained variance {", ".join(f"{one:.2f}" for one in expected[name][[0, 2, 4, 9, -1]])}'
-        )
-        if name == 'judge':
-            assert gold[-3:].mean() - gold[0] >= spread and expected[name][-3:].mean() >= 0.3
+            pairs = zip(lines, values, strict=True)
+            plotted[f'{what}, beta {beta}'] = [(line['kl'], value) for line, value in pairs]
+        if beta:
+            assert gold[-3:].mean() - gold[0] >= spread and expected[-3:].mean() >= 0.3
     plot_ways(epath.Path(tmp_path) / 'gold.png', plotted, 'mean score')
-    assert (expected['judge'] - expected['zero'])[4:].mean() > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_values_from_zero_come_to_expect_what_is_worth(worlds, seed):
+    """At ten times the policy's rate: a score of 0 has a long way to go in 80 updates."""
+    lists, policy, _, judge = worlds(seed)
+    lines = lists.learn(
+        'from_zero', policy, judge, num_iterations=ITERATIONS, beta=0.3, values_from='zero',
+        algorithm__constants='value_rate=10',
+    )  # fmt: skip
+    _, expected = described(lists, lines)
+    assert expected[-3:].mean() >= 0.3
+
+
+@pytest.mark.long
+def test_without_a_divergence_gold_turns_while_the_judge_rises(worlds, tmp_path):
+    """A judge that has seen 400 pairs is wrong about some of what the policy finds."""
+    lists, policy, _, _ = worlds(0)
+    judge = lists.judge(policy, name='judge_of_few', num_pairs=400)
+    lines = lists.learn(
+        'too_far', policy, judge, num_iterations=ITERATIONS, beta=0.0, values_from='zero',
+        algorithm__constants='value_rate=5', optimizer__learning_rate=1e-3,
+    )  # fmt: skip
+    gold, _ = described(lists, lines)
+    judged = np.array([line['reward'] for line in lines])
+    ways = {'gold': gold, 'judge': judged}
+    points = {
+        name: [(line['kl'], one) for line, one in zip(lines, values, strict=True)]
+        for name, values in ways.items()
+    }
+    plot_ways(epath.Path(tmp_path) / 'gold_turns.png', points, 'mean score')
+    turn = gold.argmax()
+    assert gold[turn] - gold[0] >= 0.5 and gold[turn] - gold[-3:].mean() >= 0.5
+    assert judged[-3:].mean() > judged[turn]

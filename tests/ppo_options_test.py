@@ -106,6 +106,8 @@ def test_a_sampler_of_another_mesh_draws_the_same(commands, folder, base, prompt
         run = arguments(workdir, base, prompts, mesh__fsdp=8, train__num_steps=2, **own)
         commands.run('ppo', *run, num_devices=8).succeeded()
         found.append((first_iteration(workdir), logged(workdir)))
+        begun = found[-1][1][0]
+        assert begun['ratio_gap'] < 1e-5 and begun['clipped_low'] == begun['clipped_high'] == 0
     (one, lines), (other, others) = found
     for a, b in zip(one.answers, other.answers, strict=True):
         np.testing.assert_array_equal(a, b)
