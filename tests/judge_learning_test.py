@@ -55,7 +55,7 @@ class Lists:
             train__num_epochs=2.0, optimizer__learning_rate=2e-3, optimizer__warmup_steps=5, eval__sample_tokens=0,
         )  # fmt: skip
 
-    def judge(self, policy, name='judge', num_pairs=1700):
+    def judge(self, policy, name='judge', num_pairs=1700, warmup_steps=10):
         """A reward model of so many pairs."""
         file = self.folder / f'{name}.jsonl'
         file.write_text(
@@ -64,7 +64,7 @@ class Lists:
         return self.train(
             'reward_model', name, policy, data__train=file, data__weights='',
             data__validation=self.folder / 'held_out.jsonl', train__batch_size=8, train__num_epochs=2.0,
-            optimizer__learning_rate=1e-3, optimizer__warmup_steps=10, reward__margin='none',
+            optimizer__learning_rate=1e-3, optimizer__warmup_steps=warmup_steps, reward__margin='none',
         )  # fmt: skip
 
     def compare(self, policy):
@@ -174,7 +174,7 @@ def test_values_from_zero_come_to_expect_what_is_worth(worlds, seed):
 def test_without_a_divergence_gold_turns_while_the_judge_rises(worlds, tmp_path):
     """A judge that has seen 400 pairs is wrong about some of what the policy finds."""
     lists, policy, _, _ = worlds(0)
-    judge = lists.judge(policy, name='judge_of_few', num_pairs=400)
+    judge = lists.judge(policy, name='judge_of_few', num_pairs=400, warmup_steps=3)
     lines = lists.learn(
         'too_far', policy, judge, num_iterations=ITERATIONS, beta=0.0, values_from='zero',
         algorithm__constants='value_rate=5', optimizer__learning_rate=1e-3,
