@@ -158,7 +158,7 @@ def test_gold_rises_by_what_a_judge_has_learnt_of_it(worlds, tmp_path, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize('seed', [0, 1, 2])
 def test_values_from_zero_come_to_expect_what_is_worth(worlds, seed):
     """At ten times the policy's rate: a score of 0 has a long way to go in 80 updates."""
     lists, policy, _, judge = worlds(seed)
