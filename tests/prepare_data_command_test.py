@@ -9,9 +9,12 @@ import signal
 import time
 
 import pytest
+import zstandard
 
+from configs import prepare_data, pretrain
 from llama_jax.data.prepare import WORK
-from tests.command_line import children, run_python
+from llama_jax.data.prepared import PreparedRows
+from tests.command_line import REPOSITORY, children, run_python
 
 
 @pytest.fixture(scope='module')
@@ -172,3 +175,24 @@ def test_the_bytes_do_not_depend_on_hashes_time_zone_or_the_order_files_were_mad
     monkeypatch.setenv('JAX_PLATFORMS', 'none')  # no accelerator is asked for
     run_python('prepare_data', *command, f'--output={tmp_path}/out', '--num_workers=2').succeeded()
     assert contents(tmp_path / 'out') == whole
+
+
+@pytest.mark.slow
+def test_llama_makes_the_folders_that_its_pretraining_names(commands, command, corpus, tmp_path):
+    """Of files that lie as RedPajama-1T's do, in the current folder."""
+    recipe, texts = prepare_data.get_config('llama'), corpus.read_text().split('\n<|endoftext|>\n')
+    for section in recipe.sources.values():
+        file = tmp_path / section.input.replace('*', 'part')
+        file.parent.mkdir(parents=True)
+        lines = '\n'.join(json.dumps({'text': text, 'meta': {}}) for text in texts).encode()
+        file.write_bytes(zstandard.compress(lines) if file.suffix == '.zst' else lines)
+    commands.run(
+        'prepare_data', f'--config={REPOSITORY}/configs/prepare_data.py:llama', '--output=data', command[1],
+        '--seq_len=64', '--config.validation_fraction=0.2', before=f'import os; os.chdir({str(tmp_path)!r})',
+    ).succeeded()  # fmt: skip
+    named = pretrain.get_config('llama_7b').data.train.split(',')
+    assert {f'data/{path.name}' for path in (tmp_path / 'data').iterdir() if path.is_dir()} == set(named)
+    for folder in named:
+        held_out = PreparedRows(f'{tmp_path}/{folder}/validation').num_documents
+        assert 0 < held_out < 50 and PreparedRows(f'{tmp_path}/{folder}').num_documents == 100 - held_out
+    assert set(json.loads((tmp_path / 'data/report.json').read_text())['sources']) == set(recipe.sources)

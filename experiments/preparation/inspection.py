@@ -23,12 +23,13 @@ from llama_jax.data.provenance import (
     read_text,
     reading_of,
 )
+from llama_jax.data.sources import read_fields
 from llama_jax.errors import InputError
-from llama_jax.json_file import read_object
+from llama_jax.json_file import read_object, show_json
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 _MAX_ROWS = 100_000  # that copies are looked for in; more takes minutes
-_SAMPLES, _LETTERS = 3, 80
+_SAMPLES, _LETTERS, _FIELDS = 3, 80, 300
 
 # What decides which rows a step reads, and may have been let change on the way.
 _READS = ('seed', 'data.train', 'data.weights', 'data.skip', 'data.seq_len', 'data_fingerprint')
@@ -144,7 +145,9 @@ def _beginning(rows: PreparedRows, file: str, record: int) -> str:
 
 
 def describe_row(rows: PreparedRows, number: int, tokenizer: Tokenizer | None) -> str:
-    """A row: what is predicted in it, where each document came from, and its text where there is a tokenizer.
+    """A row: what is predicted in it, where each document came from and, where there is a tokenizer, how it reads.
+
+    Where a document's file is still there, what its record says beside the text stands with it.
 
     Raises:
       InputError: there is no such row, or the tokenizer is another one.
@@ -165,9 +168,21 @@ def describe_row(rows: PreparedRows, number: int, tokenizer: Tokenizer | None) -
     ]
     for passage in found:
         lines.append(f'  {describe_passage(passage)}')
+        if fields := _fields(rows, passage):
+            lines.append(f'    {fields}')
         if tokenizer:
             lines.append(f'    {_decoded(row["tokens"][passage.begin : passage.end], tokenizer)}')
     return '\n'.join(lines)
+
+
+def _fields(rows: PreparedRows, passage: Passage) -> str:
+    """What a document's record says of it beside its text, where its file is still there."""
+    try:
+        fields = read_fields(passage.file, reading_of(rows).text_key, passage.record)
+    except InputError as error:
+        return f'({error})'
+    shown = ', '.join(f'{name}: {show_json(value)}' for name, value in fields.items())
+    return shown if len(shown) <= _FIELDS else f'{shown[:_FIELDS]}...'
 
 
 def describe_passage(passage: Passage) -> str:

@@ -19,7 +19,7 @@ import os
 import pathlib
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -140,22 +140,63 @@ def read_file(file: str, reading: Reading, start: Place = START) -> Iterator[Rec
         yield from _read_tfds(file, reading.text_key, start)
         return
     path = epath.Path(file)
-    match kind_of(path):
-        case 'jsonl' | 'json':
-            records = read_json_texts(path, start)
-        case 'parquet' | 'arrow':
-            records = read_table(path, start, reading.text_key.partition('.')[0])
-        case 'array_record':
-            records = read_array_record(path, start)
-        case _:
-            with open_file(path, start.offset) as opened:
-                yield from _read_text(opened, file, reading.separator, start)
-            return
-    for record in records:
+    if kind_of(path) not in _RECORDS:
+        with open_file(path, start.offset) as opened:
+            yield from _read_text(opened, file, reading.separator, start)
+        return
+    for record in _read_records(path, start, reading.text_key.partition('.')[0]):
         try:
             yield record._replace(content=_text_of(record, reading.text_key))
         except InputError as error:
             yield record._replace(content=error)
+
+
+def _read_records(path: epath.Path, start: Place, column: str = '') -> Iterator[Record]:
+    match kind_of(path):
+        case 'parquet' | 'arrow':
+            return read_table(path, start, column)
+        case 'array_record':
+            return read_array_record(path, start)
+        case _:
+            return read_json_texts(path, start)
+
+
+def read_fields(file: str, text_key: str, number: int) -> dict[str, Any]:
+    """What a record has beside its text: its address, date or licence, by the names that its layout gives them.
+
+    Args:
+      file: one of `list_files`.
+      text_key: see `Reading`; what stands beside it within another field is kept.
+      number: of the record, from 0; of JSON lines, the line.
+
+    Returns:
+      Empty where records are nothing but text.
+
+    Raises:
+      InputError: the file cannot be read, or has no such record.
+    """
+    if file.startswith(('python_stdlib', 'tfds:')) or kind_of(epath.Path(file)) not in _RECORDS:
+        return {}
+    path = epath.Path(file)
+    # Lines are found by those before them alone.
+    start = Place(number) if kind_of(path) in ('parquet', 'arrow', 'array_record') else START
+    for record in _read_records(path, start):
+        if record.place.number == number:
+            content = record.content
+            item = parse_json(content, record.where) if isinstance(content, str) else content
+            return _without(item, text_key) if isinstance(item, dict) else {}
+    raise InputError(f'{file} has no record {number} any more; it is not the file that was prepared')
+
+
+def _without(item: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if key in item:
+        return {name: value for name, value in item.items() if name != key}
+    head, dot, rest = key.partition('.')
+    inner = item.get(head)
+    if not dot or not isinstance(inner, Mapping):
+        return dict(item)
+    left = _without(inner, rest)
+    return {name: value for name, value in item.items() if name != head} | ({head: left} if left else {})
 
 
 def check_source(source: str) -> None:
