@@ -326,6 +326,34 @@ def test_planted_violation_of_a_command_is_found(tmp_path, file, source, message
     assert [line for line in command_violations(tmp_path) if message in line and line.startswith(f'{file}:')]
 
 
+def commands_imported(root: pathlib.Path) -> set[str]:
+    """The commands whose modules tests under `root` import."""
+    found = set()
+    for file in (root / 'tests').rglob('*.py'):
+        for node in ast.parse(file.read_text()).body:
+            match node:
+                case ast.ImportFrom(module=str(module), names=names):
+                    found |= {module} | {f'{module}.{alias.name}' for alias in names}
+                case ast.Import(names=names):
+                    found |= {alias.name for alias in names}
+    places = {
+        name: root / f'{name.replace(".", "/")}.py' for name in found if name.startswith('experiments.')
+    }
+    return {
+        name
+        for name, place in places.items()
+        if place.exists() and '__main__' in (source := place.read_text()) and 'DEFINE_' in source
+    }
+
+
+def test_tests_start_commands_and_import_none():
+    """Commands define the same flags, and tests share a process: a second one there, and none of them is collected."""
+    no_flag_in_common = {
+        'experiments.recipes.chat_table', 'experiments.recipes.small_data', 'experiments.preflight_table',
+    }  # fmt: skip
+    assert commands_imported(REPOSITORY) <= no_flag_in_common
+
+
 def _flag_names() -> set[str]:
     """Of all commands, and the keys of their configurations."""
     commands = '\n'.join(file.read_text() for file in (REPOSITORY / 'experiments').rglob('*.py'))
