@@ -5,6 +5,7 @@ subprocesses too; these have the flags of XLA from `command_line.py`. What is se
 `JAX_PLATFORMS=cuda pytest -n 0 -m accelerator` runs on a GPU.
 """
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -72,9 +73,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if hasattr(session.config, 'workerinput'):
         return
     folder = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
-    entries = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob('*-cache'))
+    entries = []
+    for file in folder.glob('*-cache'):
+        with contextlib.suppress(FileNotFoundError):  # another run's limit may have removed it since
+            status = file.stat()
+            entries.append((status.st_mtime, status.st_size, file))
     size = sum(size for _, size, _ in entries)
-    for _, entry_size, file in entries:
+    for _, entry_size, file in sorted(entries):
         if size <= 2**30:
             break
         file.unlink(missing_ok=True)

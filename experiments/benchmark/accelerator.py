@@ -40,12 +40,16 @@ print(json.dumps(device | {'device_memory_bytes': memory.get('bytes_limit', 0)})
 """
 # Of a weight with its gradient, the optimiser's state and what its update holds; the rest is for activations.
 STATE_BYTES = {'adamw': 16, 'adafactor': 10}
+# By part of the suite `finetune`: of all weights by Adafactor, a base in bfloat16 and one in nf4, beside each other; of
+# a base alone, with activations, which are most of it.
+FINETUNE_BYTES = {'qlora': 13, 'dpo_lora': 6, 'gradients': 6}
 STATE_SHARE = 0.7
 # What is kept of the JSON of each suite.
 FIGURES = {
     'train': r'layers|batch_size|seq_len|.*_second.*|mfu_.*|peak_memory_bytes|ratio_to_best_peer|kernels?(_.*)?',
     'attention': r'.*_(auto|ms|bytes)',
     'decode': r'copy_bandwidth|batch_.*',
+    'finetune': r'layers|batch_size|packed|(qlora|dpo|gradients)_.*',
 }
 
 
@@ -122,11 +126,21 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         sizes = f'--model={model} --layers={layers} --batch_size={rows} --dtype=bfloat16 --rounds=3 --nopeer --profile'
         return suite(name, seconds, 'train', f'{sizes} {options.replace("LAYERS", str(layers))}')
 
+    def finetune(name: str, seconds: float, part: str, options: str) -> Check:
+        # On one device, however many there are.
+        layers = fitting_layers(PRESETS['llama2_7b'], machine['device_memory_bytes'], FINETUNE_BYTES[part])
+        sizes = f'--finetune_model=llama2_7b --finetune_layers={layers} --finetune_packed=2048 --finetune_rounds=3'
+        computing = '--finetune_dtype=bfloat16 --finetune_remat=projections'
+        return suite(name, seconds, 'finetune', f'--finetune_parts={part} {sizes} {computing} {options}')
+
     decode = '--decode_model=llama2_7b --decode_prompt=896 --decode_tokens=128 --decode_profile'
     shapes = '--noattention_check --attention_shapes'  # the tests say whether it is right
     checks = [
         Check('tests', tests, 150, environment=ENVIRONMENT | {'JAX_PLATFORMS': platform}),
         train('train_7b', 120, f'--remat=projections --batch_size={2 * rows}'),
+        finetune('finetune_7b', 150, 'qlora', '--finetune_batch_size=4 --finetune_profile'),
+        finetune('finetune_7b_dpo', 90, 'dpo_lora', '--finetune_batch_size=4 --finetune_profile'),
+        finetune('finetune_7b_gradients', 90, 'gradients', '--finetune_batch_size=1'),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
         suite('decode_7b', 90, 'decode', decode),
         suite('decode_7b_int8', 60, 'decode', f'{decode} --decode_batches=1 --decode_weights=int8'),

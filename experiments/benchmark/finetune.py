@@ -10,36 +10,43 @@ clock's. `--finetune_parts` chooses among
     shared   pairs whose prompts are four times as long as their answers: each prompt once, or before each answer
     nf4      an update of adapters beside a base in nf4, and in float32
     memory   what programs and processes hold: preferences beside likelihood; a base quantised while it is read
+
+and, of a GPU or TPU at full widths (`--finetune_model=llama2_7b --finetune_layers=N --finetune_dtype=bfloat16`),
+
+    qlora      packed conversations: all weights by Adafactor, adapters beside a base in the computation's type, and
+               beside one in nf4
+    dpo_lora   preferences of adapters: pairs a second, and what the device held at most, where it is the only part
+    gradients  of adapters beside nf4, and beside the weights that it stands for: how far apart
 """
 
-import dataclasses
 import functools
 import importlib.util
-import statistics
+import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import launch
+from experiments.benchmark import finetune_device as on_device
 from experiments.benchmark import finetune_peers as peers
 from experiments.benchmark import finetune_steps as steps
 from experiments.benchmark.convert import make_checkpoint
-from experiments.benchmark.finetune_steps import RANK, Training, Turn
+from experiments.benchmark.finetune_steps import RANK, Size, Training
 from experiments.benchmark.peak import run_measured
-from experiments.benchmark.profile import show_kernels
+from experiments.benchmark.turns import Contender, Turn, compare, median, of, ratio
 from experiments.run.config_file import split_list
 from experiments.run.settings import find_preset
-from llama_jax.errors import InputError, error_line
-from llama_jax.models.config import LlamaConfig
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string('finetune_model', 'stories_15m', 'a preset')
+_LAYERS = flags.DEFINE_integer('finetune_layers', 0, "of the model; 0: the preset's", lower_bound=0)
+_DTYPE = flags.DEFINE_enum(
+    'finetune_dtype', 'float32', ['float32', 'bfloat16'], 'of our computation; peers have float32'
+)
 _PARTS = flags.DEFINE_string(
     'finetune_parts', 'lora,packing,dpo,shared,nf4,memory', 'what is measured, in order'
 )
@@ -57,63 +64,24 @@ _READ = flags.DEFINE_string(
 _SCRATCH = launch.define_path('finetune_scratch', '', "folder for its files; '': the system's")
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """Who takes turns.
-
-    Attributes:
-      make: its turn.
-      amount: of what is counted in a turn.
-      is_peer: it is left out, and said so, where it cannot run.
-    """
-
-    make: Callable[[], Turn]
-    amount: float
-    is_peer: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """What was done in a second: of the clock, and of this process's CPU time."""
-
-    clock: float
-    cpu: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What all parts are of."""
-
-    config: LlamaConfig
-    remat: str
-    batch_size: int
-    packed: int
-    steps: int
-
-    @property
-    def model(self) -> LlamaForCausalLM:
-        """As it is trained."""
-        return LlamaForCausalLM(self.config, dtype=jnp.float32, remat=self.remat)
-
-    def ours(self, batches: Sequence[Any], amount: float, **training: Any) -> Contender:
-        """An update of ours on each batch."""
-        return Contender(functools.partial(steps.our_turn, self.model, Training(**training), batches), amount)
-
-
 def main() -> Iterator[dict[str, Any]]:
     """The figures, more with each part."""
     chosen = split_list(_PARTS.value)
     if unknown := [part for part in chosen if part not in (*PARTS, 'memory')]:
         raise InputError(f'--finetune_parts has {unknown[0]!r}; there are {", ".join((*PARTS, "memory"))}')
     preset = find_preset(_MODEL.value)
-    config = dataclasses.replace(preset, max_seq_len=max(preset.max_seq_len, _PACKED.value))
-    size = Size(config, _REMAT.value, _BATCH_SIZE.value, _PACKED.value, _STEPS.value)
+    sizes: dict[str, Any] = dict(
+        preset=_MODEL.value, layers=_LAYERS.value, remat=_REMAT.value, dtype=_DTYPE.value,
+        batch_size=_BATCH_SIZE.value, packed=_PACKED.value, steps=_STEPS.value,
+    )  # fmt: skip
+    size = steps.size_of(**sizes)
     figures: dict[str, Any] = {
-        'model': _MODEL.value, 'remat': size.remat, 'batch_size': size.batch_size, 'packed': size.packed, 'rank': RANK,
+        'model': _MODEL.value, 'layers': size.config.num_layers, 'dtype': size.dtype, 'remat': size.remat,
+        'batch_size': size.batch_size, 'packed': size.packed, 'rank': RANK,
     }  # fmt: skip
     for part in chosen:
         if part == 'memory':
-            figures |= measure_memory(_MODEL.value, size, _READ.value, _SCRATCH.value)
+            figures |= measure_memory(sizes, _READ.value, _SCRATCH.value)
         else:
             figures |= PARTS[part](size, preset.max_seq_len, _ROUNDS.value, _PROFILE.value)
         yield figures
@@ -133,7 +101,7 @@ def adapters(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, 
         'sft': size.ours(answers * size.steps, tokens),
         'lora': size.ours(likelihood, tokens, rank=RANK),
     }
-    if importlib.util.find_spec('torch') and importlib.util.find_spec('peft'):
+    if has_peer(size, 'peft'):
         for name, compiled in (('peft_eager', False), ('peft_compiled', True)):
             make = functools.partial(peers.peft_turn, size.config, rows, size.steps, compiled=compiled)
             contenders[name] = Contender(make, tokens, is_peer=True)
@@ -142,7 +110,7 @@ def adapters(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, 
     figures |= ratio('lora_sft_to_full', rates, 'sft', 'full')
     theirs = {name: found for name, found in rates.items() if name.startswith('peft')}
     if theirs:
-        best = max(theirs, key=lambda name: _median(theirs[name]))
+        best = max(theirs, key=lambda name: median(theirs[name]))
         figures |= ratio('lora_ratio_to_peft', rates, 'lora', best)
     return figures
 
@@ -174,7 +142,7 @@ def preferences(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[st
         'live': size.ours(rows, len(pairs), loss='preferences'),
         'kept': size.ours(rows, len(pairs), loss='preferences', kept=True),
     }
-    if importlib.util.find_spec('torch') and importlib.util.find_spec('trl'):
+    if has_peer(size, 'trl'):
 
         def theirs() -> Turn:
             turn, fill = peers.trl_turn(size.config, pairs, size.batch_size)
@@ -219,11 +187,20 @@ def bases(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, Any
     return of('base', rates) | ratio('base_nf4_time_to_float32', rates, 'float32', 'nf4')
 
 
+def has_peer(size: Size, name: str) -> bool:
+    """Whether a library of Hugging Face's is installed, and computes as we do; it says where it does not."""
+    if not (importlib.util.find_spec('torch') and importlib.util.find_spec(name)):
+        return False
+    if size.dtype != 'float32':
+        print(f'{name}: left out, it is measured in float32 alone')
+    return size.dtype == 'float32'
+
+
 # What is measured is the process.
 _TRAIN = """
-import dataclasses, sys
+import json, sys
 from experiments.benchmark import finetune_steps as steps
-steps.train_alone(*sys.argv[1:4], *map(int, sys.argv[4:]))
+steps.train_alone(**json.loads(sys.argv[1]))
 """
 _READ_BASE = """
 import sys
@@ -232,14 +209,13 @@ steps.read_base(sys.argv[1])
 """
 
 
-def measure_memory(preset: str, size: Size, read: str, scratch: str) -> dict[str, Any]:
+def measure_memory(sizes: dict[str, Any], read: str, scratch: str) -> dict[str, Any]:
     """What updates hold, peaks of processes that make some, or read a base in nf4, beside the size of what is read."""
-    peaks, held = {}, {}
+    size, peaks, held = steps.size_of(**sizes), {}, {}
     for loss in ('likelihood', 'preferences'):
         rows = steps.rows_of(loss, size.config.vocab_size, size.batch_size, size.packed)
         held[loss] = steps.held_bytes(size.model, Training(loss, rank=RANK), rows)
-        arguments = (preset, loss, size.remat, size.batch_size, size.packed)
-        _, peaks[loss] = run_measured([sys.executable, '-c', _TRAIN, *map(str, arguments)])
+        _, peaks[loss] = run_measured([sys.executable, '-c', _TRAIN, json.dumps(sizes | {'loss': loss})])
         print(
             f'{loss}, adapters: the program holds {held[loss] / 1e6:,.0f} MB, peak memory {peaks[loss] / 1e6:,.0f} MB',
             flush=True,
@@ -265,60 +241,5 @@ def measure_memory(preset: str, size: Size, read: str, scratch: str) -> dict[str
 
 PARTS = {
     'lora': adapters, 'packing': packing, 'dpo': preferences, 'shared': shared_prompts, 'nf4': bases,
+    'qlora': on_device.representations, 'dpo_lora': on_device.adapted_preferences, 'gradients': on_device.gradients,
 }  # fmt: skip
-
-
-def compare(
-    part: str, unit: str, contenders: Mapping[str, Contender], rounds: int, profile: bool = False
-) -> dict[str, list[Rate]]:
-    """What each does in a second, by turn, in a table; a peer that cannot run here is left out and said so."""
-    turns: dict[str, Turn] = {}
-    for name, contender in contenders.items():
-        start = time.perf_counter()
-        try:
-            turns[name] = contender.make()
-            turns[name]()
-            print(f'{name}: first turn after {time.perf_counter() - start:.1f} s', flush=True)
-        except Exception as error:  # it must not hide our own figures
-            if not contender.is_peer:
-                raise
-            turns.pop(name, None)
-            print(f'{name}: left out, {type(error).__name__}: {error_line(error)}')
-    rates: dict[str, list[Rate]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            turn()
-            seconds = time.perf_counter() - start, time.process_time() - cpu_start
-            rates[name].append(Rate(*(contenders[name].amount / each for each in seconds)))
-    print(f'{part:16}{unit:>16}{"min":>10}{"max":>10}{"per CPU second":>16}')
-    for name, found in rates.items():
-        clock = [rate.clock for rate in found]
-        print(
-            f'{name:16}{statistics.median(clock):16,.2f}{min(clock):10,.2f}{max(clock):10,.2f}'
-            f'{statistics.median(rate.cpu for rate in found):16,.2f}',
-            flush=True,
-        )
-    if profile:
-        last = [name for name in turns if not contenders[name].is_peer][-1]
-        show_kernels(turns[last], contenders[last].amount / _median(rates[last]))
-    return rates
-
-
-def of(part: str, rates: Mapping[str, Sequence[Rate]]) -> dict[str, float]:
-    """The medians as figures."""
-    return {f'{part}_{name}_per_second': _median(found) for name, found in rates.items()}
-
-
-def _median(rates: Sequence[Rate]) -> float:
-    return statistics.median(rate.clock for rate in rates)
-
-
-def ratio(name: str, rates: Mapping[str, Sequence[Rate]], first: str, second: str) -> dict[str, float]:
-    """The median of the ratios of turns, their spread, and the median of those of CPU seconds."""
-    pairs = list(zip(rates[first], rates[second], strict=True))
-    ratios = [a.clock / b.clock for a, b in pairs]
-    middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
-    cpu = statistics.median(a.cpu / b.cpu for a, b in pairs)
-    print(f'{name}: {middle:.2f} ({least:.2f} to {most:.2f}), of CPU seconds {cpu:.2f}\n', flush=True)
-    return {name: middle, f'{name}_min': least, f'{name}_max': most, f'{name}_of_cpu': cpu}

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark.finetune_steps import OPTIMIZER, RANK, Turn
+from experiments.benchmark.finetune_steps import OPTIMIZER, RANK
 from experiments.benchmark.huggingface import random_llama
+from experiments.benchmark.turns import Turn
 from llama_jax.data.preferences import EncodedPair
 from llama_jax.models.config import LlamaConfig
 

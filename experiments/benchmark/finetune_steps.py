@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark.turns import Contender, Turn
 from experiments.run.settings import find_preset
 from llama_jax import pretrained
 from llama_jax.data.examples import Example, ExampleRows, collate_examples
@@ -22,17 +23,16 @@ from llama_jax.data.record_kinds import Conversation
 from llama_jax.lora import LoraConfig, abstract_adapters, init_adapters, with_base
 from llama_jax.losses.dpo import PreferenceLoss, preference_loss
 from llama_jax.losses.language_model import language_model_loss
+from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes, init_params
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.quantize.base import base_target
-from llama_jax.quantize.forms import NF4
+from llama_jax.quantize.forms import NF4, name_of
 from llama_jax.quantize.params import quantize
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
 from llama_jax.types import LMBatch, LossFn, Params, PreferenceBatch, PyTree
-
-Turn = Callable[[], Any]  # what a contender does in its turn; ends when the work has ended
 
 # What all train with; the learning rate is constant.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, eps=1e-8)
@@ -144,6 +144,7 @@ class Training:
       kept: what the reference gives was computed before.
       rank: of adapters of all linears; 0: all weights are trained.
       weights: how the base beside adapters is kept.
+      optimizer: its name; all else is `OPTIMIZER`.
       loss_chunks: pieces of the sequence whose logits are held at a time.
     """
 
@@ -151,6 +152,7 @@ class Training:
     kept: bool = False
     rank: int = 0
     weights: str = 'float32'
+    optimizer: str = 'adamw'
     loss_chunks: int = 4
 
     def loss_fn(self, model: LlamaForCausalLM) -> LossFn:
@@ -158,6 +160,44 @@ class Training:
         if self.loss == 'likelihood':
             return language_model_loss(model, num_chunks=self.loss_chunks)
         return preference_loss(model, PreferenceLoss(), kept=self.kept, num_chunks=self.loss_chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What all parts are of.
+
+    Attributes:
+      config: the model's.
+      remat: see `models.remat.REMAT_POLICIES`.
+      dtype: of the computation.
+      batch_size: rows in an update.
+      packed: tokens of a row of examples or pairs.
+      steps: updates in a turn.
+    """
+
+    config: LlamaConfig
+    remat: str
+    dtype: str
+    batch_size: int
+    packed: int
+    steps: int
+
+    @property
+    def model(self) -> LlamaForCausalLM:
+        """As it is trained."""
+        return LlamaForCausalLM(self.config, dtype=self.dtype, remat=self.remat)
+
+    def ours(self, batches: Sequence[Any], amount: float, **training: Any) -> Contender:
+        """An update of ours on each batch."""
+        return Contender(functools.partial(our_turn, self.model, Training(**training), batches), amount)
+
+
+def size_of(preset: str, layers: int, *, packed: int, **rest: Any) -> Size:
+    """That of a preset with so many layers, 0: its own, for rows as long."""
+    config = find_preset(preset)
+    longest = max(config.max_seq_len, packed)
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers, max_seq_len=longest)
+    return Size(config, packed=packed, **rest)
 
 
 def our_turn(model: LlamaForCausalLM, training: Training, batches: Sequence[Any]) -> Turn:
@@ -179,21 +219,46 @@ def begin(model: LlamaForCausalLM, training: Training) -> tuple[Callable[..., An
     """(`train_step` compiled for one device, its first state of random weights, what is frozen)."""
     partitioner = one_device()
     model = model.clone(partitioner=partitioner)
-    tx = make_optimizer(OPTIMIZER, OPTIMIZER.learning_rate)
+    tx = make_optimizer(dataclasses.replace(OPTIMIZER, name=training.optimizer), OPTIMIZER.learning_rate)
     params, axes = abstract_params_and_axes(model)
     placed = abstract_state(params, axes, tx, partitioner).params
-    init = jax.jit(functools.partial(init_params, model), out_shardings=shardings_of(placed))
-    weights, frozen, loss_fn = init(jax.random.key(0)), {}, training.loss_fn(model)
+    init, frozen, loss_fn = functools.partial(init_params, model), {}, training.loss_fn(model)
     if training.rank:
         lora = LoraConfig(training.rank)
-        frozen, loss_fn = kept_as(weights, placed, training.weights), with_base(loss_fn, lora)
+        frozen, loss_fn = random_base(placed, training.weights), with_base(loss_fn, lora)
         params, axes = abstract_adapters(lora, params, axes)
-        weights = init_adapters(lora, weights, jax.random.key(1))
-    elif training.loss != 'likelihood' and not training.kept:
-        frozen = kept_as(weights, placed, jnp.dtype(model.dtype).name)
+        init = functools.partial(init_adapters, lora, placed)
     target = abstract_state(params, axes, tx, partitioner)
-    start = jax.jit(functools.partial(new_state, tx=tx), out_shardings=shardings_of(target))
-    return compile_train_step(target, loss_fn=loss_fn, tx=tx), start(weights), frozen
+    # At once: weights that a state is made of would stand beside it.
+    start = jax.jit(lambda key: new_state(init(key), tx), out_shardings=shardings_of(target))
+    state = start(jax.random.key(0))
+    if not training.rank and training.loss != 'likelihood' and not training.kept:
+        # Copied, as an update takes what it is given.
+        frozen = kept_as(jax.tree.map(jnp.copy, state.params), placed, jnp.dtype(model.dtype).name)
+    return compile_train_step(target, loss_fn=loss_fn, tx=tx), state, frozen
+
+
+def random_base(placed: Params, dtype: str) -> Params:
+    """A base of this type, made where it stands, weight by weight: no more than one of them is there in float32.
+
+    Args:
+      placed: abstract params with shardings.
+      dtype: one of `quantize.base.BASE_DTYPES`.
+    """
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(placed))))
+
+    def made(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
+        name = name_of(path)
+        if name.endswith('norm'):
+            weight = jnp.ones(wanted.shape, device=wanted.sharding)
+        else:
+            draw = jax.jit(
+                lambda key: 0.02 * jax.random.normal(key, wanted.shape), out_shardings=wanted.sharding
+            )
+            weight = draw(next(keys))
+        return kept_as({name: weight}, {name: wanted}, dtype)[name]
+
+    return jax.tree_util.tree_map_with_path(made, placed)
 
 
 def one_device() -> Partitioner:
@@ -229,13 +294,11 @@ def rows_of(loss: str, vocab_size: int, batch_size: int, packed_length: int) -> 
     return paired(draw_pairs(960, vocab_size, packed_length), packed_length, batch_size)
 
 
-def train_alone(preset: str, loss: str, remat: str, batch_size: int, packed_length: int) -> None:
+def train_alone(loss: str, preset: str, layers: int, **sizes: Any) -> None:
     """Three updates of adapters, for a process of its own whose memory is measured."""
-    config = find_preset(preset)
-    config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, packed_length))
-    model = LlamaForCausalLM(config, dtype=jnp.float32, remat=remat)
-    batch = rows_of(loss, config.vocab_size, batch_size, packed_length)
-    our_turn(model, Training(loss, rank=RANK), [batch] * 3)()
+    size = size_of(preset, layers, **sizes)
+    batch = rows_of(loss, size.config.vocab_size, size.batch_size, size.packed)
+    our_turn(size.model, Training(loss, rank=RANK), [batch] * 3)()
 
 
 def read_base(checkpoint: str) -> None:

@@ -21,8 +21,8 @@ from absl import flags
 from experiments import launch
 from experiments.benchmark import rl_peers as peers
 from experiments.benchmark import rl_turns as turns
-from experiments.benchmark.finetune import Contender, compare, of, ratio
 from experiments.benchmark.rl_turns import Size
+from experiments.benchmark.turns import Contender, compare, of, ratio
 from experiments.run.config_file import split_list
 from experiments.run.settings import find_preset
 from llama_jax.errors import InputError

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark.finetune_steps import OPTIMIZER, Turn
+from experiments.benchmark.finetune_steps import OPTIMIZER
 from experiments.benchmark.huggingface import random_llama
 from experiments.benchmark.rl_turns import Size, random_prompts
+from experiments.benchmark.turns import Turn
 from llama_jax.rl.rollout import Rollout
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from configs import grpo as grpo_config
 from experiments.benchmark.convert import make_checkpoint
-from experiments.benchmark.finetune_steps import Turn
 from experiments.benchmark.peak import run_measured
+from experiments.benchmark.turns import Turn
 from experiments.policy import drawing as drawing_of_run
 from experiments.policy.beginning import begin_policy
 from llama_jax.models.config import LlamaConfig

@@ -8,7 +8,6 @@ figure of each is its median.
 import dataclasses
 import functools
 import importlib.util
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from absl import flags
 
 from experiments import launch
 from experiments.benchmark.huggingface import random_llama
+from experiments.benchmark.peak import peak_memory_bytes
 from experiments.benchmark.profile import show_kernels
 from experiments.prompting.checkpoint import DTYPES, dtype_name
 from experiments.run.settings import compiler_options, find_preset
@@ -206,10 +206,3 @@ def huggingface_step(config: LlamaConfig, rows: np.ndarray, dtype: str, *, compi
         return float(loss.detach())
 
     return step
-
-
-def peak_memory_bytes() -> int:
-    """Peak of the fullest device, or of this process where the devices do not say."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [found['peak_bytes_in_use'] for found in stats if found and 'peak_bytes_in_use' in found]
-    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

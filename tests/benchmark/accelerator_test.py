@@ -7,7 +7,7 @@ import time
 import pytest
 
 from experiments.benchmark import accelerator
-from experiments.benchmark.accelerator import STATE_BYTES, Check, make_checks, run_checks
+from experiments.benchmark.accelerator import FINETUNE_BYTES, STATE_BYTES, Check, make_checks, run_checks
 from llama_jax.errors import InputError
 from llama_jax.models.presets import PRESETS
 from llama_jax.models.remat import REMAT_POLICIES
@@ -118,6 +118,31 @@ def test_every_check_is_a_command_that_there_is(machine):
             assert int(flags['batch_size']) % machine['num_devices'] == 0
 
 
+def test_fine_tuning_at_full_widths_fits_one_device():
+    """All that stands at once in bytes: weights and gradients in float32, bases, what remat keeps of a token."""
+    checks = {check.name: check.command for check in make_checks(H100)}
+    for name, part, by_weight in (
+        ('finetune_7b', 'qlora', 4 + 4 + 2 + 0.52),
+        ('finetune_7b_dpo', 'dpo_lora', 2),
+        ('finetune_7b_gradients', 'gradients', 0.52 + 2),
+    ):
+        given = dict(word[2:].split('=') for word in checks[name] if '=' in word)
+        config = PRESETS[given['finetune_model']]
+        layers, rows = int(given['finetune_layers']), int(given['finetune_batch_size'])
+        config = dataclasses.replace(config, num_layers=layers)
+        assert given['finetune_remat'] == 'projections' and given['finetune_parts'] == part
+        of_heads = (config.num_heads + config.num_kv_heads) * config.head_dim
+        kept = 3 * config.embed_dim + 2 * of_heads + 2 * config.mlp_dim  # as models.remat says
+        # The gradients are taken in float32 as well.
+        itemsize = 4 if part == 'gradients' else 2
+        activations = itemsize * kept * layers * rows * int(given['finetune_packed'])
+        assert by_weight * config.num_params + activations < 0.92 * H100['device_memory_bytes']
+        assert layers == accelerator.fitting_layers(
+            PRESETS['llama2_7b'], H100['device_memory_bytes'], FINETUNE_BYTES[part]
+        )
+    assert layers == 32 and '--finetune_layers=19' in checks['finetune_7b']
+
+
 @pytest.mark.slow
 def test_its_pieces_run(tmp_path):
     """One check of each suite with tiny shapes, as they are started and read on an accelerator."""
@@ -125,6 +150,12 @@ def test_its_pieces_run(tmp_path):
     more = {
         'train_7b_adafactor': tiny,
         'attention_long': ['--attention_shapes=1,64,4,2,16'],
+        'finetune_7b_dpo': [
+            '--finetune_model=tiny',
+            '--finetune_layers=1',
+            '--finetune_packed=64',
+            '--finetune_rounds=1',
+        ],
         'decode_7b': [
             '--decode_model=tiny',
             '--decode_batches=3',
@@ -142,6 +173,8 @@ def test_its_pieces_run(tmp_path):
     assert figures['train_7b_adafactor_layers'] == 2 and figures['train_7b_adafactor_mfu_causal'] > 0
     assert figures['train_7b_adafactor_llama_jax_tokens_per_second'] > 0
     assert figures['train_7b_adafactor_peak_memory_bytes'] > 0
+    assert figures['finetune_7b_dpo_layers'] == 1 and figures['finetune_7b_dpo_dpo_lora_per_second'] > 0
+    assert figures['finetune_7b_dpo_dpo_lora_peak_memory_bytes'] > 0
     assert figures['attention_long_1x64x4x2x16_chunked_both_ms'] > 0
     step, rate = (figures[f'decode_7b_batch_3_{name}'] for name in ('step_ms', 'tokens_per_second'))
     assert rate == pytest.approx(3 / (1e-3 * step)) and figures['decode_7b_copy_bandwidth'] > 1e8

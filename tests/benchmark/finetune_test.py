@@ -1,13 +1,19 @@
 """`benchmark --suite=finetune` on shapes so small that a part is a second: its contenders do the same work."""
 
+import jax
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments.benchmark import finetune, finetune_peers
+from experiments.benchmark import finetune, finetune_peers, turns
 from experiments.benchmark import finetune_steps as steps
 from llama_jax.errors import InputError
+from llama_jax.models.llama import abstract_params_and_axes
+from llama_jax.quantize.base import base_target
+from llama_jax.quantize.params import dequantize
+from llama_jax.train.state import abstract_state
 from tests import toy
 from tests.command_line import add_nano
 
@@ -37,6 +43,19 @@ def test_rows_are_those_of_real_files():
     assert len(steps.draw_pairs(32, VOCABULARY, 1024)) == 32
 
 
+@pytest.mark.slow
+def test_a_base_is_made_as_it_is_kept():
+    """Each weight in the form that a base read from a file has, and of random values; tables are of 16 bits."""
+    model = toy.make_model()
+    placed = abstract_state(*abstract_params_and_axes(model), optax.identity(), steps.one_device()).params
+    made, wanted = steps.random_base(placed, 'nf4'), base_target(placed, 'nf4')
+    found, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (made, wanted))
+    assert found == expected
+    whole = dequantize(made)['blocks']
+    assert 0.018 < np.std(whole['mlp']['up']) < 0.022 and (whole['mlp_norm'] == 1).all()
+    assert not np.array_equal(whole['mlp']['up'], whole['mlp']['gate'])
+
+
 def test_the_same_pairs_are_compared_with_a_prompt_once_or_before_each_answer():
     pairs = list(steps.random_pairs([(128, 32, 32)] * 15, VOCABULARY))
     apart, shared = (steps.paired(pairs, 1024, share_prompt=is_shared) for is_shared in (False, True))
@@ -50,16 +69,16 @@ def test_turns_are_timed_and_a_peer_that_cannot_run_is_left_out(capsys):
         raise RuntimeError('not here')
 
     calls = []
-    ours = finetune.Contender(lambda: lambda: calls.append(sum(range(10_000))), 4.0)
-    rates = finetune.compare(
-        'part', 'x/s', {'ours': ours, 'b': ours, 'peer': finetune.Contender(broken, 1.0, True)}, 3
+    ours = turns.Contender(lambda: lambda: calls.append(sum(range(10_000))), 4.0)
+    rates = turns.compare(
+        'part', 'x/s', {'ours': ours, 'b': ours, 'peer': turns.Contender(broken, 1.0, True)}, 3
     )
     assert {name: len(found) for name, found in rates.items()} == {'ours': 3, 'b': 3} and len(calls) == 8
-    found = finetune.ratio('r', {'a': [finetune.Rate(4, 8)] * 3, 'b': [finetune.Rate(2, 2)] * 3}, 'a', 'b')
+    found = turns.ratio('r', {'a': [turns.Rate(4, 8)] * 3, 'b': [turns.Rate(2, 2)] * 3}, 'a', 'b')
     assert found == {'r': 2, 'r_min': 2, 'r_max': 2, 'r_of_cpu': 4}
     assert 'peer: left out, RuntimeError: not here' in capsys.readouterr().out
     with pytest.raises(RuntimeError, match='not here'):
-        finetune.compare('part', 'x/s', {'ours': finetune.Contender(broken, 1.0)}, 1)
+        turns.compare('part', 'x/s', {'ours': turns.Contender(broken, 1.0)}, 1)
 
 
 def test_an_unknown_part_is_refused(small):
@@ -115,6 +134,21 @@ def test_parts_give_their_ratios(small):
     for name in ('packing_ratio', 'shared_ratio'):
         assert figures[f'{name}_min'] <= figures[name] <= figures[f'{name}_max']
     assert figures['packing_fill'] > figures['packing_padded_fill']
+
+
+@pytest.mark.slow
+def test_parts_of_a_device_give_their_figures(small):
+    """At full widths by one command of the suite `accelerator`; here in the type that they compute in there."""
+    sizes = dict(finetune_packed=64, finetune_rounds=1, finetune_layers=1, finetune_dtype='bfloat16')
+    with flagsaver.flagsaver(finetune_parts='qlora,gradients', **sizes):
+        *_, figures = finetune.main()
+    assert (figures['layers'], figures['dtype']) == (1, 'bfloat16')
+    for name, first, second in (('lora_to_full', 'lora', 'full'), ('nf4_to_lora', 'nf4', 'lora')):
+        rates = (figures[f'qlora_{one}_per_second'] for one in (first, second))
+        np.testing.assert_allclose(figures[f'qlora_{name}'], np.divide(*rates), rtol=1e-6)
+    # Rounded to 8 bits, here and there.
+    assert figures['gradients_nf4'] <= 2**-8 < figures['gradients_rounding'] < 0.1
+    assert figures['qlora_peak_memory_bytes'] > 0
 
 
 @pytest.mark.slow
