@@ -128,8 +128,9 @@ def grpo(size: Size, model: str, folder: Path, copying: list[float]) -> Turn:
     config.log.update(tensorboard=False, compilation_cache='off')
     config.eval.every = 0
     run, iterations = begin_policy(
-        config, workdir=str(folder / 'run'), checkpoint=str(base), fork='', override='', xla_options=''
-    )
+        config, allow_code=False, workdir=str(folder / 'run'), checkpoint=str(base), fork='', override='',
+        xla_options='',
+    )  # fmt: skip
     state, step, key = run.state, 0, jax.random.key(_SEED)
     original = drawing_of_run.sampler_weights
 
