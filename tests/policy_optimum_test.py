@@ -103,6 +103,12 @@ def test_so_it_does_with_adapters_and_on_a_mesh(commands, folder, begun, kind):
     assert to_tilted < 0.05 and to_tilted < to_other
 
 
+@pytest.mark.accelerator
+def test_so_it_does_on_an_accelerator(commands, folder, begun):
+    to_tilted, to_other, _ = ends(commands, folder, begun, 'ppo', '_accelerator', **ADAPTERS)
+    assert to_tilted < 0.05 and to_tilted < to_other
+
+
 @pytest.mark.long
 def test_weights_for_what_a_disturbed_sampler_draws_bring_it_back(commands, folder, begun):
     """With the divergence in the loss: where it is in the reward, at the end nothing is better than another answer,

@@ -28,6 +28,7 @@ from llama_jax.models.presets import PRESETS
 _MINUTES = flags.DEFINE_float('minutes', 9, 'in which all must end', lower_bound=0.1)
 
 # By default JAX takes three quarters of a GPU's memory, and leaves the rest to nobody.
+_PREALLOCATE = 'XLA_PYTHON_CLIENT_PREALLOCATE'
 _FRACTION = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'  # JAX takes one of them, not both
 ENVIRONMENT = {} if any(map(os.environ.get, _FRACTION)) else {_FRACTION[0]: '0.92'}
 _PROBE = """
@@ -50,6 +51,8 @@ FIGURES = {
     'attention': r'.*_(auto|ms|bytes)',
     'decode': r'copy_bandwidth|batch_.*',
     'finetune': r'layers|batch_size|packed|(qlora|dpo|gradients)_.*',
+    'rl': r'phases_.*',
+    'serve': r'.*_(seconds|per_second)|.*_ratio_to_.*|first_ms_.*',
 }
 
 
@@ -112,11 +115,15 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
     files = [
         str(file) for file in sorted(folder.rglob('*_test.py')) if 'mark.accelerator' in file.read_text()
     ]
-    tests = ['-m', 'pytest', '-q', '-n', '0', '-m', 'accelerator', *files]
+    tests = ['-m', 'pytest', '-q', '-n', '0', '-m', 'accelerator']
+    # Its commands are processes beside that of pytest, and may be too slow to hold up the other tests.
+    apart = str(folder / 'policy_optimum_test.py')
+    of_tests = ENVIRONMENT | {'JAX_PLATFORMS': platform}
 
     def suite(name: str, seconds: float, suite: str, options: str) -> Check:
-        alone = 'false' if '--peer' in options else 'true'  # a peer needs some of the memory
-        environment = ENVIRONMENT | {'XLA_PYTHON_CLIENT_PREALLOCATE': alone}
+        # A peer, or a server, needs some of the memory.
+        alone = 'false' if '--peer' in options or suite == 'serve' else 'true'
+        environment = ENVIRONMENT | {_PREALLOCATE: alone}
         command = ['-m', 'experiments.benchmark', f'--suite={suite}', *options.split()]
         return Check(name, command, seconds, FIGURES[suite], environment)
 
@@ -134,13 +141,21 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         return suite(name, seconds, 'finetune', f'--finetune_parts={part} {sizes} {computing} {options}')
 
     decode = '--decode_model=llama2_7b --decode_prompt=896 --decode_tokens=128 --decode_profile'
+    # Half of the layers, as the weights are written, read, and then stand beside the sampler's copy and 64 answers.
+    grpo = '--rl_parts=phases --rl_model=llama2_7b --rl_layers=16 --rl_answer=512 --rl_rounds=2'
+    # The server's weights and rows, and the generator's, share the memory.
+    serve = '--serve_model=llama2_7b --serve_clients=1,64 --serve_prompt=64 --serve_tokens=128 --noserve_peer'
     shapes = '--noattention_check --attention_shapes'  # the tests say whether it is right
     checks = [
-        Check('tests', tests, 150, environment=ENVIRONMENT | {'JAX_PLATFORMS': platform}),
+        Check('tests', [*tests, *(file for file in files if file != apart)], 150, environment=of_tests),
         train('train_7b', 120, f'--remat=projections --batch_size={2 * rows}'),
+        # Next what no GPU has been asked yet.
         finetune('finetune_7b', 150, 'qlora', '--finetune_batch_size=4 --finetune_profile'),
+        suite('grpo_7b', 240, 'rl', grpo),
+        suite('serve_7b', 330, 'serve', serve),
         finetune('finetune_7b_dpo', 90, 'dpo_lora', '--finetune_batch_size=4 --finetune_profile'),
         finetune('finetune_7b_gradients', 90, 'gradients', '--finetune_batch_size=1'),
+        Check('optimum', [*tests, '-s', apart], 150, environment=of_tests | {_PREALLOCATE: 'false'}),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
         suite('decode_7b', 90, 'decode', decode),
         suite('decode_7b_int8', 60, 'decode', f'{decode} --decode_batches=1 --decode_weights=int8'),
@@ -156,7 +171,9 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         train('train_7b_full', 90, f'--remat=full --batch_size={4 * rows}'),
         suite('attention_long', 90, 'attention', f'{shapes}=1,32768,32,8,128'),
     ]
-    return [check for check in checks if is_gpu and rows == 1 or check.name != 'train_7b_peer']
+    # What has processes beside it, which no TPU is shared by, or is compared with what one device does.
+    of_one_gpu = {'train_7b_peer', 'grpo_7b', 'serve_7b', 'optimum'}
+    return [check for check in checks if is_gpu and rows == 1 or check.name not in of_one_gpu]
 
 
 def fitting_layers(config: LlamaConfig, num_bytes: int, bytes_per_weight: int) -> int:

@@ -7,6 +7,8 @@ Contenders take turns, as in the suite `finetune`; all have random weights of on
     scoring   answers a second that a reward model scores: ours, transformers' sequence classification of padded rows
     grpo      iterations a second of GRPO: ours, TRL's `GRPOTrainer`; and the share of one that the sampler's copy takes
     memory    the peak of processes with adapters: PPO (policy, reference, values, judge on one base) beside SFT
+    phases    of an iteration of GRPO with adapters, in bf16 where there is an accelerator: seconds of each, the rollout
+              beside plain decoding of the same answers, the update beside SFT's; not among the default ones
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from absl import flags
 from experiments import launch
 from experiments.benchmark import rl_peers as peers
 from experiments.benchmark import rl_turns as turns
+from experiments.benchmark.rl_phases import measure_phases
 from experiments.benchmark.rl_turns import Size
 from experiments.benchmark.turns import Contender, compare, of, ratio
 from experiments.run.config_file import split_list
@@ -29,6 +32,7 @@ from llama_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string('rl_model', 'stories_15m', 'a preset')
 _PARTS = flags.DEFINE_string('rl_parts', 'rollouts,prefix,scoring,grpo,memory', 'what is measured, in order')
+_LAYERS = flags.DEFINE_integer('rl_layers', 0, "of the model in `phases`; 0: the preset's", lower_bound=0)
 _ROUNDS = flags.DEFINE_integer('rl_rounds', 3, 'turns that each contender takes', lower_bound=1)
 _PROMPT = flags.DEFINE_integer('rl_prompt', 64, 'tokens of a prompt', lower_bound=8)
 _ANSWER = flags.DEFINE_integer('rl_answer', 64, 'tokens of an answer', lower_bound=4)
@@ -42,8 +46,13 @@ def main() -> Iterator[dict[str, Any]]:
     chosen = split_list(_PARTS.value)
     if unknown := [part for part in chosen if part not in PARTS]:
         raise InputError(f'--rl_parts has {unknown[0]!r}; there are {", ".join(PARTS)}')
-    preset = find_preset(_MODEL.value)
-    size = Size(preset, _PROMPTS.value, _SAMPLES.value, _PROMPT.value, _ANSWER.value)
+    if _LAYERS.value and {*chosen} != {'phases'}:
+        raise InputError(
+            f'--rl_layers is of --rl_parts=phases alone, not of {_PARTS.value}: others have the preset as it is'
+        )
+    config = find_preset(_MODEL.value)
+    config = dataclasses.replace(config, num_layers=_LAYERS.value or config.num_layers)
+    size = Size(config, _PROMPTS.value, _SAMPLES.value, _PROMPT.value, _ANSWER.value)
     figures: dict[str, Any] = {'model': _MODEL.value, **dataclasses.asdict(size), 'rounds': _ROUNDS.value}
     del figures['config']
     with tempfile.TemporaryDirectory(dir=_SCRATCH.value or None) as folder:
@@ -118,6 +127,13 @@ def memory(size: Size, model: str, rounds: int, folder: Path) -> dict[str, Any]:
     return figures | {'memory_ppo_to_sft': peaks['ppo'] / peaks['sft']}
 
 
+def phases(size: Size, model: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """See `rl_phases`."""
+    del model
+    return measure_phases(size, rounds, folder)
+
+
 PARTS: dict[str, Callable[[Size, str, int, Path], dict[str, Any]]] = {
     'rollouts': rollouts, 'prefix': prefix, 'scoring': scoring, 'grpo': grpo, 'memory': memory,
+    'phases': phases,
 }  # fmt: skip

@@ -5,13 +5,14 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import grpo as grpo_config
 from experiments.benchmark.convert import make_checkpoint
@@ -22,9 +23,9 @@ from experiments.policy.beginning import begin_policy
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.reward import LlamaForRewardModel
+from llama_jax.pretrained import load_tokenizer
 from llama_jax.rl.reward_model import ModelReward
 from llama_jax.rl.rollout import Rollout, Sampling, rollouts, sampler_weights
-from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 _SEED = 0
 
@@ -56,6 +57,11 @@ class Size:
     def new_tokens(self) -> int:
         """Of all answers."""
         return self.answers * self.answer
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row of answers with their prompts: four, where the model reads so many."""
+        return min(self.config.max_seq_len, 4 * (self.prompt + self.answer))
 
     @property
     def fitting(self) -> LlamaConfig:
@@ -117,21 +123,7 @@ def grpo(size: Size, model: str, folder: Path, copying: list[float]) -> Turn:
       copying: takes the seconds that each copy of the sampler's weights takes.
     """
     base, prompts = _files(size, model, folder)
-    config = grpo_config.get_config(model)
-    config.data.update(train=str(prompts), format='plain', validation_fraction=0.0)
-    config.data.seq_len = min(size.config.max_seq_len, 4 * (size.prompt + size.answer))
-    config.rollout.update(
-        batch_size=size.answers, samples=size.samples, max_new_tokens=size.answer, slots=size.answers
-    )
-    config.train.update(batch_size=size.answers, num_steps=10**6)
-    config.algorithm.rewards = f'{folder / "reward.py"}:score'
-    config.log.update(tensorboard=False, compilation_cache='off')
-    config.eval.every = 0
-    run, iterations = begin_policy(
-        config, allow_code=False, workdir=str(folder / 'run'), checkpoint=str(base), fork='', override='',
-        xla_options='',
-    )  # fmt: skip
-    state, step, key = run.state, 0, jax.random.key(_SEED)
+    turn, _ = iterating(grpo_config.get_config(model), size, folder, base, prompts)
     original = drawing_of_run.sampler_weights
 
     def timed(*given: Any) -> Any:
@@ -143,6 +135,36 @@ def grpo(size: Size, model: str, folder: Path, copying: list[float]) -> Turn:
         return _Entered(made, weights)
 
     drawing_of_run.sampler_weights = timed
+    return turn
+
+
+def iterating(
+    config: ConfigDict, size: Size, folder: Path, base: Path, prompts: Path
+) -> tuple[Turn, Callable[[], dict[str, float]]]:
+    """(an iteration of one update, what the run tells of the last one: shares of its time by phase among it).
+
+    Args:
+      config: of `configs/grpo.py`, in which what follows from the size is set.
+      size: of an iteration.
+      folder: for the run.
+      base: a checkpoint.
+      prompts: a file, beside which a reward stands.
+    """
+    config.data.update(train=str(prompts), format='plain', validation_fraction=0.0)
+    config.data.seq_len = size.row
+    config.rollout.update(
+        batch_size=size.answers, samples=size.samples, max_new_tokens=size.answer, slots=size.answers
+    )
+    config.train.update(batch_size=size.answers, num_steps=10**6)
+    config.algorithm.rewards = f'{prompts.parent / "reward.py"}:score'
+    config.log.update(tensorboard=False, compilation_cache='off')
+    config.eval.every = 0
+    run, iterations = begin_policy(
+        config, allow_code=False, workdir=str(folder / 'run'), checkpoint=str(base), fork='', override='',
+        xla_options='',
+    )  # fmt: skip
+    (measurement,) = iterations.measurements()
+    state, step, key = run.state, 0, jax.random.key(_SEED)
 
     def turn() -> None:
         nonlocal state, step
@@ -152,7 +174,7 @@ def grpo(size: Size, model: str, folder: Path, copying: list[float]) -> Turn:
             jax.block_until_ready(metrics)
         step += 1
 
-    return turn
+    return turn, lambda: measurement.measure(state, step, lambda: None)
 
 
 @dataclasses.dataclass
@@ -177,7 +199,7 @@ def peaks(size: Size, model: str, folder: Path) -> dict[str, int]:
     lines = [{'prompt': one, 'chosen': one, 'rejected': one[: len(one) // 2]} for one in texts * size.samples]
     pairs.write_text(''.join(json.dumps(line | {'completion': line['chosen']}) + '\n' for line in lines))
     shared = {
-        'data.format': 'plain', 'data.seq_len': min(size.config.max_seq_len, 4 * (size.prompt + size.answer)),
+        'data.format': 'plain', 'data.seq_len': size.row,
         'data.validation_fraction': 0.0, 'train.batch_size': size.prompts, 'train.num_steps': 2, 'lora.rank': 8,
         'log.tensorboard': False, 'model.dtype': 'float32', 'model.weights': 'float32', 'eval.every': 0,
         'model.remat': 'attention', 'train.loss_chunks': 4,  # recipes differ in these
@@ -204,18 +226,23 @@ def peaks(size: Size, model: str, folder: Path) -> dict[str, int]:
 def _files(size: Size, model: str, folder: Path) -> tuple[Path, Path]:
     """(a checkpoint of random weights, a file of prompts of so many tokens); a reward stands beside them."""
     make_checkpoint(model, folder / 'meta')
+    words = (folder / 'meta' / 'tokenizer.model').read_bytes().decode('latin-1').split()
+    words = [word for word in words if word.isascii() and word.isalpha()] or ['a']
+    return folder / 'meta', write_prompts(size, folder / 'meta', words, folder)
+
+
+def write_prompts(size: Size, checkpoint: Path, words: Sequence[str], folder: Path) -> Path:
+    """A file of prompts of so many tokens by a checkpoint's tokenizer, or a word less, with a reward beside it."""
     (folder / 'reward.py').write_text(
         'def score(prompt, answer, record):\n    return len(set(answer)) / 10\n'
     )
-    tokenizer = load_tokenizer(folder / 'meta')
-    words = (folder / 'meta' / 'tokenizer.model').read_bytes().decode('latin-1').split()
+    tokenizer = load_tokenizer(checkpoint)
     rng, lines = np.random.default_rng(_SEED), []
-    words = [word for word in words if word.isascii() and word.isalpha()] or ['a']
     for _ in range(size.prompts):
         text = ''
         while len(tokenizer.encode(f'{text} {words[0]}', bos=True)) < size.prompt:
-            text += f' {words[rng.integers(len(words))]}'
+            text += f' {words[int(rng.integers(len(words)))]}'
         lines.append(json.dumps({'prompt': text.strip()}) + '\n')
     file = folder / 'prompts.jsonl'
     file.write_text(''.join(lines))
-    return folder / 'meta', file
+    return file

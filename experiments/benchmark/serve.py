@@ -1,7 +1,8 @@
 """What a server adds to the model: clients that stream from one, beside the generator alone, and llama.cpp's server.
 
-All complete one prompt by the same random weights, greedily, in turns. Servers are processes of their own, clients
-threads of this one. A time to the first token is that of a client who has the server to itself.
+All complete one prompt by the same random weights, in bf16 on an accelerator, greedily, in turns. Servers are processes
+of their own, clients threads of this one; on a GPU, whose memory they share, none may take most of it at its start
+(`XLA_PYTHON_CLIENT_PREALLOCATE=false`). A time to the first token is that of a client who has the server to itself.
 """
 
 import contextlib
@@ -65,26 +66,32 @@ def main() -> dict[str, Any]:
     numbers, tokens = [int(number) for number in _CLIENTS.value], _TOKENS.value
     context = max(64, 1 << (_PROMPT.value + tokens).bit_length())
     config = dataclasses.replace(find_preset(_MODEL.value), max_seq_len=context)
-    model = LlamaForCausalLM(config, dtype=jnp.dtype('float32'))
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    dtype = jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    model = LlamaForCausalLM(config, dtype=dtype)
+    cast = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), init_params(model, key)))
+    params = cast(jax.random.key(0))
+    ready: dict[str, float] = {}
     with contextlib.ExitStack() as at_exit:
         folder = at_exit.enter_context(tempfile.TemporaryDirectory())
-        path = write_gguf(config, params, folder, 'float32')
+        path = write_gguf(config, params, folder, dtype.name)
         prompt, ids = _prompt(path, _PROMPT.value)
-        servers = {'server': _ours(path, max(numbers))}
+        servers = {'server': _ours(path, max(numbers), dtype.name)}
         if _PEER.value and _has_peer():
             servers['llama_cpp'] = _theirs(path, context)
         contenders: dict[str, Callable[[int], Turn]] = {
             'generator': _alone(model, unstack(params, delete=True), max(numbers), ids, tokens)
         }
         for name, command in servers.items():
+            start = time.perf_counter()
             port = at_exit.enter_context(_running(command, folder))
+            ready[f'{name}_ready_seconds'] = time.perf_counter() - start
+            print(f'{name}: answers {ready[f"{name}_ready_seconds"]:.1f} s after its command', flush=True)
             # Which else would repel repetitions, and take its time for it.
             more = {'repeat_penalty': 1.0} if name == 'llama_cpp' else {}
             contenders[name] = _asked_by_clients(port, {'prompt': prompt, 'max_tokens': tokens} | more)
         turns = _take_turns(contenders, numbers, _ROUNDS.value)
-    figures = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': tokens}
-    return figures | _tell(turns, min(numbers))
+    figures = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': tokens, 'dtype': dtype.name}
+    return figures | ready | _tell(turns, min(numbers))
 
 
 def _tell(turns: Mapping[tuple[str, int], list[Turn]], least: int) -> dict[str, float]:
@@ -161,10 +168,10 @@ def _alone(
     return complete
 
 
-def _ours(path: str, slots: int) -> list[str]:
+def _ours(path: str, slots: int, dtype: str) -> list[str]:
     return [
         '-m', 'experiments.serve', f'--checkpoint={path}', '--port=PORT', f'--slots={slots}', '--name=model',
-        '--dtype=float32', '--top_logprobs=0', '--constraints=false', '--prefix_mib=0',
+        f'--dtype={dtype}', '--top_logprobs=0', '--constraints=false', '--prefix_mib=0',
     ]  # fmt: skip
 
 

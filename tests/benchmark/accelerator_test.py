@@ -143,6 +143,22 @@ def test_fine_tuning_at_full_widths_fits_one_device():
     assert layers == 32 and '--finetune_layers=19' in checks['finetune_7b']
 
 
+def test_what_shares_a_gpu_fits():
+    """Weights and the cache's rows, in bf16; what is beside them (activations, programs) has the rest."""
+    commands = {check.name: check for check in make_checks(H100)}
+    names = 'grpo_7b', 'optimum', 'serve_7b'
+    assert not {*names} & {check.name for check in make_checks(TPU)}
+    shared = [commands[name].environment['XLA_PYTHON_CLIENT_PREALLOCATE'] for name in names]
+    assert shared == ['true', 'false', 'false']
+    assert commands['optimum'].command[-1] not in commands['tests'].command
+    (layers,) = (int(word[12:]) for word in commands['grpo_7b'].command if word.startswith('--rl_layers='))
+    model = dataclasses.replace(PRESETS['llama2_7b'], num_layers=layers)
+    # The base with the sampler's copy, and 64 answers; the server with the generator, and 64 rows of each.
+    for config, tokens, sharers in ((model, 1024, 1), (PRESETS['llama2_7b'], 256, 2)):
+        cached = 64 * tokens * config.num_layers * 2 * config.num_kv_heads * config.head_dim
+        assert 2 * (2 * config.num_params + sharers * cached) < 0.7 * H100['device_memory_bytes']
+
+
 @pytest.mark.slow
 def test_its_pieces_run(tmp_path):
     """One check of each suite with tiny shapes, as they are started and read on an accelerator."""
