@@ -1,5 +1,7 @@
 """The command itself: what it refuses, what it says of the small real model, and how it ends."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -70,22 +72,31 @@ def test_a_template_that_is_none_ends_it(commands, folder, weights, template, wo
     assert done.status == 2 and re.search(f'^error: .*{words}.*--chat_template', last), done.stderr
 
 
-@pytest.mark.slow
-def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder, weights):
+@contextlib.contextmanager
+def serving(commands, weights, *flags):
+    """(process id, client, what `commands.wait` gives once it has ended) of the small real model's server, ready."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    pid = commands.start(
-        'serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', '--slots=2', '--draft=lookup',
-        '--name=stories', '--prefix_mib=0', '--top_logprobs=0',
-    )  # fmt: skip
-    ended = {}
-    waiter = threading.Thread(target=lambda: ended.setdefault('how', commands.wait()))
+    pid = commands.start('serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', *flags)
+    ended = concurrent.futures.Future()
+    waiter = threading.Thread(target=lambda: ended.set_result(commands.wait()))
     waiter.start()
     try:
         wait_for(lambda: get(client, 'health') == 200, 60)
         wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 300)
+        yield pid, client, ended
+    finally:
+        if waiter.is_alive():
+            os.kill(pid, signal.SIGKILL)
+            waiter.join(60)
+
+
+@pytest.mark.slow
+def test_it_serves_the_real_model_and_lets_running_answers_end(commands, weights):
+    given = '--slots=2', '--draft=lookup', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
+    with serving(commands, weights, *given) as (pid, client, ended):
         expected = json.loads((weights / 'expected.json').read_text())
         asked = {
             'model': 'stories', 'prompt': expected['prompt'], 'temperature': 0,
@@ -95,9 +106,12 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
         assert whole.choices[0].text == expected['greedy_text']
         pieces = client.completions.create(**asked, stream=True)
         assert ''.join(piece.choices[0].text for piece in pieces) == expected['greedy_text']
-        address = f'http://127.0.0.1:{port}/metrics'
         counted = dict(
-            line.split(' ') for line in client._client.get(address).text.splitlines() if line[0] != '#'
+            line.split(' ')
+            for line in client._client.get(
+                f'{str(client.base_url).removesuffix("v1/")}metrics'
+            ).text.splitlines()
+            if line[0] != '#'
         )
         drafted, taken = (float(counted[f'llama_draft_tokens{x}_total']) for x in ('', '_accepted'))
         assert drafted > taken > 0
@@ -108,13 +122,29 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
         os.kill(pid, signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == 'length'
-        waiter.join(60)
-    finally:
-        if waiter.is_alive():
-            os.kill(pid, signal.SIGKILL)
-            waiter.join(60)
-    assert ended['how'].status == 0, ended['how'].stderr
-    assert 'Traceback' not in ended['how'].stderr and expected['greedy_text'][:40] not in ended['how'].stderr
+        done = ended.result(60)
+    assert done.status == 0, done.stderr
+    assert 'Traceback' not in done.stderr and expected['greedy_text'][:40] not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('again', 'seconds', 'status'), [(False, 30, 0), (True, 2, 128 + signal.SIGTERM)])
+def test_it_ends_though_answers_go_on_and_at_once_when_told_again(commands, weights, again, seconds, status):
+    given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
+    with serving(commands, weights, *given, f'--drain_seconds={600 if again else 1}') as (pid, client, ended):
+        asked = {'model': 'stories', 'prompt': 'Once', 'max_tokens': 500, 'extra_body': {'ignore_eos': True}}
+        streams = [client.completions.create(**asked, stream=True) for _ in range(40)]  # one after the other
+        next(iter(streams[0]))
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: get(client, 'ready') == 503, 10)
+        with pytest.raises(openai.InternalServerError, match='503'):
+            client.completions.create(**asked)
+        began = time.monotonic()
+        if again:
+            os.kill(pid, signal.SIGTERM)
+        done = ended.result(60)
+    assert done.status == status and time.monotonic() - began < seconds, done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.slow
