@@ -94,9 +94,10 @@ def serving(commands, weights, *flags):
 
 
 @pytest.mark.slow
-def test_it_serves_the_real_model_and_lets_running_answers_end(commands, weights):
+def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder, weights):
+    (folder / 'plain.jinja').write_text("{{ bos_token + messages[-1]['content'] }}")
     given = '--slots=2', '--draft=lookup', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
-    with serving(commands, weights, *given) as (pid, client, ended):
+    with serving(commands, weights, *given, f'--chat_template={folder}/plain.jinja') as (pid, client, ended):
         expected = json.loads((weights / 'expected.json').read_text())
         asked = {
             'model': 'stories', 'prompt': expected['prompt'], 'temperature': 0,
@@ -106,6 +107,12 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, weights
         assert whole.choices[0].text == expected['greedy_text']
         pieces = client.completions.create(**asked, stream=True)
         assert ''.join(piece.choices[0].text for piece in pieces) == expected['greedy_text']
+        said = {name: value for name, value in asked.items() if name != 'prompt'}
+        said['messages'] = [{'role': 'user', 'content': expected['prompt']}]
+        answer = client.chat.completions.create(**said)
+        assert answer.choices[0].message.content == expected['greedy_text']
+        pieces = client.chat.completions.create(**said, stream=True)
+        assert ''.join(piece.choices[0].delta.content or '' for piece in pieces) == expected['greedy_text']
         counted = dict(
             line.split(' ')
             for line in client._client.get(

@@ -185,21 +185,35 @@ def programs(service):
     return re.search(rb'llama_programs_compiled_total (\S+)', service.metrics.render())[1]
 
 
-def test_answers_keep_to_schemas_and_calls_to_their_functions(server):
-    client, service = server
-    before = programs(service)
-    official = openai.OpenAI(
-        api_key='any', base_url='http://testserver/v1', http_client=client, max_retries=0
-    )
-    create = official.chat.completions.create
-    hi = {'model': 'toy', 'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 2}
-    for number, schema in enumerate(SCHEMAS):
+HI = {'model': 'toy', 'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 2}
+
+
+def official_client(client):
+    return openai.OpenAI(api_key='any', base_url='http://testserver/v1', http_client=client, max_retries=0)
+
+
+def check_schemas(create, rounds):
+    """Four answers to each of ten schemas a round: all end, and all are valid."""
+    for number, schema in enumerate(SCHEMAS * rounds):
         kind = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}
-        answer = create(**hi, response_format=kind, n=4, seed=number)
+        answer = create(**HI, response_format=kind, n=4, seed=number)
         assert {choice.finish_reason for choice in answer.choices} == {'stop'}
         for choice in answer.choices:
             assert fits(json.loads(choice.message.content), schema), (schema, choice.message.content)
-    parsed = official.chat.completions.parse(**hi, response_format=Step, seed=1)
+
+
+@pytest.mark.slow
+def test_all_of_two_hundred_answers_keep_to_schemas(server):
+    check_schemas(official_client(server[0]).chat.completions.create, rounds=5)
+
+
+def test_answers_keep_to_schemas_and_calls_to_their_functions(server):
+    client, service = server
+    before = programs(service)
+    official = official_client(client)
+    create = official.chat.completions.create
+    check_schemas(create, rounds=1)
+    parsed = official.chat.completions.parse(**HI, response_format=Step, seed=1)
     assert parsed.choices[0].message.parsed.number < 100
     # Described as Llama 3.1 heard of them, functions take more room than this model has.
     brief = chat_of(make_tokenizer(), "{{ bos_token + messages[-1]['content'] }}")
@@ -207,11 +221,11 @@ def test_answers_keep_to_schemas_and_calls_to_their_functions(server):
     service.worker.served = dataclasses.replace(served, chat=brief)
     try:
         for choice in ('required', {'type': 'function', 'function': {'name': 'sell'}}):
-            (answer,) = create(**hi, tools=[SELL], tool_choice=choice).choices
+            (answer,) = create(**HI, tools=[SELL], tool_choice=choice).choices
             assert answer.finish_reason == 'tool_calls'
             call = answer.message.tool_calls[0].function
             assert call.name == 'sell' and json.loads(call.arguments)['size'] in SIZE['enum']
-        chunks = create(**hi, tools=[SELL], tool_choice='required', stream=True)
+        chunks = create(**HI, tools=[SELL], tool_choice='required', stream=True)
         deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
         assert json.loads(''.join(delta.function.arguments for delta in deltas)).keys() == {'size'}
     finally:
