@@ -40,7 +40,8 @@ def representations(size: Size, seq_len: int, rounds: int, profile: bool) -> dic
 def adapted_preferences(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, Any]:
     """Pairs a second of DPO with adapters, whose reference is their base, and what the device held at most."""
     del seq_len
-    rows = [steps.rows_of('preferences', size.config.vocab_size, size.batch_size, size.packed)] * size.steps
+    pairs = steps.draw_pairs(960, size.config.vocab_size, size.packed)
+    rows = [steps.paired(pairs, size.packed, size.batch_size)] * size.steps
     lora = size.ours(rows, steps.num_pairs(rows), loss='preferences', rank=RANK, weights=size.dtype)
     rates = compare('dpo_lora', 'pairs/s', {'lora': lora}, rounds, profile)
     return of('dpo', rates) | _peak('dpo_lora')
