@@ -152,9 +152,9 @@ def make_checks(machine: Mapping[str, Any]) -> list[Check]:
         # Next what no GPU has been asked yet.
         finetune('finetune_7b', 150, 'qlora', '--finetune_batch_size=4 --finetune_profile'),
         suite('grpo_7b', 240, 'rl', grpo),
-        suite('serve_7b', 330, 'serve', serve),
         finetune('finetune_7b_dpo', 90, 'dpo_lora', '--finetune_batch_size=4 --finetune_profile'),
         finetune('finetune_7b_gradients', 90, 'gradients', '--finetune_batch_size=1'),
+        suite('serve_7b', 330, 'serve', serve),
         Check('optimum', [*tests, '-s', apart], 150, environment=of_tests | {_PREALLOCATE: 'false'}),
         suite('attention', 90, 'attention', f'{shapes}=2,4096,32,32,128;1,8192,32,8,128'),
         suite('decode_7b', 90, 'decode', decode),
