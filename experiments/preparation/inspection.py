@@ -73,11 +73,9 @@ def _why_not_prepared(folder: str) -> str:
         return f'no folder {folder!r}; give one of prepared rows, or the workdir of a run and a step'
     if (path / WORK).exists():
         return f'{folder} is not finished; prepare it to its end by the same command'
-    if (path / REPORT).exists():
-        names = ', '.join(read_object(path / REPORT)['sources'])
-        return (
-            f'{folder} holds several sources, each in a folder of its own: {names}; give one of these folders'
-        )
+    # A workdir has a report too, of another kind.
+    if (path / REPORT).exists() and (sources := read_object(path / REPORT).get('sources')):
+        return f'{folder} holds several sources, each in a folder of its own: {", ".join(sources)}; give one of these'
     return f'{folder} has no manifest of prepared rows; of a workdir give a step too'
 
 
