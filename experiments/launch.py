@@ -24,7 +24,19 @@ flags.disclaim_key_flags()
 class _PathParser(flags.ArgumentParser):
     """A path or several, by commas; '~' stands for the user's folder, which no shell expands within --name=value."""
 
+    def __init__(self, default: str | None = ''):
+        """Args: default: that of the flag; '' where it names nothing."""
+        super().__init__()
+        self._default = default
+
     def parse(self, argument: str | None) -> str | None:
+        # Else it would be the current folder.
+        if (
+            argument is not None
+            and argument != self._default
+            and not all(map(str.strip, argument.split(',')))
+        ):
+            raise ValueError('it names an empty path; give one, or leave the flag out')
         return argument and config_file.expand_paths(argument)
 
     def flag_type(self) -> str:
@@ -34,7 +46,7 @@ class _PathParser(flags.ArgumentParser):
 def define_path(name: str, default: str | None, help: str, required: bool = False) -> flags.FlagHolder:
     """A flag that names a file, a folder or a bucket's, or several by commas."""
     return flags.DEFINE(
-        _PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), required=required
+        _PathParser(default), name, default, help, serializer=flags.ArgumentSerializer(), required=required
     )
 
 

@@ -78,6 +78,10 @@ def test_what_may_be_typed(make_session, tmp_path):
         ('/load nothing.json', 'nothing.json'), (f'/save {tmp_path}/no/talk.json', 'there is no folder'),
     ):  # fmt: skip
         assert words in screen.type(line)
+    outgrown = screen.type('x' * 3000)
+    assert (
+        outgrown.startswith('the conversation would have') and 'by /undo, or begin anew by /reset' in outgrown
+    )
     assert not screen.conversation.take('/quit')
 
 

@@ -112,6 +112,24 @@ def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
     assert set(config_file.flatten(config).values()) == {wanted}
 
 
+@pytest.mark.parametrize(
+    ('default', 'given'), [(None, ''), ('native', ''), (None, 'a.txt,'), ('', 'a.txt, ,b.txt')]
+)
+def test_no_path_is_empty(default, given):
+    """It would be the current folder."""
+    values = flags.FlagValues()
+    flags.DEFINE(
+        launch._PathParser(default),
+        'place',
+        default,
+        'x',
+        flag_values=values,
+        serializer=flags.ArgumentSerializer(),
+    )
+    with pytest.raises(flags.IllegalFlagValueError, match=f'flag --place={given}: it names an empty path'):
+        values(['command', f'--place={given}'])
+
+
 def test_keys_that_name_files_are_expanded():
     tasks = pretrain, ppo
     keys = {key for task in tasks for key in config_file.flatten(task.get_config('tiny'))}

@@ -12,7 +12,7 @@ from etils import epath
 
 from llama_jax.errors import InputError, SystemFailure, did_you_mean
 from llama_jax.inference.chat import check_messages
-from llama_jax.inference.chat_session import ChatSession
+from llama_jax.inference.chat_session import ChatSession, ContextFull
 from llama_jax.json_file import parse_json, read_bytes
 from llama_jax.serve.documents import Documents, citations, with_passages
 from llama_jax.storage import write_atomically
@@ -58,6 +58,8 @@ class Conversation:
             if name == 'quit':
                 return False
             self._obey(name, rest.strip())
+        except ContextFull as error:
+            self._show(f'{error}: say less, take answers back by /undo, or begin anew by /reset\n')
         except (InputError, SystemFailure, OSError) as error:
             self._show(f'{error}\n')
         return True

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.completion import Watch
@@ -26,6 +27,10 @@ _log = logging.getLogger(__name__)
 _PIECES = 8, 512
 # Tokens of an answer that are made before they are shown, once the first are.
 _STEPS = 8
+
+
+class ContextFull(InputError):
+    """What is said finds no room behind the conversation."""
 
 
 class ChatSession:
@@ -95,11 +100,17 @@ class ChatSession:
           settings: of a `Sampler`.
 
         Raises:
-          InputError: the conversation leaves no room in the context, or a setting is out of range; nothing is said.
+          ContextFull: the conversation leaves no room in the context; nothing is said.
+          InputError: a setting is out of range; nothing is said.
         """
         self._answering.close()  # one that nobody listens to any more is broken off
         messages = [*self.messages, {'role': 'user', 'content': text}]
         ids = self._chat.encode_prompt(messages)
+        if len(ids) >= (most := self._config.max_seq_len):
+            raise ContextFull(
+                f'the conversation would have {len(ids)} tokens; the model reads {most}, so shorten it to at most '
+                f'{most - 1}'
+            )
         check_prompts([ids], self._config)
         check_number('max_new_tokens', max_new_tokens)
         stop, stop_ids = ends_of(stop, stop_ids)
