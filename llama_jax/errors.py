@@ -20,10 +20,26 @@ class InputError(ValueError):
 
 
 class SystemFailure(Exception):
-    """The system failed while work was under way: a full disk, a quota, a device; the message is the one line.
+    """The system failed while work was under way: a device, a network; the message is the one line.
 
     Commands print it and exit with status 1. What was finished before stays, and the same command goes on from there.
     """
+
+
+class SystemRefusal(SystemFailure):
+    """What failed goes on failing until the user has made room, raised a limit or given a permission.
+
+    Commands print it and exit with status 2, as whoever restarts them by themselves has to stop.
+    """
+
+
+# By name, as processes and machines tell one another what they have ended with.
+FAILURES = {kind.__name__: kind for kind in (InputError, SystemRefusal, SystemFailure)}
+
+
+def kind_of(error: Exception) -> str:
+    """The name in `FAILURES` of what another process is to raise where this one has ended with an error."""
+    return next((name for name, kind in FAILURES.items() if isinstance(error, kind)), SystemFailure.__name__)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.errors import InputError, SystemFailure, error_line
+from llama_jax.errors import FAILURES, InputError, SystemFailure, error_line, kind_of
 
 logger = logging.getLogger('llama_jax')
 
@@ -274,14 +274,14 @@ def refused_by_all() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    kind = 'refused' if isinstance(own, InputError) else 'failed'
-    found = [json.loads(text) for text in gather_texts(json.dumps([kind, _tell(own)] if own else []))]
+    told = [kind_of(own), _tell(own)] if own else []
+    found = [json.loads(text) for text in gather_texts(json.dumps(told))]
     if own:
         raise own
     for process, failure in enumerate(found):
         if failure:
             kind, line = failure
-            raise (InputError if kind == 'refused' else SystemFailure)(f'process {process}: {line}')
+            raise FAILURES[kind](f'process {process}: {line}')
 
 
 def _tell(error: Exception) -> str:

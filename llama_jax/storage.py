@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from llama_jax.errors import InputError, SystemFailure, error_line
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal, error_line
 
 T = TypeVar('T')
 
@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 _PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _BUCKET_CLIENTS = ('gcsfs', 'aiohttp', 'google', 'requests')
 _PATH_ERROR_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY)
+# What only the user can grant, by the system's number of its refusal.
+REMEDIES = {
+    errno.ENOSPC: 'make room there', errno.EDQUOT: 'make room there, or raise the quota',
+    errno.EFBIG: 'allow larger files (ulimit -f)',
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), 'allow it, or name another place'),
+}  # fmt: skip
 
 
 def enable_bucket(path: str | os.PathLike) -> None:
@@ -108,26 +114,38 @@ def system_failures(what: str) -> Iterator[None]:
 
     Raises:
       SystemFailure: instead of an OSError, of TensorStore's errors that carry one, and of those of a bucket's client.
-        A path that is not there, not a folder or not permitted stays the OSError that it was.
+        A path that is not there, not a folder or not permitted stays the OSError that it was. `SystemRefusal` of what
+        `REMEDIES` has, and where a bucket is closed.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, InputError) and (reason := _system_reason(error)):
-            raise SystemFailure(f'{what}: {reason}') from error
+        if not isinstance(error, InputError) and (said := _said_by_system(error)):
+            reason, number = said
+            raise failure(f'{what}: {reason}', number) from error
         raise
 
 
-def _system_reason(error: BaseException) -> str:
-    """What the system says in an error or its causes; '' where it is not the system's, or is about a path."""
+def failure(line: str, number: int | None) -> SystemFailure:
+    """What the system has failed at; where its number of that is of `REMEDIES`, a refusal that says what to do."""
+    if number in REMEDIES:
+        return SystemRefusal(f'{line}; {REMEDIES[number]}, then start again')
+    return SystemFailure(line)
+
+
+def _said_by_system(error: BaseException) -> tuple[str, int | None] | None:
+    """(reason, number) in an error or its causes; None where it is not the system's, or is about a path."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's, of any type
-        error = OSError(int(code[1]), os.strerror(int(code[1])))
+        number = int(code[1])
+        if number in REMEDIES:
+            return os.strerror(number), number
+        error = OSError(number, os.strerror(number))
     if isinstance(error, OSError):
         of_path = isinstance(error, _PATH_ERRORS) or error.errno in _PATH_ERROR_NUMBERS
-        return '' if of_path else error.strerror or error_line(error)
+        return None if of_path else (error.strerror or error_line(error), error.errno)
     if reason := bucket_reason(error):
-        return reason
-    return _system_reason(error.__cause__) if error.__cause__ else ''
+        return reason, errno.EACCES if is_closed(error) else None
+    return _said_by_system(error.__cause__) if error.__cause__ else None
 
 
 def bucket_reason(error: BaseException) -> str:
@@ -190,7 +208,7 @@ def write_atomically(path, data: bytes | str) -> None:
       data: bytes, or text to write as UTF-8.
 
     Raises:
-      SystemFailure: the disk is full, or broken; what stood at `path` still does.
+      SystemFailure: it cannot, `SystemRefusal` where the disk is full; what stood at `path` still does.
     """
     data = data.encode() if isinstance(data, str) else data
     with system_failures(f'{path} cannot be written'):

@@ -230,7 +230,15 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
     assert report['bad'] == 7 and len(report['bad_first']) == 5 and report['train']['documents'] == 20
 
 
-LIMIT = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))'  # `ulimit -f`
+LIMIT = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))'  # `ulimit -f 20`
+FULL = """
+import errno, itertools, os
+calls = itertools.count()
+def fsync(descriptor):
+    if next(calls) >= 4:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.fsync = fsync
+"""
 
 
 @pytest.mark.slow
@@ -248,11 +256,13 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(commands, corpus, fold
     ]  # fmt: skip
     commands.run('prepare_data', *given, f'--output={tmp_path}/whole').succeeded()
     output = tmp_path / 'out'
-    line = commands.run(
-        'prepare_data', *given, f'--output={output}', before=LIMIT.replace('BYTES', '20000')
-    ).error(status=1)  # fmt: skip
-    assert str(output) in line and 'cannot be written' in line and 'File too large' in line
+    line = commands.run('prepare_data', *given, f'--output={output}', before=LIMIT).error()
+    assert str(output) in line and 'cannot be written' in line
+    assert 'File too large' in line and line.endswith('; allow larger files (ulimit -f), then start again')
     assert not list(output.rglob('manifest.json')) and not list(output.rglob('rows-*'))
+    line = commands.run('prepare_data', *given, f'--output={output}', before=FULL).error()
+    assert line.endswith(' cannot be written: No space left on device; make room there, then start again')
+    assert list(output.rglob('rows-*')) and not list(output.rglob('manifest.json'))
     assert 'going on with what was begun' in commands.run(
         'prepare_data', *given, f'--output={output}'
     ).succeeded().stderr  # fmt: skip

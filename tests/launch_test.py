@@ -15,7 +15,7 @@ from experiments import launch
 from experiments.run import config_file, settings
 from experiments.run.data_schedule import schedule_of
 from experiments.run.failures import describe_failure
-from llama_jax.errors import InputError, SystemFailure, did_you_mean
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal, did_you_mean
 from llama_jax.eval.tasks import find_task
 from llama_jax.models.presets import PRESETS
 from llama_jax.partitioning import Partitioner, make_mesh
@@ -161,18 +161,24 @@ def test_who_is_told_what_of_a_failure(given):
     assert told(FileNotFoundError(errno.ENOENT, 'No such file', inside)) == (f'{inside}: No such file', 2)
     above = str(given)
     assert told(PermissionError(errno.EACCES, 'Permission denied', above)) == (
-        f'{above}: Permission denied',
+        f'{above}: Permission denied; allow it, or name another place, then start again',
         2,
     )
     # What the command line does not name is a defect of ours, and keeps its traceback.
     assert told(FileNotFoundError(errno.ENOENT, 'No such file', '/proc/nothing'))[1] == 0
     assert told(OSError('of no number'))[1] == 0
     assert told(KeyError('x'))[1] == 0
-    # The machine's failures are nobody's fault, named file or not.
-    assert told(OSError(errno.ENOSPC, 'No space left on device', inside)) == (
-        f'{inside}: No space left on device',
-        1,
-    )
+    # What only the user can grant is asked of them, named file or not.
+    for number, remedy in (
+        (errno.ENOSPC, 'make room there'), (errno.EDQUOT, 'make room there, or raise the quota'),
+        (errno.EFBIG, 'allow larger files (ulimit -f)'), (errno.EROFS, 'allow it, or name another place'),
+    ):  # fmt: skip
+        line = f'{os.strerror(number)}; {remedy}, then start again'
+        assert told(OSError(number, os.strerror(number))) == (line, 2)
+        assert told(OSError(number, os.strerror(number), '/proc/x')) == (f'/proc/x: {line}', 2)
+    assert told(PermissionError(errno.EPERM, 'Operation not permitted'))[1] == 0  # of no file
+    assert told(SystemRefusal('the disk is full')) == ('the disk is full', 2)
+    # The machine's failures are nobody's fault.
     assert told(OSError(errno.EIO, 'Input/output error')) == ('Input/output error', 1)
     assert told(SystemFailure('the disk')) == ('the disk', 1)
     assert told(FloatingPointError('loss is nan')) == ('loss is nan', 1)

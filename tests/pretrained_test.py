@@ -19,7 +19,7 @@ from etils import epath
 from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemRefusal
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.generate import generate
 from llama_jax.inference.scoring import score
@@ -440,7 +440,9 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, workdi
         resource.RLIMIT_FSIZE, (20_000, limits[1])
     )  # as a full disk, at 20,000 bytes of a file
     try:
-        with pytest.raises(SystemFailure, match='out cannot be written: .*File too large'):
+        with pytest.raises(
+            SystemRefusal, match='out cannot be written: .*File too large; allow larger files'
+        ):
             export.save(tmp_path / 'out', source, tokenizer, to=to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

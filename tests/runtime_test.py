@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from llama_jax import runtime
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal
+from llama_jax.lock import Locked
 
 SLURM = {
     'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
@@ -141,18 +142,26 @@ def test_what_another_process_refuses_is_refused(monkeypatch):
 
     def gather(text):  # of process 1; process 2 has failed
         told.append(text)
-        return ['[]', text, json.dumps([kind, 'no corpus'])]
+        return ['[]', text, json.dumps([error.__name__, 'no corpus'])]
 
     monkeypatch.setattr(runtime, 'gather_texts', gather)
-    for kind, error in (('refused', InputError), ('failed', SystemFailure)):  # noqa: B007
-        with pytest.raises(error, match='process 2: no corpus'), runtime.refused_by_all():
+    for error in (InputError, SystemRefusal, SystemFailure):
+        with pytest.raises(error, match='process 2: no corpus') as found, runtime.refused_by_all():
             pass
+        assert found.type is error
         with pytest.raises(InputError, match='^wrong$'), runtime.refused_by_all():
             raise InputError('wrong')
         # The others hear of what is no refusal as well: none may be left waiting.
         with pytest.raises(OSError, match='no disk'), runtime.refused_by_all():
             raise OSError(5, 'no disk')
-        assert told[-3:] == ['[]', '["refused", "wrong"]', '["failed", "OSError: [Errno 5] no disk"]']
+        assert told[-3:] == [
+            '[]',
+            '["InputError", "wrong"]',
+            '["SystemFailure", "OSError: [Errno 5] no disk"]',
+        ]
+        with pytest.raises(Locked), runtime.refused_by_all():
+            raise Locked('in use')
+        assert told[-1] == '["InputError", "in use"]'
 
 
 def test_several_processes_of_a_command_that_one_runs_are_refused(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from llama_jax import storage
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemRefusal
 
 
 def test_prefetched_results_come_in_order_and_errors_where_they_belong():
@@ -77,6 +77,8 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(SystemFailure, match='file cannot be written: No space left on device'):
+    with pytest.raises(
+        SystemRefusal, match='file cannot be written: No space left on device; make room there'
+    ):
         storage.write_atomically(file, 'after')
     assert file.read_text() == 'before' and [path.name for path in tmp_path.iterdir()] == ['file']

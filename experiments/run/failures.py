@@ -6,16 +6,14 @@ import re
 from collections.abc import Iterable
 
 from llama_jax import storage
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal
 
-# Nothing is wrong with the command or the program: the disk, the quota, the cable.
-_MACHINE_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE,
-)  # fmt: skip
+# Nothing is wrong with the command or the program: the device, the cable.
+_MACHINE_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 
 
 def describe_failure(error: Exception, given: Iterable[str]) -> tuple[str, int]:
-    """(the one line, exit status) of what the user (2) or the machine (1) got wrong; status 0: a defect of ours.
+    """(the one line, exit status) of what the user (2) has to mend or the machine (1) failed at; 0: a defect of ours.
 
     Args:
       error: what a command ended with.
@@ -24,7 +22,7 @@ def describe_failure(error: Exception, given: Iterable[str]) -> tuple[str, int]:
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, FloatingPointError | SystemFailure):
-        return str(error), 1
+        return str(error), 2 if isinstance(error, SystemRefusal) else 1
     if isinstance(error, BrokenPipeError):
         return 'what read the output has closed it', 1
     if reason := storage.bucket_reason(error):
@@ -32,11 +30,12 @@ def describe_failure(error: Exception, given: Iterable[str]) -> tuple[str, int]:
     if not isinstance(error, OSError) or error.errno is None:
         return '', 0
     line = ': '.join(str(part) for part in (error.filename, error.strerror) if part)
+    # A permission may be asked for by a defect of ours, but for that of a file.
+    if error.errno in storage.REMEDIES and (error.filename or not isinstance(error, PermissionError)):
+        return describe_failure(storage.failure(line, error.errno), given)
     if error.errno in _MACHINE_ERRORS:
         return line, 1
-    theirs = isinstance(
-        error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
-    )
+    theirs = isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
     return (line, 2) if theirs and error.filename and _is_of(os.fsdecode(error.filename), given) else ('', 0)
 
 

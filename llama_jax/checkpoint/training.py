@@ -17,7 +17,7 @@ from llama_jax.checkpoint.integrity import absolute, find_damage, record_files
 from llama_jax.checkpoint.weights import CHUNK_BYTES, open_params
 from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.runtime import gather_texts, is_main_process, refused_by_all, sync_processes
-from llama_jax.storage import enable_bucket, system_failures
+from llama_jax.storage import enable_bucket, failure, system_failures
 from llama_jax.types import PyTree
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,8 @@ def _restore(folder: epath.Path, abstract_state: PyTree) -> tuple[Any, str]:
             elif isinstance(error, ValueError):
                 raise InputError(f'checkpoint {folder} cannot be restored: {line}') from error
             elif type(error) is Exception or isinstance(cause, OSError):  # as Orbax tells of reads that fail
-                raise SystemFailure(f'checkpoint {folder} cannot be read: {line}') from error
+                number = getattr(cause, 'errno', None)
+                raise failure(f'checkpoint {folder} cannot be read: {line}', number) from error
             else:
                 raise
     return restored, next(filter(None, gather_texts(damage)), '')

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from llama_jax.data.preparation import Machine
-from llama_jax.errors import InputError, SystemFailure, error_line
+from llama_jax.errors import FAILURES, InputError, SystemFailure, error_line, kind_of
 from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
 
@@ -47,7 +47,7 @@ class Meeting:
             for name, line in self._said().items():
                 if self._known.get(name) != line and name != self._own.name:
                     heard = json.loads(line)
-                    raise (SystemFailure if heard['of_system'] else InputError)(heard['line'])
+                    raise FAILURES[heard['kind']](heard['line'])
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 _log.info('waiting for %s', what if isinstance(what, str) else what())
@@ -61,7 +61,7 @@ class Meeting:
         except (InputError, SystemFailure) as error:
             if self.machine.count > 1 and (self._folder / BEGUN).exists() and self._said() == self._known:
                 line = f'machine {self.machine.index} has given up: {error_line(error)}; mend that, and start all again'
-                said = {'line': line, 'of_system': isinstance(error, SystemFailure), 'time': time.time_ns()}
+                said = {'line': line, 'kind': kind_of(error), 'time': time.time_ns()}
                 with contextlib.suppress(InputError):  # then all is done, and nobody waits
                     write_where_all_meet(self._own, json.dumps(said))
             raise

@@ -34,8 +34,8 @@ from llama_jax.data.packing import (
 )
 from llama_jax.data.prepared import FORMAT, MANIFEST, origins_file, sha256_of
 from llama_jax.data.units import UNIT_BYTES, Cutter
-from llama_jax.errors import InputError, SystemFailure, error_line
-from llama_jax.storage import enable_bucket, new_folder, system_failures, write_atomically
+from llama_jax.errors import InputError, error_line
+from llama_jax.storage import REMEDIES, enable_bucket, failure, new_folder, system_failures, write_atomically
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 Origin = tuple[int, int]  # a document's file, by its number in the source, and its record there
@@ -141,7 +141,8 @@ class ShardWriter:
         except RuntimeError as error:
             if '() failed: ' not in str(error):  # how ArrayRecord tells what the system has refused
                 raise
-            raise SystemFailure(f'{self._folder} cannot be written: {error_line(error)}') from error
+            number = next((number for number in REMEDIES if os.strerror(number) in str(error)), None)
+            raise failure(f'{self._folder} cannot be written: {error_line(error)}', number) from error
 
 
 def _packed(origins: Int64[np.ndarray, 'documents 3']) -> bytes:

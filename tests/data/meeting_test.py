@@ -14,7 +14,7 @@ from llama_jax.data import prepare as prepare_module
 from llama_jax.data.meeting import BEGUN, Meeting
 from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import REPORT, WORK, prepare
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal
 from tests.data.packing_test import Letters, documents
 
 
@@ -49,7 +49,7 @@ def together(asked):
     return ends, kinds[0]
 
 
-@pytest.mark.parametrize('kind', [InputError, SystemFailure])
+@pytest.mark.parametrize('kind', [InputError, SystemRefusal, SystemFailure])
 def test_a_machine_that_gives_up_is_heard_and_all_go_on_when_they_start_again(
     asked, tmp_path, monkeypatch, kind
 ):

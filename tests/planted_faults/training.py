@@ -92,7 +92,7 @@ FAULTS: tuple[Fault, ...] = (
          'shutil.rmtree(beside, ignore_errors=True)', 'pass'),
         ('storage: a full disk is a traceback',
          'checkpoint/training_test.py::test_a_full_disk_is_one_line_and_the_checkpoint_before_stays',
-         "raise SystemFailure(f'{what}: {reason}') from error", 'raise')),
+         "raise failure(f'{what}: {reason}', number) from error", 'raise')),
     *faults_in('llama_jax/partitioning.py',
         ('loader: rows in the order they were read',
          'data/loader_test.py::test_every_layout_has_the_same_batches_and_each_device_its_part',
