@@ -188,8 +188,6 @@ def find_tasks(names: Sequence[str], data_dir: str) -> list[Task]:
     """The tasks, each once."""
     with launch.flags_named('--tasks'):
         tasks = {task.name: task for task in map(find_task, names)}
-    if not tasks:
-        raise InputError('--tasks is empty; name at least one, such as --tasks=piqa,hellaswag')
     if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
         raise InputError('--data_dir is required: the folder of the benchmarks, or hf:// or tfds://')
     return list(tasks.values())

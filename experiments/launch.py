@@ -30,13 +30,11 @@ class _PathParser(flags.ArgumentParser):
         self._default = default
 
     def parse(self, argument: str | None) -> str | None:
-        # Else it would be the current folder.
-        if (
-            argument is not None
-            and argument != self._default
-            and not all(map(str.strip, argument.split(',')))
-        ):
-            raise ValueError('it names an empty path; give one, or leave the flag out')
+        if argument is not None and argument != self._default:  # an empty one would be the current folder
+            if not argument.strip():
+                raise ValueError('it is empty; name something')
+            if not all(map(str.strip, argument.split(','))):
+                raise ValueError('it names an empty path beside a comma')
         return argument and config_file.expand_paths(argument)
 
     def flag_type(self) -> str:

@@ -190,7 +190,7 @@ def test_results_of_other_tasks_and_files_of_others_are_not_replaced(tmp_path):
 
 # What is refused: the arguments, and what the line says.
 REFUSED = {
-    'no task': (['--tasks='], '--tasks is empty'),
+    'no task': (['--tasks='], '--tasks=: it is empty'),
     'of pairs': (['--tasks=piqa', '--chat_format=llama3'], '--chat_format is of none of --tasks=piqa'),
     'unknown task': (['--tasks=hellaswagg'], "unknown task 'hellaswagg'; did you mean hellaswag"),
     'unknown model': (['--tasks=piqa', '--compare=llama2_8b'], "no published scores of 'llama2_8b'"),

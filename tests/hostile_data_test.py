@@ -191,7 +191,8 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
     output = tmp_path / 'out'
     given = [f'--tokenizer={folder}/tokenizer.model', '--seq_len=16', f'--output={output}', '--num_workers=1']
     for arguments, line in (
-        (['--input='], '--input is required, or --config'),
+        (['--input='], '--input=: it is empty'),
+        ([], '--input is required, or --config'),
         ([f'--input={tmp_path}/none*.jsonl'], 'no file matches'),
         ([f'--input={tmp_path}/none.jsonl'], 'no file'),
         ([f'--input={tmp_path}/a.csv'], 'a.csv is of no known kind; they are .jsonl'),

@@ -113,9 +113,13 @@ def test_the_users_folder_is_found_in_every_path(monkeypatch, given, wanted):
 
 
 @pytest.mark.parametrize(
-    ('default', 'given'), [(None, ''), ('native', ''), (None, 'a.txt,'), ('', 'a.txt, ,b.txt')]
-)
-def test_no_path_is_empty(default, given):
+    ('default', 'given', 'words'),
+    [
+        (None, '', 'is empty'), ('native', ' ', 'is empty'), (None, 'a.txt,', 'names an empty path'),
+        ('', 'a.txt, ,b.txt', 'names an empty path'),
+    ],
+)  # fmt: skip
+def test_no_path_is_empty(default, given, words):
     """It would be the current folder."""
     values = flags.FlagValues()
     flags.DEFINE(
@@ -126,7 +130,7 @@ def test_no_path_is_empty(default, given):
         flag_values=values,
         serializer=flags.ArgumentSerializer(),
     )
-    with pytest.raises(flags.IllegalFlagValueError, match=f'flag --place={given}: it names an empty path'):
+    with pytest.raises(flags.IllegalFlagValueError, match=f'flag --place={given}: it {words}'):
         values(['command', f'--place={given}'])
 
 
