@@ -18,9 +18,7 @@ from experiments.serve import load
 from llama_jax.errors import InputError
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.serve.app import make_app
-from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.service import Limits, Service
-from llama_jax.serve.worker import Worker
 
 _NUMBERS = {
     'replicas': 1,
@@ -78,9 +76,8 @@ def _serve(texts: Mapping[str, str], numbers: Mapping[str, int]) -> Any:
         'num_slots': numbers['slots'], 'budget_tokens': None, 'max_steps': numbers['steps'],
         'log_probabilities': numbers['top_logprobs'], 'prefix_bytes': (numbers['prefix_mib'] << 20, 0),
     }  # fmt: skip
-    metrics = Metrics()
-    worker = Worker(metrics)
-    name = texts['name'] or os.path.basename(texts['checkpoint'].rstrip('/'))
+    service = Service(Limits(texts['name'] or os.path.basename(texts['checkpoint'].rstrip('/'))))
+    worker = service.worker
     given = {
         **{name: texts[name] for name in ('checkpoint', 'tokenizer', 'dtype')},
         'cache_dtype': 'auto',
@@ -92,4 +89,4 @@ def _serve(texts: Mapping[str, str], numbers: Mapping[str, int]) -> Any:
         if worker.failure is not None:
             raise worker.failure
         time.sleep(0.1)
-    return make_app(Service(worker, Limits(name), metrics))
+    return make_app(service)

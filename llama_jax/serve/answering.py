@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
 from starlette.requests import Request
@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from llama_jax.serve.refusal import Refusal
 
 _T = TypeVar('_T')
+# What an answer is made of, each as JSON; to be closed by whoever takes them.
+Chunks = AsyncGenerator[dict[str, Any], None]
 
 # Seconds that a client may read nothing of a stream before the connection is given up.
 _SEND_SECONDS = 30.0
@@ -22,18 +24,6 @@ AppStatus.disable_automatic_graceful_drain()
 
 class ClientGone(Exception):
     """Nobody waits for the answer."""
-
-
-class Answer(Protocol):
-    """To one request."""
-
-    async def whole(self) -> dict[str, Any]:
-        """All of it."""
-        ...
-
-    def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """It as it is made."""
-        ...
 
 
 async def unless_gone(request: Request, answer: Awaitable[_T]) -> _T:
@@ -61,6 +51,33 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
+async def joined(chunks: Chunks) -> dict[str, Any]:
+    """The answer that the chunks of completions, or of a chat, add up to."""
+    whole, choices = {}, {}
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            whole |= chunk
+            for choice in chunk['choices']:
+                choices[choice['index']] = _sum(choices.get(choice['index']), choice)
+    for choice in choices.values():
+        if (message := choice.pop('delta', None)) is not None:
+            choice['message'] = message
+            for call in message.get('tool_calls', ()):
+                message['content'] = None
+                del call['index']
+    kind = whole['object'].removesuffix('.chunk')
+    return whole | {'object': kind, 'choices': [choices[index] for index in sorted(choices)]}
+
+
+def _sum(before: Any, new: Any) -> Any:
+    """Texts and lists grow, objects do so by their fields; otherwise what is new counts."""
+    if before is None or new is None:
+        return before if new is None else new
+    if isinstance(new, dict):
+        return before | {key: _sum(before.get(key), value) for key, value in new.items()}
+    return before + new if isinstance(new, str | list) else new
+
+
 def line(value: Any) -> str:
     """JSON of one line; a number that is not finite would be a defect."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(',', ':'))
@@ -75,33 +92,30 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def stream(
-    request: Request, chunks: AsyncGenerator[dict[str, Any], None], ends_by_done: bool = True
-) -> EventStream:
-    """The chunks as events, [DONE] behind them; what goes wrong after the first is an event too.
+async def stream(request: Request, chunks: Chunks) -> EventStream:
+    """The chunks as events; what goes wrong after the first is an event too.
 
     Raises:
       Refusal: something is wrong before the first.
       ClientGone: the client went away before it.
     """
-    first = await unless_gone(request, anext(chunks))
+    chunk = await unless_gone(request, anext(chunks))
 
-    async def events() -> AsyncIterator[str | bytes]:
-        try:
-            yield _event(first)
-            async for chunk in chunks:
+    async def events(chunk: dict[str, Any]) -> AsyncIterator[str | bytes]:
+        async with contextlib.aclosing(chunks):
+            try:
                 yield _event(chunk)
-        except Refusal as refusal:
-            yield f'event: error\ndata: {line(refusal.to_json())}\n\n'.encode()
-            return
-        finally:
-            await chunks.aclose()
-        if ends_by_done:
+                async for chunk in chunks:
+                    yield _event(chunk)
+            except Refusal as refusal:
+                yield f'event: error\ndata: {line(refusal.to_json())}\n\n'.encode()
+                return
+        if 'type' not in chunk:  # events that have one end by one of their own
             yield b'data: [DONE]\n\n'
 
-    return EventStream(events(), sep='\n', send_timeout=_SEND_SECONDS)
+    return EventStream(events(chunk), sep='\n', send_timeout=_SEND_SECONDS)
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    kind = f'event: {chunk["type"]}\n' if isinstance(chunk.get('type'), str) else ''
+    kind = f'event: {chunk["type"]}\n' if 'type' in chunk else ''
     return f'{kind}data: {line(chunk)}\n\n'.encode()

@@ -13,17 +13,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from llama_jax.serve import tokens
+from llama_jax.serve import chats, completions, responses, tokens
 from llama_jax.serve.access import Access, read_body
-from llama_jax.serve.answering import Answer, ClientGone, stream, unless_gone
+from llama_jax.serve.answering import Chunks, ClientGone, joined, stream, unless_gone
 from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, PassagesBody, TokenizeBody
-from llama_jax.serve.chats import Chat
-from llama_jax.serve.completions import Completion
 from llama_jax.serve.documents import citations, with_passages
 from llama_jax.serve.page import page
 from llama_jax.serve.parameters import check_others
 from llama_jax.serve.refusal import Refusal, of_validation
-from llama_jax.serve.responses import InEvents, ResponseBody
+from llama_jax.serve.responses import ResponseBody
 from llama_jax.serve.service import Service
 
 _log = logging.getLogger(__name__)
@@ -43,8 +41,8 @@ def make_app(service: Service) -> Starlette:
 
     def answers(
         kind: type[_Asking],
-        begin: Callable[[Service, _Asking, str], Awaitable[Answer]],
-        ends_by_done: bool = True,
+        answer: Callable[[Service, _Asking, str], Awaitable[Chunks]],
+        whole: Callable[[Chunks], Awaitable[dict[str, Any]]] = joined,
     ) -> _Handler:
         """Of a body that names the model, once that is there."""
 
@@ -52,10 +50,10 @@ def make_app(service: Service) -> Starlette:
             service.served()
             body = await read(request, kind)
             service.check_model(body.model)
-            answer = await begin(service, body, request.state.key)
+            chunks = await answer(service, body, request.state.key)
             if body.stream:
-                return await stream(request, answer.chunks(), ends_by_done)
-            return JSONResponse(await unless_gone(request, answer.whole()))
+                return await stream(request, chunks)
+            return JSONResponse(await unless_gone(request, whole(chunks)))
 
         return handle
 
@@ -101,9 +99,9 @@ def make_app(service: Service) -> Starlette:
         return refusal.response()
 
     routes = [
-        Route('/v1/chat/completions', answers(ChatBody, Chat.of), methods=['POST']),
-        Route('/v1/completions', answers(CompletionBody, Completion.of), methods=['POST']),
-        Route('/v1/responses', answers(ResponseBody, InEvents.of, ends_by_done=False), methods=['POST']),
+        Route('/v1/chat/completions', answers(ChatBody, chats.answer), methods=['POST']),
+        Route('/v1/completions', answers(CompletionBody, completions.answer), methods=['POST']),
+        Route('/v1/responses', answers(ResponseBody, responses.answer, responses.last), methods=['POST']),
         Route('/v1/models', shows(lambda request: {'object': 'list', 'data': [model(request)]})),
         Route('/v1/models/{id:path}', shows(model)),
         Route('/', shows(lambda _: page())),

@@ -12,11 +12,9 @@ import uvicorn
 
 from llama_jax.errors import InputError
 from llama_jax.serve.app import make_app
-from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.served import Served
 from llama_jax.serve.service import Limits, Service
 from llama_jax.serve.ticket import SOCKET_BYTES
-from llama_jax.serve.worker import Worker
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
@@ -68,19 +66,17 @@ def serve(
     Returns:
       Why it has failed; None where it was ended.
     """
-    metrics = Metrics()
-    worker = Worker(metrics)
-    service = Service(worker, limits, metrics)
+    service = Service(limits)
     config = uvicorn.Config(
         make_app(service), log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=5, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
     server = _Server(config, service, drain_seconds)
-    worker.start(load, server.end_by_failure)
+    service.worker.start(load, server.end_by_failure)
     server.run([listener])
-    if not worker.close():
+    if not service.worker.close():
         os._exit(0)  # Python would take down what the thread compiles with
-    return worker.failure
+    return service.worker.failure
 
 
 class _Server(uvicorn.Server):

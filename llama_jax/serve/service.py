@@ -54,9 +54,10 @@ class Service:
       num_answering: requests whose answers are not whole yet, or not sent.
     """
 
-    def __init__(self, worker: Worker, limits: Limits, metrics: Metrics):
-        """The worker may still load."""
-        self.worker, self.limits, self.metrics = worker, limits, metrics
+    def __init__(self, limits: Limits):
+        """The worker is to be started."""
+        self.limits, self.metrics = limits, Metrics()
+        self.worker = Worker(self.metrics)
         self.created = int(time.time())
         self.is_draining = False
         self.num_answering = 0
@@ -149,10 +150,13 @@ class Service:
         request = CompletionRequest(ids, most, sampler, ends, key=key, rule=rule)
         return Asked(request, body.stops, body.n or 1)
 
-    def check_n(self, body: Sampling) -> None:
-        """Refuses more answers to a prompt than there are slots."""
-        if (body.n or 1) > (slots := self.served().num_slots):
-            raise bad(f'n is {body.n}; it must be at most {slots}, the slots of this server', 'n')
+    def check(self, body: Sampling, param: str, num_likely: int | None) -> None:
+        """Refuses more answers to a prompt than there are slots, or more likely tokens, by `param`, than are told."""
+        served = self.served()
+        if (n := body.n or 1) > served.num_slots:
+            raise bad(f'n is {n}; it must be at most {served.num_slots}, the slots of this server', 'n')
+        if (num_likely or 0) > served.top_logprobs:
+            raise bad(f'{param} is {num_likely}; this server tells up to {served.top_logprobs}', param)
         if body.stream_options is not None and not body.stream:
             raise bad('stream_options are of a stream; ask for one by stream=true', 'stream_options')
 

@@ -122,23 +122,6 @@ class Ticket:
             self.usage.cached_tokens += item.cached_tokens
             yield item
 
-    async def whole(self) -> list[Piece]:
-        """The rows in their order, each as one piece.
-
-        Raises:
-          Refusal: the request cannot be answered.
-        """
-        by_row: dict[int, list[Piece]] = {}
-        async for piece in self.pieces():
-            by_row.setdefault(piece.row, []).append(piece)
-        return [
-            Piece(
-                row, ''.join(piece.text for piece in pieces), sum(piece.num_tokens for piece in pieces),
-                [score for piece in pieces for score in piece.scores], pieces[-1].finish,
-            )
-            for row, pieces in sorted(by_row.items())
-        ]  # fmt: skip
-
     def close(self) -> None:
         """Ends the rows that have not ended."""
         if self._num_open:

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from llama_jax.errors import InputError
@@ -122,10 +122,3 @@ def parse_call(text: str, names: Collection[str]) -> dict[str, Any] | None:
         return None
     function = {'name': value['name'], 'arguments': json.dumps(arguments, ensure_ascii=False)}
     return {'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': function}
-
-
-def call_deltas(call: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    """The same for a stream: first whose it is, then its arguments."""
-    function = call['function']
-    first = {'index': 0, **call, 'function': {**function, 'arguments': ''}}
-    return first, {'index': 0, 'function': {'arguments': function['arguments']}}

@@ -12,10 +12,8 @@ from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import Progress
 from llama_jax.inference.scoring import TokenScore
 from llama_jax.serve.app import make_app
-from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.served import Served, chat_of
 from llama_jax.serve.service import Limits, Service
-from llama_jax.serve.worker import Worker
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
 
 # Every byte is a token, and Llama 3's special tokens follow.
@@ -106,9 +104,8 @@ def scripted(script, tokenizer=None, template='', context=1000, rules='a script'
 @contextlib.contextmanager
 def serving(load, **limits):
     """(client, service) of a server that is ready; `load` gives what is served."""
-    metrics = Metrics()
-    worker = Worker(metrics)
-    service = Service(worker, Limits(**({'name': 'toy'} | limits)), metrics)
+    service = Service(Limits(**({'name': 'toy'} | limits)))
+    worker = service.worker
     worker.start(load)
     while worker.served is None and worker.failure is None:
         time.sleep(0.01)
