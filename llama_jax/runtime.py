@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -226,6 +227,21 @@ def enable_compilation_cache(directory: str = '') -> None:
     jax.config.update('jax_compilation_cache_dir', chosen)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@contextlib.contextmanager
+def hears_compilations(hear: Callable[[float], object]) -> Iterator[None]:
+    """Within, `hear` is told of each program that any thread compiles: in how many seconds."""
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == '/jax/core/compile/backend_compile_duration':
+            hear(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def sync_processes(name: str) -> None:

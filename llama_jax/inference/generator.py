@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.monitoring
 
+from llama_jax import runtime
 from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.batcher import Batcher, Decode, Extend, Request
@@ -360,17 +360,9 @@ class Generator:
         """
         assert not self._asked
         began, batcher, seconds_each = time.perf_counter(), self.batcher, []
-
-        def listen(event: str, duration_secs: float, **_: str | int) -> None:
-            if event == '/jax/core/compile/backend_compile_duration':
-                seconds_each.append(duration_secs)
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
+        with runtime.hears_compilations(seconds_each.append):
             later = {width: self._at_once[width] for width in batcher.later_widths}
             self._slots.compile(batcher.rooms(), self._at_once, later, batcher.grid, also)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
         memory, seconds = batcher.memory_plan(self._slots.token_bytes), time.perf_counter() - began
         _log.info('%d programs compiled in %.1f s; %s', len(seconds_each), seconds, memory)
 

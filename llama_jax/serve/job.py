@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from llama_jax import runtime
-from llama_jax.errors import SystemFailure, error_line
+from llama_jax.errors import InputError, SystemFailure, error_line
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest, Progress
@@ -30,14 +30,14 @@ class Job:
         if not self._is_alone:
             runtime.bytes_from_main_process(b'0')  # compiles what carries orders, before any client is there
 
-    def submit(self, request: CompletionRequest, stop: Sequence[str]) -> int:
-        """As `Generator.submit`, of a request that is also over where one of these texts is there."""
-        watch = Watch(self._served.tokenizer, request.tokens, stop) if stop else None
-        number = self._generator.submit(dataclasses.replace(request, is_complete=watch and watch.look))
-        if not self._is_alone:
+    def submit(self, request: CompletionRequest, stop: Sequence[str]) -> tuple[int, Watch]:
+        """As `Generator.submit`, of a request that is also over where one of these texts is there; and its text."""
+        if not self._is_alone:  # before it may be refused, as it then is everywhere
             source = None if request.rule is None else request.rule.source
             self._orders.append(('submit', dataclasses.replace(request, rule=None), tuple(stop), source))
-        return number
+        watch = Watch(self._served.tokenizer, request.tokens, stop)
+        request = dataclasses.replace(request, is_complete=watch.look if stop else None)
+        return self._generator.submit(request), watch
 
     def cancel(self, number: int) -> None:
         """As `Generator.cancel`."""
@@ -85,7 +85,8 @@ class Job:
             if source is not None:
                 assert not isinstance(rules := self._served.rules, str)
                 request = dataclasses.replace(request, rule=rules.read(source))
-            self.submit(request, stop)
+            with contextlib.suppress(InputError):
+                self.submit(request, stop)
             self._orders = []
         elif kind == 'cancel':
             self._generator.cancel(*arguments)

@@ -1,10 +1,6 @@
 """What monitoring shows of the server, for Prometheus."""
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
-import jax.monitoring
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -51,7 +47,7 @@ class Metrics:
         arrays = Gauge('llama_arrays', 'Arrays on the devices.', registry=registry)
         arrays.set_function(lambda: len(jax.live_arrays()))
         ProcessCollector(registry=registry)
-        self._programs = counter('programs_compiled', 'Programs compiled since the server was ready.')
+        self.programs = counter('programs_compiled', 'Programs compiled since the server was ready.')
 
     def set_rows(self, number: int, num_slots: int) -> None:
         """How many rows there are that have not ended."""
@@ -70,21 +66,6 @@ class Metrics:
         """A draft proposed so many tokens more, of which so many were taken."""
         self._drafted.inc(proposed)
         self._accepted.inc(accepted)
-
-    @contextlib.contextmanager
-    def counting_programs(self) -> Iterator[None]:
-        """Counts what is compiled within."""
-
-        def listen(event: str, duration_secs: float, **_: str | int) -> None:
-            del duration_secs
-            if event == '/jax/core/compile/backend_compile_duration':
-                self._programs.inc()
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
-            yield
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
 
     def render(self) -> bytes:
         """All as text."""

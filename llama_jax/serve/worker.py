@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from llama_jax import runtime
 from llama_jax.errors import InputError, SystemFailure
 from llama_jax.inference.completion import Watch
 from llama_jax.inference.constraint import Rule
@@ -148,7 +149,7 @@ class Worker:
         try:
             served = load()
             self._job = Job(served, served.warm_up())
-            with self._metrics.counting_programs():
+            with runtime.hears_compilations(lambda _: self._metrics.programs.inc()):
                 self.served = served
                 while not self._is_closing and self.failure is None:
                     self._heartbeat = time.monotonic()
@@ -189,9 +190,8 @@ class Worker:
             for one in asked:
                 first = None
                 for stream in range(one.num_rows):
-                    watch = Watch(self.served.tokenizer, one.request.tokens, one.stop)
                     request = dataclasses.replace(one.request, stream=stream, like=first)
-                    number = self._job.submit(request, one.stop)
+                    number, watch = self._job.submit(request, one.stop)
                     first = number if first is None else first
                     self._rows[number] = _Row(ticket, place, watch, one.request.rule, began, stream == 0)
                     place += 1

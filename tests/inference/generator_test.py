@@ -6,11 +6,11 @@ import itertools
 import json
 import logging
 
-import jax.monitoring
 import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax import runtime
 from llama_jax.inference import generator as generator_module
 from llama_jax.inference.generate import generate_tokens
 from llama_jax.inference.generator import Generator
@@ -128,14 +128,8 @@ def test_a_cancelled_request_leaves_its_slot_to_the_next(small, few, is_ahead):
 def compilations():
     """What is compiled from here on."""
     found = []
-
-    def listen(event, *_, **details):
-        if event == '/jax/core/compile/backend_compile_duration':
-            found.append(details)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with runtime.hears_compilations(found.append):
+        yield found
 
 
 @pytest.mark.parametrize(

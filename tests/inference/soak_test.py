@@ -4,10 +4,10 @@ import gc
 import itertools
 import pathlib
 
-import jax.monitoring
 import numpy as np
 import pytest
 
+from llama_jax import runtime
 from llama_jax.inference.generate import generate
 from tests import toy
 from tests.inference.generate_test import Letters
@@ -44,20 +44,13 @@ def test_thousands_of_calls_of_every_kind_take_no_more_programs_or_memory_than_t
         }  # fmt: skip
         generate(model, params, Letters(), prompts, max_new_tokens=int(rng.integers(1, 20)), **settings)
 
-    def listen(event: str, duration: float, **_) -> None:
-        if event == '/jax/core/compile/backend_compile_duration':
-            compiled.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        counts, sizes = [], []
+    counts, sizes = [], []
+    with runtime.hears_compilations(compiled.append):
         for index in range(1, 2001):
             call()
             if index in (128, 500, 1000, 1500, 2000):
                 counts.append(len(compiled))
                 sizes.append(resident_bytes())
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     print(f'programs {counts}, MB {[round(size / 1e6) for size in sizes]}')
     assert counts[-1] < 160
     # The few shapes that the first 500 calls did not have cost what a program takes, some 10 MB each.

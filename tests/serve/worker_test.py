@@ -5,11 +5,15 @@ import json
 import threading
 import time
 
+import jax
 import pytest
 
+from llama_jax import runtime
+from llama_jax.errors import InputError
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.serve import worker as worker_module
 from llama_jax.serve.app import make_app
+from llama_jax.serve.job import Job
 from llama_jax.serve.refusal import Refusal
 from llama_jax.serve.ticket import Piece, Ticket
 from llama_jax.serve.worker import Asked
@@ -222,6 +226,36 @@ def test_what_cannot_be_loaded_is_a_failure():
 
     with pytest.raises(FileNotFoundError), serving(load):
         pass
+
+
+def test_what_one_process_refuses_all_refuse(monkeypatch):
+    """Else what a request had changed before it was refused would be changed in one of them alone."""
+
+    class Refuses(Script):
+        def submit(self, request):
+            number = super().submit(request)
+            if len(request.tokens) > 2:
+                self.cancel(number)
+                raise InputError('too long')
+            return number
+
+    told, scripts = [], [Refuses('Hello'), Refuses('Hello')]
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(runtime, 'bytes_from_main_process', told.append)
+    first = Job(scripted(scripts[0]), scripts[0])
+    del told[:]
+    with pytest.raises(InputError):
+        first.submit(CompletionRequest([1, 2, 3], 9), ())
+    number, watch = first.submit(CompletionRequest([1, 2], 9), ('l',))
+    while first.advance():
+        pass
+    first.end()
+    assert watch.new_text(at_end=True) == 'He'
+    monkeypatch.setattr(runtime, 'bytes_from_main_process', lambda data: data or told.pop(0))
+    Job(scripted(scripts[1]), scripts[1]).follow()
+    for script in scripts:
+        assert [request.tokens for request in script.asked] == [[1, 2, 3], [1, 2]]
+        assert script.num_steps == scripts[0].num_steps and not script.rows and script.cancelled == [0]
 
 
 def test_keys_take_turns():
