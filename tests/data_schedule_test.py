@@ -1,13 +1,15 @@
 """Weights by step, steps that are left out, and what of it may change when a run goes on."""
 
 import json
+import re
+import types
 
 import pytest
 
 from configs import pretrain
 from experiments.run import workdir as workdirs
-from experiments.run.data_schedule import constant_weights, parse_schedule, schedule_of
-from llama_jax.data.mixture import Skip, Stage
+from experiments.run.data_schedule import constant_weights, describe_mixture, parse_schedule, schedule_of
+from llama_jax.data.mixture import Skip, Stage, mix
 from llama_jax.errors import InputError
 
 
@@ -91,3 +93,14 @@ def test_steps_to_come_may_change_and_steps_taken_may_not(tmp_path):
     assert [change['key'] for change in changes] == ['data.skip', 'data.weights']
     assert workdirs.unit_bytes_of(tmp_path) == 0
     assert workdirs.unit_bytes_of(tmp_path / 'new') == workdirs.UNIT_BYTES
+
+
+def test_how_often_llamas_sources_are_read_is_told_as_the_paper_has_it():
+    """LLaMA's Table 1: 1.4T tokens; a source has as many (in billions) as its share and its epochs there say."""
+    names = ('common_crawl', 'c4', 'github', 'wikipedia', 'books', 'arxiv', 'stackexchange')
+    weights, unique = (67, 15, 4.5, 4.5, 4.5, 2.5, 2), (852.7, 198.1, 98.4, 25.7, 28.3, 33.0, 27.2)
+    rows = [range(int(billions * 1e9) // 2048) for billions in unique]
+    data = types.SimpleNamespace(names=names, train=mix(rows, weights, seed=0))
+    told = describe_mixture(data, 1_400_000_000_000 // 2048)
+    assert re.findall(r'rows, (\S+) epochs', told) == ['1.10', '1.06', '0.64', '2.45', '2.23', '1.06', '1.03']
+    assert told.startswith('to be read: common_crawl 67.0% of the rows')
