@@ -18,6 +18,7 @@ from llama_jax.data.shards import write_prepared
 from llama_jax.data.sources import Reading, read_file
 from llama_jax.errors import InputError
 from llama_jax.storage import enable_bucket
+from tests.command_line import CommandLine
 from tests.data.packing_test import Letters, documents
 from tests.reference.fake_gcs import Answered, FakeGCS
 
@@ -65,6 +66,40 @@ def test_a_bucket_that_fails_every_tenth_request_gets_the_bytes_of_a_disk(gcs, t
     assert len(wanted) > 20
     assert {name.removeprefix('bucket/out/') for name in gcs.names('bucket/out/')} == set(wanted)
     assert all(gcs.objects['bucket', f'out/{name}'] == content for name, content in wanted.items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('failure', [ConnectionError(), Answered(503)], ids=['dropped', '503'])
+def test_workers_write_the_bytes_of_a_disk_to_a_bucket_that_fails_every_tenth_request(
+    folder, corpus, tmp_path, failure
+):
+    """By the command, which waits as long as it does before it asks again."""
+    from llama_jax.data.datasets import train_tokenizer
+
+    train_tokenizer([str(corpus)], 320, tmp_path / 'tokenizer.model')
+    count = itertools.count(1)
+
+    def fail(kind, name):
+        if next(count) % 10 == 0:
+            raise failure
+
+    with FakeGCS() as server:
+        for number in range(3):
+            lines = '\n'.join(json.dumps({'text': text}) for text in documents(200, seed=number))
+            server.insert(('bucket', f'raw/{number}.jsonl.gz'), gzip.compress(lines.encode()), {})
+        commands = CommandLine(folder, **server.environment())
+        given = [
+            '--input=gs://bucket/raw/*.gz', f'--tokenizer={tmp_path}/tokenizer.model', '--seq_len=32',
+            '--num_workers=2', '--unit_bytes=1000',
+        ]  # fmt: skip
+        commands.run('prepare_data', *given, f'--output={tmp_path}/out').succeeded()
+        server.before = fail
+        commands.run('prepare_data', *given, '--output=gs://bucket/out').succeeded()
+        wanted = everything(tmp_path / 'out')
+        assert {name.removeprefix('bucket/out/') for name in server.names('bucket/out/')} == set(wanted)
+        assert all(server.objects['bucket', f'out/{name}'] == wanted[name] for name in wanted)
+    print(f'{next(count)} requests, {len(wanted)} files')
+    assert len(wanted) > 20
 
 
 @pytest.mark.slow
