@@ -258,6 +258,7 @@ def fit(
     next_batch: Callable[[TrainState, int], PyTree],
     measurements: Sequence[Measurement] = (),
     described: Callable[[int], Mapping[str, float]] = lambda step: {},
+    prepare: Callable[[TrainState, int], TrainState] = lambda state, step: state,
 ) -> Trained:
     """Trains to the last step; what was trained and measured is on disk when it returns.
 
@@ -266,6 +267,7 @@ def fit(
       next_batch: (state, updates done) -> the global batch of the next one.
       measurements: the objective's own; benchmarks are taken after them.
       described: step -> what else is logged of it.
+      prepare: (state, updates done) -> the state that goes on; what is done before a batch is there.
     """
     plan, objective = run.plan, run.objective
     config = plan.config
@@ -282,9 +284,9 @@ def fit(
     with jax.set_mesh(plan.partitioner.mesh):
         trained = train(
             run.state, config=loop, step_fn=run.step_fn, frozen=objective.frozen, next_batch=next_batch,
-            rng=jax.random.key(config.seed + 1), start_step=run.start_step, rows_before=run.rows_before,
-            schedule=plan.schedule, checkpointer=run.checkpointer, metadata=run.record, writers=run.writers,
-            measurements=[*measurements, *benchmarks],
+            prepare=prepare, rng=jax.random.key(config.seed + 1), start_step=run.start_step,
+            rows_before=run.rows_before, schedule=plan.schedule, checkpointer=run.checkpointer, metadata=run.record,
+            writers=run.writers, measurements=[*measurements, *benchmarks],
             measured=_figures_of(plan.workdir / METRICS_FILE, run.start_step), described=described,
         )  # fmt: skip
     for writer in run.writers:

@@ -64,7 +64,8 @@ def scores(workdir, prompt, answer) -> np.ndarray:
 
 
 @pytest.mark.parametrize('kind', ['whole', 'adapters'])
-def test_values_begin_as_a_reward_model_and_learn_at_their_own_rate(commands, folder, base, prompts, kind):
+def test_values_begin_as_a_reward_model_on_the_scale_of_what_comes(commands, folder, base, prompts, kind):
+    """Scaled by the first answers; at a learning rate of 0 they stay so."""
     own = {'lora__rank': 4, 'model__weights': 'float32'} if kind == 'adapters' else {}
     model = judge(commands, folder, base, f'judge_{kind}', **own)
     workdir = folder / f'values_{kind}'
@@ -80,9 +81,20 @@ def test_values_begin_as_a_reward_model_and_learn_at_their_own_rate(commands, fo
         for prompt, answer in zip(iteration.prompts, iteration.answers, strict=True)
     ]
     assert iteration.figures['reward'] == pytest.approx(np.mean(ends), abs=1e-5)
+    came, judged = [], []
+    for place, end in enumerate(ends):
+        away = iteration.old[place].astype(np.float64) - iteration.reference[place]
+        came += [end - iteration.beta * away[token:].sum() for token in range(len(away))]
+        judged += [*scores(model, iteration.prompts[place], iteration.answers[place])]
+    (slope, _), *_ = np.linalg.lstsq(np.stack([judged, np.ones(len(judged))], 1), np.array(came), rcond=None)
+    assert slope > 0.01
+    # Of fp32 scores, packed and alone.
+    assert iteration.figures['value_slope'] == pytest.approx(slope, rel=1e-3)
+    before = 1 - np.var(np.array(came) - judged) / np.var(came)
+    assert iteration.figures['explained_variance_before'] == pytest.approx(before, abs=1e-3)
     later = Iteration.from_bytes((workdir / 'rollouts/00000002.npz').read_bytes())
-    for drawn, place in ((iteration, 0), (iteration, 7), (later, 3)):  # at a rate of 0 they stay so
-        want = scores(model, drawn.prompts[place], drawn.answers[place])
+    for drawn, place in ((iteration, 0), (iteration, 7), (later, 3)):
+        want = iteration.figures['value_slope'] * scores(model, drawn.prompts[place], drawn.answers[place])
         # Sums of fp32, packed and alone.
         np.testing.assert_allclose(drawn.values[place], want, atol=2e-5)
     assert max(np.ptp(one) for one in iteration.values) > 0.01

@@ -169,6 +169,7 @@ def iterating(
     def turn() -> None:
         nonlocal state, step
         with jax.set_mesh(run.plan.partitioner.mesh):
+            state = iterations.prepare(state, step)
             batch = iterations.next_batch(state, step)
             state, metrics = run.step_fn(state, run.objective.frozen, batch, key)
             jax.block_until_ready(metrics)

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 
 from experiments.policy.drawing import Drawing, Drawn
-from experiments.policy.objective import is_compared, make_scorer, recipe_of, shape_of
+from experiments.policy.objective import (
+    is_compared,
+    make_scorer,
+    recipe_of,
+    shape_of,
+    values_begin_as_a_judge,
+    with_scaled_values,
+)
 from experiments.policy.prompts import Prompts
 from experiments.training import METRICS_FILE, Run
 from llama_jax import runtime, storage
@@ -77,14 +84,17 @@ class Iterations:
 
     # ---- what the loop calls
 
-    def next_batch(self, state: TrainState, step: int) -> PolicyBatch:
-        """The next minibatch; a new iteration where the last one is through."""
+    def prepare(self, state: TrainState, step: int) -> TrainState:
+        """Begins a new iteration where the last one is through; the state that learns from it."""
         index = step - self._place.begun
         if self._iteration is None or index >= self._num_minibatches or self._is_far(state, index):
             self._end_if_no_better(step)
-            self._begin(state, step)
-            index = 0
-        return self._minibatch(index)[0]
+            state = self._begin(state, step)
+        return state
+
+    def next_batch(self, state: TrainState, step: int) -> PolicyBatch:
+        """The next minibatch of what is prepared."""
+        return self._minibatch(step - self._place.begun)[0]
 
     def measurements(self) -> list[Measurement]:
         """Figures of each iteration at its end; the mean reward of held-out prompts."""
@@ -97,20 +107,23 @@ class Iterations:
 
     # ---- an iteration
 
-    def _begin(self, state: TrainState, step: int) -> None:
+    def _begin(self, state: TrainState, step: int) -> TrainState:
         started = time.perf_counter()
         self._seconds['all'] = started - self._since
         self._since = started
         number, cursor = self._place.number + 1, self._place.prompts
         drawn, cursor, refills = self._drawing.draw(state, cursor)
         rolled = time.perf_counter()
-        found = self._looked_at(state, drawn, step, number)
-        beta = self._place.beta
+        found, beta = self._looked_at(state, drawn, step, number), self._place.beta
+        fitted: dict[str, float] = {}
+        if step == 0 and values_begin_as_a_judge(self._config):
+            state, fitted = self._with_fitted_values(state, drawn, found, beta)
+            found = self._looked_at(state, drawn, step, number)
         iteration = self._with_advantages(drawn, found, beta)
         away = _sums(iteration.old, iteration.reference)
         if self._course.beta_target and is_compared(self._config):
             beta = advantages.next_beta(beta, float(np.mean(away)), self._course.beta_target, 10)
-        figures = self._figures_of(drawn, iteration, away) | {'refills': float(refills)}
+        figures = self._figures_of(drawn, iteration, away) | {'refills': float(refills)} | fitted
         self._iteration = dataclasses.replace(iteration, figures=figures)
         self._place = _Place(step, number, cursor, beta)
         self._run.record['policy'] = dataclasses.asdict(self._place)
@@ -125,6 +138,7 @@ class Iterations:
             'step %d: iteration %d, reward %.4f, %.0f tokens an answer, %.0f %% stopped', step, number,
             figures['reward'], figures['answer_length'], 100 * figures['stopped'],
         )  # fmt: skip
+        return state
 
     def _looked_at(self, state: TrainState, drawn: Drawn, step: int, number: int) -> Iteration:
         """The answers with their log-probabilities and values by the forward pass of training."""
@@ -147,15 +161,31 @@ class Iterations:
             found['reference'] = found['old']
         return dataclasses.replace(bare, **found)
 
-    def _with_advantages(self, drawn: Drawn, iteration: Iteration, beta: float) -> Iteration:
-        away = [
-            old.astype(np.float64) - ref for old, ref in zip(iteration.old, iteration.reference, strict=True)
-        ]
-        made = advantages.make_advantages(
-            self._recipe.algorithm, drawn.rewarded.total, away, beta=beta,
-            groups=np.array([one.record for one in drawn.rollouts]), values=iteration.values,
-            horizon=self._recipe.horizon,
+    def _with_fitted_values(
+        self, state: TrainState, drawn: Drawn, iteration: Iteration, beta: float
+    ) -> tuple[TrainState, dict[str, float]]:
+        """(the state with values on the scale of what came, what is logged of it).
+
+        A judge's scores are on another, and of half an answer at no level in particular. They are brought to returns by
+        Monte Carlo, `trace` 1, for what GAE returns has the values in it that are not yet on any scale.
+        """
+        came = self._advantages_of(drawn, iteration, beta).came
+        slope = advantages.value_slope(iteration.values, came)
+        before, after = (
+            advantages.explained_variance([scale * one for one in iteration.values], came)
+            for scale in (1.0, slope)
+        )
+        logger.info(
+            "values begin as %.4g times the judge's scores: they explain %.3f of what came, before that %.3f",
+            slope, after, before,
         )  # fmt: skip
+        if not slope:
+            logger.warning("values begin at zero: the judge's scores do not rise with what came")
+        scaled = state.replace(params=with_scaled_values(state.params, slope))
+        return scaled, {'value_slope': slope, 'explained_variance_before': before}
+
+    def _with_advantages(self, drawn: Drawn, iteration: Iteration, beta: float) -> Iteration:
+        made = self._advantages_of(drawn, iteration, beta)
         limit = self._course.importance
         importance = [np.ones(len(one)) for one in iteration.answers]
         if limit:
@@ -163,6 +193,14 @@ class Iterations:
         return dataclasses.replace(
             iteration, advantages=made.advantages, returns=made.returns, importance=importance, beta=beta
         )
+
+    def _advantages_of(self, drawn: Drawn, iteration: Iteration, beta: float) -> advantages.Advantages:
+        pairs = zip(iteration.old, iteration.reference, strict=True)
+        return advantages.make_advantages(
+            self._recipe.algorithm, drawn.rewarded.total, [old.astype(np.float64) - ref for old, ref in pairs],
+            beta=beta, groups=np.array([one.record for one in drawn.rollouts]), values=iteration.values,
+            horizon=self._recipe.horizon,
+        )  # fmt: skip
 
     def _figures_of(self, drawn: Drawn, iteration: Iteration, away: np.ndarray) -> dict[str, float]:
         gap = np.abs(np.concatenate(iteration.old) - np.concatenate(iteration.sampled))

@@ -153,7 +153,7 @@ def check_policy(config: ConfigDict) -> Recipe:
             f'--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of '
             f'--config.data.seq_len={config.data.seq_len}'
         )
-    if section.values_from not in ('', 'zero') and not recipe.algorithm.has_values:
+    if values_begin_as_a_judge(config) and not recipe.algorithm.has_values:
         raise InputError(
             f'--config.algorithm.values_from={section.values_from}, and --config.algorithm.name={section.name}, '
             'which has no values; leave it empty'
@@ -249,6 +249,11 @@ def is_compared(config: ConfigDict) -> bool:
     return recipe_of(config).algorithm.has_reference or bool(config.lora.rank)
 
 
+def values_begin_as_a_judge(config: ConfigDict) -> bool:
+    """Whether what expects the reward begins as a reward model; else it expects nothing."""
+    return config.algorithm.values_from not in ('', 'zero')
+
+
 def _of_values(lora: LoraConfig | None) -> LoraConfig:
     """What is trained of the values beside the policy's base."""
     assert lora is not None
@@ -287,7 +292,7 @@ def _first_values(
 ) -> Params:
     """What expects the reward, as it begins: a reward model's weights, or the policy's trunk, which expects nothing."""
     given, lora = config.algorithm.values_from, make_lora_config(config)
-    if given in ('', 'zero'):
+    if not values_begin_as_a_judge(config):
         if lora is None:
             trunk = {name: leaf for name, leaf in target.items() if name != 'score'}
             begun = first_scores(model, base, config.seed, trunk | {'score': target['score']})
@@ -319,6 +324,13 @@ def _first_values(
                     'that was trained beside the same base with the same --config.lora, or zero'
                 )
         return trained_params(opened.place, target)
+
+
+def with_scaled_values(params: Params, slope: float) -> Params:
+    """What is trained, with all values multiplied by a number: their score is, which they are linear in."""
+    values = params[VALUE]
+    scale = jax.jit(lambda score: score * slope, out_shardings=values['score'].sharding)
+    return params | {VALUE: values | {'score': scale(values['score'])}}
 
 
 def _shapes(model: LlamaForRewardModel) -> Params:

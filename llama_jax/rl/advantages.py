@@ -42,11 +42,13 @@ class Advantages:
 
     Attributes:
       advantages: what the token was worth more than was expected.
-      returns: what came from it on.
+      returns: what came from it on, as values learn it: by GAE as far as `trace`, and behind that what was expected.
+      came: the same to the answer's end, by Monte Carlo, whatever was expected.
     """
 
     advantages: Ragged
     returns: Ragged
+    came: Ragged
 
 
 def make_advantages(
@@ -71,7 +73,7 @@ def make_advantages(
       horizon: how far what comes later counts.
     """
     rewards = token_rewards(scores, away, beta if algorithm.divergence == 'reward' else 0.0)
-    returns = [discounted(one, horizon.discount) for one in rewards]
+    returns = came = [discounted(one, horizon.discount) for one in rewards]
     match algorithm.advantage:
         case 'gae':
             assert values is not None
@@ -85,7 +87,7 @@ def make_advantages(
             totals = np.array([one.sum() for one in rewards])
             of_answers = group_advantages(totals, groups, kind)
             found = [np.full(len(one), worth) for one, worth in zip(rewards, of_answers, strict=True)]
-    return Advantages(whiten(found) if algorithm.whiten else found, returns)
+    return Advantages(whiten(found) if algorithm.whiten else found, returns, came)
 
 
 def token_rewards(scores: Float[np.ndarray, ' A'], away: Sequence[np.ndarray], beta: float) -> Ragged:
@@ -161,6 +163,20 @@ def explained_variance(values: Sequence[np.ndarray], returns: Sequence[np.ndarra
     expected, came = np.concatenate(list(values)), np.concatenate(list(returns))
     variance = float(np.var(came))
     return 1.0 - float(np.var(came - expected)) / variance if variance > 0 else 0.0
+
+
+def value_slope(values: Sequence[np.ndarray], returns: Sequence[np.ndarray]) -> float:
+    """What values are multiplied by to explain most of what came: the slope of the least squares line.
+
+    The line's level is left out, for it explains no variance. 0 where the values say nothing of what came: they are all
+    the same, to what float32 rounds, or are the higher the less came. Scaled so they explain the square of their
+    correlation with the returns, and never less than the nothing that 0 explains.
+    """
+    expected, came = (np.concatenate(list(some)).astype(np.float64) for some in (values, returns))
+    if np.ptp(expected) <= 1e-5 * np.abs(expected).max():
+        return 0.0
+    expected = expected - expected.mean()
+    return max(float(expected @ (came - came.mean()) / (expected @ expected)), 0.0)
 
 
 def next_beta(beta: float, divergence: float, target: float, horizon: float | int) -> float:

@@ -94,6 +94,7 @@ def train(
     step_fn: Callable[[TrainState, PyTree, PyTree, Array], tuple[TrainState, Metrics]],
     frozen: PyTree,
     next_batch: Callable[[TrainState, int], PyTree],
+    prepare: Callable[[TrainState, int], TrainState] = lambda state, step: state,
     rng: Array,
     start_step: int,
     rows_before: int = 0,
@@ -116,6 +117,8 @@ def train(
       step_fn: from `step.compile_train_step`.
       frozen: passed through to the loss.
       next_batch: (state, updates done) -> the global batch of the next one; batches of data ignore the state.
+      prepare: (state, updates done) -> the state that goes on; what is done by the weights before the next batch is
+        there, as drawing what it is made of. That is no waiting for data.
       rng: the run's key.
       start_step: updates already done.
       rows_before: rows that they consumed.
@@ -187,7 +190,10 @@ def train(
                 write(done, found)
 
     def fetch() -> PyTree:
+        nonlocal state
         try:
+            with preemption.interruptible():
+                state = prepare(state, done)
             with overdue.told('the next batch'), preemption.interruptible(), timer.waiting():
                 return next_batch(state, done)
         except Exception:  # data that cannot be read: what was trained before is good

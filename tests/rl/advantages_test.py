@@ -15,6 +15,7 @@ from llama_jax.rl.advantages import (
     next_beta,
     token_rewards,
     truncated_importance,
+    value_slope,
     whiten,
 )
 
@@ -112,6 +113,34 @@ def test_explained_variance():
     assert explained_variance(came, came) == 1.0
     assert explained_variance([np.zeros(2), np.zeros(1)], came) == 0.0
     assert explained_variance(came, [np.ones(2), np.ones(1)]) == 0.0
+
+
+def test_a_slope_is_that_of_the_least_squares_line_and_explains_no_less_than_nothing():
+    came = [2.0 + 0.3 * one + RNG.normal(size=len(one)) for one in VALUES]
+    flat, line = np.concatenate(VALUES), np.concatenate(came)
+    (slope, _), *_ = np.linalg.lstsq(np.stack([flat, np.ones(len(flat))], 1), line, rcond=None)
+    assert value_slope(VALUES, came) == pytest.approx(max(slope, 0.0), rel=1e-9)
+    far = [40.0 * one - 7.0 for one in VALUES]  # on a scale of its own they explain less than nothing
+    assert explained_variance(far, came) < 0
+    scaled = [value_slope(far, came) * one for one in far]
+    alike = np.corrcoef(flat, line)[0, 1]
+    assert explained_variance(scaled, came) == pytest.approx(max(alike, 0.0) ** 2, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize('values', [[-1.0, -2.0, -4.0], [0.0, 0.0, 0.0], [3.0, 3.0, 3.0 + 1e-6]])
+def test_what_says_nothing_of_what_came_has_no_slope(values):
+    came = [np.array([1.0, 2.0]), np.array([4.0])]
+    assert value_slope([np.array(values[:2]), np.array(values[2:])], came) == 0.0
+
+
+def test_what_came_by_monte_carlo_hangs_on_no_value():
+    """Schulman et al. 2016: returns by GAE have the values in them, but where `trace` is 1."""
+    horizon = Horizon(discount=0.97, trace=0.9)
+    made = make_advantages(PPO, SCORES, AWAY, beta=BETA, groups=GROUPS, values=VALUES, horizon=horizon)
+    wanted = dataclasses.replace(horizon, trace=1.0)
+    whole = make_advantages(PPO, SCORES, AWAY, beta=BETA, groups=GROUPS, values=VALUES, horizon=wanted)
+    np.testing.assert_allclose(np.concatenate(made.came), np.concatenate(whole.returns), atol=1e-12)
+    assert np.abs(np.concatenate(made.returns) - np.concatenate(made.came)).max() > 1e-3
 
 
 def test_a_price_rises_where_answers_are_too_far():

@@ -14,7 +14,7 @@ import pytest
 from llama_jax import signals
 from llama_jax.checkpoint.training import Checkpointer
 from llama_jax.signals import ENDING
-from llama_jax.train.loop import LoopConfig, Measurement, _Overdue, train
+from llama_jax.train.loop import LoopConfig, Measurement, _Overdue, _Timer, train
 from llama_jax.train.state import TrainState
 from tests.command_line import wait_for
 
@@ -73,6 +73,7 @@ def run(
     measured=None,
     saves=None,
     next_batch=None,
+    prepare=lambda state, step: state,
     **intervals,
 ):
     def count(state, frozen, batch, rng):
@@ -90,9 +91,9 @@ def run(
     try:
         result = train(
             TrainState(jnp.int32(start_step), {}, {}), config=config, step_fn=on_host, frozen={},
-            next_batch=next_batch or (lambda state, step: step), rng=jax.random.key(0), start_step=start_step,
-            schedule=lambda count: 0.1 * count, checkpointer=saves, metadata={'seed': 7}, writers=[log],
-            measurements=measurements, measured=measured,
+            next_batch=next_batch or (lambda state, step: step), prepare=prepare, rng=jax.random.key(0),
+            start_step=start_step, schedule=lambda count: 0.1 * count, checkpointer=saves, metadata={'seed': 7},
+            writers=[log], measurements=measurements, measured=measured,
         )  # fmt: skip
     except FloatingPointError as error:
         result = error
@@ -239,6 +240,28 @@ def test_data_that_cannot_be_read_lose_no_step():
     with pytest.raises(OSError, match='Input/output error'):
         run(10, next_batch=next_batch, saves=saves)
     assert saves.saved[-1][0] == 3 and saves.committed
+
+
+def test_what_weights_make_before_a_batch_is_no_waiting_for_data(monkeypatch):
+    """And the state that it gives back goes on: the batch is made by it, and it learns."""
+    seen = []
+
+    @contextlib.contextmanager
+    def waiting(timer):
+        seen.append('waiting')
+        yield
+
+    def prepare(state, step):
+        seen.append('prepare')
+        return state.replace(params={'made': step})
+
+    def next_batch(state, step):
+        assert state.params == {'made': step}
+        return step
+
+    monkeypatch.setattr(_Timer, 'waiting', waiting)
+    result, *_ = run(2, prepare=prepare, next_batch=next_batch)
+    assert seen == ['prepare', 'waiting'] * 2 and result.state.params == {'made': 1}
 
 
 def test_a_long_wait_is_said(caplog):
