@@ -7,7 +7,7 @@ import pytest
 
 from experiments.recipes import small_data
 from llama_jax.rl.context_distillation import default_preprompts
-from tests.learning_runs import OPTIMISED, read_lines, train, write_lines
+from tests.learning_runs import OPTIMISED, once_a_seed, read_lines, train, write_lines
 
 TURNS = (2, 4, 6)
 PROBE = f'--probe={",".join(map(str, TURNS))}', '--samples=1', '--temperatures=0.7'
@@ -62,15 +62,8 @@ class World:
 @pytest.fixture(scope='module')
 def worlds(commands, shared_data, tmp_path_factory):
     """The world of a seed; its model is trained once."""
-    found = {}
-
-    def of(seed):
-        if seed not in found:
-            folder = tmp_path_factory.mktemp(f'world{seed}')
-            found[seed] = World(commands, folder, shared_data / 'weights/stories260K', seed)
-        return found[seed]
-
-    return of
+    weights = shared_data / 'weights/stories260K'
+    return once_a_seed(tmp_path_factory, 'world', lambda folder, seed: World(commands, folder, weights, seed))
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from llama_jax.rl.frontier import plot_ways
-from tests.learning_runs import draw, train, write_lines
+from tests.learning_runs import draw, once_a_seed, train, write_lines
 from tests.policy_runs import logged
 from tests.reward_learning_test import WORDS
 
@@ -110,17 +110,13 @@ class Lists:
 @pytest.fixture(scope='module')
 def worlds(commands, shared_data, tmp_path_factory):
     """By seed: who lists what, the policy, how far what its answers are worth is spread, a judge of them."""
-    found = {}
 
-    def of(seed):
-        if seed not in found:
-            folder = tmp_path_factory.mktemp(f'lists{seed}')
-            lists = Lists(commands, folder, shared_data / 'weights/stories260K', seed)
-            policy = lists.policy()
-            found[seed] = lists, policy, lists.compare(policy), lists.judge(policy)
-        return found[seed]
+    def make(folder, seed):
+        lists = Lists(commands, folder, shared_data / 'weights/stories260K', seed)
+        policy = lists.policy()
+        return lists, policy, lists.compare(policy), lists.judge(policy)
 
-    return of
+    return once_a_seed(tmp_path_factory, 'lists', make)
 
 
 def described(lists, lines):

@@ -1,8 +1,9 @@
 """Commands that teach stories260K, a model of simple stories: what the files share that test whether it learns."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ from tests.command_line import CommandLine
 # One seed is in the slow suite.
 SEEDS = [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))]
 OPTIMISED = "import os; os.environ['XLA_FLAGS'] = ''"  # these programs run for longer than they compile
+
+
+def once_a_seed(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path, int], Any]
+) -> Callable[[int], Any]:
+    """seed -> what is made of a folder and it, the first time that it is asked for."""
+    return functools.cache(lambda seed: make(tmp_path_factory.mktemp(f'{name}{seed}'), seed))
 
 
 def train(

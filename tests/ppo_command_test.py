@@ -57,11 +57,11 @@ def test_a_policy_is_trained_and_resumes_within_an_iteration(commands, folder, b
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('weights', 'temperature', 'mesh'),
-    [('nf4', 0.7, {})],
+    [('nf4', 0.7, {}), ('nf4', 1.2, {'mesh__fsdp': 2, 'mesh__tensor': 2})],
 )
 def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, weights, temperature, mesh):
-    """Policy, reference and values beside one base; drawn on the same mesh or another."""
-    workdir = folder / f'lora_{weights}'
+    """Policy, reference and values beside one base, at a temperature, on one device or on fsdp x tensor."""
+    workdir = folder / f'lora_{weights}_{temperature}'
     run = arguments(
         workdir, base, prompts, lora__rank=4, model__weights=weights, rollout__temperature=temperature,
         algorithm__constants='epochs=2', train__num_steps=4, **mesh,

@@ -17,6 +17,7 @@ from experiments.launch import flags_named
 from experiments.policy.candidates import Asked, draw_all
 from experiments.policy.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
 from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
+from experiments.prompting.loading import define_reading, define_spread
 from experiments.prompting.prompt_file import check_output, parse_shard
 from experiments.run.settings import partitioner_of_flags
 from experiments.run.trained_format import chat_format_of
@@ -60,14 +61,8 @@ def define_sampled_policy() -> launch.Flags:
         allow_code_execution=flags.DEFINE_boolean(
             'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
         ),
-        tokenizer=launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
-        dtype=flags.DEFINE_enum(
-            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
-        ),
-        mesh=flags.DEFINE_list(
-            'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: the other devices'
-        ),
-        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
+        **define_reading(),
+        **define_spread(),
     )  # fmt: skip
 
 

@@ -53,13 +53,29 @@ def define_shared_model() -> launch.Flags:
 def define_spread_model() -> launch.Flags:
     """The same for commands that use all devices of all processes from the start; see `place_model`."""
     launch.define_processes()
-    return launch.Flags(
-        **_define_flags_of_a_model(),
-        mesh=flags.DEFINE_list(
+    return launch.Flags(**_define_flags_of_a_model(), **define_spread())
+
+
+def define_spread() -> dict[str, Any]:
+    """--mesh of all devices, and --axis_rules."""
+    return {
+        'mesh': flags.DEFINE_list(
             'mesh', ['fsdp=-1'], 'sizes of the axes data, fsdp, context, tensor; -1: all other devices'
         ),
-        axis_rules=flags.DEFINE_string('axis_rules', '', "overrides such as 'kv_heads=' (replicate)"),
-    )
+        'axis_rules': flags.DEFINE_string(
+            'axis_rules', '', "overrides such as 'kv_heads=' (replicate)"
+        ),
+    }  # fmt: skip
+
+
+def define_reading() -> dict[str, Any]:
+    """--tokenizer of a checkpoint, and --dtype that it computes in."""
+    return {
+        'tokenizer': launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
+        'dtype': flags.DEFINE_enum(
+            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
+        ),
+    }
 
 
 def _define_flags_of_a_model() -> dict[str, Any]:
@@ -68,10 +84,7 @@ def _define_flags_of_a_model() -> dict[str, Any]:
             'checkpoint', None,
             'anything that is a Llama: a workdir, a folder of Meta or Hugging Face, a .gguf, hf://...', required=True,
         ),
-        'tokenizer': launch.define_path('tokenizer', '', "tokenizer file, instead of the checkpoint's own"),
-        'dtype': flags.DEFINE_enum(
-            'dtype', 'auto', ['auto', *DTYPES], 'of the computation; auto: float32 on a CPU'
-        ),
+        **define_reading(),
         'cache_dtype': flags.DEFINE_enum(
             'cache_dtype', 'auto', CACHE_DTYPES, 'of keys and values; auto: of the computation'
         ),

@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import functools
 
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 
 from llama_jax.losses.policy import PRESETS, drawn_log_probabilities
+from llama_jax.rl.advantages import token_rewards
 from llama_jax.rl.iteration import Iteration, Shape
+from llama_jax.rl.rewards import Weighted, judge, missing_stop
+from llama_jax.rl.rollout import Rollout
+from llama_jax.tokenizer.chat_format import Llama3ChatFormat
+from llama_jax.tokenizer.tiktoken_tokenizer import TiktokenTokenizer, llama3_special_names
 
 RNG = np.random.default_rng()  # new numbers each time
 SHAPE = Shape(answers=8, seq_len=48, multiple=2, max_new_tokens=20, seed=3)
@@ -68,6 +74,36 @@ def test_an_answers_numbers_stand_where_its_tokens_are_predicted(iteration, pres
         # Figures: a token that counts weighs so much that the sum over the number divided by is a mean.
         assert (batch.reported[:, None] * counted).sum() / batch.counts.sum() == pytest.approx(1, rel=1e-6)
         assert batch.lengths.sum() == tokens
+
+
+@pytest.mark.parametrize('end', ['<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', 'cut'])
+def test_a_reward_lands_on_any_stop_token_of_llama3_and_on_the_last_of_what_was_cut(end):
+    """There with the penalty for a missing stop."""
+    alphabet = b''.join(b'%s %d\n' % (base64.b64encode(bytes([i])), i) for i in range(256))
+    tokenizer = TiktokenTokenizer('bytes', alphabet, llama3_special_names())
+    stop_ids = Llama3ChatFormat(tokenizer).stop_ids
+    last = ord('!') if end == 'cut' else tokenizer.special_tokens[end]
+    answers = [(*range(65, 65 + length), last) for length in (0, 1, 5, 19)]
+    drawn = [
+        Rollout(0, place, (1, 2), answer, (-1.0,) * len(answer), answer[-1] in stop_ids, '')
+        for place, answer in enumerate(answers)
+    ]
+    assert {one.stopped for one in drawn} == {end != 'cut'}
+    mine = Weighted('mine', lambda rollouts, records: np.array([0.7, 0.1, -0.2, 0.4]), 1.0)
+    worth = judge([mine, Weighted('missing_stop', missing_stop, 0.5)], drawn, [{}] * 4).total
+    empty = [np.zeros(len(one)) for one in answers]
+    rewards = token_rewards(worth, empty, 0.1)
+    found = Iteration(
+        0, 0, [np.array(one.prompt) for one in drawn], [np.array(one) for one in answers], empty, empty, empty, empty,
+        rewards, rewards, empty, 0.1, {},
+    )  # fmt: skip
+    shape = dataclasses.replace(SHAPE, answers=4)
+    batch, places = found.minibatch(shape, 0, found.num_rows(shape, 1), PRESETS['ppo'])
+    assert np.count_nonzero(batch.advantages) == 4
+    for number, row, slots in places:
+        assert batch.targets[row, slots.stop - 1] == last
+        wanted = (0.7, 0.1, -0.2, 0.4)[number] - 0.5 * (end == 'cut')
+        assert batch.advantages[row, slots.stop - 1] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_packed_answers_have_the_log_probabilities_of_each_alone(iteration, model, params):
