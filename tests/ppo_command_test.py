@@ -61,10 +61,12 @@ def test_a_policy_is_trained_and_resumes_within_an_iteration(commands, folder, b
 )
 def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, weights, temperature, mesh):
     """Policy, reference and values beside one base, at a temperature, on one device or on fsdp x tensor."""
-    workdir = folder / f'lora_{weights}_{temperature}'
+    workdir, exam = folder / f'lora_{weights}_{temperature}', folder / 'exam.txt'
+    exam.write_text('ba dio fa ku gilly')
     run = arguments(
         workdir, base, prompts, lora__rank=4, model__weights=weights, rollout__temperature=temperature,
-        algorithm__constants='epochs=2', train__num_steps=4, **mesh,
+        algorithm__constants='epochs=2', train__num_steps=4, eval__tasks=f'perplexity:{exam}', eval__tasks_every=2,
+        **mesh,
     )  # fmt: skip
     commands.run('ppo', *run, num_devices=4 if mesh else 1).succeeded()
     first, *_, last = logged(workdir)
@@ -72,6 +74,10 @@ def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, 
     assert abs(first['k1']) < 1e-6 and abs(first['k3']) < 1e-6
     assert last['ratio_gap'] > 1e-4 and last['k3'] > 0
     assert last['sampler_gap'] < 1e-4
+    taken = {
+        line['step']: line[name] for line in logged(workdir) for name in line if 'word_perplexity' in name
+    }
+    assert taken.keys() == {2, 4} and len(set(taken.values())) == 2, 'exams are of the weights on the way'
     shown = commands.run('generate', f'--checkpoint={workdir}', '--prompt=ba', '--max_new_tokens=2')
     shown.succeeded()
 

@@ -65,7 +65,7 @@ def scores(workdir, prompt, answer) -> np.ndarray:
 
 @pytest.mark.parametrize('kind', ['whole', 'adapters'])
 def test_values_begin_as_a_reward_model_on_the_scale_of_what_comes(commands, folder, base, prompts, kind):
-    """Scaled by the first answers; at a learning rate of 0 they stay so."""
+    """Scaled by the first answers; at a learning rate of 0 they stay so, and so they are where a run goes on."""
     own = {'lora__rank': 4, 'model__weights': 'float32'} if kind == 'adapters' else {}
     model = judge(commands, folder, base, f'judge_{kind}', **own)
     workdir = folder / f'values_{kind}'
@@ -73,6 +73,7 @@ def test_values_begin_as_a_reward_model_on_the_scale_of_what_comes(commands, fol
         workdir, base, prompts, algorithm__values_from=model, algorithm__rewards=model,
         algorithm__constants='value_rate=0', **own,
     )  # fmt: skip
+    commands.run('ppo', *run, '--config.train.num_steps=1').succeeded()  # within the first iteration
     shown = commands.run('ppo', *run).succeeded()
     assert ("adapters beside the policy's base, which it shares" in shown.stderr) == (kind == 'adapters')
     iteration = first_iteration(workdir)
