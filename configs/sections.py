@@ -78,7 +78,7 @@ def policies(preset: str) -> ConfigDict:
     config.train.update(batch_size=64, num_steps=2400)
     config.optimizer.update(learning_rate=1e-6, warmup_steps=0, final_fraction=1.0)
     config.checkpoint.update(every=80)
-    config.eval.update(every=80)
+    config.eval.update(every=80)  # exams too
     config.rollout = rollout()
     config.algorithm = algorithm()
     if preset in ('tiny', 'nano') or preset.startswith('stories'):

@@ -65,7 +65,7 @@ def test_adapters_begin_at_their_base_and_move(commands, folder, base, prompts, 
     exam.write_text('ba dio fa ku gilly')
     run = arguments(
         workdir, base, prompts, lora__rank=4, model__weights=weights, rollout__temperature=temperature,
-        algorithm__constants='epochs=2', train__num_steps=4, eval__tasks=f'perplexity:{exam}', eval__tasks_every=2,
+        algorithm__constants='epochs=2', train__num_steps=4, eval__tasks=f'perplexity:{exam}', eval__every=2,
         **mesh,
     )  # fmt: skip
     commands.run('ppo', *run, num_devices=4 if mesh else 1).succeeded()
