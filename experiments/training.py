@@ -27,6 +27,7 @@ from experiments.run.workdir import (
     Fork,
     check_data,
     check_overrides,
+    check_own_files,
     check_same_data,
     check_same_fork,
     check_workdir,
@@ -195,16 +196,20 @@ def begin(plan: Plan, objective: Objective, fingerprint: str, template: str | No
 
     # From here on the workdir is written to, and nothing in it is taken away.
     hold_folder(workdir, held=plan.held)
+    if template is None:
+        template = plan.base.template if plan.base and not config.data.tokenizer else ''
+    files = own_files(plan.tokenizer, template)
     with runtime.refused_by_all():  # what another run may have begun there until now
         changes = check_workdir(workdir, config, plan.checkpoint, plan.overrides)
         changes += check_data(workdir, fingerprint, plan.overrides)
+        if runtime.is_main_process():
+            check_own_files(workdir, files)
     if runtime.is_main_process():
-        if template is None:
-            template = plan.base.template if plan.base and not config.data.tokenizer else ''
-        for name, data in own_files(plan.tokenizer, template).items():
-            storage.write_atomically(workdir / name, data)
         origin = plan.checkpoint or (str(fork.step) if fork else '')
+        # First: whatever else is there then is this run's.
         save_config(workdir, llama, base_checkpoint=origin, **objective.provenance)
+        for name, data in files.items():
+            storage.write_atomically(workdir / name, data)
     checkpointer = Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, config.checkpoint.verify)
     if restored := checkpointer.restore_latest(target):
         step, state, metadata = restored

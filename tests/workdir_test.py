@@ -8,8 +8,11 @@ from etils import epath
 from configs import dpo, ppo, pretrain, reward_model, sft
 from configs.pretrain import get_config
 from experiments.run import config_file, workdir
-from experiments.run.workdir import CONFIG_FILE, check_data, check_workdir, record_run
+from experiments.run.record import CONFIG_FILE
+from experiments.run.workdir import check_data, check_own_files, check_workdir, record_run
+from llama_jax.checkpoint.model_file import save_config
 from llama_jax.errors import InputError
+from llama_jax.models.presets import PRESETS
 
 RECORD = {'config': {'seed': 0}, 'base_checkpoint': '', 'data_fingerprint': 'abc'}
 DAMAGED = {
@@ -19,6 +22,14 @@ DAMAGED = {
     'no base': b'{"config": {}, "data_fingerprint": ""}',
     'a list': b'[1]',
     'another type': json.dumps({**RECORD, 'config': [1]}).encode(),
+    'weights are a number': json.dumps({**RECORD, 'config': {'data': {'weights': 1}}}).encode(),
+    'a seed in words': json.dumps({**RECORD, 'config': {'seed': 'one'}}).encode(),
+    'text is cut by a text': json.dumps({**RECORD, 'unit_bytes': '5'}).encode(),
+    'history is a number': json.dumps({**RECORD, 'history': 5}).encode(),
+    'history of numbers': json.dumps({**RECORD, 'history': [5]}).encode(),
+    'history without steps': json.dumps({**RECORD, 'history': [{'key': 'seed'}]}).encode(),
+    'fork is a number': json.dumps({**RECORD, 'fork': 5}).encode(),
+    'fork of nothing': json.dumps({**RECORD, 'fork': {'from': 'runs/a'}}).encode(),
     'cut off': json.dumps(RECORD).encode()[:20],
     'empty': b'',
     'zeros': bytes(100),
@@ -50,6 +61,39 @@ def test_a_damaged_record_is_one_line_or_its_copy_in_a_checkpoint_serves(tmp_pat
     config.optimizer.learning_rate = 1.0
     with pytest.raises(InputError, match='belongs to another run: --config.optimizer.learning_rate was'):
         check_workdir(folder, config, '')
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'loss.png', 'params.json', 'checkpoints/0/files.json'])
+def test_a_folder_with_files_of_something_else_is_no_new_workdir(tmp_path, name):
+    folder, config = epath.Path(tmp_path), get_config('tiny')
+    (folder / 'notes.txt').write_text('of no concern')
+    check_workdir(folder, config, '')
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('mine')
+    with pytest.raises(
+        InputError, match=r'^--workdir=\S+ (has a|holds a checkpoint).* choose a new --workdir'
+    ):
+        check_workdir(folder, config, '')
+    record_run(folder, config, '', 'abc')
+    check_workdir(folder, config, '')
+
+
+def test_another_tokenizer_that_no_run_has_left_is_not_replaced(tmp_path):
+    folder, files = epath.Path(tmp_path), {'tokenizer.model': b'new', 'tokenizer.json': b'{}'}
+    check_own_files(folder, files)
+    (folder / 'tokenizer.model').write_bytes(b'new')
+    check_own_files(folder, files)
+    (folder / 'tokenizer.model').write_bytes(b'mine')
+    with pytest.raises(InputError, match='has another tokenizer.model, though no run has begun there'):
+        check_own_files(folder, files)
+    (folder / 'model.json').write_text('{"name": "of another program"}')
+    with pytest.raises(InputError, match='in which no run has begun: .*model.json does not describe a model'):
+        check_own_files(folder, files)
+    save_config(folder, PRESETS['tiny'])  # what a run that was stopped as it began leaves
+    check_own_files(folder, files)
+    (folder / 'model.json').unlink()
+    record_run(folder, get_config('tiny'), '', 'abc')
+    check_own_files(folder, files)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from etils import epath
 
 from experiments.run.adapters import SharedBase
 from experiments.run.config_file import split_list
-from experiments.run.workdir import recorded_config
+from experiments.run.record import recorded_config
 from llama_jax import pretrained
 from llama_jax.errors import InputError, error_line
 from llama_jax.eval.task import Completion, Completions, Graders, Task
@@ -269,7 +269,7 @@ def _check_threshold(path: str, opened: pretrained.Checkpoint) -> None:
     if (config := recorded_config(opened)) is None:
         logger.warning('%s does not say how it was trained; its scores are taken to be those of safety', path)
         return
-    if not config.get('reward', {}).get('safety', 0.0):
+    if not config.get('reward.safety'):
         raise InputError(
             f'the reward model {path} was trained without the loss of safe and unsafe answers (reward.safety 0), so '
             'that no score of it means unsafe; train it with that, or name it as a reward by itself'

@@ -9,7 +9,7 @@ from etils import epath
 from experiments.preparation.report import draw_report
 from experiments.run.config_file import flatten, split_list
 from experiments.run.data_schedule import parse_schedule
-from experiments.run.workdir import read_record
+from experiments.run.record import read_record
 from llama_jax import pretrained, storage
 from llama_jax.data.datasets import pretrain_dataset
 from llama_jax.data.prepare import REPORT, WORK
@@ -226,7 +226,7 @@ def rows_of_step(workdir: str, step: int) -> list[StepRow]:
         raise InputError(f'step is {step}; steps count from 1')
     config = flatten(record['config'])
     sources = split_list(config.get('data.train') or '')
-    if 'data.weights' not in config or not sources:
+    if not sources or not {'data.weights', 'data.seq_len', 'train.batch_size', 'seed'} <= config.keys():
         raise InputError(f'{workdir} is of no pretraining; the documents of its steps are not told')
     for source in sources:
         if not is_prepared(source):

@@ -1,19 +1,24 @@
 """What a model answers to held-out prompts, before it is fine-tuned and after."""
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from experiments.training import Run
 from llama_jax import runtime, storage
 from llama_jax.data.examples import ExampleRows
+from llama_jax.errors import InputError
 from llama_jax.inference.generate import generate
 from llama_jax.json_file import read_object
 from llama_jax.tokenizer.chat_format import ChatFormat, Message
 from llama_jax.train.loop import Measurement
 from llama_jax.train.state import TrainState
+
+logger = logging.getLogger('llama_jax.held_out_answers')
 
 BASE_FILE = 'base.json'  # what the base answers, found before the first update
 _MOST = 32  # prompts
@@ -50,7 +55,7 @@ def of_base(run: Run, asked: Asked, measurements: Sequence[Measurement]) -> dict
     """{'base_loss', 'base_answers'} of the weights that the run began with, found once and kept in its workdir."""
     file = run.plan.workdir / BASE_FILE
     if run.start_step:
-        return read_object(file) if runtime.is_main_process() and file.exists() else {}
+        return _kept(file, len(asked)) if runtime.is_main_process() and file.exists() else {}
     found: dict[str, Any] = {}
     with jax.set_mesh(run.plan.partitioner.mesh):
         for measurement in measurements:
@@ -59,6 +64,21 @@ def of_base(run: Run, asked: Asked, measurements: Sequence[Measurement]) -> dict
     if runtime.is_main_process():
         storage.write_atomically(file, json.dumps(found, indent=2) + '\n')
     return found
+
+
+def _kept(file: epath.Path, number: int) -> dict[str, Any]:
+    """What was found before the first update; {} where that is damaged, or of other prompts, which is said."""
+    try:
+        found = read_object(file)
+        answers, loss = found.get('base_answers'), found.get('base_loss', 0.0)
+        is_sound = isinstance(loss, float) and isinstance(answers, list) and len(answers) in (0, number)
+        if is_sound and all(isinstance(answer, str) for answer in answers):
+            return found
+        reason = f'it holds no {number} answers'
+    except InputError as error:
+        reason = str(error)
+    logger.warning('%s is left out of the report: %s', file, reason)
+    return {}
 
 
 def beside(asked: Asked, said: Sequence[str], before: dict[str, Any]) -> list[dict[str, str]]:

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from experiments.launch import flags_named
 from experiments.run.config_file import split_list
+from experiments.run.record import CONFIG_FILE, read_record
 from experiments.run.settings import find_preset
-from experiments.run.workdir import CONFIG_FILE, TOKENIZER_FILES, Fork, open_fork, read_record
+from experiments.run.workdir import TOKENIZER_FILES, Fork, open_fork
 from llama_jax import pretrained, runtime
 from llama_jax.data.datasets import train_tokenizer
 from llama_jax.errors import InputError

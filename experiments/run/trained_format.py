@@ -2,7 +2,7 @@
 
 import logging
 
-from experiments.run.workdir import recorded_config
+from experiments.run.record import recorded_config
 from llama_jax import pretrained
 from llama_jax.tokenizer.chat_format import ChatFormat, chat_format_for, format_with
 from llama_jax.tokenizer.protocol import Tokenizer
@@ -18,9 +18,9 @@ def chat_format_of(opened: pretrained.Checkpoint, tokenizer: Tokenizer, given: s
     Raises:
       InputError: there is no such format, or the tokenizer lacks its special tokens.
     """
-    trained = {} if given else (recorded_config(opened) or {}).get('data', {})
-    if 'format' in trained:
-        name = trained['format']
+    trained = {} if given else recorded_config(opened) or {}
+    if 'data.format' in trained:
+        name = trained['data.format']
         logger.info(
             '%s: prompts are spelled as in its training: %s', opened.path, name or "its family's format"
         )

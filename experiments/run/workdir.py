@@ -4,7 +4,7 @@ import atexit
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,20 @@ from ml_collections import ConfigDict
 from experiments.launch import flags_named
 from experiments.run.config_file import flatten
 from experiments.run.data_schedule import parse_schedule
-from llama_jax import lock, pretrained, runtime, storage
+from experiments.run.record import CONFIG_FILE, read_record
+from llama_jax import lock, runtime, storage
 from llama_jax.checkpoint.integrity import absolute
-from llama_jax.checkpoint.model_file import CHECKPOINTS
+from llama_jax.checkpoint.model_file import CHECKPOINTS, MODEL_FILE, read_config
 from llama_jax.checkpoint.weights import check_step, latest_step
 from llama_jax.data.units import UNIT_BYTES
-from llama_jax.errors import InputError, did_you_mean, error_line
+from llama_jax.errors import InputError, did_you_mean, refusals_of
 
-CONFIG_FILE = 'config.json'
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json')
+# What runs write once they have begun, and what stands beside the weights of Meta's format.
+_LEFT_BY_RUNS = (
+    'metrics.jsonl', 'report.json', 'loss.png', 'base.json', 'preferences.png', 'reference.npz',
+    'reward_over_kl.png', 'params.json',
+)  # fmt: skip
 
 logger = logging.getLogger('llama_jax.workdir')
 
@@ -112,66 +117,12 @@ def check_overrides(overrides: Sequence[str], config: ConfigDict) -> None:
             )
 
 
-def read_record(workdir: epath.Path) -> dict[str, Any] | None:
-    """What `record_run` wrote of the run here; None where none has begun.
-
-    Each checkpoint keeps a copy, which serves where config.json is missing or damaged; the latter is said in a warning.
-
-    Raises:
-      InputError: it is damaged, and there is no copy.
-    """
-    file, reason = workdir / CONFIG_FILE, ''
-    if file.exists():
-        record, reason = _parse_record(file)
-        if record:
-            return record
-    checkpoints = workdir / CHECKPOINTS
-    found = [path for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-    for step in sorted(found, key=lambda path: int(path.name), reverse=True):
-        record, _ = _parse_record(step / 'metadata/metadata')
-        if record:
-            if reason:
-                logger.warning(
-                    '%s is damaged (%s); the copy in checkpoint %s is used', file, reason, step.name
-                )
-            return record
-    if reason:
-        raise InputError(
-            f'{file} is damaged ({reason}), and no checkpoint has a copy; restore it, or choose a new --workdir'
-        )
-    return None
-
-
-def recorded_config(opened: pretrained.Checkpoint) -> dict[str, Any] | None:
-    """The configuration of the run that an opened checkpoint is of; None where no run says how it was trained.
-
-    Raises:
-      InputError: as `read_record`.
-    """
-    record = read_record(opened.place) if opened.format == 'orbax' else None
-    return record and record.get('config', {})
-
-
 def unit_bytes_of(workdir: epath.Path, fork: 'Fork | None' = None) -> int:
     """How text is cut in memory for a run; 0: not at all, as it was for those that do not say."""
     for folder in (workdir, fork.workdir if fork else None):
         if folder and (record := read_record(folder)):
             return record.get('unit_bytes', 0)
     return UNIT_BYTES
-
-
-def _parse_record(file: epath.Path) -> tuple[dict[str, Any] | None, str]:
-    """(the record, ''), or (None, what is wrong with it)."""
-    kinds = {'config': dict, 'base_checkpoint': str, 'data_fingerprint': str}
-    try:
-        record = json.loads(file.read_bytes())
-        for key, kind in kinds.items():
-            if not isinstance(record[key], kind):
-                return None, f'{key} is {type(record[key]).__name__}, not {kind.__name__}'
-        flatten(record['config'])  # nested deep it would fail later
-        return record, ''
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError) as error:
-        return None, f'{type(error).__name__}: {error_line(error)}'
 
 
 def check_workdir(
@@ -186,6 +137,7 @@ def check_workdir(
         raise InputError(f'--workdir={workdir} is a file; name a folder, which is made where it is missing')
     absolute(workdir / CHECKPOINTS)  # refuses a path that checkpoints cannot be kept under
     if not (recorded := read_record(workdir)):
+        _check_unused(workdir)
         return []
     changes = []
     for change in _differences(recorded, config, base_checkpoint):
@@ -215,6 +167,41 @@ def check_workdir(
         was = f'--fork was {origin!r} and is {fork!r}' if origin else f'it was not begun by --fork={fork}'
         raise InputError(f'workdir {workdir} belongs to another run: {was}; choose a new --workdir')
     return changes
+
+
+def _check_unused(workdir: epath.Path) -> None:
+    """Refuses a folder in which no run has begun, and where one would replace what is of something else."""
+    if _newest_step(workdir) or (workdir / CHECKPOINTS / '0').exists():
+        raise InputError(
+            f'--workdir={workdir} holds a checkpoint and no {CONFIG_FILE} of a run; choose a new --workdir, and start '
+            f'from its weights by --checkpoint={workdir}'
+        )
+    for name in _LEFT_BY_RUNS:
+        if (workdir / name).exists():
+            raise InputError(
+                f'--workdir={workdir} has a {name}, though no run has begun there, and would lose it; move it away, or '
+                'choose a new --workdir'
+            )
+
+
+def check_own_files(workdir: epath.Path, files: Mapping[str, bytes]) -> None:
+    """Refuses to write a tokenizer over another one that no run has left there.
+
+    Raises:
+      InputError: names the file.
+    """
+    if read_record(workdir):
+        return
+    if (workdir / MODEL_FILE).exists():
+        with refusals_of(f'--workdir={workdir}, in which no run has begun'):
+            read_config(workdir)
+        return  # a run was stopped as it began, and what it wrote is made anew
+    for name, data in files.items():
+        if (file := workdir / name).exists() and file.read_bytes() != data:
+            raise InputError(
+                f'--workdir={workdir} has another {name}, though no run has begun there, and would lose it; give it by '
+                '--config.data.tokenizer, or choose a new --workdir'
+            )
 
 
 def _first_differing_step(recorded: dict[str, Any], config: ConfigDict) -> float:
