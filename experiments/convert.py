@@ -60,8 +60,9 @@ def main() -> None:
         raise InputError(f'--chat: {_TO.value} has no place for a chat template; write huggingface or gguf')
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
         raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
-    first, *others = _paths(_INPUT.value)
-    checkpoint = pretrained.open(first, _BASE.value)
+    with launch.flags_named('--input', '--base'):
+        first, *others = _paths(_INPUT.value)
+        checkpoint = pretrained.open(first, _BASE.value)
     if _TO.value == 'gguf' or _CHAT.value:
         check_tokenizer(checkpoint, _TOKENIZER.value)
     is_apart = _TO.value in ('peft', 'gguf_adapter')
@@ -88,7 +89,10 @@ def main() -> None:
             )
         _write_adapter(checkpoint, _OUTPUT.value, _TO.value, _DTYPE.value, beside)
         return
-    with _progress_bar(source, 'writing') as bar:
+    with (
+        launch.flags_named('--output', '--to', '--dtype', '--model_parallel'),
+        _progress_bar(source, 'writing') as bar,
+    ):
         export.save(
             _OUTPUT.value, source, tokenizer, to=_TO.value, dtype=_DTYPE.value, files=files,
             model_parallel=_MODEL_PARALLEL.value, chat_template=template, progress=bar.update,

@@ -100,20 +100,23 @@ def main() -> None:
             partitioner = partitioner_of_flags(given['mesh'], given['axis_rules'])
             pair_files, names = preference_files.split_tasks(split_list(_TASKS.value))
             tasks = find_tasks(names, _DATA_DIR.value) if names or not pair_files else []
-            for flag in (
-                (_NUM_FEWSHOT, _COMPARE) if not tasks else () if pair_files else (_CHAT_FORMAT, _ON_ERROR)
-            ):
-                if flag.present:
+            idle = [] if tasks else [_NUM_FEWSHOT, _COMPARE]
+            idle += [] if pair_files else [_CHAT_FORMAT, _ON_ERROR]
+            idle += [] if any(map(has_items, names)) else [_DATA_DIR]
+            for flag in idle:
+                if flag.present and flag.value != '':
                     raise InputError(f'--{flag.name} is of none of --tasks={_TASKS.value}; leave it out')
             with launch.flags_named('--tasks'):
                 check_records(pair_files)
             graders = make_graders(tasks, _ALLOW_CODE.value, _RATINGS.value, _RATING_COMMAND.value, at_exit)
             sampling = Sampling(_NUM_SAMPLES.value, _TEMPERATURE.value, _TOP_P.value)
             settings = {'limit': _LIMIT.value, 'num_fewshot': _NUM_FEWSHOT.value, 'sampling': sampling}
-            named = ('data_dir', 'limit', 'num_fewshot', 'num_samples', 'temperature', 'top_p')
+            named = ('tasks', 'data_dir', 'limit', 'num_fewshot', 'num_samples', 'temperature', 'top_p')
             with launch.flags_named(*(f'--{name}' for name in named)):
                 prepared_tasks = [prepare(task, _DATA_DIR.value, **settings) for task in tasks]
-            of_completions = [flag.name for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P) if flag.present]
+            of_completions = [
+                flag.name for flag in (_NUM_SAMPLES, _TEMPERATURE, _TOP_P, _SEED) if flag.present
+            ]
             if _MODEL.is_given('cache_dtype'):
                 of_completions.append('cache_dtype')
             check_sampling(prepared_tasks, of_completions)
@@ -184,11 +187,16 @@ def what_is_kept(output: epath.Path, results: dict[str, Any]) -> str:
     return f'{done}the finished items are in {output / "samples"}, and the same command goes on from them'
 
 
+def has_items(name: str) -> bool:
+    """Whether a task reads its items from --data_dir; perplexity:FILE reads its own file."""
+    return not name.startswith('perplexity:')
+
+
 def find_tasks(names: Sequence[str], data_dir: str) -> list[Task]:
     """The tasks, each once."""
     with launch.flags_named('--tasks'):
         tasks = {task.name: task for task in map(find_task, names)}
-    if not data_dir and not all(name.startswith('perplexity:') for name in tasks):
+    if not data_dir and any(map(has_items, tasks)):
         raise InputError('--data_dir is required: the folder of the benchmarks, or hf:// or tfds://')
     return list(tasks.values())
 

@@ -27,6 +27,7 @@ from experiments.run.objective import Objective, compile_step, forward_flops_per
 from llama_jax import storage
 from llama_jax.chips import GIB
 from llama_jax.errors import InputError
+from llama_jax.json_file import check_replaceable
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import CACHE_DTYPES
 from llama_jax.models.llama import LlamaForCausalLM
@@ -81,6 +82,8 @@ def main() -> None:
     config = _CONFIG.value
     if _JSON.value:
         storage.check_place(_JSON.value, folder=False)
+        with launch.flags_named('--json'):
+            check_replaceable(epath.Path(_JSON.value), ('topology', 'mesh', 'process_memory'))
     settings.check_settings(config)
     llama = settings.fit_vocabulary(config, settings.find_preset(config.model.preset), 0)
     logger.info('%s on %s: %d devices', config.model.preset, topology, len(devices))

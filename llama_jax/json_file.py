@@ -6,7 +6,7 @@ of brackets, and ends in errors of several kinds where text is nested deep or a 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -64,6 +64,22 @@ def read_object(path: epath.Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
       InputError: as `parse_object`; or the file cannot be read, or is larger than `max_bytes`.
     """
     return parse_object(read_bytes(path, max_bytes), str(path))
+
+
+def check_replaceable(path: epath.Path, keys: Collection[str]) -> None:
+    """Refuses to write a report where something else is: an older one, an object with these keys, may be replaced.
+
+    Raises:
+      InputError: the file is there, and neither such an object nor empty.
+    """
+    if not path.exists():
+        return
+    try:
+        is_ours = not (data := read_bytes(path)) or set(keys) <= parse_object(data, str(path)).keys()
+    except InputError:
+        is_ours = False
+    if not is_ours:
+        raise InputError(f'{path} is there and is no report of this kind; remove it, or name another file')
 
 
 def read_bytes(path: epath.Path, max_bytes: int = MAX_BYTES) -> bytes:

@@ -86,8 +86,8 @@ def test_a_killed_run_goes_on(commands, given, evaluated, tmp_path):
     assert lines[:6] == whole[:6] and len(lines) == 13
     before = json.loads((evaluated[0] / 'results.json').read_text())
     assert json.loads((output / 'results.json').read_text()) == {'piqa': before['piqa']}
-    line = commands.run('evaluate', *given, *arguments, '--seed=1').error()
-    assert 'of another run: seed was 0 and is 1' in line and (output / 'results.json').exists()
+    line = commands.run('evaluate', *given, *arguments, '--num_fewshot=1').error()
+    assert 'is asked otherwise than in the log: data, examples' in line and (output / 'results.json').exists()
 
 
 @pytest.mark.slow
@@ -218,6 +218,13 @@ REFUSED = {
         'and none of --tasks executes code; leave it out',
     ),
     'idle sampling': (['--tasks=piqa', '--temperature=0.5'], '--temperature: none of --tasks generates text'),
+    'idle seed': (['--tasks=piqa', '--seed=0'], '--seed: none of --tasks generates text'),
+    'idle folder': (['--tasks=perplexity:a.txt'], '--data_dir is of none of --tasks=perplexity:a.txt'),
+    'idle folder of pairs': (
+        ['--tasks=preference:a.jsonl'],
+        '--data_dir is of none of --tasks=preference:a.jsonl',
+    ),
+    'no file': (['--tasks=perplexity:nowhere', '--data_dir='], 'no file nowhere (set by --tasks, --data_dir'),
     'idle cache': (['--tasks=piqa', '--cache_dtype=int8'], '--cache_dtype: none of --tasks generates text'),
     'no such program': (
         ['--tasks=bold', '--rating_command=rate-me'],

@@ -402,7 +402,7 @@ REFUSED = {
     'indivisible batch': ({'train__batch_size': 12}, 'batch size 12 does not divide over the 8 devices'),
     'microbatches': ({'train__num_microbatches': 3}, 'batch_size=8 does not divide into .*num_microbatches=3'),
     'loss chunks': ({'train__loss_chunks': 7}, 'seq_len=64 does not divide into --config.train.loss_chunks=7'),
-    'long sequence': ({'data__seq_len': 257}, 'seq_len=257 is longer than nano reads: at most 256'),
+    'long sequence': ({'data__seq_len': 257}, r'=257 is more tokens than .* reads \(nano\); set it to 256 or less'),
     'weights': ({'data__weights': '1,2'}, '2 weights for 1 data sources'),
     'small vocabulary': ({'model__vocab_size': 100}, 'vocab_size=100 is less than the tokenizer needs: 320'),
     'no tokenizer': ({'data__tokenizer': 'none.model'}, 'no tokenizer at none.model'),

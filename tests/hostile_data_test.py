@@ -177,6 +177,9 @@ def test_what_cannot_be_inspected_says_what_it_is(tmp_path):
     ):
         with pytest.raises(InputError, match=line):
             inspect(folder, None, None, None, None)
+    with pytest.raises(InputError, match=r'b\.jsonl is there already; remove it, or write to another place'):
+        inspect(f'{tmp_path}/two/a', None, None, None, f'{tmp_path}/b.jsonl')
+    assert (tmp_path / 'b.jsonl').read_bytes() == lines()
 
 
 @pytest.mark.slow
@@ -203,6 +206,10 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
         ([f'--input={tmp_path}/bad.jsonl'], 'bad.jsonl line 4 is not JSON'),
         ([f'--input={tmp_path}/bad.jsonl', '--on_error=skip', '--max_errors=6'], '7 records have no text'),
         ([f'--input={tmp_path}/a.jsonl', '--on_error=go'], "'go'"),
+        (
+            [f'--input={tmp_path}/a.jsonl', '--seq_len=99999999999'],
+            'seq_len is 99999999999; it must be from 1 to',
+        ),
         (
             [f'--input={tmp_path}/a.jsonl', '--max_errors=6'],
             '--max_errors counts what --on_error=skip leaves',

@@ -33,6 +33,7 @@ from experiments.benchmark import (
 from experiments.benchmark import eval as evaluation
 from llama_jax import runtime, storage
 from llama_jax.errors import InputError
+from llama_jax.json_file import check_replaceable
 
 SUITES = {
     'train': train.main,
@@ -67,6 +68,8 @@ def main() -> None:
     launch.find_devices()
     if _JSON.value:
         storage.check_place(_JSON.value, folder=False)
+        with launch.flags_named('--json'):
+            check_replaceable(epath.Path(_JSON.value), ('suite', 'platform'))
     runtime.enable_compilation_cache('off')  # compile time is one of the figures
     found = SUITES[_SUITE.value]()
     for figures in [found] if isinstance(found, dict) else found:

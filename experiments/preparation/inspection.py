@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from experiments.preparation.report import draw_report
+from experiments.prompting.prompt_file import check_output
 from experiments.run.config_file import flatten, split_list
 from experiments.run.data_schedule import parse_schedule
 from experiments.run.record import read_record
@@ -58,6 +59,7 @@ def inspect(
     if not is_prepared(folder):
         raise InputError(_why_not_prepared(folder))
     if picture:
+        check_output(picture)
         storage.write_atomically(epath.Path(picture), draw_folder(folder))
     if row is None:
         return describe_folder(folder)

@@ -89,7 +89,8 @@ def _parse_weights(text: str, whole: str, num_sources: int) -> tuple[float, ...]
         raise InputError(f'{given}: {error}; give numbers or none') from error
     if num_sources and len(weights) != num_sources:
         raise InputError(
-            f'{given} are {len(weights)} weights for {num_sources} data sources; give one each, or none for all'
+            f'{given} are {len(weights)} weights for {num_sources} data sources; give one each, or none for all '
+            'by --config.data.weights='
         )
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise InputError(f'{given}: each must be a positive number, or 0 for never, and one not 0')

@@ -104,8 +104,8 @@ def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) 
     """The row must fit the model and divide into loss chunks, the batch into microbatches and over the devices."""
     if config.data.seq_len > max_seq_len:
         raise InputError(
-            f'--config.data.seq_len={config.data.seq_len} is longer than {config.model.preset} reads: at most '
-            f'{max_seq_len} tokens'
+            f'--config.data.seq_len={config.data.seq_len} is more tokens than the model reads '
+            f'({config.model.preset}); set it to {max_seq_len} or less'
         )
     size, parts = config.train.batch_size, config.train.num_microbatches
     if parts < 1 or size < 1 or size % parts:

@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from llama_jax.data.loader import batches
 from llama_jax.data.mixture import Mixture, Skip, Stage, mix
-from llama_jax.data.packing import JoinedRows, PackedRows, Progress, Rows, tokenize_documents, tokenize_units
+from llama_jax.data.packing import (
+    JoinedRows,
+    PackedRows,
+    Progress,
+    Rows,
+    check_seq_len,
+    tokenize_documents,
+    tokenize_units,
+)
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source, read_documents
 from llama_jax.data.units import UNIT_BYTES, cut_texts, is_held_out, read_units
@@ -137,8 +145,7 @@ def pretrain_dataset(
     train, tokenizer = _as_sources(train), required(tokenizer)
     if not train and texts is None:
         raise InputError('no training data: name at least one source, or give texts')
-    if not 1 <= seq_len <= 2**24:
-        raise InputError(f'seq_len is {seq_len}; it must be at least 1, and no longer than the context')
+    check_seq_len(seq_len)
     if not 0 <= validation_fraction < 1:
         raise InputError(f'validation_fraction is {validation_fraction}; it must be from 0 to below 1')
     validation = _as_sources(validation)

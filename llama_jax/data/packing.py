@@ -240,13 +240,25 @@ class RowStream:
             yield pad_row(self._tokens, 1 + self._numbers - self._numbers[0], self._seq_len)
 
 
+MAX_SEQ_LEN = 1 << 24  # no model reads a longer row
+
+
+def check_seq_len(seq_len: int) -> None:
+    """Refuses a length that no row has.
+
+    Raises:
+      InputError: says so.
+    """
+    if not 1 <= seq_len <= MAX_SEQ_LEN:
+        raise InputError(f'seq_len is {seq_len}; it must be from 1 to {MAX_SEQ_LEN}')
+
+
 class PackedRows:
     """The rows of a corpus in memory, cut when asked for: no copy of the corpus."""
 
     def __init__(self, corpus: TokenizedCorpus, seq_len: int):
         """Args: corpus: at least 2 tokens. seq_len: T, at least 1. Raises InputError otherwise."""
-        if seq_len < 1:
-            raise InputError(f'seq_len is {seq_len}; it must be 1 or more')
+        check_seq_len(seq_len)
         if corpus.num_tokens < 2:
             raise InputError(
                 f'the corpus has {corpus.num_tokens} tokens; 2 are the least to train on: give more text'

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from llama_jax.data.bad_records import check_on_error
-from llama_jax.data.shards import check_seq_len
+from llama_jax.data.packing import check_seq_len
 from llama_jax.data.sources import Reading
 from llama_jax.data.units import UNIT_BYTES
 from llama_jax.errors import InputError

@@ -27,6 +27,7 @@ from llama_jax.data.packing import (
     Progress,
     Row,
     RowStream,
+    check_seq_len,
     count_rows,
     join_fingerprints,
     token_dtype,
@@ -294,13 +295,3 @@ def batches_of(
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def check_seq_len(seq_len: int) -> None:
-    """Refuses a length that no row has.
-
-    Raises:
-      InputError: says so.
-    """
-    if seq_len < 1:
-        raise InputError(f'seq_len is {seq_len}; it must be 1 or more')

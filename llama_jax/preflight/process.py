@@ -1,8 +1,10 @@
 """Preflight in a process of its own, so that who asks keeps the devices it has."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,8 +15,11 @@ from typing import Any
 from etils import epath
 
 from llama_jax.errors import InputError, checked_names
-from llama_jax.json_file import parse_json
-from llama_jax.storage import write_atomically
+from llama_jax.json_file import check_replaceable, parse_object, read_bytes
+from llama_jax.storage import check_place, write_atomically
+
+_KEPT = 'asked', 'report'
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,8 @@ def run(
       topology: as 'v5e:4x4', '2xv5p:4x4x8' or 'v5p-256'.
       settings: keys of the configuration that are set otherwise, as {'train.batch_size': 256}.
       decode_batch: rows of a step of generation to compile too; 0: none.
-      keep: a file where the report stays, as compiling takes minutes: asked the same again, it is read.
+      keep: a file where the report stays, as compiling takes minutes: asked the same again, it is read; one of another
+        question is replaced, any other file refused.
 
     Raises:
       InputError: as the command refuses it.
@@ -71,16 +77,34 @@ def run(
     given |= {f'config.{key}': value for key, value in (settings or {}).items()}
     asked = {name: str(value) for name, value in given.items()}
     asked |= {name: importlib.metadata.version(name) for name in ('llama_jax', 'jax')}
-    if keep and epath.Path(keep).exists():
-        kept = parse_json(epath.Path(keep).read_bytes(), str(keep))
-        if kept.get('asked') == asked:
-            return Report(**kept['report'])
+    file = epath.Path(keep) if keep else None
+    if file and (report := _kept(file, asked)):
+        return report
     report = _compiled(given)
-    if keep:
+    if file:
         kept = {'asked': asked, 'report': dataclasses.asdict(report)}
-        epath.Path(keep).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(epath.Path(keep), json.dumps(kept, indent=1) + '\n')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(kept, indent=1) + '\n')
     return report
+
+
+def _kept(file: epath.Path, asked: Mapping[str, str]) -> Report | None:
+    """What was told of this question; None where the file is not there, or of another one, which is said.
+
+    Raises:
+      InputError: it cannot be written, or is no kept report: it would be lost.
+    """
+    check_place(file, folder=False)
+    check_replaceable(file, _KEPT)
+    found = read_bytes(file) if file.exists() else b''
+    if not found:
+        return None
+    kept = parse_object(found, str(file))
+    if kept['asked'] == asked:
+        with contextlib.suppress(TypeError):  # it is damaged
+            return Report(**kept['report'])
+    _log.info('%s is of another question or version, or damaged; it is replaced', file)
+    return None
 
 
 def _compiled(given: Mapping[str, Any]) -> Report:

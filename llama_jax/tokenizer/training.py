@@ -96,7 +96,7 @@ def _why_training_failed(message: str, vocab_size: int) -> str:
     if smallest := re.search(r'required_chars\. \d+ vs (\d+)', message):
         return (
             f'vocab_size {vocab_size} is too small: these texts need {smallest[1]} ids for the bytes and '
-            f'their characters; set it to more than {smallest[1]}'
+            f'their characters; set it to {smallest[1]} or more'
         )
     return (
         f'no tokenizer of vocab_size {vocab_size} could be trained on these texts: {message.splitlines()[0]}'
