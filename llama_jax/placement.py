@@ -304,7 +304,8 @@ def _zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """Fresh zeros, which take no time before they are written, where XLA's CPU takes them as they are."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes >= _LARGE_BYTES and hasattr(mmap, 'MADV_HUGEPAGE'):
-        memory = mmap.mmap(-1, num_bytes)
+        # Of a mapping that may be shared, which is Python's own choice, Linux makes no large pages.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, dtype).reshape(shape)
     memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)

@@ -310,20 +310,23 @@ def test_what_one_process_cannot_read_ends_all_in_one_line(commands, corpus, sha
 
 
 @pytest.mark.slow
-def test_two_processes_decode_the_logits_of_one_that_reads_all_at_once(commands, shared_data):
-    """Of a prompt and of each new token, by shards of weights and cache on both, beside one pass without a cache."""
+def test_two_processes_tell_the_published_story_by_the_logits_of_one(commands, shared_data):
+    """`expected.json` text for text, by shards of weights and cache on both; logits beside one pass without a cache."""
     stories = shared_data / 'weights/stories260K'
+    expected = json.loads((stories / 'expected.json').read_text())
     processes = commands.run_processes(
-        'generate', f'--checkpoint={stories / "stories260K.pt"}', '--prompt=Once upon a time', '--format=jsonl',
-        '--mesh=fsdp=2,tensor=4', '--max_new_tokens=48', '--logprobs=2', '--echo', num_processes=2, num_devices=4,
+        'generate', f'--checkpoint={stories / "stories260K.pt"}', '--prompt=', '--format=jsonl',
+        '--mesh=fsdp=2,tensor=4', f'--max_new_tokens={expected["max_new_tokens"]}', '--logprobs=2', '--echo',
+        num_processes=2, num_devices=4,
     )  # fmt: skip
     (line,) = processes[0].succeeded().stdout.splitlines()
     processes[1].succeeded()
     told = json.loads(line)
+    assert told['completion'] == expected['greedy_text']
     config, params, tokenizer = llama_jax.load(stories / 'stories260K.pt')
     scores = [*told['prompt_scores'], *told['scores']]
     tokens = [score['token'] for score in scores]
-    assert tokens[: told['prompt_tokens']] == tokenizer.encode('Once upon a time', bos=True)
+    assert tokens[: told['prompt_tokens']] == [tokenizer.bos_id]
     model = LlamaForCausalLM(config, dtype=np.float32)
     logits, _ = model.apply({'params': params}, jax.numpy.array([tokens], np.int32))
     wanted = np.asarray(jax.nn.log_softmax(logits[0, :-1]))[np.arange(len(tokens) - 1), tokens[1:]]

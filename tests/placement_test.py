@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from llama_jax import export, pretrained
 from llama_jax.convert import gguf_file, tensors
@@ -17,8 +19,9 @@ from llama_jax.errors import InputError
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
 from llama_jax.partitioning import Partitioner, make_mesh, parse_rules
+from llama_jax.placement import place
 from llama_jax.storage import enable_bucket
-from tests.convert.in_memory import random_source
+from tests.convert.in_memory import InMemory, random_source
 from tests.reference.fake_gcs import FakeGCS
 
 CONFIG = LlamaConfig(
@@ -202,3 +205,24 @@ def test_a_larger_vocabulary_begins_as_the_mean_of_the_trained_rows(written, nam
         message = f'weight embed has shape (512, 256), the model ({config.vocab_size}, 256)'
         with pytest.raises(InputError, match=message.replace('(', r'\(').replace(')', r'\)')):
             checkpoint.params(target({}, config=config), grow_vocabulary=grow)
+
+
+class InOneBlock(InMemory):
+    rows_axis = None
+
+    def blocks(self):
+        return [(slice(None),) * self.values.ndim]
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/smaps').exists(), reason='Linux tells how memory is mapped')
+def test_a_large_weight_lies_in_large_pages():
+    """It may: how many there are is for the system to say. Of shared memory it gives none unless it is told to."""
+    wanted = jax.ShapeDtypeStruct((1 << 20,), np.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
+    weight = place('w', InOneBlock(np.ones(1 << 20, np.float32)), wanted)
+    address, flags = weight.unsafe_buffer_pointer(), None
+    for line in pathlib.Path('/proc/self/smaps').read_text().splitlines():
+        if found := re.match('([0-9a-f]+)-([0-9a-f]+) ', line):
+            is_inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif line.startswith('VmFlags:') and is_inside:
+            flags = line.split()[1:]
+    assert flags and 'hg' in flags and 'sh' not in flags
