@@ -1,8 +1,8 @@
 """Completing prompts of one length with random weights: a step's time beside that of copying what it must read.
 
 A step reads all weights but the embedding's, and what the cache holds, whatever the batch is; so no step is faster than
-the memory. Its bandwidth is that of a copy, measured here. Time is of `generate_tokens`, with many new tokens less with
-one; the median of some turns.
+the memory. Its bandwidth is that of a copy, measured here. Time is of `generate_tokens`: a prompt's with one new token,
+which its last token gives without a step; that of steps with many, less with one. Medians of some turns.
 """
 
 import contextlib
@@ -111,33 +111,33 @@ def main() -> dict[str, Any]:
             if _PEER.value:
                 contenders |= find_peers(config, params, ids, at_exit)
             seconds = take_turns(contenders, tokens, _ROUNDS.value)
-        first = seconds['llama_jax'].first
-        step, one = seconds['llama_jax'].step, seconds['llama_jax'].one
+        ours = seconds['llama_jax']
+        first, step, one = ours.first, ours.step, statistics.median(ours.ones)
         num_bytes = weight_bytes + dtype.itemsize * batch * filled
         found = {
             'step_ms': 1e3 * step, 'bandwidth_share': num_bytes / step / bandwidth, 'tokens_per_second': batch / step,
             'product_share': num_bytes / step / product_bandwidth,
-            'prompt_tokens_per_second': batch * prompt / max(one - step, 1e-9),
-            'prompt_mfu': prompt_flops * batch / max(one - step, 1e-9) / peak, 'first_seconds': first,
+            'prompt_tokens_per_second': batch * prompt / one, 'prompt_mfu': prompt_flops * batch / one / peak,
+            'first_seconds': first,
         }  # fmt: skip
         figures |= {f'batch_{batch}_{name}': value for name, value in found.items()}
         ms, share, rate, _, read, mfu, _ = found.values()
         print(f'{batch:8}{ms:10.3f}{share:14.1%}{rate:12,.0f}{read:17,.0f}{mfu:7.1%}', flush=True)
         for name, times in list(seconds.items())[1:]:
-            rate, their_read = batch / times.step, batch * prompt / max(times.one - times.step, 1e-9)
+            rate, their_read = batch / times.step, batch * prompt / statistics.median(times.ones)
+            of_steps, of_prompts = by_turn(times.steps, ours.steps), by_turn(times.ones, ours.ones)
             figures |= {
                 f'batch_{batch}_{name}_tokens_per_second': rate, f'batch_{batch}_ratio_to_{name}': times.step / step,
                 f'batch_{batch}_{name}_prompt_tokens_per_second': their_read,
-                f'batch_{batch}_prompt_ratio_to_{name}': read / their_read,
+                f'batch_{batch}_prompt_ratio_to_{name}': statistics.median(of_prompts),
             }  # fmt: skip
-            turns = [
-                theirs / mine for theirs, mine in zip(times.steps, seconds['llama_jax'].steps, strict=True)
-            ]
-            what = f'{name}: {kinds[0]} is ' if name in others else f'{name}: ours is '
+            who = kinds[0] if name in others else 'ours'
             print(
-                f'{"":8}{1e3 * times.step:10.3f}{"":14}{rate:12,.0f}{their_read:17,.0f}{"":7}  {what}', end=''
+                f'{"":8}{1e3 * times.step:10.3f}{"":14}{rate:12,.0f}{their_read:17,.0f}{"":9}{name}: {who} is '
+                f'{times.step / step:.2f} times as fast, {min(of_steps):.2f} to {max(of_steps):.2f}; reads '
+                f'{statistics.median(of_prompts):.2f}, {min(of_prompts):.2f} to {max(of_prompts):.2f}',
+                flush=True,
             )
-            print(f'{times.step / step:.2f} times as fast, {min(turns):.2f} to {max(turns):.2f}', flush=True)
         if _PROFILE.value:
             kernels = show_kernels(lambda: complete(tokens), one + step * (tokens - 1))
             figures |= {f'batch_{batch}_{rank}': kernel for rank, kernel in kernels.items()}
@@ -157,12 +157,12 @@ class Times:
 
     Attributes:
       first: of its first completion, which compiles.
-      one: of reading the prompts and one token, median.
+      ones: of reading the prompts and one token, by turn.
       steps: of a step, by turn.
     """
 
     first: float
-    one: float
+    ones: Sequence[float]
     steps: Sequence[float]
 
     @property
@@ -198,7 +198,7 @@ def take_turns(
         for name, complete in contenders.items():
             ones[name].append(complete(1))
             steps[name].append((complete(tokens) - ones[name][-1]) / (tokens - 1))
-    times = {name: Times(first[name], statistics.median(ones[name]), steps[name]) for name in contenders}
+    times = {name: Times(first[name], ones[name], steps[name]) for name in contenders}
     for index, name in enumerate(contenders):
         if times[name].step <= 0:
             told = f'{tokens} tokens took no longer than one; give more'
@@ -207,6 +207,11 @@ def take_turns(
             print(f'{name}: left out, {told}')
             del times[name]
     return times
+
+
+def by_turn(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times as fast we were in each turn: what slows a machine for a while slows both."""
+    return [their / our for their, our in zip(theirs, ours, strict=True)]
 
 
 def find_peers(

@@ -209,6 +209,8 @@ def read(
         return extend(model, params, cache, slots, start, tokens, counts)
     room = min(cache.max_len, max(LEAST_ROOM, tokens.shape[1]))
     begun, last = begin(model, params, tokens, counts, room)
+    if slots is None and room == cache.max_len:
+        return begun, last  # all that the cache holds
     return _put(model, cache, slots, begun), last
 
 
