@@ -24,7 +24,6 @@ class Access:
     """Lets those pass who may ask; `scope['state']['key']` then tells whose the request is."""
 
     def __init__(self, app: ASGIApp, service: Service):
-        """Args: app: of the service, to be guarded."""
         self._app, self._service, self._hosts = app, service, service.limits.hosts
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.limits.keys]
 

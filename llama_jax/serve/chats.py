@@ -79,4 +79,4 @@ async def _chunks(service: Service, body: ChatBody, asked: Asked, names: Sequenc
             if piece.finish:
                 yield chunk(row, {}, None, 'tool_calls' if call else piece.finish)
     if body.tells_usage or not body.stream:
-        yield {**head, 'choices': [], 'usage': ticket.usage.to_json()}
+        yield {**head, 'choices': [], 'usage': ticket.usage()}

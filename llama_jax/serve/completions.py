@@ -95,4 +95,4 @@ async def _chunks(service: Service, body: CompletionBody, asked: Sequence[Asked]
             if piece.text or piece.finish or (piece.scores and body.logprobs is not None):
                 yield chunk(piece.row, piece.text, piece.scores, piece.finish)
     if body.tells_usage or not is_streamed:
-        yield {**head, 'choices': [], 'usage': ticket.usage.to_json()}
+        yield {**head, 'choices': [], 'usage': ticket.usage()}

@@ -22,7 +22,6 @@ class Job:
     """A generator that all processes drive alike; what is submitted and cancelled, others hear with the next step."""
 
     def __init__(self, served: Served, generator: Generator):
-        """Args: served: in this process. generator: of it, warmed up."""
         self._served, self._generator = served, generator
         self._orders: list[tuple[Any, ...]] = []
         self._is_alone = jax.process_count() == 1

@@ -14,7 +14,6 @@ class TokenTexts:
     """How single tokens are written where their log-probabilities are told."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Nothing is spelled yet."""
         self._tokenizer = tokenizer
         self._names = {id: name for name, id in getattr(tokenizer, 'special_tokens', {}).items()}
         self.bytes_of = functools.lru_cache(1 << 16)(self._spell)
@@ -59,7 +58,7 @@ class OfCompletion:
     """Of one completion, piece by piece."""
 
     def __init__(self, tokenizer: Tokenizer, texts: TokenTexts, number: int, prompt: Sequence[int]):
-        """Nothing is told yet.
+        """Of its first tokens on.
 
         Args:
           tokenizer: of the tokens.

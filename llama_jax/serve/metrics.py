@@ -20,7 +20,6 @@ class Metrics:
     """Of one server; `render` gives all as Prometheus reads them."""
 
     def __init__(self):
-        """All are zero."""
         disable_created_metrics()
         registry = self._registry = CollectorRegistry()
 

@@ -55,7 +55,6 @@ class Service:
     """
 
     def __init__(self, limits: Limits):
-        """The worker is to be started."""
         self.limits, self.metrics = limits, Metrics()
         self.worker = Worker(self.metrics)
         self.created = int(time.time())
@@ -174,5 +173,5 @@ class Service:
                 429, f'{self.limits.max_queue} answers wait already; ask again soon', code='queue_full'
             )
         ticket = self.worker.submit(asked, is_streamed)
-        self.metrics.prompt_tokens.inc(ticket.usage.prompt_tokens)
+        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
         return ticket

@@ -45,47 +45,20 @@ class Piece:
         return _PIECE_BYTES + len(self.text.encode()) + _SCORE_BYTES * scores
 
 
-@dataclasses.dataclass
-class Usage:
-    """Tokens of one request.
-
-    Attributes:
-      prompt_tokens: of all its prompts, each once.
-      cached_tokens: of them that were not read again.
-      completion_tokens: of all its answers.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As completions and chats have it."""
-        return {
-            'prompt_tokens': self.prompt_tokens,
-            'completion_tokens': self.completion_tokens,
-            'total_tokens': self.prompt_tokens + self.completion_tokens,
-            'prompt_tokens_details': {'cached_tokens': self.cached_tokens},
-        }
-
-
 class Ticket:
-    """One request's pieces, in the order in which they are made; it belongs to one event loop, and is to be closed.
-
-    Attributes:
-      usage: what was taken from it so far.
-    """
+    """One request's pieces, in the order in which they are made; it belongs to one event loop, and is to be closed."""
 
     def __init__(self, num_rows: int, cancel: Callable[[], None], is_streamed: bool, prompt_tokens: int):
-        """Nothing has come yet.
+        """Of a request.
 
         Args:
           num_rows: that it has.
           cancel: ends them.
           is_streamed: to a client that may read too slowly.
-          prompt_tokens: of all its prompts.
+          prompt_tokens: of all its prompts, each once.
         """
-        self.loop, self.usage = asyncio.get_running_loop(), Usage(prompt_tokens)
+        self.loop, self.prompt_tokens = asyncio.get_running_loop(), prompt_tokens
+        self._cached_tokens = self._completion_tokens = 0
         self._num_open, self._cancel = num_rows, cancel
         self._limit = _MAX_BYTES if is_streamed else None
         self._waiting: collections.deque[Piece | Refusal] = collections.deque()
@@ -118,9 +91,18 @@ class Ticket:
                 raise item
             self._num_bytes -= item.size
             self._num_open -= item.finish is not None
-            self.usage.completion_tokens += item.num_tokens
-            self.usage.cached_tokens += item.cached_tokens
+            self._completion_tokens += item.num_tokens
+            self._cached_tokens += item.cached_tokens
             yield item
+
+    def usage(self) -> dict[str, Any]:
+        """The tokens that were read for it and taken from it so far, as completions and chats have it."""
+        return {
+            'prompt_tokens': self.prompt_tokens,
+            'completion_tokens': self._completion_tokens,
+            'total_tokens': self.prompt_tokens + self._completion_tokens,
+            'prompt_tokens_details': {'cached_tokens': self._cached_tokens},
+        }
 
     def close(self) -> None:
         """Ends the rows that have not ended."""

@@ -82,7 +82,6 @@ class Worker:
     """
 
     def __init__(self, metrics: Metrics):
-        """Nothing is loaded yet."""
         self.served: Served | None = None
         self.failure: BaseException | None = None
         self._metrics = metrics
