@@ -25,7 +25,8 @@ from typing import Any, NoReturn
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 _SERVER = """
-import gc, json, os, runpy, sys
+import functools, gc, json, os, runpy, sys
+import jax
 import experiments.training, llama_jax.eval.tasks, llama_jax.export, llama_jax.preflight.compile
 import llama_jax.train.validation, matplotlib.pyplot, tensorboardX
 from array_record.python import array_record_module
@@ -34,6 +35,9 @@ add_nano()
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)
 ended = set()
+# A machine that stops all of a job for minutes must not make its processes take each other for gone.
+initialize = jax.distributed.initialize
+jax.distributed.initialize = functools.partial(initialize, heartbeat_timeout_seconds=1000)
 for line in sys.stdin:
     pids = []
     requests = json.loads(line)

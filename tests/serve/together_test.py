@@ -35,10 +35,10 @@ def server(commands, shared_data):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     pids, ended = start(commands, weights, port), []
-    waiter = threading.Thread(target=lambda: ended.extend(commands.wait_processes(pids, timeout=500)))
+    waiter = threading.Thread(target=lambda: ended.extend(commands.wait_processes(pids, timeout=1400)))
     waiter.start()
     client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 400)
+    wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 1000)
     yield client, pids, waiter, ended, json.loads((weights / 'expected.json').read_text())
     for pid in pids if waiter.is_alive() else ():
         os.kill(pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ def test_two_processes_answer_as_one_and_end_together(server):
     for thread in threads:
         thread.join()
     if len(texts) < 12:
-        waiter.join(60)
+        waiter.join(200)
     assert not ended, '\n'.join(process.stderr for process in ended)
     assert len(texts) == 12
     for more, text in texts:
@@ -86,7 +86,7 @@ def test_two_processes_answer_as_one_and_end_together(server):
     )
     assert len(echoed.tokens) > 2 and all(-20 < value <= 0 for value in echoed.token_logprobs[1:])
     os.kill(pids[0], signal.SIGTERM)
-    waiter.join(60)
+    waiter.join(200)
     assert [process.succeeded().status for process in ended] == [0, 0]
 
 
@@ -101,7 +101,7 @@ def test_many_clients_of_two_processes_leave_no_trace(server, shared_data):
         soak.leaves_no_trace(http, 16, 60, 20, ends_in=10)
     assert min(soak.counts.values()) > 3, soak.counts
     os.kill(pids[0], signal.SIGTERM)
-    waiter.join(60)
+    waiter.join(200)
     assert [process.succeeded().status for process in ended] == [0, 0]
 
 
