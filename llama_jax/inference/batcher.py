@@ -12,7 +12,7 @@ order of the calls, so every process of a job that makes the same calls decides 
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from llama_jax.errors import InputError
@@ -33,7 +33,7 @@ class Request:
       is_stepped: the host says before each of its tokens which may come, so steps are made one by one.
     """
 
-    id: Hashable
+    id: int
     tokens: Sequence[int]
     max_new_tokens: int
     key: str = ''
@@ -234,7 +234,7 @@ class Batcher:
         # A copy, as `absorb` knows requests by their objects: the same may be submitted again.
         self._waiting.setdefault(request.key, deque()).append(dataclasses.replace(request))
 
-    def cancel(self, id: Hashable) -> Ended | None:
+    def cancel(self, id: int) -> Ended | None:
         """Ends a request, unless it has ended; its slot is free for the next dispatch."""
         for slot, row in self._rows.items():
             if row.request.id == id:

@@ -9,6 +9,7 @@ Every process of a job makes the same calls and gets the same answers.
 """
 
 import collections
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,33 @@ _TOGETHER = {'cpu': 128}
 _ACCELERATORS_TOGETHER = 2048
 # Decode steps between two looks at what waits.
 _STEPS_BEFORE_OTHERS = 8
+
+
+@dataclasses.dataclass
+class _Open:
+    """A request that goes on.
+
+    Attributes:
+      asked: for what.
+      follower: says which of its tokens may come; None: any.
+      made: its tokens so far.
+    """
+
+    asked: CompletionRequest
+    follower: Follower | None
+    made: list[int] = dataclasses.field(default_factory=list)
+
+    def take(self, new: list[int]) -> tuple[list[int], int | None, bool]:
+        """Of new tokens those that it keeps, the stop token that ends it, and whether it is over."""
+        for index, token in enumerate(new):
+            if token in self.asked.stop_ids:
+                return new[:index], token, True
+            self.made.append(token)
+            if self.follower is not None:
+                self.follower.hear(token)
+            if self.asked.is_complete is not None and self.asked.is_complete(self.made):
+                return new[: index + 1], None, True
+        return new, None, False
 
 
 class Generator:
@@ -125,9 +153,8 @@ class Generator:
             steps=(max_steps, others, at_once if is_watched else 0), prefix_cache=self._prefixes,
             row_multiple=decoding.rows_of(1, model.partitioner),
         )  # fmt: skip
-        self._asked: dict[int, CompletionRequest] = {}
-        self._made: dict[int, list[int]] = {}
-        self._processor, self._followers = processor, dict[int, Follower]()  # by the number of a request
+        self._processor = processor
+        self._open: dict[int, _Open] = {}  # by the number of a request
         self._num_asked = 0
         self._planned: collections.deque[Extend | Decode] = collections.deque()  # not yet sent
         self._pending: collections.deque[tuple[Sequence[Extend | Decode], decoding.Steps | None]]
@@ -156,9 +183,7 @@ class Generator:
         wanted = min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))
         number = self._num_asked
         self.batcher.submit(Request(number, asked.tokens, wanted, asked.key, follower is not None))
-        if follower is not None:
-            self._followers[number] = follower
-        self._asked[number], self._made[number] = asked, []
+        self._open[number] = _Open(asked, follower)
         self._num_asked += 1
         if asked.like is not None:
             self._like.setdefault(asked.like, set()).add(number)
@@ -179,19 +204,24 @@ class Generator:
 
     def run(self) -> Iterator[Progress]:
         """Until all requests have ended, also those that are submitted meanwhile."""
-        while self._asked:
+        while self._open:
             yield from self.advance()
 
     def advance(self) -> list[Progress]:
         """Sends the next to the devices, and tells what came of the one before, on a CPU of this one."""
         sent, progress = self._next(), []
-        while self._followers and self._pending:  # which token may come next is known when the last is
+        while self._pending and self._follows():  # which token may come next is known when the last is
             progress += self._absorb(*self._pending.popleft())
         if sent:
             self._pending.append((sent, self._send(sent)))
         if len(self._pending) > (self._is_ahead and bool(sent)):
             progress += self._absorb(*self._pending.popleft())
         return progress
+
+    def _follows(self) -> bool:
+        """Whether a request has somebody who says which of its tokens may come."""
+        has_rules = isinstance(self._processor, RuledProcessor)
+        return has_rules and any(one.follower is not None for one in self._open.values())
 
     def _next(self) -> list[Extend | Decode]:
         """One dispatch, or pieces of as many prompts as are read at once; what else had to be planned waits."""
@@ -215,26 +245,26 @@ class Generator:
 
     def _is_alone(self, piece: Extend) -> bool:
         """Whether its request goes on, and has its prompt for itself."""
-        number = _number_of(piece.request)
-        return number in self._asked and number not in self._like and self._asked[number].like is None
+        one = self._open.get(piece.request.id)
+        return one is not None and piece.request.id not in self._like and one.asked.like is None
 
     def _send(self, sent: Sequence[Extend | Decode]) -> decoding.Steps | None:
         largest = max(sent, key=lambda dispatch: dispatch.room)
         self._slots.fit(largest.num_rows, largest.room)
         if isinstance(sent[0], Decode):
-            running = {share.slot: _number_of(share.request) for share in sent[0].shares}
+            running = {share.slot: self._open.get(share.request.id) for share in sent[0].shares}
             followers = {
-                s: self._followers[number] for s, number in running.items() if number in self._followers
+                slot: one.follower for slot, one in running.items() if one and one.follower is not None
             }
             return self._slots.decode(list(running), sent[0].steps, followers)
         return self._extend([piece for piece in sent if isinstance(piece, Extend)])
 
     def _extend(self, pieces: Sequence[Extend]) -> decoding.Steps | None:
         """Pieces of prompts read, and the first tokens drawn if they are the last."""
-        if any(_number_of(piece.request) not in self._asked for piece in pieces):
+        if any(piece.request.id not in self._open for piece in pieces):
             return None  # cancelled since it was planned, which then is the only one
-        grid, piece, number = self.batcher.grid, pieces[0], _number_of(pieces[0].request)
-        asked = self._asked[number]
+        grid, piece, number = self.batcher.grid, pieces[0], pieces[0].request.id
+        asked = self._open[number].asked
         if asked.like is not None and (known := self._read_prompts.get(asked.like)) is not None:
             block, last = known
             self._slots.put(piece.slot, 0, block, len(piece.request.tokens))
@@ -249,11 +279,10 @@ class Generator:
             width = min(piece.room, max(self.batcher.least_room, decoding.power_of_two(piece.end)))
             self._read_prompts[number] = self._slots.copy(piece.slot, 0, width), last
         begun = {}
-        for row, one in enumerate(pieces):
-            number = _number_of(one.request)
-            follower = self._followers.get(number)
-            begun[row] = Begun(one.slot, self._asked[number], one.request.max_new_tokens, follower)
-            self._has_begun(number)
+        for row, piece in enumerate(pieces):
+            one = self._open[piece.request.id]
+            begun[row] = Begun(piece.slot, one.asked, piece.request.max_new_tokens, one.follower)
+            self._has_begun(piece.request.id)
         return self._slots.first(last, begun)
 
     def _keep_block(self, piece: Extend) -> None:
@@ -279,28 +308,20 @@ class Generator:
         """What came of one dispatch; that of a piece stands in a row of its own."""
         counts, stopped, made = {}, {}, {}
         for share in dispatch.shares:
-            number = _number_of(share.request)
-            if (asked := self._asked.get(number)) is None:  # cancelled, or ended in a dispatch before
+            if (one := self._open.get(share.request.id)) is None:  # cancelled, or ended in a dispatch before
                 continue
             row = share.slot if isinstance(dispatch, Decode) else first_row
             assert found is not None
-            new = found.tokens[row, : found.count[row]].tolist()
-            kept, is_over = self._kept(number, asked, new)
-            stop_id = new[kept] if is_over and kept < len(new) and new[kept] in asked.stop_ids else None
-            counts[share.slot], stopped[share.slot], made[number] = kept, is_over, (row, kept, stop_id)
-        ended = {_number_of(one.request): one for one in self.batcher.absorb(dispatch, counts, stopped)}
-        progress = []
-        for number, (row, kept, stop_id) in made.items():
-            assert found is not None
-            tokens = found.tokens[row, :kept].tolist()
+            tokens, stop_id, is_over = one.take(found.tokens[row, : found.count[row]].tolist())
             scores = self._scores(found, row, tokens if stop_id is None else [*tokens, stop_id])
-            one = ended.get(number)
-            if one is not None:
-                self._forget(number)
-                if not self._asked and isinstance(self._slots, SpeculativeSlots):
-                    _log.info('%s', self._slots.describe())
-            progress.append(Progress(number, tokens, stop_id, scores, one))
-        return progress
+            counts[share.slot], stopped[share.slot] = len(tokens), is_over
+            made[share.request.id] = tokens, stop_id, scores
+        ended = {one.request.id: one for one in self.batcher.absorb(dispatch, counts, stopped)}
+        for number in ended:
+            self._forget(number)
+        if ended and not self._open and isinstance(self._slots, SpeculativeSlots):
+            _log.info('%s', self._slots.describe())
+        return [Progress(number, *of_one, ended.get(number)) for number, of_one in made.items()]
 
     def _scores(self, found: decoding.Steps, row: int, tokens: list[int]) -> list[TokenScore]:
         """Of the first tokens that a row was given."""
@@ -319,30 +340,16 @@ class Generator:
     def _forget(self, number: int) -> None:
         """A request that is over."""
         self._has_begun(number)
-        del self._asked[number], self._made[number]
-        self._followers.pop(number, None)
+        del self._open[number]
 
     def _has_begun(self, number: int) -> None:
         """The prompt of the request that it is like is kept until all of these have begun."""
-        like = self._asked[number].like
+        like = self._open[number].asked.like
         if like in self._like:
             self._like[like].discard(number)
             if not self._like[like]:
                 del self._like[like]
                 self._read_prompts.pop(like, None)
-
-    def _kept(self, number: int, asked: CompletionRequest, new: list[int]) -> tuple[int, bool]:
-        """How many of the new tokens the request keeps, and whether they end it."""
-        made, follower = self._made[number], self._followers.get(number)
-        for index, token in enumerate(new):
-            if token in asked.stop_ids:
-                return index, True
-            made.append(token)
-            if follower is not None:
-                follower.hear(token)
-            if asked.is_complete is not None and asked.is_complete(made):
-                return index + 1, True
-        return len(new), False
 
     def _prefix_cache(self, grid: int, device_bytes: int, host_bytes: int) -> PrefixCache:
         if host_bytes and jax.process_count() > 1:
@@ -358,7 +365,7 @@ class Generator:
         Args:
           also: what else compiles programs of the model.
         """
-        assert not self._asked
+        assert not self._open
         began, batcher, seconds_each = time.perf_counter(), self.batcher, []
         with runtime.hears_compilations(seconds_each.append):
             later = {width: self._at_once[width] for width in batcher.later_widths}
@@ -370,8 +377,3 @@ class Generator:
 def _shape(piece: Extend) -> tuple[int, bool, bool]:
     """What pieces that are read together have in common."""
     return piece.width, piece.begin == 0, piece.is_last
-
-
-def _number_of(request: Request) -> int:
-    assert isinstance(request.id, int)
-    return request.id

@@ -251,14 +251,14 @@ def test_a_long_row_waits_until_memory_holds_it_and_nobody_overtakes_it():
         batcher.submit(Request(id, [1], 15))
     first = [batcher.plan() for _ in range(6)][::2]
     assert [(piece.slot, piece.room, piece.num_rows) for piece in first] == [(0, 8, 4), (1, 8, 4), (2, 8, 4)]
-    batcher.submit(Request('long', [1] * 20, 10))
-    batcher.submit(Request('short', [1], 1))
+    batcher.submit(Request(98, [1] * 20, 10))
+    batcher.submit(Request(99, [1], 1))
     assert isinstance(batcher.plan(), Decode)
     batcher.cancel(1)
     assert isinstance(batcher.plan(), Decode)  # slot 2 is in use, which a cache of rooms for 32 does not have
     batcher.cancel(2)
     long = batcher.plan()
-    assert (long.request.id, long.slot, long.room, long.num_rows) == ('long', 1, 16, 4)
+    assert (long.request.id, long.slot, long.room, long.num_rows) == (98, 1, 16, 4)
     assert isinstance(batcher.plan(), Decode)
     piece = batcher.plan()
     assert (piece.begin, piece.end, piece.width, piece.room, piece.num_rows) == (8, 16, 8, 32, 2)
@@ -292,10 +292,10 @@ def test_the_memory_plan_is_one_line():
 def test_a_result_belongs_to_who_had_the_slot():
     """A slot is taken by another, or by the same once more, before a dispatch of the first is read."""
     batcher = make_batcher(num_slots=1)
-    request = Request('a', [1], 4)
+    request = Request(7, [1], 4)
     batcher.submit(request)
     late = batcher.plan()
-    assert batcher.cancel('a').reason == 'cancelled'
+    assert batcher.cancel(7).reason == 'cancelled'
     batcher.submit(request)
     again = batcher.plan()
     assert isinstance(again, Extend)

@@ -107,6 +107,17 @@ def test_alone_or_not_it_is_what_generate_gives(small, few):
         assert answer[0] == want[0]
 
 
+def test_what_the_caller_ends_the_stop_token_behind_it_does_not(small):
+    drawn = CompletionRequest([3, 4, 5], 8, Sampler(temperature=1.0, seed=1))
+    ((tokens, _, _),) = answers(make_generator(small, num_slots=1), [drawn])
+    assert tokens[2] not in tokens[:2]
+    asked = dataclasses.replace(drawn, stop_ids=(tokens[2],), is_complete=lambda made: len(made) == 2)
+    generator = make_generator(small, num_slots=1)
+    generator.submit(asked)
+    *_, last = generator.run()
+    assert (last.tokens, last.stop_id, last.ended.reason) == (tokens[1:2], None, 'stop')
+
+
 @pytest.mark.parametrize('is_ahead', [False, True])
 def test_a_cancelled_request_leaves_its_slot_to_the_next(small, few, is_ahead):
     """While it runs, while it waits, and once more when it is over; the others do not notice."""
