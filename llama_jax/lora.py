@@ -20,6 +20,7 @@ import numpy as np
 from llama_jax.errors import InputError, did_you_mean
 from llama_jax.ops import linear
 from llama_jax.ops.lora import LoraArray
+from llama_jax.partitioning import Partitioner
 from llama_jax.placement import BlockArray, Index
 from llama_jax.types import Array, LossFn, Metrics, Params, PyTree
 
@@ -87,13 +88,17 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def abstract_adapters(config: LoraConfig, base: Params, axes: PyTree) -> tuple[Params, PyTree]:
+def abstract_adapters(
+    config: LoraConfig, base: Params, axes: PyTree, partitioner: Partitioner | None = None
+) -> tuple[Params, PyTree]:
     """(shapes, logical axes) of what is trained: float32, split over devices as the weights are.
 
     Args:
       config: what is trained.
       base: shapes of a model's weights.
       axes: a tree like `base` with a tuple of logical axes at each leaf.
+      partitioner: of the devices that the weights' embedding axis is split over; the side of an adapter that has none
+        is split over them as well, where they divide it. None: it stands whole on each of them.
 
     Raises:
       InputError: the model has no such weight or layer.
@@ -108,7 +113,10 @@ def abstract_adapters(config: LoraConfig, base: Params, axes: PyTree) -> tuple[P
                 path,
                 {part: jax.ShapeDtypeStruct(shape, jnp.float32) for part, shape in parts.items()},
             )
-            _put(placed, path, _parts(path, own, None))
+            split = _parts(path, own, None)
+            if partitioner is not None:
+                split = {part: partitioner.split_also(split[part], parts[part], 'embed') for part in split}
+            _put(placed, path, split)
         else:
             _put(shapes, path, jax.ShapeDtypeStruct(weight.shape, jnp.float32))
             _put(placed, path, own)

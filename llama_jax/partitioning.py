@@ -4,6 +4,7 @@ Every array of the program names its axes ('batch', 'embed', 'heads', ...); one 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -146,7 +147,7 @@ class Partitioner:
         """The mesh axes of an array with these logical axes.
 
         Args:
-          axes: one name (or None: not split) per dimension.
+          axes: one name (or None: not split) per dimension; 'mlp+embed' is split as both are.
           shape: checked for divisibility where given.
           name: of the array, for the error.
 
@@ -154,13 +155,14 @@ class Partitioner:
           InputError: an axis no rule knows, one mesh axis used twice, or a dimension that its mesh axes do not divide.
         """
         rules = dict(self.rules)
-        if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
+        parts_of = [() if axis is None else axis.split('+') for axis in axes]
+        if unknown := [axis for axis in itertools.chain(*parts_of) if axis not in rules]:
             raise InputError(f'{name}: unknown logical axes {unknown} in {axes}; known axes: {sorted(rules)}')
         if shape is not None and len(shape) != len(axes):
             raise InputError(
                 f'{name}: shape {tuple(shape)} has {len(shape)} dimensions, its axes {axes} {len(axes)}'
             )
-        entries: list[tuple[str, ...]] = [() if axis is None else rules[axis] for axis in axes]
+        entries = [tuple(itertools.chain(*(rules[axis] for axis in parts))) for parts in parts_of]
         # A mesh axis of size 1 splits nothing, so it may stand in any number of dimensions.
         entries = [tuple(a for a in entry if self.mesh.shape[a] > 1) for entry in entries]
         used: dict[str, str | None] = {}
@@ -181,6 +183,23 @@ class Partitioner:
                     f"change the size of {entry[0]}, or replicate it with the axis rule '{axes[index]}='"
                 )
         return PartitionSpec(*[entry[0] if len(entry) == 1 else entry or None for entry in entries])
+
+    def split_also(self, axes: LogicalAxes, shape: Sequence[int], over: str) -> LogicalAxes:
+        """The axes, one of them split as `over` too: the first whose size allows it, where there is one.
+
+        For small arrays that may stand whole on every device; what must be split has an axis `over` of its own.
+
+        Args:
+          axes: one name (or None: stays whole) per dimension.
+          shape: of the array.
+          over: a logical axis.
+        """
+        if over in axes or (more := self.axis_size(over)) == 1:
+            return axes
+        for index, axis in enumerate(axes):
+            if axis is not None and axis != 'layers' and shape[index] % (self.axis_size(axis) * more) == 0:
+                return (*axes[:index], f'{axis}+{over}', *axes[index + 1 :])
+        return axes
 
     def sharding(
         self, axes: LogicalAxes = (), shape: Sequence[int] | None = None, name: str = 'array'

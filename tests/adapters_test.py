@@ -21,10 +21,12 @@ from llama_jax.errors import InputError
 from llama_jax.lora import merge
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.presets import PRESETS
 from llama_jax.ops import linear
 from llama_jax.partitioning import Partitioner, make_mesh
 from llama_jax.preflight.costs import program_costs
 from llama_jax.preflight.hlo import Program
+from llama_jax.preflight.report import device_bytes
 from llama_jax.quantize.base import BASE_DTYPES
 from llama_jax.quantize.forms import name_of
 from llama_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -202,6 +204,18 @@ def test_eight_devices_train_as_one(weights, remat, unroll, base):
     meshes = (None, {'data': 2, 'fsdp': 2, 'tensor': 2})
     alone, on_mesh = (losses_of(begin(config, base, axes, remat, unroll))[0] for axes in meshes)
     np.testing.assert_allclose(on_mesh, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize('axes', [{'fsdp': 4}, {'fsdp': 2, 'tensor': 2}, {'fsdp': 2, 'context': 2}])
+def test_70b_beside_nf4_takes_little_more_than_half_a_byte_a_weight(axes):
+    """Of codes 0.5, of the blocks' scales, tables in bfloat16, adapters and their optimiser's state the rest."""
+    config = config_of('nf4', rank=8, targets='all')
+    partitioner = Partitioner(make_mesh(axes, jax.devices()[:4]))
+    llama = PRESETS['llama2_70b']
+    objective = objective_of(config, LlamaForCausalLM(llama, partitioner=partitioner), partitioner)
+    target, _ = compile_step(objective, TX, partitioner, 1, {})
+    on_a_device = sum(device_bytes(tree) for tree in (target.params, target.opt_state, objective.frozen))
+    assert 0.5 < 4 * on_a_device / llama.num_params <= 0.57
 
 
 def test_a_larger_vocabulary_grows_the_base(base):

@@ -75,6 +75,23 @@ def test_a_wrong_rule_is_refused_in_one_line(overrides, words):
     assert all(word in one_line(error) for word in words)
 
 
+def test_an_axis_may_be_split_as_two():
+    both = partitioner(fsdp=4, tensor=2)
+    assert both.spec((None, 'mlp+embed'), (4, 16)) == P(None, ('tensor', 'fsdp'))
+    with pytest.raises(
+        InputError, match=r"'mlp\+embed' of size 12 does not divide over mesh axes tensor=2 x fsdp=4"
+    ):
+        both.spec(('mlp+embed',), (12,))
+    with pytest.raises(InputError, match=r"unknown logical axes \['mpl'\]"):
+        both.spec(('mpl+embed',))
+    axes = ('layers', None, 'kv_heads', 'head_dim')
+    assert both.split_also(axes, (8, 8, 8, 6), 'embed') == ('layers', None, 'kv_heads+embed', 'head_dim')
+    assert both.split_also(axes, (8, 8, 2, 8), 'embed') == ('layers', None, 'kv_heads', 'head_dim+embed')
+    assert both.split_also(axes, (8, 8, 2, 6), 'embed') == axes
+    assert both.split_also(('layers', 'embed', None), (8, 8, 8), 'embed') == ('layers', 'embed', None)
+    assert partitioner(data=8).split_also(axes, (8, 8, 8, 8), 'embed') == axes
+
+
 # What Flax silently replicates.
 @pytest.mark.parametrize(
     ('axes', 'shape', 'rules', 'words'),

@@ -226,7 +226,7 @@ def begin(model: LlamaForCausalLM, training: Training) -> tuple[Callable[..., An
     if training.rank:
         lora = LoraConfig(training.rank)
         frozen, loss_fn = random_base(placed, training.weights), with_base(loss_fn, lora)
-        params, axes = abstract_adapters(lora, params, axes)
+        params, axes = abstract_adapters(lora, params, axes, partitioner)
         init = functools.partial(init_adapters, lora, placed)
     target = abstract_state(params, axes, tx, partitioner)
     # At once: weights that a state is made of would stand beside it.

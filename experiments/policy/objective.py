@@ -204,7 +204,9 @@ def policy_objective(
     params, axes = dict(made.params), dict(made.axes)
     if recipe.algorithm.has_values:
         shapes = abstract_params_and_axes(value_model)
-        params[VALUE], axes[VALUE] = abstract_adapters(_of_values(lora), *shapes) if lora else shapes
+        params[VALUE], axes[VALUE] = (
+            abstract_adapters(_of_values(lora), *shapes, partitioner) if lora else shapes
+        )
     frozen = made.frozen
     if not lora:
         has = recipe.algorithm.has_reference

@@ -43,7 +43,7 @@ def adapted(
     if (lora := make_lora_config(config)) is None:
         return objective
     with flags_named(*(f'--config.lora.{name}' for name in config.lora)):
-        params, axes = abstract_adapters(lora, objective.params, objective.axes)
+        params, axes = abstract_adapters(lora, objective.params, objective.axes, partitioner)
     placed = _placed(objective.params, partitioner.tree_shardings(objective.params, objective.axes))
     # What the base does not have, a score, is trained whole.
     placed = {
@@ -104,7 +104,7 @@ def beside(
         record['rank'], record['alpha'], 0.0, tuple(record['targets']), record['rslora'],
         tuple(record['layers']), tuple(record['train_whole']),
     )  # fmt: skip
-    own, own_axes = abstract_adapters(lora, shapes, axes)
+    own, own_axes = abstract_adapters(lora, shapes, axes, partitioner)
     target = _placed(own, partitioner.tree_shardings(own, own_axes))
     return combine(trained.trained_params(target), below, record['scale'])
 
