@@ -51,7 +51,8 @@ def prompt_messages(item: Mapping[str, Any]) -> tuple[Message, ...]:
     """What comes before an answer; () where no key of its own holds it."""
     for key in ('prompt', 'conversations', 'messages', 'instruction'):
         if item.get(key):
-            messages = one_or_more_messages(item[key], key, role='user')
+            is_alpaca = key == 'instruction' and isinstance(item[key], str) and not _HH_TURN.match(item[key])
+            messages = _instruction(item) if is_alpaca else one_or_more_messages(item[key], key, role='user')
             return _with_system((messages, (False,) * len(messages)), item)[0]
     return ()
 
@@ -132,20 +133,23 @@ def _call(call: Any, where: str) -> str:
 
 
 def _of_instruction(item: Mapping[str, Any]) -> Counted:
-    texts = {key: item.get(key, '') for key in ('instruction', 'input', 'output')}
-    for key, text in texts.items():
-        if not isinstance(text, str):
+    if not isinstance(output := item['output'], str):
+        raise InputError(f'output is {show_json(output)}; it must be a text')
+    messages = (*_instruction(item), Message('assistant', output))
+    return messages, tuple(message.role == 'assistant' for message in messages)
+
+
+def _instruction(item: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Alpaca's question with the text that it is about, behind the questions and answers before it."""
+    for key in ('instruction', 'input'):
+        if not isinstance(text := item.get(key, ''), str):
             raise InputError(f'{key} is {show_json(text)}; it must be a text')
     messages: list[Message] = []
     for turn in item.get('history') or []:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise InputError(f'history holds {show_json(turn)}; it is a list of [question, answer]')
         messages += [Message('user', turn[0]), Message('assistant', turn[1])]
-    messages += [
-        Message('user', texts['instruction'], input=texts['input']),
-        Message('assistant', texts['output']),
-    ]
-    return tuple(messages), tuple(message.role == 'assistant' for message in messages)
+    return (*messages, Message('user', item['instruction'], input=item.get('input', '')))
 
 
 def _with_system(found: Counted, item: Mapping[str, Any]) -> Counted:

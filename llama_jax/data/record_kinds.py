@@ -2,8 +2,9 @@ r"""What a record to fine-tune on is read as: a conversation, a pair, a judged a
 
     conversation   messages (role, content, tools, tool_calls, weight) | conversations (from, value) |
                    instruction, output (input, system, history) | prompt, completion
-    preference     prompt or conversations, chosen, rejected | chosen, rejected with the prompt inside both |
-                   input, preferred_output, non_preferred_output | prompt, response_1, response_2, preference_strength
+    preference     prompt, conversations or instruction (input, history), chosen, rejected |
+                   chosen, rejected with the prompt inside both | input, preferred_output, non_preferred_output |
+                   prompt, response_1, response_2, preference_strength
     judged         prompt, completion, label
     prompted       prompt | messages | conversations | instruction (input), with anything else beside it
 
@@ -136,16 +137,7 @@ def _conversation(item: Mapping[str, Any]) -> Conversation:
 
 def _preference(item: Mapping[str, Any]) -> Preference:
     if 'preferred_output' in item or 'non_preferred_output' in item:
-        given = item.get('input', {})
-        item = {
-            **(
-                {'prompt': given.get('messages'), 'tools': given.get('tools')}
-                if isinstance(given, Mapping)
-                else {}
-            ),
-            'chosen': item.get('preferred_output'),
-            'rejected': item.get('non_preferred_output'),
-        }
+        item = _openai(item)
     elif 'preference_strength' in item or 'overall_preference' in item:
         item = _helpsteer(item)
     for key in ('chosen', 'rejected'):
@@ -187,6 +179,18 @@ def _preference(item: Mapping[str, Any]) -> Preference:
     return Preference(prompt, chosen, rejected, _margin(item), safe)
 
 
+def _openai(item: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's pairs, whose prompt and tools stand in `input`."""
+    given = item.get('input')
+    within = {'prompt': 'messages', 'tools': 'tools'} if isinstance(given, Mapping) else {}
+    return {
+        **item,
+        **{ours: given[theirs] for ours, theirs in within.items() if given.get(theirs)},
+        'chosen': item.get('preferred_output'),
+        'rejected': item.get('non_preferred_output'),
+    }
+
+
 def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:
     """HelpSteer2 and 3: the sign says which answer is better, the size by how much."""
     answers = [item.get(f'response_{i}', item.get(f'response{i}')) for i in (1, 2)]
@@ -194,24 +198,25 @@ def _helpsteer(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(strength, int | float) or not strength:
         raise InputError(f'the preference is {show_json(strength)}: a pair needs a loser, so leave ties out')
     better = int(strength > 0)
-    prompt = item.get('prompt', item.get('context'))
     return {
-        'prompt': prompt,
+        **item,
+        'prompt': item.get('prompt', item.get('context')),
         'chosen': answers[better],
         'rejected': answers[1 - better],
-        'margin': abs(strength),
+        'margin': item.get('margin', item.get('rating', abs(strength))),
     }
 
 
 def _margin(item: Mapping[str, Any]) -> float | None:
-    if 'score_chosen' in item and 'score_rejected' in item:
+    """What the record says by a key of its own, else by the scores of both answers."""
+    given = item.get('margin', item.get('rating'))
+    if given is None:
+        if not {'score_chosen', 'score_rejected'} <= item.keys():
+            return None
         scores = item['score_chosen'], item['score_rejected']
         if not all(isinstance(score, int | float) and np.isfinite(score) for score in scores):
             raise InputError(f'the scores are {show_json(scores)}; they must be numbers')
         return float(scores[0]) - float(scores[1])
-    given = item.get('margin', item.get('rating'))
-    if given is None:
-        return None
     if isinstance(given, str) and given.strip().lower() in RATINGS:
         return RATINGS[given.strip().lower()]
     if isinstance(given, bool) or not isinstance(given, int | float) or not np.isfinite(given):
@@ -243,8 +248,6 @@ def _prompted(item: Mapping[str, Any]) -> Prompted:
         raise InputError(f'it has the keys {keys}; it needs prompt, messages, conversations or instruction')
     if prompt[-1].role not in ('user', 'tool') or not prompt[-1].content.strip():
         raise InputError(f'the prompt ends with the {prompt[-1].role}; it must end with a text by the user')
-    if isinstance(about := item.get('input'), str) and 'instruction' in item and 'prompt' not in item:
-        prompt = (*prompt[:-1], dataclasses.replace(prompt[-1], input=about))
     return Prompted(prompt)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 
@@ -6,7 +7,7 @@ import pytest
 
 from llama_jax.data import records
 from llama_jax.data.bad_records import BadRecords
-from llama_jax.data.record_kinds import Conversation, Judged, Preference
+from llama_jax.data.record_kinds import Conversation, Judged, Preference, Prompted
 from llama_jax.data.records import check_records, parse_key_map, read_records
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.chat_format import Message
@@ -115,6 +116,45 @@ HH = '\n\nHuman: Hi\n\nAssistant:'
 )  # fmt: skip
 def test_pairs_are_told_by_their_keys(read, record, margin):
     assert read(record, kind=Preference) == [Preference((Q,), (A,), (GO,), margin)]
+
+
+@pytest.mark.parametrize(
+    ('record', 'margin'),
+    [
+        ({**PAIR, 'prompt': 'Hi'}, None),
+        (
+            {'input': {'messages': MESSAGES[:1]}, 'preferred_output': MESSAGES[1:],
+             'non_preferred_output': [{'role': 'assistant', 'content': 'Go.'}]},
+            None,
+        ),
+        ({'prompt': 'Hi', 'response_1': 'Go.', 'response_2': 'Hello!', 'preference_strength': 2}, 2.0),
+        ({'context': MESSAGES[:1], 'response1': 'Hello!', 'response2': 'Go.', 'overall_preference': -3}, 3.0),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_pair_is_read_whatever_its_keys_are(read, record, margin):
+    system, go = Message('system', 'Be brief.'), dataclasses.replace(GO, is_cut=True)
+    beside = {'system': 'Be brief.', 'rejected_stopped': False, 'chosen_safe': True}
+    assert read({**record, **beside}, kind=Preference) == [
+        Preference((system, Q), (A,), (go,), margin, (True, None))
+    ]
+    (found,) = read({**record, 'tools': [{'name': 'add'}]}, kind=Preference)
+    assert '"add"' in found.prompt[0].content
+    # What it says by a key of its own goes before what follows from scores.
+    for own in ({'margin': 0.5}, {'rating': 'slightly better'}):
+        (found,) = read({**record, 'score_chosen': 9, 'score_rejected': 2, **own}, kind=Preference)
+        assert found.margin == (0.5 if 'margin' in own else 1.0)
+    assert 'rejected_stopped is 1' in refusal(read, {**record, 'rejected_stopped': 1}, Preference)
+    assert 'chosen_safe and rejected_safe are' in refusal(read, {**record, 'rejected_safe': 1}, Preference)
+
+
+@pytest.mark.parametrize('kind', [Preference, Prompted])
+def test_what_an_instruction_is_about_is_part_of_any_prompt(read, kind):
+    asked = {'instruction': 'Add.', 'input': '1, 2', 'history': [['Hi', 'Hello!']]}
+    answers = {'chosen': '3', 'rejected': '4'}
+    (found,) = read({**asked, **answers}, kind=kind)
+    wanted = (Q, A, Message('user', 'Add.', input='1, 2'))
+    assert (found.messages if kind is Prompted else found.prompt) == wanted
+    assert 'input is 3; it must be a text' in refusal(read, {**asked, **answers, 'input': 3}, kind)
 
 
 def test_judged_answers_and_a_key_map(read):
