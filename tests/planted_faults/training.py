@@ -102,7 +102,7 @@ FAULTS: tuple[Fault, ...] = (
          'if shape is not None and shape[index] % parts:', 'if shape is not None and parts < 1:'),
         ('partitioning: an unknown axis is a traceback',
          'partitioning_test.py::test_a_spec_that_cannot_be_is_refused_in_one_line',
-         'if axis is not None and axis not in rules]:', 'if axis == rules]:'),
+         'if axis not in rules]:', 'if axis == rules]:'),
         ('partitioning: a mesh axis splits twice',
          'partitioning_test.py::test_a_spec_that_cannot_be_is_refused_in_one_line',
          'if mesh_axis in used:', 'if mesh_axis == used:')),
