@@ -53,7 +53,7 @@ def prompt_messages(item: Mapping[str, Any]) -> tuple[Message, ...]:
         if item.get(key):
             is_alpaca = key == 'instruction' and isinstance(item[key], str) and not _HH_TURN.match(item[key])
             messages = _instruction(item) if is_alpaca else one_or_more_messages(item[key], key, role='user')
-            return _with_system((messages, (False,) * len(messages)), item)[0]
+            return with_beside(messages, item)
     return ()
 
 
@@ -177,6 +177,11 @@ def with_end(messages: tuple[Message, ...], item: Mapping[str, Any], key: str) -
     if not isinstance(stopped, bool):
         raise InputError(f'{key} is {show_json(stopped)}; it is true or false')
     return (*messages[:-1], dataclasses.replace(messages[-1], is_cut=not stopped))
+
+
+def with_beside(messages: tuple[Message, ...], item: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages with the system message and the tools that stand beside them."""
+    return _with_system((messages, (False,) * len(messages)), item)[0]
 
 
 def first_difference(

@@ -25,6 +25,7 @@ from llama_jax.data.messages import (
     one_or_more_messages,
     prompt_messages,
     read_conversation,
+    with_beside,
     with_end,
 )
 from llama_jax.errors import InputError
@@ -149,6 +150,7 @@ def _preference(item: Mapping[str, Any]) -> Preference:
     chosen, rejected = (one_or_more_messages(item[key], key) for key in ('chosen', 'rejected'))
     prompt = prompt_messages(item)
     if chosen[0].role != 'assistant':  # the prompt stands in both
+        chosen, rejected = (with_beside(one, item) for one in (chosen, rejected))
         end = len(chosen) - 1
         if prompt and prompt != chosen[:end]:
             raise InputError(first_difference(prompt, chosen, 'the prompt', 'chosen'))

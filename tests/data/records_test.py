@@ -122,6 +122,8 @@ def test_pairs_are_told_by_their_keys(read, record, margin):
     ('record', 'margin'),
     [
         ({**PAIR, 'prompt': 'Hi'}, None),
+        ({'chosen': f'{HH} Hello!', 'rejected': f'{HH} Go.'}, None),
+        ({'chosen': MESSAGES, 'rejected': [MESSAGES[0], {'role': 'assistant', 'content': 'Go.'}]}, None),
         (
             {'input': {'messages': MESSAGES[:1]}, 'preferred_output': MESSAGES[1:],
              'non_preferred_output': [{'role': 'assistant', 'content': 'Go.'}]},
