@@ -184,10 +184,11 @@ def _preference(item: Mapping[str, Any]) -> Preference:
 def _openai(item: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's pairs, whose prompt and tools stand in `input`."""
     given = item.get('input')
-    within = {'prompt': 'messages', 'tools': 'tools'} if isinstance(given, Mapping) else {}
+    within = given if isinstance(given, Mapping) else {}
+    asked = {'prompt': within.get('messages'), 'tools': within.get('tools')}
     return {
         **item,
-        **{ours: given[theirs] for ours, theirs in within.items() if given.get(theirs)},
+        **{key: value for key, value in asked.items() if value},
         'chosen': item.get('preferred_output'),
         'rejected': item.get('non_preferred_output'),
     }

@@ -149,7 +149,7 @@ FAULTS: tuple[Fault, ...] = (
          'better = int(strength > 0)', 'better = int(strength < 0)'),
         ('record kinds: what stands beside a pair is dropped',
          'data/records_test.py::test_what_stands_beside_a_pair_is_read_whatever_its_keys_are',
-         '**item,\n        **{ours', '**{ours'),
+         '**item,\n        **{key', '**{key'),
         ('record kinds: prompts of a pair differ', 'data/records_test.py::test_what_is_no_pair_is_named',
          'if rejected[:-1] != prompt:', 'if len(rejected) < 2:')),
     *faults_in('llama_jax/tokenizer/chat_template.py',
