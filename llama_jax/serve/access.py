@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import re
+from collections.abc import Sequence
 
 from etils import epath
 from starlette.datastructures import Headers
@@ -12,7 +13,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llama_jax.errors import InputError
 from llama_jax.json_file import read_bytes
 from llama_jax.serve.refusal import Refusal, bad
-from llama_jax.serve.service import Service
 
 # Open without a key: what watches the server asks for them, and none tells of what is asked.
 _OPEN = frozenset({'/', '/health', '/ready', '/metrics'})
@@ -23,9 +23,9 @@ _KEY = re.compile(r'[!-~]{8,512}')
 class Access:
     """Lets those pass who may ask; `scope['state']['key']` then tells whose the request is."""
 
-    def __init__(self, app: ASGIApp, service: Service):
-        self._app, self._service, self._hosts = app, service, service.limits.hosts
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.limits.keys]
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], keys: Sequence[str]):
+        self._app, self._hosts = app, hosts
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuses, or passes on."""
@@ -39,11 +39,7 @@ class Access:
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
             return
-        self._service.num_answering += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._service.num_answering -= 1
+        await self._app(scope, receive, send)
 
     def _check_host(self, host: str) -> None:
         """A page elsewhere whose name leads here must not use a server that needs no key."""

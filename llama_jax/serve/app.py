@@ -113,7 +113,7 @@ def make_app(service: Service) -> Starlette:
         Route('/ready', shows(lambda _: {'status': 'ready'} if service.served() else None)),
         Route('/metrics', shows(metrics)),
     ]
-    middleware = [Middleware(Access, service=service)]
+    middleware = [Middleware(Access, hosts=limits.hosts, keys=limits.keys)]
     if limits.cors_origins:
         cors = {'allow_origins': list(limits.cors_origins), 'allow_methods': ['*'], 'allow_headers': ['*']}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))  # pyright: ignore[reportArgumentType]

@@ -97,7 +97,7 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         _log.info('ending: %d answers are still being given', self._service.worker.num_rows)
         end = time.monotonic() + self._drain_seconds
-        while self._service.num_answering and time.monotonic() < end:
+        while self.server_state.tasks and time.monotonic() < end:
             time.sleep(0.05)
         self.should_exit = True
 

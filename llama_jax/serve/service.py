@@ -51,7 +51,6 @@ class Service:
     Attributes:
       created: when the server began, in seconds since 1970.
       is_draining: nothing new is taken; what runs ends.
-      num_answering: requests whose answers are not whole yet, or not sent.
     """
 
     def __init__(self, limits: Limits):
@@ -59,7 +58,6 @@ class Service:
         self.worker = Worker(self.metrics)
         self.created = int(time.time())
         self.is_draining = False
-        self.num_answering = 0
 
     def served(self) -> Served:
         """What is served.
