@@ -243,6 +243,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(config_file.describe_error(error, argv) if of_config else str(error), 2)
     except flags.Error as error:
         _fail(str(error), 2)
+    except BrokenPipeError as error:  # of --help
+        _fail(*describe_failure(error, ()))
     except Exception as error:  # a configuration file may raise anything
         _fail(config_file.describe_error(error, argv), 2)
 

@@ -51,7 +51,7 @@ _MAX_ERRORS = flags.DEFINE_integer('max_errors', None, 'records that may be left
 _NUM_WORKERS = flags.DEFINE_integer(
     'num_workers', 0, 'processes on this machine; 0: one a core', lower_bound=0
 )
-_NUM_SHARDS = flags.DEFINE_integer('num_shards', 1, 'machines that write this output together', lower_bound=1)
+_NUM_SHARDS = flags.DEFINE_integer('num_shards', 1, 'machines that write this output together', 1, 1 << 16)
 _SHARD_INDEX = flags.DEFINE_integer('shard_index', 0, 'which of them this is', lower_bound=0)
 _INSPECT = launch.define_path('inspect', None, 'show a prepared folder, or what a step of a workdir reads')
 _ROW = flags.DEFINE_integer('row', None, 'of --inspect: a row, decoded where there is a --tokenizer')

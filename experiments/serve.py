@@ -38,7 +38,7 @@ _CORS_ORIGINS = flags.DEFINE_list('cors_origins', [], 'pages that may ask from b
 _NAME = flags.DEFINE_string('name', '', "of the model, for clients; '': the checkpoint's")
 _CHAT_TEMPLATE = launch.define_path('chat_template', 'native', 'native, checkpoint, or a FILE of Jinja')
 _DOCUMENTS = launch.define_path('documents', '', 'folder of texts in which the page finds passages')
-_SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made together', lower_bound=1)
+_SLOTS = flags.DEFINE_integer('slots', 8, 'answers that are made together', 1, 1 << 16)
 _CONTEXT = flags.DEFINE_integer('context', 0, 'tokens of prompt and answer; 0: as many as the model has', 0)
 _BUDGET_TOKENS = flags.DEFINE_integer('budget_tokens', 0, 'of all rows together; 0: what all could need', 0)
 _PREFIX_MIB = flags.DEFINE_integer('prefix_mib', 256, 'of beginnings of prompts that are read once', 0)
@@ -56,7 +56,8 @@ def main() -> None:
         check_candidates(_TOP_LOGPROBS.value)
     _MODEL.check_owners(draft_tokens='draft', axis_rules='mesh')
     given = _MODEL.value
-    keys = read_keys(_API_KEYS.value) if _API_KEYS.value else ()
+    with launch.flags_named('--api_keys'):
+        keys = read_keys(_API_KEYS.value) if _API_KEYS.value else ()
     if not keys and not is_loopback(_HOST.value):
         raise InputError(
             f'--host={_HOST.value} is reached by others than this machine; give --api_keys=FILE, whose keys open it'

@@ -215,7 +215,8 @@ def test_a_setting_out_of_range_is_named_before_anything_is_read(key):
     section, _, name = key.rpartition('.')
     place = config[section] if section else config
     nothing = [0] if key in settings._POSITIVE else []
-    for value in (-1, *nothing, *([float('nan')] if isinstance(place[name], float) else [])):
+    too_large = [float('nan')] if isinstance(place[name], float) else [2**31]
+    for value in (-1, *nothing, *too_large):
         place[name] = value
         with pytest.raises(InputError, match=rf'^--config\.{key}=\S+ is out of range: it must be at least'):
             settings.check_settings(config)
@@ -265,6 +266,11 @@ def test_what_is_used_late_is_checked_early(monkeypatch):
             r'are 4 rows at a time, .* the 8 devices .*; make the batch a multiple of 16, or take it in 1$',
         ),
         (32, 8, r'are 4 rows at a time, .*; make the batch a multiple of 64, or take it in 4$'),
+        (
+            1 << 24,
+            1,
+            r'batch_size=16777216 rows .* are more than 2,147,483,648 tokens a step; make them fewer$',
+        ),
         (12, 1, r'batch size 12 .* must be a multiple of 8 \(set by --config\.train\.batch_size'),
     ],
 )
@@ -280,6 +286,16 @@ def test_the_advice_about_a_batch_helps(batch_size, parts, message):
     if fewer := re.search(r'take it in (\d+)', str(error.value)):
         config.train.batch_size, config.train.num_microbatches = batch_size, int(fewer[1])
         settings.check_sizes(config, 256, partitioner)
+
+
+def test_a_reader_of_help_that_leaves_is_not_the_configurations_fault(monkeypatch, capsys):
+    def closed(argv):
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    monkeypatch.setattr(launch.flags, 'FLAGS', closed)
+    with pytest.raises(SystemExit) as ended:
+        launch._parse_flags(['command', '--help'])
+    assert (ended.value.code, capsys.readouterr().err) == (1, 'error: what read the output has closed it\n')
 
 
 def test_a_name_is_suggested_once():

@@ -318,7 +318,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, folder, base, ju
         (['--max_new_tokens=251'], r'\d of 8 prompts are longer than 5 tokens, which is the context of 256 less'),
         (['--temperatures=0'], "--temperatures are '0'; write different numbers above 0"),
         (['--temperatures=1,1'], "--temperatures are '1,1'; write different numbers"),
-        (['--samples=0'], '--samples is 0; it must be at least 1'),
+        (['--samples=0'], '--samples is 0; it must be from 1 to 1,048,576'),
         ([f'--output={folder}/out.png'], r'out\.png is where the plot goes that is drawn beside it'),
         (['--keep=threshold'], '--threshold is None'),
         (['--threshold=1'], '--threshold is 1.0, and what is kept is the best'),

@@ -150,6 +150,10 @@ def place_model(
       InputError: it is another kind of model, or has no place there.
     """
     dtype = DTYPES[dtype_name(given['dtype'])]
+    if opened.config.scalar_head and make is LlamaForCausalLM:
+        raise InputError(
+            f'--checkpoint={opened.path} is a reward model, which gives scores and no text; give a language model'
+        )
     model = make(opened.config, dtype=dtype, partitioner=partitioner, cache_dtype=given['cache_dtype'])
     if partitioner is not None:  # before anything is loaded
         with launch.flags_named('--checkpoint'):

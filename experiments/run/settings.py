@@ -30,6 +30,7 @@ _POSITIVE = (
     'model.unroll', 'data.seq_len', 'train.num_steps', 'train.batch_size', 'train.num_microbatches',
     'train.loss_chunks',
 )  # fmt: skip
+_MOST_TOKENS = 2**31  # a hundred times what the largest runs take
 _BELOW = {'seed': 2**31 - 1, 'data.validation_fraction': 1}
 _CHECKED_ELSEWHERE = ('mesh.', 'optimizer.', 'data.vocab_size')
 
@@ -44,7 +45,8 @@ def check_settings(config: ConfigDict) -> None:
         ):
             continue
         by_epochs = key == 'train.num_steps' and config.train.get('num_epochs')
-        least, end = int(key in _POSITIVE and not by_epochs), _BELOW.get(key, math.inf)
+        least = int(key in _POSITIVE and not by_epochs)
+        end = _BELOW.get(key, 2**31 if isinstance(value, int) else math.inf)
         if not least <= value < end:  # a NaN is in no range
             above = '' if end == math.inf else f' and below {end}'
             raise InputError(f'--config.{key}={value} is out of range: it must be at least {least}{above}')
@@ -108,6 +110,11 @@ def check_sizes(config: ConfigDict, max_seq_len: int, partitioner: Partitioner) 
             f'({config.model.preset}); set it to {max_seq_len} or less'
         )
     size, parts = config.train.batch_size, config.train.num_microbatches
+    if size * config.data.seq_len > _MOST_TOKENS:
+        raise InputError(
+            f'--config.train.batch_size={size} rows of --config.data.seq_len={config.data.seq_len} are more than '
+            f'{_MOST_TOKENS:,} tokens a step; make them fewer'
+        )
     if parts < 1 or size < 1 or size % parts:
         raise InputError(
             f'--config.train.batch_size={size} does not divide into --config.train.num_microbatches={parts}'

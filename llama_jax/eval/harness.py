@@ -39,6 +39,9 @@ class Answers(Protocol):
         ...
 
 
+_MOST_SAMPLES = 1 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """What replaces a task's own sampling of completions; None keeps it."""
@@ -81,8 +84,8 @@ def prepare(
     if limit < 0:
         raise InputError(f'limit is {limit}; it must be 0 (all items) or more')
     sampling = sampling or Sampling()
-    if sampling.num_samples is not None and sampling.num_samples < 1:
-        raise InputError(f'num_samples is {sampling.num_samples}; it must be at least 1')
+    if sampling.num_samples is not None and not 1 <= sampling.num_samples <= _MOST_SAMPLES:
+        raise InputError(f'num_samples is {sampling.num_samples}; it must be from 1 to {_MOST_SAMPLES:,}')
     Sampler(
         sampling.temperature or 0.0, top_p=1.0 if sampling.top_p is None else sampling.top_p
     )  # checks them

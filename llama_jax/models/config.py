@@ -34,7 +34,7 @@ def _check_ranges(kind: type, values: Mapping[str, Any]) -> None:
             raise InputError(f'{field.name} is {_shown(value)}; it must be at least 1')
         if field.name in _MOST and not 0 < value <= _MOST[field.name]:  # NaN is in no range
             raise InputError(
-                f'{field.name} is {_shown(value)}; it must be above 0, at most {_MOST[field.name]:g}'
+                f'{field.name} is {_shown(value)}; it must be above 0, at most {_MOST[field.name]:.12g}'
             )
 
 

@@ -33,6 +33,7 @@ from llama_jax.types import Params
 
 # Prompts wait for a slot until so many times the slots are asked for; more would only take the host's memory.
 _AHEAD = 2
+_MOST = 1 << 20  # answers or tokens that anything is drawn of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Sampling:
                     f'{name} is {value}; answers are drawn at random, so it must be above 0 and finite'
                 )
         for name in ('max_new_tokens', 'samples', 'num_slots'):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f'{name} is {value}; it must be at least 1')
+            if not 1 <= (value := getattr(self, name)) <= _MOST:
+                raise InputError(f'{name} is {value}; it must be from 1 to {_MOST:,}')
 
     @property
     def temperatures(self) -> tuple[float, ...]:

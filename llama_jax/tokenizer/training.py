@@ -28,6 +28,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     """
     import sentencepiece
 
+    if vocab_size > _MAX_VOCAB:
+        raise InputError(f'vocab_size is {vocab_size}; it must be at most {_MAX_VOCAB}')
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -56,6 +58,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     write_atomically(epath.Path(path), model.getvalue())
 
 
+_MAX_VOCAB = 1 << 24  # no model has more
 _MAX_LINE = 1_000  # characters; sentencepiece silently drops a sentence over its limit, which is in bytes
 
 

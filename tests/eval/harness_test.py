@@ -138,6 +138,8 @@ def test_settings_that_are_impossible_are_refused(shared_data):
         prepare(find_task('piqa'), data_dir, limit=-1)
     with pytest.raises(InputError, match='num_samples is 0'):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(num_samples=0))
+    with pytest.raises(InputError, match='num_samples is 1048577; it must be from 1 to 1,048,576'):
+        prepare(find_task('piqa'), data_dir, sampling=Sampling(num_samples=(1 << 20) + 1))
     with pytest.raises(InputError, match='temperature is -1'):
         prepare(find_task('piqa'), data_dir, sampling=Sampling(temperature=-1.0))
     with pytest.raises(InputError, match='top_p is 2'):

@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.errors import InputError
 from llama_jax.eval.task import Completions, Continuation, Graders, Likelihood
-from llama_jax.eval.tasks import LM_EVAL, TASKS, find_task
+from llama_jax.eval.tasks import TASKS, find_task
 
 CHOICE_TASKS = (
     'boolq', 'piqa', 'siqa', 'hellaswag', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa', 'mmlu', 'agieval',
@@ -179,7 +179,7 @@ def test_right_texts_score_and_wrong_ones_do_not(load, name):
 
 def test_names_of_lm_eval_are_accepted():
     assert find_task('social_iqa') is TASKS['siqa'] and find_task('minerva_math') is TASKS['math']
-    assert LM_EVAL['hellaswag']['acc_norm'] == ('hellaswag', 'acc_norm,none')
+    assert TASKS['hellaswag'].lm_eval['acc_norm'] == ('hellaswag', 'acc_norm,none')
     assert {name for name, task in TASKS.items() if task.name != name} == set()
 
 

@@ -42,6 +42,8 @@ def test_training_is_deterministic_and_uses_long_lines(trained, tmp_path):
     )  # 100 kB: far over what sentencepiece takes as a sentence
     train_sentencepiece([one_line], 600, tmp_path / 'line.model')
     assert 'def' in load_tokenizer(tmp_path / 'line.model')._processor.IdToPiece(list(range(600)))
+    with pytest.raises(InputError, match='vocab_size is 1000000000000; it must be at most 16777216'):
+        train_sentencepiece([one_line], 10**12, tmp_path / 'large.model')
     assert [path.name for path in sorted(tmp_path.iterdir())] == ['again.model', 'line.model']
 
 

@@ -38,9 +38,6 @@ TASKS: dict[str, Task] = {
     )
 }  # fmt: skip
 
-# Our task -> our metric -> (lm-evaluation-harness's task, its metric key).
-LM_EVAL: dict[str, dict[str, tuple[str, str]]] = {name: dict(task.lm_eval) for name, task in TASKS.items()}
-
 
 def find_task(name: str) -> Task:
     """The task of a name: ours, lm-evaluation-harness's (also of one subject, such as mmlu_anatomy), 'perplexity:FILE'.
