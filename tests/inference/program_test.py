@@ -155,10 +155,11 @@ def test_a_piece_of_a_prompt_copies_no_weight_and_no_cache(weights, cache, is_fi
 
 
 @pytest.mark.slow
-def test_int4_is_seen_as_bytes_before_the_steps_and_copied_in_none():
+@pytest.mark.parametrize('batch_size', [1, 8])
+def test_int4_is_seen_as_bytes_before_the_steps_and_copied_in_none(batch_size):
     """An array of int4 can be read value by value alone, so there is a copy as bytes, once for all steps of a call."""
-    text = compiled_steps(1, 'int4').as_text()
-    moved = large_moves(text, limit_of(1))
+    text = compiled_steps(batch_size, 'int4').as_text()
+    moved = large_moves(text, limit_of(batch_size))
     assert len(moved) <= 2 * 7 and all('= s8[' in line and 'qvalue' in line for line in moved)
     before_the_loop = text[text.index('\nENTRY') :]
     assert all(line in before_the_loop for line in moved)

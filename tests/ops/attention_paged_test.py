@@ -1,4 +1,8 @@
-"""A TPU's kernel over pages, by the reference that ships with it: what it is told is what the formula computes."""
+"""A TPU's kernel over pages, by the reference that ships with it: what it is told is what the formula computes.
+
+The kernel itself is compiled for a TPU in `inference/program_test.py`. JAX's interpreter of kernels does not run it:
+it knows no references that are reshaped (JAX 0.10.2), as pages are within it.
+"""
 
 import jax
 import jax.numpy as jnp
