@@ -33,6 +33,9 @@ def test_a_policy_is_trained_and_resumes_within_an_iteration(commands, folder, b
     whole, broken = folder / f'{name}_whole', folder / f'{name}_broken'
     shown = commands.run('ppo', *arguments(whole, base, prompts, **options)).succeeded()
     assert 'reward' in shown.stdout
+    planned, drawn = shown.stderr.index('generate holds'), shown.stderr.index('step 0: iteration 0')
+    assert planned < shown.stderr.index('update holds') < drawn, 'memory is told before an answer is drawn'
+    assert 'waiting for' not in shown.stderr
     commands.run('ppo', *arguments(broken, base, prompts, **options, train__num_steps=3)).succeeded()
     assert saved_steps(broken) == [2, 3]  # the last is within an iteration
     commands.run('ppo', *arguments(broken, base, prompts, **options)).succeeded()
@@ -95,6 +98,7 @@ def test_preflight_compiles_the_three_programs(commands, folder):
     for name in ('train', 'generate', 'score'):
         assert report[name]['fits'] and 'all-gather' in report[name]['collectives']
     # A fourth of nano's 106,816 weights, but for those of norms, which are whole; small models compute in float32.
+    assert not report['generate']['gathers_weights'], 'each device keeps its share of the copy'
     assert report['generate']['copy'] == 4 * (106_816 - 5 * 64) / 4 + 4 * 5 * 64
     assert report['generate']['beside'] > report['generate']['copy'] and report['score']['beside'] > 0
 
