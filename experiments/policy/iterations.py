@@ -181,7 +181,7 @@ class Iterations:
         )  # fmt: skip
         if not slope:
             logger.warning("values begin at zero: the judge's scores do not rise with what came")
-        scaled = state.replace(params=with_scaled_values(state.params, slope))
+        scaled = dataclasses.replace(state, params=with_scaled_values(state.params, slope))
         return scaled, {'value_slope': slope, 'explained_variance_before': before}
 
     def _with_advantages(self, drawn: Drawn, iteration: Iteration, beta: float) -> Iteration:
