@@ -73,13 +73,15 @@ def test_a_template_that_is_none_ends_it(commands, folder, weights, template, wo
 
 
 @contextlib.contextmanager
-def serving(commands, weights, *flags):
+def serving(commands, weights, *flags, before=''):
     """(process id, client, what `commands.wait` gives once it has ended) of the small real model's server, ready."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    pid = commands.start('serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', *flags)
+    pid = commands.start(
+        'serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', *flags, before=before
+    )
     ended = concurrent.futures.Future()
     waiter = threading.Thread(target=lambda: ended.set_result(commands.wait()))
     waiter.start()
@@ -152,6 +154,45 @@ def test_it_ends_though_answers_go_on_and_at_once_when_told_again(commands, weig
         done = ended.result(60)
     assert done.status == status and time.monotonic() - began < seconds, done.stderr
     assert 'Traceback' not in done.stderr
+
+
+# 13 tokens are never begun, and 14 after a while.
+HOOK = """
+import time
+from llama_jax.inference.generator import Generator
+submit = Generator.submit
+def odd(self, asked):
+    if asked.max_new_tokens == 13:
+        raise ZeroDivisionError('of a hook')
+    time.sleep(12 * (asked.max_new_tokens == 14))
+    return submit(self, asked)
+Generator.submit = odd
+"""
+
+
+@pytest.mark.slow
+def test_what_holds_the_model_is_seen_and_what_fails_twice_ends_the_server(commands, weights):
+    given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--context=64'
+    with serving(commands, weights, *given, before=HOOK) as (_, client, ended):
+
+        def ask(max_tokens):
+            return client.completions.create(
+                model='stories', prompt='Once', max_tokens=max_tokens, extra_body={'ignore_eos': True}
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            held = pool.submit(ask, 14)
+            wait_for(lambda: get(client, 'health') == 503, 10)
+            assert held.result(60).usage.completion_tokens == 14
+        wait_for(lambda: get(client, 'health') == 200, 10)
+        with pytest.raises(openai.InternalServerError, match='failed at this request'):
+            ask(13)
+        assert ask(3).usage.completion_tokens == 3
+        with pytest.raises(openai.InternalServerError, match='failed at this request'):
+            ask(13)
+        assert get(client, 'health') in (503, 0)
+        done = ended.result(60)
+    assert done.status == 1 and 'ZeroDivisionError: of a hook' in done.stderr
 
 
 @pytest.mark.slow
