@@ -10,24 +10,22 @@ folder, in one of its rows or in the batch of a run's step, and where each docum
     python -m experiments.prepare_data --inspect=WORKDIR --step=N
 """
 
-import logging
 import os
-import time
 from typing import Any
 
 import jax
-import tqdm
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from experiments import launch
 from experiments.preparation.inspection import inspect
+from experiments.preparation.progress_line import Progress
 from experiments.preparation.report import describe_report, draw_report
 from experiments.run.config_file import split_list
 from experiments.run.workdir import hold_folder
 from llama_jax import pretrained, runtime, storage
-from llama_jax.data.preparation import Advance, Machine, Preparation, TextSource
+from llama_jax.data.preparation import Machine, Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.data.prepared import VALIDATION, PreparedRows, is_prepared
 from llama_jax.data.sources import Reading, check_source
@@ -56,10 +54,6 @@ _SHARD_INDEX = flags.DEFINE_integer('shard_index', 0, 'which of them this is', l
 _INSPECT = launch.define_path('inspect', None, 'show a prepared folder, or what a step of a workdir reads')
 _ROW = flags.DEFINE_integer('row', None, 'of --inspect: a row, decoded where there is a --tokenizer')
 _STEP = flags.DEFINE_integer('step', None, 'of --inspect: the step of a run, whose documents are named')
-
-_SECONDS_BETWEEN_LINES = 10.0
-
-logger = logging.getLogger('llama_jax.prepare_data')
 
 
 def main() -> None:
@@ -133,7 +127,7 @@ def main() -> None:
     mark = '' if machine.count == 1 else f'-{machine.index}-of-{machine.count}'
     hold_folder(output.parent / f'{output.name}{mark}', beside=True)
     with (
-        _Progress() as progress,
+        Progress() as progress,
         launch.flags_named(*(f'--{flag.name}' for flag in flags_of_rows if flag.present)),
     ):
         report = prepare(
@@ -160,43 +154,6 @@ def read_recipe(config: ConfigDict) -> tuple[tuple[TextSource, ...], dict[str, A
         raise InputError('no source has an input; set --config.sources.NAME.input to files')
     names = ('seq_len', 'unit_bytes', 'on_error', 'max_errors', 'validation_fraction')
     return sources, {name: config[name] for name in names}
-
-
-class _Progress:
-    """A bar on a terminal; without one it would be one endless line: there it is a line of the log now and then."""
-
-    def __init__(self):
-        self._bar = tqdm.tqdm(unit='B', unit_scale=True, disable=None)
-        self._said = self._begun = time.monotonic()
-        self._stage = ''
-
-    def __enter__(self) -> '_Progress':
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def advance(self, state: Advance) -> None:
-        """Says how far it is: bytes of text, documents, tokens, tasks, and when it will be done."""
-        now = time.monotonic()
-        if state.stage != self._stage:
-            self._stage, self._begun = state.stage, now
-            self._bar.reset(state.all_bytes or None)
-        if state.stage == 'reading':
-            done = f'{state.documents:,} documents, {state.done} of {state.tasks} files'
-        else:
-            done = (
-                f'{state.documents:,} documents, {state.tokens:,} tokens, {state.done} of {state.tasks} units'
-            )
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f'{state.stage}: {done}')
-            self._bar.update(state.num_bytes - self._bar.n)
-        elif now - self._said > _SECONDS_BETWEEN_LINES:
-            self._said = now
-            left = ''
-            if state.all_bytes and state.num_bytes:
-                left = f', {(now - self._begun) * (state.all_bytes / state.num_bytes - 1):.0f} s left'
-            logger.info('%s: %s, %.1f MB%s', state.stage, done, state.num_bytes / 1e6, left)
 
 
 if __name__ == '__main__':

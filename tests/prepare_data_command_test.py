@@ -201,6 +201,7 @@ def test_four_sources_have_the_same_bytes_however_they_are_made(
         output = tmp_path / f'{workers} workers'
         commands.run('prepare_data', *given, f'--output={output}', f'--num_workers={workers}').succeeded()
     wanted = contents(tmp_path / '1 workers')
+    assert wanted['report.png'].startswith(b'\x89PNG')
     trained = [name for name in wanted if re.fullmatch(r's\d/rows-\d+\.array_record', name)]
     print(f'{len(trained)} units')
     assert len(trained) >= 40 and {name[:2] for name in trained} == {'s0', 's1', 's2', 's3'}
