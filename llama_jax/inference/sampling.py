@@ -23,7 +23,7 @@ from llama_jax.inference.logits_processor import LogitsProcessor
 
 # Tokens that one request may bias: what OpenAI's service takes.
 MAX_BIASED = 300
-# Stop ids are padded to a multiple of this, so that few shapes serve all.
+# Stop ids are padded to so many, or to the next power of two, so that few shapes serve all.
 STOP_IDS = 8
 # Parts of a vocabulary, of which one is drawn first. Those of Llama are multiples of it: sharded by a power of 2, up to
 # this one, each part is whole on a device. On a CPU so many are the fastest.
@@ -189,7 +189,7 @@ class SamplerRows:
                 column('min_new_tokens', np.int32, _NO_TOKEN),
             )
         stops = [[token for token in row if 0 <= token < vocab_size] for row in stop_ids]
-        width = -(-max([num_stops, *map(len, stops)]) // STOP_IDS) * STOP_IDS
+        width = 1 << (max([num_stops, STOP_IDS, *map(len, stops)]) - 1).bit_length()
         return cls(
             column('temperature', np.float32),
             column('top_k', np.int32, vocab_size),

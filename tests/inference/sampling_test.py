@@ -356,6 +356,11 @@ def test_candidates_are_the_most_likely_first():
     np.testing.assert_allclose(np.exp(log_probabilities), [[0.5, 0.3, 0.15]] * 2 + [[0.25] * 3], rtol=1e-5)
 
 
+def test_stop_tokens_of_any_number_have_few_shapes():
+    rows = [SamplerRows.create([Sampler()], [0], [range(number)], 500) for number in range(300)]
+    assert {row.stop_ids.shape[1] for row in rows} == {8, 16, 32, 64, 128, 256, 512}
+
+
 def test_stop_tokens_are_of_each_row_and_wait():
     stops = [(1,), (), tuple(range(9)), (2, 10**9, -1)]  # what the model has no row for is never drawn
     # One of them asks for more, so that all are adjusted at any step.
