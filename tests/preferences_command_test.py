@@ -172,10 +172,12 @@ def test_answers_that_were_judged_alone_train_a_policy(commands, folder, base, r
 @pytest.mark.parametrize('command', ['reward_model', 'dpo'])
 def test_adapters_are_trained_on_pairs_too(commands, folder, base, pairs, command):
     workdir = folder / f'{command}_lora'
-    settings = {'loss__nll': 0.0} if command == 'dpo' else {}
+    without_margin = {'data__key_map': 'prompt=prompt,chosen=chosen,rejected=rejected'}
+    settings = {'loss__nll': 0.0} if command == 'dpo' else without_margin
     run = arguments(command, 'nano', workdir, base, pairs, lora__rank=2, model__weights='int8', **settings)
     commands.run(*run, '--config.train.num_steps=2').succeeded()
-    commands.run(*run).succeeded()
+    said = commands.run(*run).succeeded().stderr
+    assert ('--config.reward.margin=large changes nothing' in said) == (command == 'reward_model')
     steps = logged(workdir)
     assert [item['step'] for item in steps] == [1, 2, 3, 4]
     if command == 'dpo':  # its reference is the base without adapters

@@ -53,6 +53,11 @@ def read_data(plan: Plan, judged: bool = False) -> PreferenceData:
         f'{rows:,}', config.data.seq_len,
         f'{data.validation.num_documents:,}' if data.validation else 'none',
     )  # fmt: skip
+    if 'reward' in config and config.reward.margin != 'none' and not data.says_by_how_much:
+        logger.warning(
+            '--config.reward.margin=%s changes nothing: no pair of --config.data.train has a margin above 0',
+            config.reward.margin,
+        )
     return data
 
 

@@ -51,6 +51,11 @@ class PreferenceData:
         return any(answer is not None and answer.safe >= 0 for answer in answers)
 
     @property
+    def says_by_how_much(self) -> bool:
+        """Whether of any pair to train on the one answer is better by a margin above 0."""
+        return any(pair.margin for rows in self.train_rows for pair in rows.pairs)
+
+    @property
     def num_rows(self) -> int:
         """Of all training sources."""
         return sum(map(len, self.train_rows))
