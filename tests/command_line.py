@@ -63,6 +63,10 @@ for line in sys.stdin:
 """
 
 
+# What a command does before: no file of its process may have more than 20,000 bytes, as by `ulimit -f`.
+SMALL_FILES = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))'
+
+
 def end(status: int) -> NoReturn:
     """Ends as Python does, but for taking down its modules and those of C++, which lasts longer than most refusals.
 

@@ -18,7 +18,7 @@ import llama_jax
 from llama_jax import pretrained
 from llama_jax.inference.sampling import Sampler
 from llama_jax.models.llama import LlamaForCausalLM
-from tests.command_line import REPOSITORY, figures, run_python, saved_steps, tiny_run, xla_flags
+from tests.command_line import REPOSITORY, SMALL_FILES, figures, run_python, saved_steps, tiny_run, xla_flags
 from tests.convert.peft_test import ours as adapter_by_hand
 
 SHOWN = {'log__tensorboard': True, 'eval__sample_tokens': 8, 'eval__prompt': 'ba'}
@@ -370,6 +370,24 @@ def test_every_form_of_the_same_text_trains_the_same(commands, run, corpus, tmp_
         trained.append(figures(workdir))
     # What is prepared has the same rows, in an order of its own.
     assert trained[:3] == [trained[0]] * 3 and len(trained[0]) == len(trained[3]) == 3
+
+
+@pytest.mark.slow
+def test_whatever_meets_a_limit_on_the_size_of_files_says_so_and_does_its_work_without(
+    commands, run, corpus, tmp_path
+):
+    settings = {'data__tokenizer': run, 'train__num_steps': 2, 'checkpoint__every': 2}
+    for verb, given in (
+        ('pretrain', tiny_run(tmp_path / 'run', corpus, **settings)),
+        ('convert', (f'--input={run}', f'--output={tmp_path}/gguf', '--to=gguf')),
+        ('quantize', (f'--input={run}', f'--output={tmp_path}/int8', '--dtype=int8')),
+    ):
+        # The limit is of all that a process writes, so of JAX's cache of programs, too.
+        before = f"{SMALL_FILES}; import jax; jax.config.update('jax_enable_compilation_cache', False)"
+        line = commands.run(verb, *given, before=before).error()
+        assert ' cannot be written' in line, line
+        assert line.endswith('File too large; allow larger files (ulimit -f), then start again'), line
+        commands.run(verb, *given).succeeded()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(commands, run, corpus, tmp_path):

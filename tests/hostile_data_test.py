@@ -16,6 +16,7 @@ from llama_jax.data.prepared import PreparedRows
 from llama_jax.data.provenance import read_stream
 from llama_jax.data.sources import Reading
 from llama_jax.errors import InputError
+from tests.command_line import SMALL_FILES
 from tests.data.packing_test import Letters
 
 GOOD = [f'good text {number}' for number in range(20)]
@@ -238,7 +239,6 @@ def test_by_the_command_each_is_one_line_with_status_2(commands, corpus, folder,
     assert report['bad'] == 7 and len(report['bad_first']) == 5 and report['train']['documents'] == 20
 
 
-LIMIT = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))'  # `ulimit -f 20`
 FULL = """
 import errno, itertools, os
 calls = itertools.count()
@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(commands, corpus, fold
     ]  # fmt: skip
     commands.run('prepare_data', *given, f'--output={tmp_path}/whole').succeeded()
     output = tmp_path / 'out'
-    line = commands.run('prepare_data', *given, f'--output={output}', before=LIMIT).error()
+    line = commands.run('prepare_data', *given, f'--output={output}', before=SMALL_FILES).error()
     assert str(output) in line and 'cannot be written' in line
     assert 'File too large' in line and line.endswith('; allow larger files (ulimit -f), then start again')
     assert not list(output.rglob('manifest.json')) and not list(output.rglob('rows-*'))
