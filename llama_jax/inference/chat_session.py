@@ -168,7 +168,7 @@ class ChatSession:
             last = self._slots.read([Piece(0, start, ids[start : start + width])], width)
         assert last is not None
         self._held = ids
-        return self._slots.first(last, {0: Begun(0, asked, allowed)})
+        return self._slots.first(last, [Begun(0, asked, allowed)])
 
     def _fit(self, num_tokens: int) -> None:
         least = min(decoding.LEAST_ROOM, decoding.power_of_two(self._config.max_seq_len))

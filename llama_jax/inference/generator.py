@@ -278,10 +278,10 @@ class Generator:
         if number in self._like:
             width = min(piece.room, max(self.batcher.least_room, decoding.power_of_two(piece.end)))
             self._read_prompts[number] = self._slots.copy(piece.slot, 0, width), last
-        begun = {}
-        for row, piece in enumerate(pieces):
+        begun = []
+        for piece in pieces:
             one = self._open[piece.request.id]
-            begun[row] = Begun(piece.slot, one.asked, piece.request.max_new_tokens, one.follower)
+            begun.append(Begun(piece.slot, one.asked, piece.request.max_new_tokens, one.follower))
             self._has_begun(piece.request.id)
         return self._slots.first(last, begun)
 

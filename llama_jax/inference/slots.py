@@ -131,19 +131,18 @@ class Slots:
         where = None if num_slots == size == 1 else self._place(slots)
         return where, starts, tokens, counts, pieces[0].begin == 0
 
-    def first(self, last: Hidden, begun: Mapping[int, Begun]) -> decoding.Steps:
-        """The first tokens of rows whose prompts were read; `begun` is by the place of each among the hidden states."""
-        rows, size = self._fitted(), len(last)
-        slots, most = np.full((2, size), len(rows.token), np.int32)
-        for row, one in begun.items():
-            slots[row], most[row] = one.slot, one.allowed
-        asked = [begun[row].asked if row in begun else NOTHING for row in range(size)]
-        settings, seen = self._settings(asked), None
+    def first(self, last: Hidden, begun: Sequence[Begun]) -> decoding.Steps:
+        """The first tokens of rows whose prompts were read; `begun` is in the order of their hidden states."""
+        rows = self._fitted()
+        nowhere = Begun(len(rows.token), NOTHING, 1)
+        begun = [*begun, *[nowhere] * (len(last) - len(begun))]
+        slots, most = np.array([(one.slot, one.allowed) for one in begun], np.int32).T
+        settings, seen = self._settings([one.asked for one in begun]), None
         if settings.adjustments is not None:
-            seen = seen_in_prompts([one.tokens for one in asked], self._model.config.vocab_size)
+            seen = seen_in_prompts([one.asked.tokens for one in begun], self._model.config.vocab_size)
         if isinstance(self._processor, RuledProcessor):
-            followers = [begun[row].follower if row in begun else None for row in range(size)]
-            settings = dataclasses.replace(settings, state=self._processor.states(followers))
+            state = self._processor.states([one.follower for one in begun])
+            settings = dataclasses.replace(settings, state=state)
         arrays = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
         # Nothing is read of the cache, without which one program serves all its rooms.
         bare = rows.cache.with_arrays(((), (), ()))
@@ -274,7 +273,7 @@ class Slots:
             for room in {num_rows: room for room, num_rows in rooms.items()}.values():
                 self._start(adjusts, rooms, room)
                 for last in lasts.values():
-                    self.first(last, {})
+                    self.first(last, ())
 
     def _compile_room(
         self,
