@@ -36,7 +36,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/preflight/process.py',
         ('preflight: what was kept answers every question',
          'preflight/process_test.py::test_a_report_that_is_kept_is_read_again',
-         "if kept.get('asked') == asked:", 'if kept:')),
+         "if kept['asked'] == asked:", 'if kept:')),
     *faults_in('llama_jax/inference/prompts.py',
         ('prompts: a string is its letters', 'face_test.py::test_a_string_is_one_prompt',
          '[prompts] if isinstance(prompts, str) else prompts', 'prompts')),

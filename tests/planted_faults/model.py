@@ -138,7 +138,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/inference/generator.py',
         ('generation: a stop token does not stop',
          'inference/generate_test.py::test_a_stop_token_ends_its_row_and_is_left_out',
-         'return index, True', 'return index + 1, True'),
+         'return new[:index], token, True', 'return new[: index + 1], token, True'),
         ('generation: beyond the context', 'inference/generate_test.py::test_a_row_ends_at_the_context_which_is_told',
          'min(asked.max_new_tokens, self._config.max_seq_len - len(asked.tokens))', 'asked.max_new_tokens')),
     *faults_in('llama_jax/inference/generate.py',

@@ -114,7 +114,7 @@ FAULTS: tuple[Fault, ...] = (
          'if refused := _unknown(options, mesh):', 'if refused := []:')),
     *faults_in('experiments/run/failures.py',
         ('launch: bad input has the status of a bad machine', 'launch_test.py::test_who_is_told_what_of_a_failure',
-         'return str(error), 2', 'return str(error), 1')),
+         'return str(error), 2\n', 'return str(error), 1\n')),
     *faults_in('experiments/run/settings.py',
         ('settings: a NaN passes', 'launch_test.py::test_a_setting_out_of_range_is_named_before_anything_is_read',
          'if not least <= value < end:', 'if value < least:')),
