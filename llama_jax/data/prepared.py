@@ -39,6 +39,7 @@ _KEYS = {
     'shards': list,
 }
 _SHARD_KEYS = {'file': str, 'rows': int, 'bytes': int, 'sha256': str}
+_READING, _FILTERS = ('text_key', 'separator'), ('bad', 'empty', 'held_out')
 _UNIT_KEYS = {'documents': int, 'tokens': int, 'text_bytes': int, 'fingerprint': str}
 
 
@@ -239,10 +240,28 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
             'shards': described and sum(shard['rows'] for shard in shards) == num_rows,
             'num_rows': not described or manifest['num_rows'] == num_rows > 0,
         }
-        wrong = [key for key, right in is_right.items() if not right]
+        wrong = [key for key, right in is_right.items() if not right] + _spoiled_origins(manifest)
     if wrong:
         raise InputError(f'{file} lacks or spoils {", ".join(wrong)}; copy or prepare it again')
     return manifest
+
+
+def _spoiled_origins(manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with what a manifest tells of where its documents are from; some do not tell."""
+    if not (files := manifest.get('files')):
+        return []
+    source, filters = manifest.get('source'), manifest.get('filters')
+    reading = source.get('reading') if isinstance(source, dict) else None
+    is_right = {
+        'files': isinstance(files, list)
+        and all(isinstance(file, dict) and isinstance(file.get('name'), str) for file in files),
+        'source': isinstance(reading, dict)
+        and all(type(reading.get(name)) is str for name in _READING)
+        and len(reading) == len(_READING),
+        'filters': isinstance(filters, dict) and all(type(filters.get(name)) is int for name in _FILTERS),
+        **{name: isinstance(manifest.get(name, []), list) for name in ('bad_first', 'empty_first')},
+    }
+    return [key for key, right in is_right.items() if not right]
 
 
 def _is_shard(shard: object, in_units: bool) -> bool:
@@ -251,6 +270,7 @@ def _is_shard(shard: object, in_units: bool) -> bool:
         return False
     kinds = _SHARD_KEYS | (_UNIT_KEYS if in_units else {})
     is_typed = all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+    is_typed = is_typed and isinstance(shard.get('documents_sha256', ''), str)
     return is_typed and '/' not in shard['file'] and min(shard['rows'], shard['bytes']) >= 0
 
 

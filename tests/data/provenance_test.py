@@ -79,6 +79,22 @@ def test_what_cannot_be_told_is_said(folder, tmp_path):
         read_text(file, reading_of(PreparedRows(folder)), 999)
 
 
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('files', 5), ('files', ['a.txt']), ('files', [{'name': None}]), ('source', None), ('source', {}),
+        ('source', {'reading': 'text'}), ('source', {'reading': {'text_key': 'text', 'separator': 1}}),
+        ('source', {'reading': {'text_key': 'text', 'separator': '', 'a': 1}}), ('filters', []),
+        ('filters', {'bad': 1, 'empty': '2', 'held_out': 3}), ('bad_first', 5), ('empty_first', None),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_tells_nonsense_of_where_documents_are_from_is_refused(folder, tmp_path, key, value):
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    (tmp_path / 'manifest.json').write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(InputError, match=rf'manifest.json lacks or spoils {key}; copy or prepare it again'):
+        PreparedRows(tmp_path)
+
+
 def test_verification_covers_the_tables_of_documents(folder):
     rows = PreparedRows(folder)
     rows.verify()
