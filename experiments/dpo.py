@@ -69,7 +69,7 @@ def main() -> None:
         if runtime.is_main_process():
             preferences.plot(plan.workdir, data, rewards, 'reward')
     if runtime.is_main_process():
-        training.write_report(run, report, {})
+        training.write_report(run, report, {}, 'loss per pair, or answer judged alone')
         print(preferences.describe(report, plan.workdir))
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     workdir = run.plan.workdir
     lines = read_metrics(workdir / training.METRICS_FILE)
     report = report_of(lines) | {'step': trained.step}
-    training.write_report(run, report, {})
+    training.write_report(run, report, {}, 'loss of a minibatch')
     plot_frontier(workdir / 'reward_over_kl.png', lines)
     print(describe(report, workdir))
 

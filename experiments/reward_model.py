@@ -70,7 +70,7 @@ def report(run: training.Run, data: PreferenceData, trained: Trained) -> None:
         spread = {'mean': found['mean'], 'std': found['std']}
         add_to_config(plan.workdir, scores=spread)
         preferences.plot(plan.workdir, data, scores)
-    training.write_report(run, found, {})
+    training.write_report(run, found, {}, 'loss per pair')
     print(preferences.describe(found, plan.workdir))
 
 

@@ -349,8 +349,10 @@ def sample(run: Run, state: TrainState) -> str:
     return config.eval.prompt + completion[0]
 
 
-def write_report(run: Run, report: dict[str, Any], lines: Mapping[str, float]) -> None:
-    """report.json, and loss.png with `lines` to compare with."""
+def write_report(
+    run: Run, report: dict[str, Any], lines: Mapping[str, float], unit: str = 'nats per token'
+) -> None:
+    """report.json, and loss.png, the loss in `unit`, with `lines` to compare with."""
     workdir = run.plan.workdir
     storage.write_atomically(workdir / 'report.json', json.dumps(report, indent=2) + '\n')
-    metrics.plot_loss(workdir / 'loss.png', metrics.read_metrics(workdir / METRICS_FILE), dict(lines))
+    metrics.plot_loss(workdir / 'loss.png', metrics.read_metrics(workdir / METRICS_FILE), dict(lines), unit)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, did_you_mean
 from llama_jax.table import html_of
 from llama_jax.types import Array, PyTree
 
@@ -51,7 +51,7 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
     sizes = [axis_sizes.get(name, 1) for name in MESH_AXES]
     shown = ', '.join(f'{name}={size}' for name, size in zip(MESH_AXES, sizes, strict=True))
     if unknown := set(axis_sizes) - set(MESH_AXES):
-        raise InputError(f'unknown mesh axes {sorted(unknown)}; the axes are {", ".join(MESH_AXES)}')
+        raise InputError(f'unknown mesh axes {sorted(unknown)}; {did_you_mean(min(unknown), MESH_AXES)}')
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f'impossible mesh ({shown}): sizes are positive, and at most one is -1 (the rest)')
     if -1 in sizes:

@@ -82,7 +82,7 @@ def comparison_chart(compared_to: str, rows: Sequence[Comparison]) -> 'Chart':
     starred = ' (* another protocol)' if any(marks) else ''
     axes.set(xlabel='percent', title=f'Beside {compared_to}{starred}')
     axes.grid(axis='x', alpha=0.3)
-    axes.legend()
+    chart.legend(loc='outside lower center', ncols=2)  # within, it would hide bars
     return chart
 
 

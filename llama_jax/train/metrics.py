@@ -359,35 +359,41 @@ def _ignoring_errors(call: Callable[[], None]) -> None:
         call()
 
 
-def plot_loss(path: epath.PathLike, metrics: list[dict[str, Any]], baselines: dict[str, float]) -> None:
-    """Writes `loss_figure` as a PNG."""
+def plot_loss(path: epath.PathLike, *arguments: Any) -> None:
+    """Writes `loss_figure` of these arguments as a PNG."""
     image = io.BytesIO()
-    loss_figure(metrics, baselines).savefig(image, format='png', dpi=120)
+    loss_figure(*arguments).savefig(image, format='png', dpi=120)
     write_atomically(epath.Path(path), image.getvalue())
 
 
-def loss_figure(metrics: list[dict[str, Any]], baselines: dict[str, float]) -> 'Figure':
+def loss_figure(
+    metrics: list[dict[str, Any]], baselines: dict[str, float], unit: str = 'nats per token'
+) -> 'Figure':
     """Training and validation loss over steps, with horizontal lines to beat.
 
     Args:
       metrics: as `read_metrics` gives them.
       baselines: losses by name.
+      unit: of the loss.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout='constrained')  # of no pyplot: whose figures are the caller's
     axes = figure.subplots()
-    # Where the loss is more than likelihood, the likelihood is what compares with validation and baselines.
-    trained = 'nll' if any('nll' in item for item in metrics) else 'loss'
+    # Where the loss is likelihood and more, the likelihood is what compares with validation and baselines.
+    trained = 'nll' if unit == 'nats per token' and any('nll' in item for item in metrics) else 'loss'
     styles: dict[str, dict[str, Any]] = {trained: {'linewidth': 1.0}, 'validation_loss': {'marker': 'o'}}
     for key, style in styles.items():
         logged = [item for item in metrics if key in item]
         if logged:
             steps, losses = [item['step'] for item in logged], [item[key] for item in logged]
+            # A line of one point is none.
+            style = {'marker': '.'} | style if len(logged) == 1 else style
             axes.plot(steps, losses, label=key.replace('_', ' '), **style)
     for index, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, linestyle='--', color=f'C{index + 2}', label=f'{name} {value:.3f}')
-    axes.set(xlabel='step', ylabel='nats per token', title='Loss')
+    axes.set(xlabel='step', ylabel=unit, title='Loss')
+    axes.locator_params(axis='x', integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

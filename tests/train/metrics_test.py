@@ -17,6 +17,7 @@ from llama_jax.train.metrics import (
     JsonlWriter,
     TensorBoardWriter,
     WandbWriter,
+    loss_figure,
     plot_loss,
     read_metrics,
 )
@@ -295,3 +296,12 @@ def test_wandb_that_is_missing_or_refuses_is_one_line(tmp_path, wandb, monkeypat
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(InputError, match=r"pip install 'llama_jax\[wandb\]'"):
         WandbWriter('project', tmp_path, {})
+
+
+def test_a_figure_is_of_the_loss_in_its_unit_and_shows_a_run_of_one_line():
+    logged = [{'step': 2, 'loss': 2.1, 'nll': 7.5}]
+    for unit, label in (('nats per token', 'nll'), ('loss per pair', 'loss')):
+        (axes,) = loss_figure(logged, {}, unit).axes
+        (line,) = axes.get_lines()
+        assert (axes.get_ylabel(), line.get_label(), line.get_marker()) == (unit, label, '.')
+        assert all(place == int(place) for place in axes.get_xticks())
