@@ -140,8 +140,8 @@ def complete(
     check_number('n', n)
     check_candidates(log_probabilities or 0)
     how = _How(n=n, log_probabilities=log_probabilities)
-    ids, watches, rounds = _asked(model, params, tokenizer, prompts, how, is_complete, **settings)
-    rows = [row for rows in collections.deque(rounds, maxlen=1) for row in rows]
+    ids, watches, rows, rounds = _asked(model, params, tokenizer, prompts, how, is_complete, **settings)
+    collections.deque(rounds, maxlen=0)
     scores = (
         score_tokens(model, params, ids, num_candidates=log_probabilities or 0) if echo else [[] for _ in ids]
     )
@@ -180,16 +180,9 @@ def complete_each(
       InputError: see `generate`; before the first.
     """
     how = _How(num_slots=num_slots, log_probabilities=log_probabilities, reads_together=False)
-    _, watches, rounds = _asked(model, params, tokenizer, prompts, how, **settings)
-
-    def completions() -> Iterator[tuple[int, Completion]]:
-        open_numbers = set(range(len(watches)))
-        for rows in rounds:
-            for number in sorted(number for number in open_numbers if rows[number].ended):
-                open_numbers.remove(number)
-                yield number, watches[number].completion(rows[number])
-
-    return completions()
+    _, watches, rows, rounds = _asked(model, params, tokenizer, prompts, how, **settings)
+    numbers = (number for round in rounds for number in round if rows[number].ended)
+    return ((number, watches[number].completion(rows[number])) for number in numbers)
 
 
 @checked_names(generate)
@@ -213,10 +206,10 @@ def stream(
     """
     tokenizer = required(tokenizer)
     how = _How(is_streamed=True)
-    _, (watch,), rounds = _asked(model, params, tokenizer, [prompt], how, **settings)
+    _, (watch,), (row,), rounds = _asked(model, params, tokenizer, [prompt], how, **settings)
 
     def pieces() -> Iterator[str]:
-        for (row,) in rounds:
+        for _ in rounds:
             watch.look(row.tokens)
             if piece := watch.new_text():
                 yield piece
@@ -262,8 +255,8 @@ def _asked(
     logits_processor: LogitsProcessor | OfTokens | None = None,
     draft: Proposer | None = None,
     **settings: Any,
-) -> tuple[list[list[int]], list[Watch], Iterator[list[Row]]]:
-    """The prompts' ids; of each completion who looks at it; and the rows after every round."""
+) -> tuple[list[list[int]], list[Watch], list[Row], Iterator[list[int]]]:
+    """The prompts' ids; of each completion who looks at it; and what `_rounds` gives."""
     sampler = Sampler(**settings)
     if samplers is not None and sampler != Sampler():
         raise InputError('samplers hold the settings of each prompt; give none beside them')
@@ -282,13 +275,13 @@ def _asked(
         for choice in range(how.n)
     ]
     is_looked_at = bool(stop or is_complete or how.is_streamed)
-    rounds = _rounds(
+    rows, rounds = _rounds(
         model, params, ids, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
         stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), how=how,
         is_complete=(lambda index, tokens: watches[index].look(tokens)) if is_looked_at else None,
         processor=as_processor(logits_processor), draft=draft,
     )  # fmt: skip
-    return ids, watches, rounds
+    return ids, watches, rows, rounds
 
 
 def generate_tokens(
@@ -319,11 +312,12 @@ def generate_tokens(
     Raises:
       InputError: a prompt is empty or leaves no room in the model's context, or a setting does not fit.
     """
-    rounds = _rounds(
+    rows, rounds = _rounds(
         model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids,
         is_complete=is_complete,
     )  # fmt: skip
-    return [row.tokens for rows in collections.deque(rounds, maxlen=1) for row in rows]
+    collections.deque(rounds, maxlen=0)
+    return [row.tokens for row in rows]
 
 
 def _rounds(
@@ -338,8 +332,8 @@ def _rounds(
     how: _How = _How(),
     processor: LogitsProcessor | None = None,
     draft: Proposer | None = None,
-) -> Iterator[list[Row]]:
-    """As `generate_tokens`: `how.n` rows of each prompt as they are so far, whenever one of them was given something.
+) -> tuple[list[Row], Iterator[list[int]]]:
+    """As `generate_tokens`: `how.n` rows of each prompt, filled round by round; and of each round the rows' numbers.
 
     The prompts are refused by the call.
     """
@@ -367,16 +361,19 @@ def _rounds(
                 CompletionRequest(prompt, max_new_tokens, own, stop_ids, stream, enough, like=like)
             )
             rows.append(Row())
-    return _made(generator, rows, model.config.max_seq_len, max_new_tokens)
+    return rows, _made(generator, rows, model.config.max_seq_len, max_new_tokens)
 
 
-def _made(generator: Generator, rows: list[Row], context: int, most: int) -> Iterator[list[Row]]:
-    """The rows of requests by their numbers; at the end it is told how many the context has cut."""
-    while not all(row.ended for row in rows):
-        for progress in generator.advance():
+def _made(generator: Generator, rows: list[Row], context: int, most: int) -> Iterator[list[int]]:
+    """Numbers of the rows that were given something; at the end it is told how many the context has cut."""
+    num_open = len(rows)
+    while num_open:
+        given = generator.advance()
+        for progress in given:
             rows[progress.number].take(progress)
-        yield rows
-    by_length = [row for row in rows if row.ended is not None and row.ended.reason == 'length']
+            num_open -= progress.ended is not None
+        yield sorted({progress.number for progress in given})
+    by_length = [row for row in rows if row.ended and row.ended.reason == 'length']
     if cut := sum(len(row.tokens) < most for row in by_length):
         _log.warning(
             '%d of %d completions ended where the context of %d tokens does, before max_new_tokens, %d: shorten their '
