@@ -321,7 +321,10 @@ class Generator:
             self._forget(number)
         if ended and not self._open and isinstance(self._slots, SpeculativeSlots):
             _log.info('%s', self._slots.describe())
-        return [Progress(number, *of_one, ended.get(number)) for number, of_one in made.items()]
+        return [
+            Progress(number, tokens, stop_id, scores, ended.get(number))
+            for number, (tokens, stop_id, scores) in made.items()
+        ]
 
     def _scores(self, found: decoding.Steps, row: int, tokens: list[int]) -> list[TokenScore]:
         """Of the first tokens that a row was given."""
