@@ -5,7 +5,9 @@ import pathlib
 import re
 
 import pytest
+from etils import epath
 
+from experiments.run import held_out_answers
 from llama_jax import pretrained
 from llama_jax.inference.chat import Chat
 from llama_jax.tokenizer.chat_format import chat_format_for
@@ -170,3 +172,16 @@ def test_the_objective_that_the_page_adds_is_trained(commands, run, records, bas
     wrong = [*sizes('', tmp_path / 'wrong', records, lora__rank=2), *base, f'--teacher={run}']
     error = commands.run('distill', *wrong, before=beside).error()
     assert 'distilling trains all weights' in error and not (tmp_path / 'wrong').exists()
+
+
+@pytest.mark.parametrize(
+    'content',
+    ['{', '[]', '{}', '{"base_answers": "a"}', '{"base_answers": [1, 2]}', '{"base_answers": ["a"]}',
+     '{"base_answers": ["a", "b"], "base_loss": "low"}'],
+)  # fmt: skip
+def test_damaged_answers_of_the_base_are_left_out_of_the_report(tmp_path, caplog, content):
+    file = epath.Path(tmp_path / 'base.json')
+    file.write_text('{"base_answers": ["a", "b"], "base_loss": 1.5}')
+    assert held_out_answers._kept(file, 2) == {'base_answers': ['a', 'b'], 'base_loss': 1.5}
+    file.write_text(content)
+    assert held_out_answers._kept(file, 2) == {} and 'base.json is left out of the report: ' in caplog.text

@@ -71,8 +71,8 @@ def _kept(file: epath.Path, number: int) -> dict[str, Any]:
     try:
         found = read_object(file)
         answers, loss = found.get('base_answers'), found.get('base_loss', 0.0)
-        is_sound = isinstance(loss, float) and isinstance(answers, list) and len(answers) in (0, number)
-        if is_sound and all(isinstance(answer, str) for answer in answers):
+        is_list = isinstance(answers, list) and len(answers) in (0, number) and isinstance(loss, float)
+        if is_list and all(isinstance(answer, str) for answer in list(answers or ())):
             return found
         reason = f'it holds no {number} answers'
     except InputError as error:

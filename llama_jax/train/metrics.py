@@ -387,9 +387,8 @@ def loss_figure(
         logged = [item for item in metrics if key in item]
         if logged:
             steps, losses = [item['step'] for item in logged], [item[key] for item in logged]
-            # A line of one point is none.
-            style = {'marker': '.'} | style if len(logged) == 1 else style
-            axes.plot(steps, losses, label=key.replace('_', ' '), **style)
+            dot: dict[str, Any] = {'marker': '.'} if len(logged) == 1 else {}  # a line of one point is none
+            axes.plot(steps, losses, label=key.replace('_', ' '), **(dot | style))
     for index, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, linestyle='--', color=f'C{index + 2}', label=f'{name} {value:.3f}')
     axes.set(xlabel='step', ylabel=unit, title='Loss')
