@@ -100,7 +100,8 @@ def test_preflight_compiles_the_three_programs(commands, folder):
     # A fourth of nano's 106,816 weights, but for those of norms, which are whole; small models compute in float32.
     assert not report['generate']['gathers_weights'], 'each device keeps its share of the copy'
     assert report['generate']['copy'] == 4 * (106_816 - 5 * 64) / 4 + 4 * 5 * 64
-    assert report['generate']['beside'] > report['generate']['copy'] and report['score']['beside'] > 0
+    # The base in bfloat16 is half of it; beside that are adapters, split as it is, and their state.
+    assert report['generate']['beside'] > report['generate']['copy'] / 2 and report['score']['beside'] > 0
 
 
 REFUSED = {
