@@ -216,3 +216,8 @@ def test_a_runs_tokenizer_keeps_what_its_files_say(tmp_path):
     (workdir / 'config.json').write_text('{}')
     again = find_tokenizer('', None, workdir, None)
     assert (again.sha256, again.ends) == (tokenizer.sha256, tokenizer.ends)
+    # Of a damaged record the copy in a checkpoint serves, and the tokenizer needs none.
+    save_config(workdir, PRESETS['tiny'])
+    (workdir / 'config.json').write_text('{"config": ')
+    again = find_tokenizer('', None, workdir, None)
+    assert (again.sha256, again.ends) == (tokenizer.sha256, tokenizer.ends)

@@ -106,8 +106,9 @@ class Statements:
 
 
 def stating_files(folder: epath.Path) -> dict[str, bytes]:
-    """Those of a folder, by name."""
-    found = {name: folder / name for name in STATING_FILES}
+    """Those of a folder, by name; beside our `model.json` stands a run's `config.json`, which says of no tokenizer."""
+    is_ours = (folder / 'model.json').is_file()
+    found = {name: folder / name for name in STATING_FILES if not (is_ours and name == _MODEL)}
     return {name: read_bytes(file, _MAX_BYTES) for name, file in found.items() if file.is_file()}
 
 
