@@ -19,7 +19,7 @@ from etils import epath
 from llama_jax import export, pretrained
 from llama_jax.checkpoint.model_file import save_config
 from llama_jax.checkpoint.training import Checkpointer
-from llama_jax.errors import InputError, SystemRefusal
+from llama_jax.errors import InputError, SystemFailure, SystemRefusal
 from llama_jax.eval.engine import Engine
 from llama_jax.inference.generate import generate
 from llama_jax.inference.scoring import score
