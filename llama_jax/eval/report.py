@@ -1,5 +1,6 @@
 """Results as people read them: a table, the same beside published scores, and a plot of the two."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,10 @@ def to_report(title: str, results: Results, compared_to: str, rows: Sequence[Com
       compared_to: name of the published model; '' for none.
       rows: the comparison with it.
     """
-    parts = [f'# {title}', '\n'.join(result_lines(results)), 'In brackets: the 95 % interval of shares.']
+    lines = result_lines(results)
+    parts = [f'# {title}', '\n'.join(lines)]
+    if any(re.search(r'\d to \d\.\d{4}\) \|', line) for line in lines):
+        parts.append('In brackets: the 95 % interval of shares.')
     cut = {name: found['truncated'] for name, found in results.items() if found.get('truncated')}
     if cut:
         counts = ', '.join(f'{name} {count:,}' for name, count in cut.items())

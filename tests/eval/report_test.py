@@ -30,6 +30,9 @@ def test_report_sets_ours_beside_theirs_and_counts_what_was_cut(tmp_path):
     assert '| mmlu | acc | 0 (published: 5) |' in report and '-5.3*' in report
     plot_comparison(tmp_path / 'plot.png', 'llama2_7b', rows)
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+    assert 'In brackets: the 95 % interval' in report
+    of_text = {'perplexity:a.txt': RESULTS['perplexity:a.txt']}
+    assert 'In brackets' not in to_report('Evaluation of x', of_text, '', [])
     alone = to_report('Evaluation of x', {'mmlu': RESULTS['mmlu']}, '', [])
     assert 'published' not in alone and 'longer than' not in alone
 
