@@ -155,16 +155,21 @@ def test_gold_rises_by_what_a_judge_has_learnt_of_it(worlds, tmp_path, seed):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize('begun_as', ['zero', 'judge'])
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_values_from_zero_come_to_expect_what_is_worth(worlds, seed):
-    """At ten times the policy's rate: a score of 0 has a long way to go in 80 updates."""
+def test_values_come_to_expect_what_is_worth(worlds, seed, begun_as):
+    """At ten times the policy's rate: a score of 0, or a small one, has a long way to go in 80 updates.
+
+    As a judge they expect some of it from the first.
+    """
     lists, policy, _, judge = worlds(seed)
     lines = lists.learn(
-        'from_zero', policy, judge, num_iterations=ITERATIONS, beta=0.3, values_from='zero',
-        algorithm__constants='value_rate=10',
+        f'as_{begun_as}', policy, judge, num_iterations=ITERATIONS, beta=0.3,
+        values_from=judge if begun_as == 'judge' else 'zero', algorithm__constants='value_rate=10',
     )  # fmt: skip
     _, expected = described(lists, lines)
-    assert expected[0] == 0 and expected[-3:].mean() >= 0.3
+    assert expected[0] > 0 if begun_as == 'judge' else expected[0] == 0
+    assert expected[-3:].mean() >= 0.3
 
 
 @pytest.mark.long
