@@ -97,32 +97,34 @@ def test_a_large_margin_widens_gaps_by_rating(commands, shared_data, tmp_path, s
     assert (np.diff(gaps['large']) > 0).all() and (np.diff(wider) > 0).all() and wider[0] > 0
 
 
-def stories_with_endings(text, size_of):
-    """(the last 150 tokens of sentences before it, the last two sentences) of each story of six or more.
+def place_in_story(sentences, size_of):
+    """(the last 150 tokens of sentences before them, the last two sentences), or None where two of them are too long.
 
     Args:
-      text: stories with marks of their ends between them.
-      size_of: the number of tokens; stories whose endings have over 80 are left out.
+      sentences: a story, or its beginning.
+      size_of: the number of tokens.
     """
-    found = []
-    for story in text.split('<|endoftext|>'):
-        sentences = re.split(r'(?<=[.!?"])\s+(?=[A-Z"])', ' '.join(story.split()))
-        ending, before = ' '.join(sentences[-2:]), sentences[:-2]
-        sizes = [size_of(sentence) + 1 for sentence in before]
-        first = next((i for i in range(len(before)) if sum(sizes[i:]) <= 150), len(before))
-        if len(sentences) >= 6 and before[first:] and size_of(ending) <= 80:
-            found.append((before[first:], ending))
-    return found
+    last, before = ' '.join(sentences[-2:]), sentences[:-2]
+    sizes = [size_of(sentence) + 1 for sentence in before]
+    first = next((i for i in range(len(before)) if sum(sizes[i:]) <= 150), len(before))
+    return (' '.join(before[first:]), last) if before[first:] and size_of(last) <= 80 else None
 
 
-def pairs_of_endings(stories, rng, passes):
-    """Each story's own ending against two others, and so again with others and a sentence less before it."""
-    for left_out in range(passes):
-        for place, (before, ending) in enumerate(stories):
-            others = rng.choice(np.delete(np.arange(len(stories)), place), 2, replace=False)
-            for other in others if before[left_out:] else ():
-                rejected = f' {stories[other][1]}'
-                yield {'prompt': ' '.join(before[left_out:]), 'chosen': f' {ending}', 'rejected': rejected}
+def pairs_of_continuations(stories, size_of, rng, places):
+    """How each story goes on against how two others do: in its last two sentences, and so in the two before those.
+
+    Args:
+      stories: their sentences.
+      size_of: the number of tokens.
+      rng: draws the others, of those that have as many sentences behind the place.
+      places: how many of each story.
+    """
+    for behind in range(0, 2 * places, 2):
+        begun = [story[: len(story) - behind] for story in stories if len(story) - behind >= 4]
+        found = [place for place in (place_in_story(sentences, size_of) for sentences in begun) if place]
+        for number, (before, own) in enumerate(found):
+            for other in rng.choice(np.delete(np.arange(len(found)), number), 2, replace=False):
+                yield {'prompt': before, 'chosen': f' {own}', 'rejected': f' {found[other][1]}'}
 
 
 def base_that_knows_its_stop_token(shared_data, folder):
@@ -141,11 +143,14 @@ def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_pa
     tokenizer = load_tokenizer(shared_data / 'weights/stories260K/tok512.model')
     size_of = functools.cache(lambda text: len(tokenizer.encode(text)))
     text = (shared_data / 'text/tinystories_2MiB_sample.txt').read_text()
-    stories, rng = stories_with_endings(text, size_of), np.random.default_rng(seed)
+    stories = [' '.join(story.split()) for story in text.split('<|endoftext|>')]
+    stories = [re.split(r'(?<=[.!?"])\s+(?=[A-Z"])', story) for story in stories]
+    stories = [story for story in stories if len(story) >= 6 and place_in_story(story, size_of)]
+    rng = np.random.default_rng(seed)
     stories = [stories[number] for number in rng.permutation(len(stories))]
     files = [
-        write_lines(tmp_path / f'{name}.jsonl', pairs_of_endings(some, rng, passes))
-        for name, some, passes in (('train', stories[:1500], 4), ('test', stories[1500:], 1))
+        write_lines(tmp_path / f'{name}.jsonl', pairs_of_continuations(some, size_of, rng, places))
+        for name, some, places in (('train', stories[:1500], 4), ('test', stories[1500:], 1))
     ]
     settings = {
         'data.seq_len': 352, 'data.share_prompt': True, 'train.batch_size': 20,
