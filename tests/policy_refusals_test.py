@@ -107,6 +107,12 @@ def a_policy_from_nothing_once_programs_may_run(folder, tokenizer):
     begin_policy(config_of(algorithm__rewards='task:mbpp'), allow_code=True, checkpoint='')
 
 
+@pytest.mark.parametrize(('given', 'warned'), [('missing_stop', True), ('missing_stop,task:gsm8k', False)])
+def test_rewards_that_only_punish_are_said_to_reward_nothing(caplog, given, warned):
+    rewards.check_rewards(rewards.parse_rewards(given), allow_code=False)
+    assert ('missing_stop alone' in caplog.text) == warned
+
+
 def model_in(folder, **changed):
     folder.mkdir()
     source = random_source(dataclasses.replace(toy.CONFIG, **changed))

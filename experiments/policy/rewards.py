@@ -162,6 +162,12 @@ def check_rewards(terms: Sequence[Term], allow_code: bool) -> None:
     Raises:
       InputError: as said.
     """
+    if all(term.kind in ('missing_stop', 'overlong') for term in terms):
+        logger.warning(
+            'rewards are %s alone: they punish an answer for its end or length, and nothing rewards what it says; '
+            'name a reward model, task:NAME or FILE.py:function beside them',
+            ','.join(term.name for term in terms),
+        )
     for term in terms:
         if term.kind == 'function':
             function_of_file(*term.target.rsplit(':', 1))

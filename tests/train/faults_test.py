@@ -15,6 +15,7 @@ import subprocess
 
 import pytest
 
+from llama_jax import storage
 from tests.command_line import REPOSITORY, CommandLine, Finished, figures, tiny_run
 
 AT_ONCE = 4  # launches that share the cores
@@ -215,7 +216,7 @@ def what_is_wrong(fault: Fault, hit: Finished, again: Finished) -> str:
         return 'stood still'
     try:
         if hit.status in (1, 2):
-            hit.error(hit.status)
+            hit.error(2 if fault.failure in storage.REMEDIES else hit.status)
         elif hit.status not in (0, -fault.kill):
             return f'status {hit.status}'
         again.succeeded()
