@@ -150,7 +150,7 @@ def test_a_storys_own_ending_is_told_from_anothers(commands, shared_data, tmp_pa
     stories = [stories[number] for number in rng.permutation(len(stories))]
     files = [
         write_lines(tmp_path / f'{name}.jsonl', pairs_of_continuations(some, size_of, rng, places))
-        for name, some, places in (('train', stories[:1500], 4), ('test', stories[1500:], 1))
+        for name, some, places in (('train', stories[:1500], 6), ('test', stories[1500:], 1))
     ]
     settings = {
         'data.seq_len': 352, 'data.share_prompt': True, 'train.batch_size': 20,
