@@ -38,6 +38,7 @@ def test_people_talk_by_the_keyboard_alone(browser, tmp_path):
     script = Script(MARKUP + 'word ' * 500, steps=1, hold=lambda: time.sleep(0.02))
     with serving(lambda: scripted(script, context=4000)) as (_, service), socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
+        listener.listen()  # who connects before the server runs waits for it
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None))
         thread = threading.Thread(target=lambda: server.run([listener]))
         thread.start()
