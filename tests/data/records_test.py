@@ -90,6 +90,21 @@ def test_tools_and_calls_are_in_words(read):
 HH = '\n\nHuman: Hi\n\nAssistant:'
 
 
+# By every set of keys, with the margin that each says.
+PAIRS_BY_KEYS = [
+    ({**PAIR, 'prompt': 'Hi'}, None),
+    ({'chosen': f'{HH} Hello!', 'rejected': f'{HH} Go.'}, None),
+    ({'chosen': MESSAGES, 'rejected': [MESSAGES[0], {'role': 'assistant', 'content': 'Go.'}]}, None),
+    (
+        {'input': {'messages': MESSAGES[:1]}, 'preferred_output': MESSAGES[1:],
+         'non_preferred_output': [{'role': 'assistant', 'content': 'Go.'}]},
+        None,
+    ),
+    ({'prompt': 'Hi', 'response_1': 'Go.', 'response_2': 'Hello!', 'preference_strength': 2}, 2.0),
+    ({'context': MESSAGES[:1], 'response1': 'Hello!', 'response2': 'Go.', 'overall_preference': -3}, 3.0),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ('record', 'margin'),
     [
@@ -97,21 +112,13 @@ HH = '\n\nHuman: Hi\n\nAssistant:'
         ({**PAIR, 'prompt': MESSAGES[:1], 'margin': 0.5}, 0.5),
         ({**PAIR, 'rating': 'Significantly better'}, 3.0),
         ({**PAIR, 'rating': 'negligibly better / unsure'}, 0.0),
-        ({'chosen': f'{HH} Hello!', 'rejected': f'{HH} Go.'}, None),
-        ({'chosen': MESSAGES, 'rejected': [MESSAGES[0], {'role': 'assistant', 'content': 'Go.'}]}, None),
         (
             {'prompt': 'Hi', 'chosen': MESSAGES, 'rejected': [MESSAGES[0], {'role': 'assistant', 'content': 'Go.'}],
              'score_chosen': 8.5, 'score_rejected': 7},
             1.5,
         ),
         ({'conversations': SHAREGPT[:1], 'chosen': SHAREGPT[1], 'rejected': {'from': 'gpt', 'value': 'Go.'}}, None),
-        (
-            {'input': {'messages': MESSAGES[:1]}, 'preferred_output': MESSAGES[1:],
-             'non_preferred_output': [{'role': 'assistant', 'content': 'Go.'}]},
-            None,
-        ),
-        ({'prompt': 'Hi', 'response_1': 'Go.', 'response_2': 'Hello!', 'preference_strength': 2}, 2.0),
-        ({'context': MESSAGES[:1], 'response1': 'Hello!', 'response2': 'Go.', 'overall_preference': -3}, 3.0),
+        *PAIRS_BY_KEYS,
     ],
 )  # fmt: skip
 def test_pairs_are_told_by_their_keys(read, record, margin):
@@ -120,19 +127,8 @@ def test_pairs_are_told_by_their_keys(read, record, margin):
 
 @pytest.mark.parametrize(
     ('record', 'margin'),
-    [
-        ({**PAIR, 'prompt': 'Hi'}, None),
-        ({'chosen': f'{HH} Hello!', 'rejected': f'{HH} Go.'}, None),
-        ({'chosen': MESSAGES, 'rejected': [MESSAGES[0], {'role': 'assistant', 'content': 'Go.'}]}, None),
-        (
-            {'input': {'messages': MESSAGES[:1]}, 'preferred_output': MESSAGES[1:],
-             'non_preferred_output': [{'role': 'assistant', 'content': 'Go.'}]},
-            None,
-        ),
-        ({'prompt': 'Hi', 'response_1': 'Go.', 'response_2': 'Hello!', 'preference_strength': 2}, 2.0),
-        ({'context': MESSAGES[:1], 'response1': 'Hello!', 'response2': 'Go.', 'overall_preference': -3}, 3.0),
-    ],
-)  # fmt: skip
+    PAIRS_BY_KEYS,
+)
 def test_what_stands_beside_a_pair_is_read_whatever_its_keys_are(read, record, margin):
     system, go = Message('system', 'Be brief.'), dataclasses.replace(GO, is_cut=True)
     beside = {'system': 'Be brief.', 'rejected_stopped': False, 'chosen_safe': True}
