@@ -1,7 +1,6 @@
-"""A TPU's kernel over pages, by the reference that ships with it: what it is told is what the formula computes.
+"""A TPU's kernel over pages, by the reference that ships with it and interpreted: it computes what the formula does.
 
-The kernel itself is compiled for a TPU in `inference/program_test.py`. JAX's interpreter of kernels does not run it:
-it knows no references that are reshaped (JAX 0.10.2), as pages are within it.
+It is compiled for a TPU in `inference/program_test.py`.
 """
 
 import jax
@@ -22,30 +21,39 @@ def by_reference(*arguments, sm_scale, **sizes):
     return kernel.ref_ragged_paged_attention(*arguments, sm_scale=sm_scale)
 
 
-# The reference rounds weights to the type of the values before they are multiplied, as the formula does: both are off
-# by some 2^-9 of values of size 1, and the sums' order differs.
-@pytest.mark.parametrize(
-    ('length', 'room', 'dtype', 'atol'),
-    [
-        (5, 256, jnp.float32, 2e-6),
-        *(
-            pytest.param(*sizes, jnp.bfloat16, 1.6e-2, marks=pytest.mark.slow)
-            for sizes in ((1, 256), (5, 48))
-        ),
-    ],
-)
-def test_rows_of_any_length_find_what_the_formula_finds(monkeypatch, length, room, dtype, atol):
-    monkeypatch.setattr(kernel, 'ragged_paged_attention', by_reference)
-    monkeypatch.setattr(pltpu, 'with_memory_space_constraint', lambda x, _: x)  # of a TPU
+def attended(length, room, num_heads, num_kv_heads, dtype):
+    """What rows of three lengths find in pages, and by the formula in float32."""
     q, k, v = (
         jax.random.normal(jax.random.key(seed), (3, size, heads, 128), dtype)
-        for seed, (size, heads) in enumerate([(length, 8), (room, 4), (room, 4)])
+        for seed, (size, heads) in enumerate(
+            [(length, num_heads), (room, num_kv_heads), (room, num_kv_heads)]
+        )
     )
     start = jnp.array([0, 17, room - length])
     found = paged_attention(q, as_pages(k, v), start)
     assert found.dtype == dtype
     want = attend_at_once(*(x.astype(jnp.float32) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2))), start)
-    np.testing.assert_allclose(found.astype(jnp.float32), want, atol=atol)
+    return found.astype(jnp.float32), want
+
+
+def test_rows_of_any_length_find_what_the_formula_finds(monkeypatch):
+    monkeypatch.setattr(kernel, 'ragged_paged_attention', by_reference)
+    monkeypatch.setattr(pltpu, 'with_memory_space_constraint', lambda x, _: x)  # of a TPU
+    np.testing.assert_allclose(*attended(5, 256, 8, 4, jnp.float32), atol=2e-6)
+
+
+# Weights are rounded to bfloat16 before values are multiplied by them, and the sum once more: 2^-9 of numbers up to 4.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('length', 'room', 'num_heads', 'num_kv_heads'),
+    [(1, 256, 8, 4), (5, 48, 8, 4), (1, 512, 8, 8), (40, 512, 8, 2), (3, 4096, 8, 1)],
+)
+def test_the_kernel_itself_finds_what_the_formula_finds(length, room, num_heads, num_kv_heads):
+    from tests.ops.tpu_interpreter import interpreted  # of JAX's private modules
+
+    with interpreted():
+        found, want = attended(length, room, num_heads, num_kv_heads, jnp.bfloat16)
+    np.testing.assert_allclose(found, want, atol=1.2e-2)
 
 
 @pytest.mark.parametrize(
