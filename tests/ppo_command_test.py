@@ -97,11 +97,15 @@ def test_preflight_compiles_the_three_programs(commands, folder):
     report = json.loads(file.read_text())
     for name in ('train', 'generate', 'score'):
         assert report[name]['fits'] and 'all-gather' in report[name]['collectives']
-    # A fourth of nano's 106,816 weights, but for those of norms, which are whole; small models compute in float32.
+    matrices, norms = 106_816 - 5 * 64, 5 * 64  # of nano; a device has a fourth of matrices, and whole norms
+    adapters = 2 * 4_096 + 64  # of the policy and of the values, whose score is trained whole; all split in four
+    # Small models compute in float32.
     assert not report['generate']['gathers_weights'], 'each device keeps its share of the copy'
-    assert report['generate']['copy'] == 4 * (106_816 - 5 * 64) / 4 + 4 * 5 * 64
-    # The base in bfloat16 is half of it; beside that are adapters, split as it is, and their state.
-    assert report['generate']['beside'] > report['generate']['copy'] / 2 and report['score']['beside'] > 0
+    assert report['generate']['copy'] == 4 * matrices / 4 + 4 * norms
+    # The base is in bfloat16, adapters and the optimiser's two moments of them in float32; it counts its steps twice.
+    state = 2 * 4 * adapters / 4 + 2 * 4
+    assert report['generate']['beside'] == 2 * matrices / 4 + 4 * norms + 4 * adapters / 4 + state
+    assert report['score']['beside'] == state
 
 
 REFUSED = {
