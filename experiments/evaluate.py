@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from experiments import launch
-from experiments.prompting.loading import define_spread_model, open_model, place_model
+from experiments.prompting.loading import define_spread_model, load_weights, make_model, open_model
 from experiments.run import preference_files
 from experiments.run.config_file import split_list
 from experiments.run.results_file import check_results, write_results
@@ -126,9 +126,8 @@ def main() -> None:
                 )
         opened = open_model(given)
         # Without tasks it may be a reward model.
-        model, params, tokenizer = place_model(
-            opened, given, partitioner, LlamaForCausalLM if tasks else model_of
-        )
+        model = make_model(opened, given, partitioner, LlamaForCausalLM if tasks else model_of)
+        params, tokenizer = load_weights(opened, given, model)
         tokenizer = required(tokenizer)
         logger.info(
             '%s: %s weights on %d devices', opened.path, f'{model.config.num_params:,}', jax.device_count()

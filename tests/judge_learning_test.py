@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from etils import epath
 
-from llama_jax.rl.frontier import plot_ways
+from tests.frontier_plot import plot_ways
 from tests.learning_runs import draw, once_a_seed, train, write_lines
 from tests.policy_runs import logged
 from tests.reward_learning_test import WORDS
@@ -151,7 +150,7 @@ def test_gold_rises_by_what_a_judge_has_learnt_of_it(worlds, tmp_path, seed):
         if beta:
             assert gold[-3:].mean() - gold[0] >= spread and expected[-3:].mean() >= 0.3
             assert expected[0] > 0
-    plot_ways(epath.Path(tmp_path) / 'gold.png', plotted, 'mean score')
+    plot_ways(tmp_path / 'gold.png', plotted, 'mean score')
 
 
 @pytest.mark.long
@@ -188,7 +187,7 @@ def test_without_a_divergence_gold_turns_while_the_judge_rises(worlds, tmp_path)
         name: [(line['kl'], one) for line, one in zip(lines, values, strict=True)]
         for name, values in ways.items()
     }
-    plot_ways(epath.Path(tmp_path) / 'gold_turns.png', points, 'mean score')
+    plot_ways(tmp_path / 'gold_turns.png', points, 'mean score')
     turn = gold.argmax()
     assert gold[turn] - gold[0] >= 0.5 and gold[turn] - gold[-3:].mean() >= 0.5
     assert judged[-3:].mean() > judged[turn]

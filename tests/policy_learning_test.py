@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 import llama_jax
 from llama_jax.models.llama import LlamaForCausalLM
-from llama_jax.rl.frontier import least_divergence, plot_ways
+from tests.frontier_plot import least_divergence, plot_ways
 from tests.learning_runs import draw, train, write_lines
 from tests.policy_runs import logged
 
@@ -152,7 +151,7 @@ def ways(folder):
     found = {}
     yield found
     for seed, of_seed in found.items():
-        file = epath.Path(folder) / f'shares_{seed}.png'
+        file = folder / f'shares_{seed}.png'
         plot_ways(
             file, of_seed, f'share with {WORD!r}', np.mean([points[0][1] for points in of_seed.values()])
         )

@@ -98,7 +98,9 @@ def test_preflight_compiles_the_three_programs(commands, folder):
     for name in ('train', 'generate', 'score'):
         assert report[name]['fits'] and 'all-gather' in report[name]['collectives']
     matrices, norms = 106_816 - 5 * 64, 5 * 64  # of nano; a device has a fourth of matrices, and whole norms
-    adapters = 2 * 4_096 + 64  # of the policy and of the values, whose score is trained whole; all split in four
+    adapters = (
+        2 * 4_096 + 64
+    )  # of the policy and of the values, whose score is trained whole; all split in four
     # Small models compute in float32.
     assert not report['generate']['gathers_weights'], 'each device keeps its share of the copy'
     assert report['generate']['copy'] == 4 * matrices / 4 + 4 * norms

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from etils import epath
 
-from llama_jax.rl.frontier import plot_ways
+from tests.frontier_plot import plot_ways
 from tests.learning_runs import draw, train, write_lines
 from tests.policy_runs import logged
 
@@ -104,7 +103,7 @@ def test_sums_of_a_careless_teacher_come_right_by_what_a_task_grades(commands, s
             f'{len(wrong)} wrong answers of {lengths[algorithm][0]:.2f} tokens, standard error '
             f'{lengths[algorithm][1]:.2f}'
         )
-    plot_ways(epath.Path(tmp_path) / 'sums.png', plotted, 'share of right sums', first)
+    plot_ways(tmp_path / 'sums.png', plotted, 'share of right sums', first)
     print(f'share over nats, seed {seed}: {tmp_path / "sums.png"}')
     assert shares['grpo'] - first >= 0.15
     (of_grpo, error), (of_dr_grpo, other) = lengths.values()

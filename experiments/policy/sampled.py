@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
@@ -16,15 +15,13 @@ from experiments import launch
 from experiments.launch import flags_named
 from experiments.policy.candidates import Asked, draw_all
 from experiments.policy.rewards import Judges, Term, check_rewards, open_rewards, parse_rewards
-from experiments.prompting.checkpoint import DTYPES, dtype_name, open_with_tokenizer
-from experiments.prompting.loading import define_reading, define_spread
+from experiments.prompting.loading import define_reading, define_spread, load_weights, make_model, open_model
 from experiments.prompting.prompt_file import check_output, parse_shard
 from experiments.run.settings import partitioner_of_flags
 from experiments.run.trained_format import chat_format_of
 from llama_jax import pretrained, runtime
 from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
-from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
 from llama_jax.rl.rollout import Rollout, Sampling, check_room, rollouts_by_record
@@ -154,19 +151,14 @@ class SampledPolicy:
     def __init__(self, request: Request):
         """Raises InputError where the checkpoint, its tokenizer or its place do not fit what is asked for."""
         given, self.request = request.given, request
-        self._dtype = DTYPES[dtype_name(given['dtype'])]
-        with flags_named('--checkpoint', '--tokenizer'):
-            self._opened = open_with_tokenizer(given['checkpoint'], given['tokenizer'])
+        self._opened = open_model(given)
+        with flags_named('--tokenizer'):
             self.tokenizer = required(
                 pretrained.load_tokenizer(given['tokenizer'])
                 if given['tokenizer']
                 else self._opened.tokenizer
             )
-            self._model = LlamaForCausalLM(
-                self._opened.config, dtype=self._dtype, partitioner=request.partitioner
-            )
-        with flags_named('--mesh', '--axis_rules'):
-            request.partitioner.tree_shardings(*abstract_params_and_axes(self._model))
+        self._model = make_model(self._opened, given, request.partitioner)
         with flags_named('--chat_format'):
             self.chat_format = chat_format_of(self._opened, self.tokenizer, given['chat_format'])
         self.stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *self.chat_format.stop_ids}))
@@ -179,17 +171,13 @@ class SampledPolicy:
     def load(self) -> dict[str, Any]:
         """Loads the weights and the judges; what answers and their scores follow from, beside the prompts."""
         given, sampling = self.request.given, self.request.sampling
-        with flags_named('--checkpoint', '--tokenizer'):
-            _, params, _ = pretrained.load(
-                self._opened, partitioner=self.request.partitioner, dtype=jnp.dtype(self._dtype),
-                tokenizer=given['tokenizer'],
-            )  # fmt: skip
+        params, _ = load_weights(self._opened, given, self._model)
         fingerprint = Engine(self._model, params, self.tokenizer).fingerprint
-        self._weights = unstack(params, self._dtype, delete=True)
+        self._weights = unstack(params, self._model.dtype, delete=True)
         with flags_named('--rewards'):
             self.judges = open_rewards(
                 self.request.terms, tokenizer=self.tokenizer, max_new_tokens=sampling.max_new_tokens,
-                partitioner=self.request.partitioner, dtype=self._dtype, allow_code=given['allow_code_execution'],
+                partitioner=self.request.partitioner, dtype=self._model.dtype, allow_code=given['allow_code_execution'],
                 whitened=False,
             )  # fmt: skip
         return {

@@ -51,7 +51,7 @@ def define_shared_model() -> launch.Flags:
 
 
 def define_spread_model() -> launch.Flags:
-    """The same for commands that use all devices of all processes from the start; see `place_model`."""
+    """The same for commands that use all devices of all processes from the start; see `make_model`."""
     launch.define_processes()
     return launch.Flags(**_define_flags_of_a_model(), **define_spread())
 
@@ -121,7 +121,8 @@ def load_model(
     runtime.enable_compilation_cache()
     opened, draft_name = open_model(given), given.get('draft', '')
     draft = open_draft(draft_name, opened, given['tokenizer'])
-    model, params, tokenizer = place_model(opened, given, partitioner)
+    model = make_model(opened, given, partitioner)
+    params, tokenizer = load_weights(opened, given, model)
     proposer = make_proposer(draft_name, given.get('draft_tokens', 0), draft, model, params)
     return model, params, tokenizer, opened.template, proposer
 
@@ -132,37 +133,52 @@ def open_model(given: dict[str, Any]) -> pretrained.Checkpoint:
         return open_with_tokenizer(given['checkpoint'], given['tokenizer'])
 
 
-def place_model(
+def make_model(
     opened: pretrained.Checkpoint,
     given: dict[str, Any],
     partitioner: Partitioner | None,
     make: Callable[..., Any] = LlamaForCausalLM,
-) -> tuple[Any, Params, Tokenizer | None]:
-    """The model on its devices, its weights and tokenizer.
+) -> Any:
+    """The model of a checkpoint, nothing of which is loaded.
 
     Args:
       opened: by `open_model`.
-      given: the flags of `define_model` by name.
+      given: the flags of `define_model` by name; those for its cache may be none of a command's.
       partitioner: places the weights.
       make: the model of a configuration.
 
     Raises:
       InputError: it is another kind of model, or has no place there.
     """
-    dtype = DTYPES[dtype_name(given['dtype'])]
     if opened.config.scalar_head and make is LlamaForCausalLM:
         raise InputError(
             f'--checkpoint={opened.path} is a reward model, which gives scores and no text; give a language model'
         )
-    model = make(opened.config, dtype=dtype, partitioner=partitioner, cache_dtype=given['cache_dtype'])
-    if partitioner is not None:  # before anything is loaded
+    model = make(
+        opened.config, dtype=DTYPES[dtype_name(given['dtype'])], partitioner=partitioner,
+        cache_dtype=given.get('cache_dtype', 'auto'),
+    )  # fmt: skip
+    if partitioner is not None:
         with launch.flags_named('--checkpoint'):
             shapes_and_axes = abstract_params_and_axes(model)
         with launch.flags_named('--mesh', '--axis_rules'):
             partitioner.tree_shardings(*shapes_and_axes)
+    return model
+
+
+def load_weights(
+    opened: pretrained.Checkpoint, given: dict[str, Any], model: Any
+) -> tuple[Params, Tokenizer | None]:
+    """The weights on their devices, and the tokenizer.
+
+    Args:
+      opened: by `open_model`.
+      given: the flags of `define_model` by name; --keep_quantized may be none of a command's.
+      model: by `make_model`.
+    """
     with launch.flags_named('--checkpoint', '--tokenizer', '--keep_quantized'):
         _, params, tokenizer = pretrained.load(
-            opened, partitioner=partitioner, dtype=jnp.dtype(dtype), tokenizer=given['tokenizer'],
-            keep_quantized=given['keep_quantized'],
+            opened, partitioner=model.partitioner, dtype=jnp.dtype(model.dtype), tokenizer=given['tokenizer'],
+            keep_quantized=given.get('keep_quantized', False),
         )  # fmt: skip
-    return model, params, tokenizer
+    return params, tokenizer

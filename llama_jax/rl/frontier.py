@@ -1,17 +1,12 @@
-"""How much reward was had for how far from the reference: what runs of policy gradients are told by."""
+"""How much reward was had for how far from the reference: what a run of policy gradients is told by."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from llama_jax.rl.rejection import best_of_n_divergence
 from llama_jax.storage import write_atomically
-
-_MOST_SAMPLES = 4096
 
 
 def plot_frontier(file: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -21,70 +16,14 @@ def plot_frontier(file: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
       file: a .png.
       lines: of metrics.jsonl; those without a reward are left out.
     """
+    from matplotlib.figure import Figure  # it takes long to load
+
     found = [line for line in lines if 'reward' in line]
     by = 'kl' if all('kl' in line for line in found) else 'step'
-    figure, axes = _empty('KL to the reference, nats an answer' if by == 'kl' else 'step', 'reward')
-    axes.plot([line[by] for line in found], [line['reward'] for line in found], marker='.', linewidth=0.7)
-    _write(file, figure)
-
-
-def least_divergence(share: float, first: float) -> float:
-    """Nats that any policy is away of whose answers such a share is good, where of the reference's `first` is.
-
-    That of two Bernoullis; pi_ref exp(r / beta) / Z is no farther, nor is the best of n.
-
-    Args:
-      share: of the policy, in [0, 1].
-      first: of the reference, in (0, 1).
-    """
-    parts = (share, first), (1 - share, 1 - first)
-    return math.fsum(p * math.log(p / q) for p, q in parts if p)
-
-
-def plot_ways(
-    file: epath.Path, ways: Mapping[str, Sequence[tuple[float, float]]], unit: str, first: float | None = None
-) -> None:
-    """A figure of answers over the divergence, of several ways or several figures of one.
-
-    Args:
-      file: a .png.
-      ways: by name, (nats an answer, figure) one after the other.
-      unit: what the figure is.
-      first: where it is a share of good answers, that of the base, in (0, 1): the least divergence that shares have is
-        drawn beside, and that of the best of n where no two scores are equal.
-    """
-    figure, axes = _empty('KL to the base, nats an answer', unit)
-    if first is not None:
-        shares = np.linspace(first, 1.0, 200)
-        axes.plot(
-            [least_divergence(one, first) for one in shares], shares, color='black', label='least for a share'
-        )
-        # Up to where hardly one in a thousand is not good: farther out there is nothing to see.
-        enough = math.ceil(math.log(1e-3) / math.log1p(-first))
-        numbers = np.unique(np.geomspace(1, min(enough, _MOST_SAMPLES), 60).astype(int)).tolist()
-        best = [(best_of_n_divergence(n), 1 - (1 - first) ** n) for n in numbers]
-        axes.plot(
-            *zip(*best, strict=True), color='black', linestyle=':', label='best of n, log n - (n - 1) / n'
-        )
-    for name, points in ways.items():
-        axes.plot(*zip(*points, strict=True), marker='.', linewidth=0.7, label=name)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    _write(file, figure)
-
-
-def _empty(x: str, y: str) -> tuple[Any, Any]:
-    import matplotlib.figure  # it takes long to load
-
-    figure = matplotlib.figure.Figure(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
-
-
-def _write(file: epath.Path, figure: Any) -> None:
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=120)
-    write_atomically(file, buffer.getvalue())
+    axes.set(xlabel='KL to the reference, nats an answer' if by == 'kl' else 'step', ylabel='reward')
+    axes.plot([line[by] for line in found], [line['reward'] for line in found], marker='.', linewidth=0.7)
+    data = io.BytesIO()
+    figure.savefig(data, format='png', dpi=120)
+    write_atomically(file, data.getvalue())
