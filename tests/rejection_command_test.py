@@ -315,6 +315,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, folder, base, ju
         ([f'--rewards={folder}/none.py:score'], 'no file .*none.py'),
         (['--rewards=task:mbpp'], 'task mbpp executes generated code, which is off'),
         ([f'--checkpoint={stories}'], f'the reward model {judge} .*tokenizer'),
+        ([f'--checkpoint={judge}'], f'--checkpoint={judge} is a reward model, which gives scores and no text'),
         (['--max_new_tokens=251'], r'\d of 8 prompts are longer than 5 tokens, which is the context of 256 less'),
         (['--temperatures=0'], "--temperatures are '0'; write different numbers above 0"),
         (['--temperatures=1,1'], "--temperatures are '1,1'; write different numbers"),
