@@ -95,7 +95,7 @@ def bytes_of(tree):
     'weights', [name if name == 'nf4' else pytest.param(name, marks=pytest.mark.slow) for name in BASE_DTYPES]
 )
 def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_path):
-    config = config_of(weights, train_whole='norms')
+    config = config_of(weights, train_whole='norms', dropout=0.1)
     run = objective, _, _, _ = begin(config, base)
     before = bytes_of(objective.frozen)
     losses, state = losses_of(run, 50)
@@ -129,6 +129,14 @@ def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_
     assert pretrained.open(tmp_path).source.tensors['blocks/attention/q'][0].shape == (64, 64)
     again, _, _, _ = begin(config_of(weights), tmp_path)
     assert again.provenance['adapters']['base'] == str(tmp_path)
+    # What is frozen, a reference too, sees all activations: the first adapters drop none any more.
+    first, x = again.frozen['blocks']['mlp']['up'], jnp.ones((1, 1, CONFIG.embed_dim))
+    products = [
+        linear.einsum('btd,df->btf', x, jax.tree.map(lambda leaf: leaf[0], weight))
+        for weight in (first, whole['blocks']['mlp']['up'].astype(jnp.float32))
+    ]
+    rounded = 1e-2 if weights == 'bfloat16' else 1e-5  # that sum is one of bfloat16, or of floats of 64 inputs
+    np.testing.assert_allclose(*products, atol=rounded)
     # The base is looked at again.
     other = jax.tree.map(lambda w: w * 1.01, toy.make_params(LlamaForCausalLM(CONFIG)))
     export.save(tmp_path / 'other', source_of(other), None, to='orbax')
