@@ -78,7 +78,7 @@ def policies(preset: str) -> ConfigDict:
     config.train.update(batch_size=64, num_steps=2400)
     config.optimizer.update(learning_rate=1e-6, warmup_steps=0, final_fraction=1.0)
     config.checkpoint.update(every=80)
-    config.eval.update(every=80)  # exams too
+    config.eval.update(every=80)
     config.rollout = rollout()
     config.algorithm = algorithm()
     if preset in ('tiny', 'nano') or preset.startswith('stories'):
@@ -225,7 +225,7 @@ def checkpoint() -> ConfigDict:
 def evaluation() -> ConfigDict:
     """What is measured on the way."""
     section = ConfigDict()
-    section.every = 1000  # steps between validations; 0: at the end only
+    section.every = 1000  # steps between validations, and exams without `tasks_every`; 0: at the end only
     section.max_rows = 0  # validate on the first N rows; 0: all
     section.prompt = ''  # completed at the end of the run
     section.sample_tokens = 128  # of the completion; 0: none

@@ -29,10 +29,7 @@ _ALLOW_CODE = flags.DEFINE_boolean(
 def main() -> None:
     """One run from start to report."""
     run, iterations = begin_policy(_CONFIG.value, allow_code=_ALLOW_CODE.value, **_RUN.value)
-    trained = training.fit(
-        run, iterations.next_batch, iterations.measurements(), prepare=iterations.prepare,
-        tasks_every=_CONFIG.value.eval.every,
-    )  # fmt: skip
+    trained = training.fit(run, iterations.next_batch, iterations.measurements(), prepare=iterations.prepare)
     if trained.stopped or not runtime.is_main_process():
         return
     workdir = run.plan.workdir

@@ -264,7 +264,6 @@ def fit(
     measurements: Sequence[Measurement] = (),
     described: Callable[[int], Mapping[str, float]] = lambda step: {},
     prepare: Callable[[TrainState, int], TrainState] = lambda state, step: state,
-    tasks_every: int = 0,
 ) -> Trained:
     """Trains to the last step; what was trained and measured is on disk when it returns.
 
@@ -274,11 +273,10 @@ def fit(
       measurements: the objective's own; benchmarks are taken after them.
       described: step -> what else is logged of it.
       prepare: (state, updates done) -> the state that goes on; what is done before a batch is there.
-      tasks_every: steps between benchmarks where `config.eval.tasks_every` is no key; 0: at the end only.
     """
     plan, objective = run.plan, run.objective
     config = plan.config
-    benchmarks = [evaluate_tasks(plan, objective, tasks_every)] if plan.eval_tasks else []
+    benchmarks = [evaluate_tasks(plan, objective)] if plan.eval_tasks else []
     loop = LoopConfig(
         num_steps=config.train.num_steps, batch_size=config.train.batch_size,
         tokens_per_step=config.train.batch_size * config.data.seq_len,
@@ -306,7 +304,7 @@ def fit(
     return trained
 
 
-def evaluate_tasks(plan: Plan, objective: Objective, every: int = 0) -> Measurement:
+def evaluate_tasks(plan: Plan, objective: Objective) -> Measurement:
     """The benchmarks, evaluated on the training mesh: {'TASK/METRIC': value}."""
     config, eval_tasks = plan.config, plan.eval_tasks
     rows = config.train.batch_size // config.train.num_microbatches
@@ -327,7 +325,7 @@ def evaluate_tasks(plan: Plan, objective: Objective, every: int = 0) -> Measurem
     names = tuple(
         f'{prepared.task.name}/{metric}' for prepared in eval_tasks for metric in prepared.task.metrics
     )
-    return Measurement(config.eval.get('tasks_every', every), measure, names)
+    return Measurement(config.eval.get('tasks_every', config.eval.every), measure, names)
 
 
 def _figures_of(metrics_file: epath.Path, step: int) -> dict[str, float]:

@@ -135,8 +135,8 @@ def test_what_is_trained_saved_and_opened_again_are_adapters(weights, base, tmp_
         linear.einsum('btd,df->btf', x, jax.tree.map(lambda leaf: leaf[0], weight))
         for weight in (first, whole['blocks']['mlp']['up'].astype(jnp.float32))
     ]
-    rounded = 1e-2 if weights == 'bfloat16' else 1e-5  # that sum is one of bfloat16, or of floats of 64 inputs
-    np.testing.assert_allclose(*products, atol=rounded)
+    # The sum of 64 products, rounded as bfloat16 or as floats are.
+    np.testing.assert_allclose(*products, atol=1e-2 if weights == 'bfloat16' else 1e-5)
     # The base is looked at again.
     other = jax.tree.map(lambda w: w * 1.01, toy.make_params(LlamaForCausalLM(CONFIG)))
     export.save(tmp_path / 'other', source_of(other), None, to='orbax')

@@ -75,7 +75,9 @@ def test_a_run_learns_the_answers_and_shows_them_beside_the_bases(run, records, 
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_losses(commands, run, records, base, tmp_path):
-    arguments = [*sizes('', tmp_path / 'run', records), *base]
+    (tmp_path / 'exam.txt').write_text('The cat. The dog.')
+    exams = {'eval__tasks': f'perplexity:{tmp_path}/exam.txt', 'eval__every': 2}
+    arguments = [*sizes('', tmp_path / 'run', records, **exams), *base]
     steps = {'train__num_epochs': 0, 'train__num_steps': 2}
     commands.run('sft', *sizes('', tmp_path / 'run', records, **steps), *base).succeeded()
     finished = commands.run('sft', *arguments).succeeded()
@@ -83,6 +85,10 @@ def test_a_stopped_run_goes_on_with_the_same_losses(commands, run, records, base
     # The cosine is another for a run of 2 steps; but the loss of its first, and all batches, are the same.
     assert figures(tmp_path / 'run')[0] == figures(run)[0]
     assert [step for step, *_ in figures(tmp_path / 'run')] == [step for step, *_ in figures(run)]
+    logged = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    examined = [line['step'] for line in logged if any(name.startswith('perplexity:') for name in line)]
+    # With the validation, on the way too; what the first command did not ask for is made up for.
+    assert logged[-1]['step'] > 4 and examined == [2, 4, logged[-1]['step']]
     report = json.loads((tmp_path / 'run' / 'report.json').read_text())
     before = json.loads((run / 'report.json').read_text())
     assert report['base_loss'] == before['base_loss']  # found before the first step, and kept

@@ -13,7 +13,7 @@ _BATCH = 'losses/pairs_test.py::test_a_batch_is_the_formula_over_its_pairs'
 FAULTS: tuple[Fault, ...] = (
     *faults_in('llama_jax/data/preferences.py',
         ('pairs: log-probability one place off', _ALONE,
-         'first = start + len(own) - 1', 'first = start + len(own)'),
+         "row['loss_mask'][first : slot - 1] = answer.counts", "row['loss_mask'][first + 1 : slot] = answer.counts"),
         ('pairs: score one past the stop token', _ALONE,
          'place_of[number] = segment, slot - 1', 'place_of[number] = segment, slot'),
         ('pairs: the prompt counts',
@@ -43,7 +43,7 @@ FAULTS: tuple[Fault, ...] = (
          'jnp.sum(batch.weights * jnp.mean(present, axis=-1))', 'jnp.sum(batch.weights)'),
         ('DPO: means of the parts are averaged', 'losses/pairs_test.py::test_four_microbatches_are_the_batch',
          'return jnp.sum(batch.weights * losses), weight, jax.lax.stop_gradient(totals)',
-         'return jnp.sum(batch.weights * losses) / weight, jnp.float32(1.0), jax.lax.stop_gradient(totals)'),
+         'return jnp.sum(batch.weights * losses) / weight, jnp.float32(1), {n: t / weight for n, t in totals.items()}'),
         ('KTO: empty rows count in the baseline', _JUDGED,
          'jnp.sum(present, dtype=jnp.float32)', 'jnp.float32(present.size)'),
         ('DPO: form is compared', _BATCH,
@@ -58,7 +58,8 @@ FAULTS: tuple[Fault, ...] = (
         ('reward: means of the parts are averaged',
          'losses/pairs_test.py::test_four_microbatches_are_the_batch',
          'jnp.sum(batch.weights * losses), jnp.sum(batch.weights), sums',
-         'jnp.sum(batch.weights * losses) / jnp.sum(batch.weights), jnp.float32(1.0), sums')),
+         'jnp.sum(batch.weights * losses) / (number := jnp.sum(batch.weights)), jnp.float32(1.0), '
+         '{name: total / number for name, total in sums.items()}')),
     *faults_in('llama_jax/eval/preferences.py',
         ('preferences: pairs in the order of rows',
          'eval/preferences_test.py::test_figures_come_back_to_their_pairs_however_rows_hold_them',
