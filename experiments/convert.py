@@ -60,6 +60,8 @@ def main() -> None:
         raise InputError(f'--chat: {_TO.value} has no place for a chat template; write huggingface or gguf')
     if _MODEL_PARALLEL.value != 1 and _TO.value != 'meta':
         raise InputError(f"--model_parallel splits files of Meta's format; --to={_TO.value} has none")
+    with launch.flags_named('--output'):
+        storage.check_new(epath.Path(_OUTPUT.value))
     with launch.flags_named('--input', '--base'):
         first, *others = _paths(_INPUT.value)
         checkpoint = pretrained.open(first, _BASE.value)
@@ -115,7 +117,7 @@ def main() -> None:
 
 def _paths(text: str) -> list[str]:
     """What --input names: one path, or several with commas between them."""
-    return [text] if epath.Path(text).exists() else text.split(',')
+    return text.split(',') if ',' in text and ('://' in text or not epath.Path(text).exists()) else [text]
 
 
 def _source_of(checkpoints: list[pretrained.Checkpoint], any_tokenizer: bool) -> Source:

@@ -329,7 +329,12 @@ class _Asked:
         if self.messages:
             with launch.flags_named('--messages'):
                 given = parse_json(read_bytes(epath.Path(self.messages)), self.messages)
-                given = given.get('messages') if isinstance(given, dict) else given
+                if isinstance(given, dict):
+                    if 'messages' not in given:
+                        raise InputError(
+                            f'{self.messages} has {list(given)[:8]}; it must have messages, or be a list of them'
+                        )
+                    given = given['messages']
                 return [chat.encode_prompt(check_messages(given))], chat.stop_ids
         with launch.flags_named('--prompt', '--system'):
             return [chat.encode_prompt(self._said(text)) for text in self.texts], chat.stop_ids

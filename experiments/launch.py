@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +191,7 @@ def flags_named(*names: str) -> Iterator[None]:
     """Puts the flag into what the library refuses within, as it knows none.
 
     Before a line that begins with a setting's own name, 'beta1 is 2' becoming '--config.optimizer.beta1 is 2'; else
-    behind it all that may have led to it.
+    behind it all that may have led to it: flags that are given, settings that are not empty.
     """
     try:
         yield
@@ -202,7 +203,17 @@ def flags_named(*names: str) -> Iterator[None]:
                 raise InputError(f'{name}{line.removeprefix(own)}') from error
         if any(name in line for name in names):
             raise
-        raise InputError(f'{line} (set by {", ".join(names)})') from error
+        blamed = list(filter(_is_set, names)) or names
+        raise InputError(f'{line} (set by {", ".join(blamed)})') from error
+
+
+def _is_set(name: str) -> bool:
+    """Whether a flag is given, or a setting of the configuration has a value; all of a section, SECTION.*, always."""
+    name, values = name.removeprefix('--'), flags.FLAGS
+    section, _, key = name.partition('.')
+    if not key or section not in values:
+        return name in values and values[name].present > 0
+    return key.endswith('*') or config_file.flatten(values[section].value or {}).get(key, '') not in ('', ())
 
 
 def _check_same_command() -> None:
@@ -240,13 +251,19 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             such = f', such as --config={config_file.example()}' if name == 'config' else ''
             _fail(f'--{name} is required{such}', 2)
         of_config = name.partition('.')[0] == 'config'
-        _fail(config_file.describe_error(error, argv) if of_config else str(error), 2)
+        _fail(config_file.describe_error(error, argv) if of_config else _in_words(str(error)), 2)
     except flags.Error as error:
         _fail(str(error), 2)
     except BrokenPipeError as error:  # of --help
         _fail(*describe_failure(error, ()))
     except Exception as error:  # a configuration file may raise anything
         _fail(config_file.describe_error(error, argv), 2)
+
+
+def _in_words(line: str) -> str:
+    """What absl says of a flag's value, without what Python says of it."""
+    line = re.sub(r'invalid literal for int\(\).*', 'it must be a whole number', line)
+    return re.sub(r'could not convert string to float.*', 'it must be a number', line)
 
 
 def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:

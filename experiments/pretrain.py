@@ -40,7 +40,8 @@ def main() -> None:
     """One run from start to report."""
     config = _CONFIG.value
     plan = training.plan(config, **_RUN.value)
-    with runtime.refused_by_all():
+    sources = '--config.data.train', '--config.data.validation'
+    with runtime.refused_by_all(), launch.flags_named(*sources):
         data = read_data(config, plan.tokenizer, unit_bytes_of(plan.workdir, plan.fork))
     objective = language_modelling(config, plan.model, plan.partitioner, plan.base)
     run = training.begin(plan, objective, data.fingerprint)

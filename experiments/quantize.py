@@ -40,6 +40,8 @@ def main() -> None:
     runtime.enable_compilation_cache()
     runtime.free_memory_at_once()
     storage.check_place(_OUTPUT.value, folder=True)
+    with launch.flags_named('--output'):
+        storage.check_new(epath.Path(_OUTPUT.value))
     with launch.flags_named('--eval'):
         prepared = prepare(perplexity(_EVAL.value), '') if _EVAL.value else None
     with launch.flags_named('--input', '--tokenizer'):

@@ -57,9 +57,7 @@ def hold(folder: epath.Path, *, beside: bool = False) -> Callable[[], None]:
 
     def let_go() -> None:
         release()
-        with contextlib.suppress(OSError):  # where something was written
-            for path in made:
-                os.rmdir(path)
+        _remove_empty(made)
 
     return let_go
 
@@ -74,7 +72,16 @@ def _lock_in_folder(file: epath.Path) -> tuple[list[epath.Path], Callable[[], No
         except FileNotFoundError:  # who had made the folder has let go of it just now, and it went
             if is_last:
                 raise
+        except BaseException:
+            _remove_empty(made)
+            raise
     raise AssertionError
+
+
+def _remove_empty(folders: list[epath.Path]) -> None:
+    with contextlib.suppress(OSError):  # where something was written
+        for folder in folders:
+            os.rmdir(folder)
 
 
 def _system_lock(file: epath.Path) -> Callable[[], None] | None:
@@ -93,6 +100,7 @@ def _system_lock(file: epath.Path) -> Callable[[], None] | None:
                 raise
             if not _is_same_file(descriptor, file):
                 continue  # who had it has just let go of it and taken the file away
+            failed.callback(file.unlink, missing_ok=True)  # on a full disk nothing is left
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, _describe_owner().encode(), 0)
             failed.pop_all()
@@ -144,7 +152,11 @@ class _BeatingLock:
                 system.pipe_file(path, self._content(), mode='create')  # a condition that the bucket checks
             else:
                 with open(path, 'xb', buffering=0) as file:
-                    file.write(self._content())
+                    try:
+                        file.write(self._content())
+                    except BaseException:
+                        os.unlink(path)
+                        raise
         except FileExistsError:
             return False
         return True

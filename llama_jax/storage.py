@@ -200,6 +200,19 @@ def check_place(path: str | os.PathLike, *, folder: bool) -> None:
         raise InputError(f'{text} cannot be written: no permission to write in {above}')
 
 
+def check_new(path) -> None:
+    """Refuses a place where something is already: what is made there appears whole, and replaces nothing.
+
+    Args:
+      path: an `epath.Path`, local or `gs://...`; an empty folder will do.
+
+    Raises:
+      InputError: there is something.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f'{path} exists; give a new one, or remove it first')
+
+
 def write_atomically(path, data: bytes | str) -> None:
     """Writes a whole file: beside and renamed on a local disk, one object in a bucket; never half.
 
@@ -280,8 +293,7 @@ def new_folder(path) -> Iterator:
     Raises:
       InputError: there is something at `path` already.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f'{path} exists; give a new one, or remove it first')
+    check_new(path)
     if '://' in os.fspath(path):
         yield path
         return

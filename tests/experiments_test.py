@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(commands, run, corpus, tmp_path
 REFUSED = {
     'unknown key': (['--config.optimizer.lerning_rate=1'], 'lerning_rate; did you mean optimizer.learning_rate'),
     'wrong type': ({'train__num_steps': 'abc'}, 'train.num_steps=abc: the value must be of type int, as [0-9]+ is'),
-    'no configuration': (['--config=configs/none.py:tiny', '--workdir=x'], 'there is no file configs/none.py'),
+    'no configuration': (['--config=configs/none.py:tiny', '--workdir=x'], 'name one such as configs/pretrain.py:'),
     'a family': (['--config=configs/pretrain.py:llama3', '--workdir=x'], "model 'llama3'; did you mean llama3_8b"),
     'no workdir': (['--config=configs/pretrain.py:tiny'], '--workdir is required'),
     'stray argument': (['stray', '--config=configs/pretrain.py:tiny', '--workdir=x'], "unexpected argument 'stray'"),
@@ -624,6 +624,14 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(commands, run, tmp_path)
     }.items():
         assert message in commands.run('convert', *arguments, output).error()
         assert not any(tmp_path.iterdir())
+    offline = commands.run(
+        'convert',
+        '--input=hf://some/model',
+        '--to=meta',
+        output,
+        before="import os; os.environ['HF_HUB_OFFLINE'] = '1'",
+    )
+    assert 'hf://some/model cannot be downloaded' in offline.error()
 
 
 def test_a_place_that_cannot_be_written_is_one_line(commands, run, corpus, tmp_path):

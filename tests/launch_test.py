@@ -8,7 +8,7 @@ import re
 
 import pytest
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from configs import ppo, pretrain
 from experiments import launch
@@ -134,6 +134,18 @@ def test_no_path_is_empty(default, given, words):
         values(['command', f'--place={given}'])
 
 
+def test_a_number_that_is_none_is_refused_without_python_s_words():
+    for name, define, kind in (
+        ('count', flags.DEFINE_integer, 'a whole number'),
+        ('rate', flags.DEFINE_float, 'a number'),
+    ):
+        values = flags.FlagValues()
+        define(name, 1, '', flag_values=values)
+        with pytest.raises(flags.IllegalFlagValueError) as refused:
+            values(['command', f'--{name}=1e9x'])
+        assert launch._in_words(str(refused.value)) == f'flag --{name}=1e9x: it must be {kind}'
+
+
 def test_keys_that_name_files_are_expanded():
     tasks = pretrain, ppo
     keys = {key for task in tasks for key in config_file.flatten(task.get_config('tiny'))}
@@ -199,6 +211,29 @@ def test_who_knows_the_flags_names_them():
     ):
         with pytest.raises(InputError, match=f'^{re.escape(wanted)}$'), launch.flags_named(*names):
             raise InputError(line)
+
+
+def test_what_was_not_given_is_not_said_to_have_set_it(monkeypatch):
+    own = flags.FlagValues()
+    for name in ('output', 'dtype'):
+        flags.DEFINE_string(name, '', '', flag_values=own)
+    config = ConfigDict({'data': {'train': 'x', 'validation': ''}, 'mesh': {'data': -1}})
+    config_flags.DEFINE_config_dict('config', config, flag_values=own)
+    own(['command', '--output=y'])
+    monkeypatch.setattr(flags, 'FLAGS', own)
+    for names, told in (
+        ('--output --dtype', '--output'),
+        ('--dtype --unknown', '--dtype, --unknown'),  # a default of theirs, then
+        (
+            '--config.data.train --config.data.validation --config.mesh.*',
+            '--config.data.train, --config.mesh.*',
+        ),
+    ):
+        with (
+            pytest.raises(InputError, match=re.escape(f'(set by {told})')),
+            launch.flags_named(*names.split()),
+        ):
+            raise InputError('nothing fits')
 
 
 NUMBERS = {

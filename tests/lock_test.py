@@ -1,6 +1,7 @@
 """Who may write into a folder: one process at a time, whatever became of the one before."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -69,6 +70,21 @@ def test_a_second_one_is_told_whose_it_is_and_a_dead_one_holds_nobody(tmp_path, 
     assert not (tmp_path / 'a/b').exists()
     release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['run']
+
+
+def test_on_a_full_disk_nothing_is_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'pwrite', full)
+    for beside in (False, True):
+        with pytest.raises(OSError, match='No space'):
+            hold(epath.Path(tmp_path / 'a/b'), beside=beside)
+    monkeypatch.setattr(lock, '_system_lock', lambda _: None)
+    monkeypatch.setattr(lock._BeatingLock, '_content', full)
+    with pytest.raises(OSError, match='No space'):
+        hold(epath.Path(tmp_path / 'a/b'))
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_many_at_once_one_has_it(tmp_path):

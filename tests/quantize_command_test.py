@@ -73,3 +73,12 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(commands, given, tmp_path)
         line = commands.run('quantize', f'--input={given}', f'--output={tmp_path}/a/out', *arguments).error()
         assert message in line
         assert not any(tmp_path.iterdir())
+    # What is there already is told before an hour's measuring.
+    there = commands.run(
+        'quantize',
+        f'--input={given}',
+        '--dtype=int8',
+        f'--output={tmp_path.parent}',
+        f'--tokenizer={tmp_path}/none',
+    )
+    assert 'exists; give a new one, or remove it first (set by --output)' in there.error()

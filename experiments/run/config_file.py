@@ -69,7 +69,8 @@ def example() -> str:
     """A configuration that the command at hand takes."""
     command = epath.Path(sys.argv[0]).stem
     has_own = (epath.Path(configs.__file__).parent / f'{command}.py').exists()
-    return f'configs/{command if has_own else "pretrain"}.py:llama2_7b'
+    argument = 'llama' if command == 'prepare_data' else 'llama2_7b'
+    return f'configs/{command if has_own else "pretrain"}.py:{argument}'
 
 
 def describe_error(error: Exception, argv: Sequence[str]) -> str:
@@ -77,7 +78,7 @@ def describe_error(error: Exception, argv: Sequence[str]) -> str:
     path = next((arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')), '')
     file = path.partition(':')[0]
     if not epath.Path(file).exists():
-        return f'--config={path}: there is no file {file}; name one such as configs/pretrain.py:tiny'
+        return f'--config={path}: there is no file {file}; name one such as {example()}'
     try:
         known = flatten(_load(path))
     except InputError as cause:
