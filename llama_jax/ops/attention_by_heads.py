@@ -1,17 +1,19 @@
-"""Causal attention on a CPU, one head after the other, whose queries begin their rows; no gradients.
+"""Causal attention on a CPU, one head after the other; no gradients.
 
 XLA's CPU multiplies the matrices of several heads on a single core, one large matrix on all of them. So of each head a
 block of queries meets all keys up to its last one at once: what lies behind the diagonal's own block is never computed,
 and no running softmax is needed. The scores of a single head are in memory.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Queries that meet keys at a time. Of fewer a head's product is left to a single core too.
 _BLOCK = 256
-# Of rows longer than this the scores of a block would leave the caches of a core.
+# With more keys than this the scores of a block would leave the caches of a core.
 _MAX_LENGTH = 1024
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -21,10 +23,15 @@ def serves(length: int) -> bool:
     return _BLOCK < length <= _MAX_LENGTH
 
 
+def serves_behind(num_rows: int, length: int, num_slots: int) -> bool:
+    """Whether so many tokens behind others, in a cache of so many slots, are read faster so."""
+    return num_rows == 1 and length % _BLOCK == num_slots % _BLOCK == 0
+
+
 def attend_by_heads(
     q: Float[Array, 'B T N H'], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']
 ) -> Float[Array, 'B T N H']:
-    """Attention of each token to those of its row up to itself, in fp32.
+    """Attention of each token to those of its row up to itself, in fp32; the queries begin their rows.
 
     Args:
       q: rotated queries.
@@ -32,32 +39,94 @@ def attend_by_heads(
       v: values.
     """
     batch, length, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    queries = (q.astype(jnp.float32) * head_dim**-0.5).transpose(0, 2, 1, 3)
-    queries = queries.reshape(batch * num_kv_heads, num_heads // num_kv_heads, length, head_dim)
-    keys, values = (
-        x.astype(jnp.float32).transpose(0, 2, 1, 3).reshape(batch * num_kv_heads, length, head_dim)
-        for x in (k, v)
-    )
+    keys, values = (x.astype(jnp.float32).transpose(0, 2, 1, 3).reshape(-1, length, head_dim) for x in (k, v))
 
-    def of_group(item: tuple[Array, Array, Array]) -> Float[Array, 'G T H']:
-        own, keys, values = item
-        return jax.lax.map(lambda head: _attend(head, keys, values), own)
+    def attend(
+        queries: Float[Array, 'T H'], keys: Float[Array, 'T H'], values: Float[Array, 'T H']
+    ) -> Float[Array, 'T H']:
+        attended = []
+        for start in range(0, length, _BLOCK):
+            end = min(start + _BLOCK, length)
+            attended.append(_attend(queries[start:end], keys[:end], values[:end], start))
+        return jnp.concatenate(attended)
 
-    out = jax.lax.map(of_group, (queries, keys, values))
+    out = _head_by_head(attend, _scaled(q, len(keys)), keys, values)
     return out.reshape(batch, num_heads, length, head_dim).transpose(0, 2, 1, 3).astype(q.dtype)
 
 
+def attend_behind(
+    q: Float[Array, '1 T N H'],
+    keys: Float[Array, '1 K S H'],
+    values: Float[Array, '1 K S H'],
+    start: Int[Array, '1'],
+    attend_far: Callable[..., Float[Array, '1 T N H']],
+) -> Float[Array, '1 T N H']:
+    """The same of queries behind others of a row, whose keys and values are in a cache, as their own are too.
+
+    A block of them meets as many blocks of keys as it sees, however large the cache is: so its bits do not depend on
+    that.
+
+    Args:
+      q: rotated queries at slots start[0], start[0] + 1, ...
+      keys: rotated keys.
+      values: as the keys.
+      start: tokens before the queries.
+      attend_far: (queries of a block, keys, values, start) -> the same, of those too far for their scores to be cached.
+    """
+    _, length, num_heads, head_dim = q.shape
+    num_kv_heads, num_slots = keys.shape[1:3]
+    sizes = range(_BLOCK, min(num_slots, _MAX_LENGTH) + 1, _BLOCK)
+
+    def of_block(index: Int[Array, '']) -> Float[Array, 'N T H']:
+        queries, first = jax.lax.dynamic_slice_in_dim(q, index * _BLOCK, _BLOCK, 1), start[0] + index * _BLOCK
+
+        def see(size: int) -> Float[Array, 'N T H']:
+            def attend(*of_head: Array) -> Float[Array, 'T H']:
+                return _attend(*of_head, first)
+
+            out = _head_by_head(
+                attend, _scaled(queries, num_kv_heads), keys[0, :, :size], values[0, :, :size]
+            )
+            return out.reshape(num_heads, _BLOCK, head_dim)
+
+        branches = [lambda size=size: see(size) for size in sizes]
+        if num_slots > _MAX_LENGTH:
+            branches.append(lambda: attend_far(queries, keys, values, first[None])[0].transpose(1, 0, 2))
+        return jax.lax.switch((first - 1) // _BLOCK + 1, branches)
+
+    out = jax.lax.map(of_block, jnp.arange(length // _BLOCK))
+    return out.transpose(0, 2, 1, 3).reshape(q.shape)
+
+
+def _scaled(q: Float[Array, 'B T N H'], num_groups: int) -> Float[Array, 'BK G T H']:
+    """Queries of so many groups, each with those that read the same keys."""
+    batch, length, num_heads, head_dim = q.shape
+    queries = (q.astype(jnp.float32) * head_dim**-0.5).transpose(0, 2, 1, 3)
+    return queries.reshape(num_groups, batch * num_heads // num_groups, length, head_dim)
+
+
+def _head_by_head(
+    attend: Callable[..., Float[Array, 'T H']],
+    queries: Float[Array, 'BK G T H'],
+    keys: Float[Array, 'BK S H'],
+    values: Float[Array, 'BK S H'],
+) -> Float[Array, 'BK G T H']:
+    def of_group(item: tuple[Array, Array, Array]) -> Float[Array, 'G T H']:
+        own, keys, values = item
+        return jax.lax.map(lambda head: attend(head, keys, values), own)
+
+    return jax.lax.map(of_group, (queries, keys, values))
+
+
 def _attend(
-    queries: Float[Array, 'T H'], keys: Float[Array, 'T H'], values: Float[Array, 'T H']
+    queries: Float[Array, 'T H'],
+    keys: Float[Array, 'S H'],
+    values: Float[Array, 'S H'],
+    start: Int[Array, ''] | int,
 ) -> Float[Array, 'T H']:
-    """Of one head; the queries are scaled."""
-    attended = []
-    for start in range(0, len(queries), _BLOCK):
-        end = min(start + _BLOCK, len(queries))
-        scores = queries[start:end] @ keys[:end].T
-        mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        scores = jnp.where(mask, scores, _MASKED)
-        weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-        attended.append(weights @ values[:end] / jnp.sum(weights, axis=1, keepdims=True))
-    return jnp.concatenate(attended)
+    """Of one head, scaled queries of which the first has so many keys before its own."""
+    scores = queries @ keys.T
+    mask = start + jnp.arange(len(queries))[:, None] >= jnp.arange(len(keys))[None, :]
+    scores = jnp.where(mask, scores, _MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return weights @ values / jnp.sum(weights, axis=1, keepdims=True)

@@ -359,6 +359,27 @@ def test_queries_that_continue_a_cache(num_queries, num_heads, num_kv_heads):
         np.testing.assert_allclose(jax.jit(attend)(*arguments), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('start', [0, 7, 16, 30])
+def test_a_piece_of_one_row_behind_a_cache_goes_head_by_head(start, monkeypatch):
+    """Two blocks of queries, of which those behind slot 48 go tile by tile; whatever room there is, the same bits."""
+    monkeypatch.setattr(attention_by_heads, '_BLOCK', 16)
+    monkeypatch.setattr(attention_by_heads, '_MAX_LENGTH', 48)
+    assert attention_by_heads.serves_behind(1, 32, 64) and not attention_by_heads.serves_behind(1, 24, 64)
+    rng, room, end = np.random.default_rng(0), 128, start + 32
+    q, k, v = (
+        rng.normal(size=(1, n, h, HEAD_DIM)).astype(np.float32) for n, h in ((32, 4), (room, 2), (room, 2))
+    )
+    k[:, end:] = v[:, end:] = 1e30
+    mask = (start + np.arange(32))[None, :, None] >= np.arange(room)
+    want = reference(q, k, v, mask, np.zeros_like(q))[0]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    small, large = (
+        jax.jit(cached_attention)(q, k[:, :, :size], v[:, :, :size], np.array([start])) for size in (64, room)
+    )
+    np.testing.assert_allclose(small, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(small, large)
+
+
 def codes_of_cache(k, v):
     """int8 of keys and values [B, T, K, H], heads first, and what they stand for."""
     k, v = jax.jit(keys_as_codes)(k), jax.jit(values_as_codes)(v)
