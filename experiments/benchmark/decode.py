@@ -102,7 +102,7 @@ def main() -> dict[str, Any]:
 
         def complete(number: int, params: Params = params, ids: list[list[int]] = ids) -> float:
             start = time.perf_counter()
-            generate_tokens(model, params, ids, max_new_tokens=number, sampler=Sampler(), stop_ids=(-1,))
+            generate_tokens(model, params, ids, max_new_tokens=number, sampler=Sampler(), stop_ids=())
             return time.perf_counter() - start
 
         with contextlib.ExitStack() as at_exit:

@@ -79,7 +79,7 @@ def _base_and_decoding(size: Size, model: LlamaForCausalLM, rounds: int, folder:
     ids = np.repeat(turns.random_prompts(size), size.samples, axis=0).tolist()
 
     def complete() -> None:
-        generate_tokens(model, params, ids, max_new_tokens=size.answer, sampler=Sampler(), stop_ids=(-1,))
+        generate_tokens(model, params, ids, max_new_tokens=size.answer, sampler=Sampler(), stop_ids=())
 
     return base, size.new_tokens / _median_seconds(complete, rounds)
 

@@ -1,7 +1,6 @@
 """Completing prompts: texts and their tokens around the compiled programs of `inference.decoding`."""
 
 import collections
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,8 +138,9 @@ def complete(
     """
     check_number('n', n)
     check_candidates(log_probabilities or 0)
-    how = _How(n=n, log_probabilities=log_probabilities)
-    ids, watches, rows, rounds = _asked(model, params, tokenizer, prompts, how, is_complete, **settings)
+    ids, watches, rows, rounds = _asked(
+        model, params, tokenizer, prompts, n=n, log_probabilities=log_probabilities, is_complete=is_complete, **settings
+    )  # fmt: skip
     collections.deque(rounds, maxlen=0)
     scores = (
         score_tokens(model, params, ids, num_candidates=log_probabilities or 0) if echo else [[] for _ in ids]
@@ -179,8 +179,10 @@ def complete_each(
     Raises:
       InputError: see `generate`; before the first.
     """
-    how = _How(num_slots=num_slots, log_probabilities=log_probabilities, reads_together=False)
-    _, watches, rows, rounds = _asked(model, params, tokenizer, prompts, how, **settings)
+    _, watches, rows, rounds = _asked(
+        model, params, tokenizer, prompts, num_slots=num_slots, log_probabilities=log_probabilities,
+        reads_together=False, **settings,
+    )  # fmt: skip
     numbers = (number for round in rounds for number in round if rows[number].ended)
     return ((number, watches[number].completion(rows[number])) for number in numbers)
 
@@ -204,9 +206,9 @@ def stream(
     Raises:
       InputError: see `generate`; before the first piece.
     """
-    tokenizer = required(tokenizer)
-    how = _How(is_streamed=True)
-    _, (watch,), (row,), rounds = _asked(model, params, tokenizer, [prompt], how, **settings)
+    _, (watch,), (row,), rounds = _asked(
+        model, params, required(tokenizer), [prompt], is_streamed=True, **settings
+    )
 
     def pieces() -> Iterator[str]:
         for _ in rounds:
@@ -217,71 +219,6 @@ def stream(
             yield piece
 
     return pieces()
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """What is wanted of the rows besides their tokens, and how they share the devices.
-
-    Attributes:
-      n: see `complete`.
-      log_probabilities: see `complete`.
-      is_streamed: somebody looks on.
-      num_slots: rows that are decoded together; None: all, up to `MAX_SLOTS`.
-      reads_together: see `Generator`.
-    """
-
-    n: int = 1
-    log_probabilities: int | None = None
-    is_streamed: bool = False
-    num_slots: int | None = None
-    reads_together: bool = True
-
-
-def _asked(
-    model: LlamaForCausalLM,
-    params: Params,
-    tokenizer: Tokenizer | None,
-    prompts: Prompts,
-    how: _How,
-    is_complete: Callable[[int, list[int]], bool] | None = None,
-    *,
-    max_new_tokens: int = 256,
-    samplers: Sequence[Sampler] | None = None,
-    stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    special_tokens: bool = False,
-    logits_processor: LogitsProcessor | OfTokens | None = None,
-    draft: Proposer | None = None,
-    **settings: Any,
-) -> tuple[list[list[int]], list[Watch], list[Row], Iterator[list[int]]]:
-    """The prompts' ids; of each completion who looks at it; and what `_rounds` gives."""
-    sampler = Sampler(**settings)
-    if samplers is not None and sampler != Sampler():
-        raise InputError('samplers hold the settings of each prompt; give none beside them')
-    ids = ids_of(tokenizer, prompts, special_tokens)
-    check_prompts(ids, model.config)
-    stop, stop_ids = ends_of(stop, stop_ids)
-    if not isinstance(draft, Proposer | None):
-        raise InputError(
-            f'draft is {repr(draft)[:60]}; give a Proposer, such as Lookup(4) or Draft(model, params, 4)'
-        )
-    tokenizer = required(tokenizer) if stop else tokenizer
-    own = tokenizer.stop_ids if tokenizer else ()
-    watches = [
-        Watch(tokenizer, prompt, stop, is_complete and functools.partial(is_complete, place * how.n + choice))
-        for place, prompt in enumerate(ids)
-        for choice in range(how.n)
-    ]
-    is_looked_at = bool(stop or is_complete or how.is_streamed)
-    rows, rounds = _rounds(
-        model, params, ids, max_new_tokens=max_new_tokens, sampler=sampler if samplers is None else samplers,
-        stop_ids=() if ignore_eos else tuple(sorted({*own, *stop_ids})), how=how,
-        is_complete=(lambda index, tokens: watches[index].look(tokens)) if is_looked_at else None,
-        processor=as_processor(logits_processor), draft=draft,
-    )  # fmt: skip
-    return ids, watches, rows, rounds
 
 
 def generate_tokens(
@@ -306,62 +243,92 @@ def generate_tokens(
       sampler: chooses the tokens. Rows of one are drawn by its seed and their number, rows of their own by their seeds
         alone, whatever they are generated with.
       stop_ids: tokens that end a row.
-      is_complete: (index of the prompt, its new tokens so far) -> whether they are enough, asked every few steps; the
-        row is then returned as it is.
+      is_complete: see `complete`.
 
     Raises:
-      InputError: a prompt is empty or leaves no room in the model's context, or a setting does not fit.
+      InputError: see `generate`.
     """
-    rows, rounds = _rounds(
-        model, params, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids,
-        is_complete=is_complete,
+    settings = vars(sampler) if isinstance(sampler, Sampler) else {'samplers': sampler}
+    _, _, rows, rounds = _asked(
+        model, params, None, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, is_complete=is_complete,
+        **settings,
     )  # fmt: skip
     collections.deque(rounds, maxlen=0)
     return [row.tokens for row in rows]
 
 
-def _rounds(
+def _asked(
     model: LlamaForCausalLM,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer | None,
+    prompts: Prompts,
     *,
-    max_new_tokens: int,
-    sampler: Sampler | Sequence[Sampler],
-    stop_ids: Sequence[int],
-    is_complete: Callable[[int, list[int]], bool] | None,
-    how: _How = _How(),
-    processor: LogitsProcessor | None = None,
+    n: int = 1,
+    log_probabilities: int | None = None,
+    is_complete: Callable[[int, list[int]], bool] | None = None,
+    is_streamed: bool = False,
+    num_slots: int | None = None,
+    reads_together: bool = True,
+    max_new_tokens: int = 256,
+    samplers: Sequence[Sampler] | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    special_tokens: bool = False,
+    logits_processor: LogitsProcessor | OfTokens | None = None,
     draft: Proposer | None = None,
-) -> tuple[list[Row], Iterator[list[int]]]:
-    """As `generate_tokens`: `how.n` rows of each prompt, filled round by round; and of each round the rows' numbers.
+    **settings: Any,
+) -> tuple[list[list[int]], list[Watch], list[Row], Iterator[list[int]]]:
+    """The prompts' ids; of each completion who looks at it, and its row; and of each round the rows that it filled.
 
-    The prompts are refused by the call.
+    What is asked is refused by the call; the rows are filled while somebody goes through the rounds. `num_slots` are
+    decoded together, by default all up to `MAX_SLOTS`; for the others see `generate`, `complete` and `Generator`.
     """
-    samplers = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
-    if len(samplers) != len(prompts):
+    sampler = Sampler(**settings)
+    if samplers is not None and sampler != Sampler():
+        raise InputError('samplers hold the settings of each prompt; give none beside them')
+    ids = ids_of(tokenizer, prompts, special_tokens)
+    check_prompts(ids, model.config)
+    of_prompts = [sampler] * len(ids) if samplers is None else samplers
+    if len(of_prompts) != len(ids):
+        raise InputError(f'samplers are {len(of_prompts)} for {len(ids)} prompts; there must be one for each')
+    stop, stop_ids = ends_of(stop, stop_ids)
+    if not isinstance(draft, Proposer | None):
         raise InputError(
-            f'samplers are {len(samplers)} for {len(prompts)} prompts; there must be one for each'
+            f'draft is {repr(draft)[:60]}; give a Proposer, such as Lookup(4) or Draft(model, params, 4)'
         )
-    check_prompts(prompts, model.config)
-    max_steps = _STREAMED_STEPS if how.is_streamed else CHECKED_STEPS if is_complete else decoding.COLUMNS
-    n, num_slots = how.n, how.num_slots or min(max(how.n * len(prompts), 1), MAX_SLOTS)
+    tokenizer = required(tokenizer) if stop else tokenizer
+    own = tokenizer.stop_ids if tokenizer else ()
+    ends = () if ignore_eos else tuple(sorted({*own, *stop_ids}))
+    is_looked_at = bool(stop or is_complete or is_streamed)
     generator = Generator(
-        model, params, num_slots=num_slots, max_steps=max_steps, is_watched=how.is_streamed,
-        reads_together=how.reads_together, log_probabilities=how.log_probabilities, processor=processor, draft=draft,
+        model, params, num_slots=num_slots or min(max(n * len(ids), 1), MAX_SLOTS),
+        max_steps=_STREAMED_STEPS if is_streamed else CHECKED_STEPS if is_looked_at else decoding.COLUMNS,
+        is_watched=is_streamed, reads_together=reads_together, log_probabilities=log_probabilities,
+        processor=as_processor(logits_processor), draft=draft,
     )  # fmt: skip
-    rows = []
-    for index, (prompt, own) in enumerate(zip(prompts, samplers, strict=True)):
+    watches, rows = [], []
+    for prompt, of_prompt in zip(ids, of_prompts, strict=True):
+        first = len(rows)
         for choice in range(n):
-            number = n * index + choice
+            number = first + choice
+            watch = Watch(tokenizer, prompt, stop, is_complete and functools.partial(is_complete, number))
             # Rows of one sampler draw by their number, rows of their own by the seed and which of a prompt's they are.
-            stream = number if isinstance(sampler, Sampler) else choice
-            enough = functools.partial(is_complete, number) if is_complete else None
-            like = n * index if choice else None
+            stream = number if samplers is None else choice
             generator.submit(
-                CompletionRequest(prompt, max_new_tokens, own, stop_ids, stream, enough, like=like)
+                CompletionRequest(
+                    prompt,
+                    max_new_tokens,
+                    of_prompt,
+                    ends,
+                    stream,
+                    watch.look if is_looked_at else None,
+                    like=first if choice else None,
+                )  # fmt: skip
             )
+            watches.append(watch)
             rows.append(Row())
-    return rows, _made(generator, rows, model.config.max_seq_len, max_new_tokens)
+    return ids, watches, rows, _made(generator, rows, model.config.max_seq_len, max_new_tokens)
 
 
 def _made(generator: Generator, rows: list[Row], context: int, most: int) -> Iterator[list[int]]:
