@@ -248,7 +248,7 @@ def generate_tokens(
     Raises:
       InputError: see `generate`.
     """
-    settings = vars(sampler) if isinstance(sampler, Sampler) else {'samplers': sampler}
+    settings: dict[str, Any] = vars(sampler) if isinstance(sampler, Sampler) else {'samplers': sampler}
     _, _, rows, rounds = _asked(
         model, params, None, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, is_complete=is_complete,
         **settings,

@@ -133,18 +133,20 @@ def cached_attention(
     if q.dtype != jnp.float32 and (is_fp32 or platform == 'cpu'):
         wide = cached_attention(q.astype(jnp.float32), keys, values, start, partitioner)
         return wide.astype(q.dtype)
-    alone = partitioner is None or partitioner.mesh.size == 1
     if q.shape[1] > _FEW_QUERIES:
         block = _CPU_BLOCK if platform == 'cpu' else _BLOCK
         attend = functools.partial(attend_by_tiles, max_block=block)
-        by_heads = attention_by_heads.serves_behind(*q.shape[:2], keys.shape[2])
-        if by_heads and alone and platform == 'cpu' and is_fp32:
-            return attention_by_heads.attend_behind(q, keys, values, start, attend)
     elif platform == 'cpu' and not is_fp32:
         attend = functools.partial(attend_row_by_row, max_bytes=_CPU_TILE_BYTES)
     else:
         return attend_at_once(q, keys, values, start)
-    if alone:
+    if partitioner is None or partitioner.mesh.size == 1:
+        if (
+            platform == 'cpu'
+            and is_fp32
+            and attention_by_heads.serves_behind(q.shape[0], q.shape[1], keys.shape[2])
+        ):
+            return attention_by_heads.attend_behind(q, keys, values, start, attend)
         return attend(q, keys, values, start)
     q_spec = partitioner.spec(('batch', None, 'heads', 'head_dim'), q.shape, 'queries')
     kv_spec = partitioner.spec(('batch', 'kv_heads', None, None), keys.shape, 'cached keys')

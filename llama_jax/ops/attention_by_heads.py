@@ -5,7 +5,9 @@ block of queries meets all keys up to its last one at once: what lies behind the
 and no running softmax is needed. The scores of a single head are in memory.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +58,8 @@ def attend_by_heads(
 
 def attend_behind(
     q: Float[Array, '1 T N H'],
-    keys: Float[Array, '1 K S H'],
-    values: Float[Array, '1 K S H'],
+    keys: Float[Any, '1 K S H'],
+    values: Float[Any, '1 K S H'],
     start: Int[Array, '1'],
     attend_far: Callable[..., Float[Array, '1 T N H']],
 ) -> Float[Array, '1 T N H']:
@@ -81,15 +83,11 @@ def attend_behind(
         queries, first = jax.lax.dynamic_slice_in_dim(q, index * _BLOCK, _BLOCK, 1), start[0] + index * _BLOCK
 
         def see(size: int) -> Float[Array, 'N T H']:
-            def attend(*of_head: Array) -> Float[Array, 'T H']:
-                return _attend(*of_head, first)
-
-            out = _head_by_head(
-                attend, _scaled(queries, num_kv_heads), keys[0, :, :size], values[0, :, :size]
-            )
+            own, attend = _scaled(queries, num_kv_heads), functools.partial(_attend, start=first)
+            out = _head_by_head(attend, own, keys[0, :, :size], values[0, :, :size])
             return out.reshape(num_heads, _BLOCK, head_dim)
 
-        branches = [lambda size=size: see(size) for size in sizes]
+        branches: list[Callable[[], Array]] = [functools.partial(see, size) for size in sizes]
         if num_slots > _MAX_LENGTH:
             branches.append(lambda: attend_far(queries, keys, values, first[None])[0].transpose(1, 0, 2))
         return jax.lax.switch((first - 1) // _BLOCK + 1, branches)
