@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -115,15 +116,15 @@ class _Row:
             yield index, slice(start, end)
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class _Batch:
-    """What the model reads and predicts: row b's target t follows the token at reads[b, t]."""
+    """What the model reads and predicts: row b's target t follows the token at reads[b, t]. In NumPy on the host."""
 
-    tokens: Int[np.ndarray, 'B T']
-    positions: Int[np.ndarray, 'B T']
-    segment_ids: Int[np.ndarray, 'B T']
-    reads: Int[np.ndarray, 'B T']
-    targets: Int[np.ndarray, 'B T']
+    tokens: Int[Any, 'B T']
+    positions: Int[Any, 'B T']
+    segment_ids: Int[Any, 'B T']
+    reads: Int[Any, 'B T']
+    targets: Int[Any, 'B T']
 
 
 @flax.struct.dataclass
@@ -297,12 +298,11 @@ def _launch(
     for place, row in enumerate(rows):
         _fill(batch, place, row, shares)
     model = model.clone(attention_implementation='shared_prefix') if shares else model
-    arrays = [getattr(batch, field.name) for field in dataclasses.fields(_Batch)]
     if model.partitioner is not None:
         sharding = model.partitioner.sharding(('batch', 'length'), shape, 'batch')
-        arrays = [place_whole(array, sharding) for array in arrays]
+        batch = jax.tree.map(lambda array: place_whole(array, sharding), batch)
     num_targets = max(row.num_targets for row in rows)
-    return _score(model, num_candidates, params, *arrays, np.int32(num_targets))
+    return _score(model, num_candidates, params, batch, np.int32(num_targets))
 
 
 def _fill(batch: _Batch, place: int, row: _Row, shares: bool) -> None:
@@ -328,25 +328,22 @@ def _score(
     model: LlamaForCausalLM,
     num_candidates: int,
     params: Params,
-    tokens: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'],
-    reads: Int[Array, 'B T'],
-    targets: Int[Array, 'B T'],
+    batch: _Batch,
     num_targets: Int[Array, ''],
 ) -> _Found:
     """Log-probability of each target, whether it is the most likely token, and those; `num_targets` a row at most."""
-    hidden, _ = model.apply({'params': params}, tokens, positions, segment_ids, method='hidden')
-    hidden = jnp.take_along_axis(hidden, reads[:, :, None], axis=1)
+    read = batch.tokens, batch.positions, batch.segment_ids
+    hidden, _ = model.apply({'params': params}, *read, method='hidden')
+    hidden = jnp.take_along_axis(hidden, batch.reads[:, :, None], axis=1)
     head = head_weight(params)
-    size = tokens.shape[1] // _HEAD_CHUNKS
+    size = batch.tokens.shape[1] // _HEAD_CHUNKS
 
     def chunk(index, found):
         def at(array):
             return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
 
         logits = einsum('btd,vd->btv', at(hidden), head, jnp.float32)
-        target = at(targets)
+        target = at(batch.targets)
         target_logits = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         best, tokens = jax.lax.top_k(logits, num_candidates)
@@ -363,7 +360,7 @@ def _score(
         return jax.tree.map(put, found, values)
 
     # As many chunks as have targets: a number that the program reads, so that it serves all batches of its shape.
-    each, several = tokens.shape, (*tokens.shape, num_candidates)
+    each, several = batch.tokens.shape, (*batch.tokens.shape, num_candidates)
     start = _Found(
         *map(jnp.zeros, (each, each, several, several), (jnp.float32, bool, jnp.int32, jnp.float32))
     )
