@@ -9,6 +9,7 @@ is copied into twice the room once, and the next program goes on.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -101,25 +102,27 @@ class Steps:
         found = (jnp.zeros(several, jnp.int32), jnp.zeros(several)) if num_candidates else None
         return cls(tokens, count, zeros, zeros, found, count > 0)
 
-    def put(
+    def add(
         self,
-        column: Int[Array, ''] | int,
+        put: Callable[[Array, Array], Array],
         drawn: Drawn,
-        logits: Float[Array, 'B V'],
-        running: Bool[Array, 'B'],
+        logits: Float[Array, '*rows V'],
+        count: Int[Array, 'B'] | Bool[Array, 'B'],
     ) -> 'Steps':
-        """With a token more of the rows that run, whose columns are alike as all began with the first."""
+        """With `count` tokens more of each row, drawn by these logits; `put` puts new values of rows among all."""
         found = self.candidates
         if found is not None:
-            new = candidates(logits, found[0].shape[2])
-            found = found[0].at[:, column].set(new[0]), found[1].at[:, column].set(new[1])
+            most = found[0].shape[2]
+            ids, values = candidates(logits.reshape(-1, logits.shape[-1]), most)
+            shape = (*drawn.token.shape, most)
+            found = put(found[0], ids.reshape(shape)), put(found[1], values.reshape(shape))
         return Steps(
-            self.tokens.at[:, column].set(drawn.token),
-            self.count + running,
-            self.log_probability.at[:, column].set(drawn.log_probability),
-            self.filtered_log_probability.at[:, column].set(drawn.filtered_log_probability),
+            put(self.tokens, drawn.token),
+            self.count + count,
+            put(self.log_probability, drawn.log_probability),
+            put(self.filtered_log_probability, drawn.filtered_log_probability),
             found,
-            running,
+            self.running,
         )
 
 
@@ -304,7 +307,8 @@ def first(
         rows.cache, put(rows.token, drawn.token), put(rows.step, one), put(rows.allowed, begun.allowed),
         put(rows.running, running), seen, jax.tree.map(put, rows.settings, begun.settings.advance(drawn.token)),
     )  # fmt: skip
-    steps = Steps.create(len(one), 1, num_candidates).put(0, drawn, logits, one > 0)
+    steps = Steps.create(len(one), 1, num_candidates)
+    steps = steps.add(lambda rows, new: rows.at[:, 0].set(new), drawn, logits, one)
     return placed_rows(model, changed), readable(model, dataclasses.replace(steps, running=running))
 
 
@@ -344,7 +348,8 @@ def decode(
         # What a row that does not run writes is beyond its tokens: it is not counted, so overwritten if need be.
         cache = dataclasses.replace(written, length=rows.cache.length + rows.running)
         drawn = draw(rows.settings, logits, rows.step, rows.seen)
-        steps = steps.put(index, drawn, logits, rows.running)
+        # All rows that run have as many, as they began with the first column.
+        steps = steps.add(lambda rows, new: rows.at[:, index].set(new), drawn, logits, rows.running)
         seen = None if rows.seen is None else count_drawn(rows.seen, drawn.token)
         step = rows.step + rows.running
         running = rows.running & ~rows.settings.is_stop(drawn.token) & (step < rows.allowed)

@@ -121,7 +121,7 @@ class Slots:
 
     def _arrays(self, pieces: Sequence[Piece], width: int) -> tuple[Any, ...]:
         """What `decoding.read` is told of pieces."""
-        num_slots, size = len(self._fitted().token), self._size(len(pieces))
+        num_slots, size = len(self._fitted().token), -(-len(pieces) // self._num_read) * self._num_read
         slots, tokens = np.full(size, num_slots, np.int32), np.zeros((size, width), np.int32)
         starts, counts = np.zeros((2, size), np.int32)
         for row, piece in enumerate(pieces):
@@ -165,7 +165,7 @@ class Slots:
         rows, done = self._fitted(), self._all_but(slots)
         if isinstance(self._processor, RuledProcessor):
             state = self._processor.states([(followers or {}).get(slot) for slot in range(len(rows.token))])
-            settings = dataclasses.replace(rows.settings, state=jax.tree.map(self._placed, state))
+            settings = dataclasses.replace(rows.settings, state=self._bound(jax.tree.map(self._place, state)))
             rows = dataclasses.replace(rows, settings=settings)
         self._rows, steps = decoding.decode(
             self._model, self._weights, rows, done, np.int32(num_steps), self._num_candidates
@@ -321,13 +321,6 @@ class Slots:
         longest = decoding.power_of_two(self._model.config.max_seq_len)
         state = self._processor.begin([one.tokens for one in asked], longest)
         return dataclasses.replace(settings, processor=self._processor, state=state)
-
-    def _size(self, number: int) -> int:
-        """Of arrays of so many prompts: on a mesh with several shards of the batch some are nowhere."""
-        return -(-number // self._num_read) * self._num_read
-
-    def _placed(self, rows: np.ndarray) -> Array:
-        return self._bound(self._place(rows))
 
     def _place(self, rows: np.ndarray) -> np.ndarray | Array:
         return decoding.place(rows, self._model.partitioner)

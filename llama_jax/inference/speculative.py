@@ -24,7 +24,7 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
 from llama_jax.inference.logits_processor import Follower
 from llama_jax.inference.proposers import Draft, Heard, Proposal, Proposer, draft_keys
-from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw, draw_tokens
+from llama_jax.inference.sampling import Drawn, SamplerRows, count_drawn, draw, draw_tokens
 from llama_jax.inference.slots import Hidden, Piece, Slots
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
@@ -209,7 +209,9 @@ def decode(
             settings=settings,
         )
         tokens = _put_behind(tokens, drawn.token, length + 1, count)
-        return rows, tokens, cache, _put(steps, drawn, logits, count), passes + (count > 0)
+        put = functools.partial(_put_behind, start=steps.count, count=count)
+        steps = steps.add(put, drawn, logits, count)
+        return rows, tokens, cache, steps, passes + (count > 0)
 
     def unfinished(carry):
         rows, _, _, steps, _ = carry
@@ -222,24 +224,6 @@ def decode(
     rows, tokens, cache, steps, passes = jax.lax.while_loop(unfinished, body, carry)
     steps = dataclasses.replace(steps, running=rows.running)
     return decoding.placed_rows(model, rows), Memory(tokens, cache), *readable(model, (steps, passes))
-
-
-def _put(steps: Steps, drawn: Drawn, logits: Float[Array, 'B T V'], count: Int[Array, 'B']) -> Steps:
-    """With the first `count` of some tokens more of each row, behind what it has."""
-    add = functools.partial(_put_behind, start=steps.count, count=count)
-    found = steps.candidates
-    if found is not None:
-        several = (*logits.shape[:2], found[0].shape[2])
-        new = candidates(logits.reshape(-1, logits.shape[2]), several[2])
-        found = add(found[0], new[0].reshape(several)), add(found[1], new[1].reshape(several))
-    return Steps(
-        add(steps.tokens, drawn.token),
-        steps.count + count,
-        add(steps.log_probability, drawn.log_probability),
-        add(steps.filtered_log_probability, drawn.filtered_log_probability),
-        found,
-        steps.running,
-    )
 
 
 def _put_behind(rows: Array, new: Array, start: Int[Array, 'B'], count: Int[Array, 'B']) -> Array:

@@ -29,14 +29,14 @@ def text(shared_data):
     ],
 )
 def checkpoint(request, shared_data, text, commands, tmp_path_factory):
-    """Published weights; or those of a run of 400 updates, whose heads are 6 times as wide."""
+    """Published weights; or those of a run of 200 updates, whose heads are 6 times as wide."""
     if request.param == 'stories260K':
         return pretrained.open(shared_data / 'weights/stories260K/stories260K.gguf')
     folder = tmp_path_factory.mktemp('tiny')
     (folder / 'train.txt').write_text(text[_HELD_OUT:])
     commands.run(
-        'pretrain', '--config=configs/pretrain.py:tiny', f'--workdir={folder}/run', '--config.train.num_steps=400',
-        f'--config.data.train={folder}/train.txt', '--config.data.separator=<|endoftext|>', '--config.eval.every=400',
+        'pretrain', '--config=configs/pretrain.py:tiny', f'--workdir={folder}/run', '--config.train.num_steps=200',
+        f'--config.data.train={folder}/train.txt', '--config.data.separator=<|endoftext|>', '--config.eval.every=200',
         '--config.log.tensorboard=False', before=OPTIMISED,
     ).succeeded()  # fmt: skip
     return pretrained.open(folder / 'run')
