@@ -52,7 +52,7 @@ def attend_by_heads(
             attended.append(_attend(queries[start:end], keys[:end], values[:end], start))
         return jnp.concatenate(attended)
 
-    out = _head_by_head(attend, _scaled(q, len(keys)), keys, values)
+    out = _head_by_head(attend, _scaled(q, len(keys)), keys, values, length)
     return out.reshape(batch, num_heads, length, head_dim).transpose(0, 2, 1, 3).astype(q.dtype)
 
 
@@ -84,7 +84,7 @@ def attend_behind(
 
         def see(size: int) -> Float[Array, 'N T H']:
             own, attend = _scaled(queries, num_kv_heads), functools.partial(_attend, start=first)
-            out = _head_by_head(attend, own, keys[0, :, :size], values[0, :, :size])
+            out = _head_by_head(attend, own, keys[0], values[0], size)
             return out.reshape(num_heads, _BLOCK, head_dim)
 
         branches: list[Callable[[], Array]] = [functools.partial(see, size) for size in sizes]
@@ -108,12 +108,17 @@ def _head_by_head(
     queries: Float[Array, 'BK G T H'],
     keys: Float[Array, 'BK S H'],
     values: Float[Array, 'BK S H'],
+    num_keys: int,
 ) -> Float[Array, 'BK G T H']:
-    def of_group(item: tuple[Array, Array, Array]) -> Float[Array, 'G T H']:
-        own, keys, values = item
-        return jax.lax.map(lambda head: attend(head, keys, values), own)
+    """Each head's queries with so many keys, which are cut out head by head: all at once would be a copy."""
 
-    return jax.lax.map(of_group, (queries, keys, values))
+    def of_group(item: tuple[Array, Array]) -> Float[Array, 'G T H']:
+        index, own = item
+        shape = 1, num_keys, keys.shape[2]
+        k, v = (jax.lax.dynamic_slice(x, (index, 0, 0), shape)[0] for x in (keys, values))
+        return jax.lax.map(lambda head: attend(head, k, v), own)
+
+    return jax.lax.map(of_group, (jnp.arange(len(queries)), queries))
 
 
 def _attend(
