@@ -29,7 +29,7 @@ _LIMITS = {
 }  # fmt: skip
 # Nothing joins this letter, so what stands behind it has none of what a text's beginning has.
 _BEFORE = '☺'
-_ONE_SPELLING = {'whitespace_flexible': False}
+_ONE_SPELLING = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}  # as json.dumps has it
 
 
 @dataclasses.dataclass(eq=False)

@@ -122,3 +122,14 @@ def test_what_is_no_rule_or_too_much_is_refused_in_one_line(rules, kind, rule, w
     with pytest.raises(InputError, match=words) as error:
         getattr(rules, f'of_{kind}')(rule)
     assert '\n' not in str(error.value)
+
+
+def test_json_is_spelled_as_it_is_by_python(rules):
+    value = {'name': 'sell', 'parameters': {'size': ['S', 1], 'to': {'x': None}}}
+    for schema in ({'const': value}, {'properties': {'a': {'const': value}}, 'required': ['a']}):
+        text = json.dumps(value if 'const' in schema else {'a': value})
+        matcher = rules.of_schema(schema).matcher.deep_copy()
+        assert matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+        matcher = rules.of_schema(schema).matcher.deep_copy()
+        compact = json.dumps(json.loads(text), separators=(',', ':'))
+        assert matcher.try_consume_tokens(list(compact.encode())) < len(compact)
