@@ -1,19 +1,20 @@
 """The command itself: what it refuses, what it says of the small real model, and how it ends."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import re
 import signal
 import socket
-import threading
 import time
 
 import openai
 import pytest
 
 from tests.command_line import wait_for
+from tests.serve.started import started
+
+FILE = 'stories260K.gguf'
 
 
 @pytest.fixture(scope='module')
@@ -46,13 +47,6 @@ def test_what_is_wrong_is_one_line(commands, folder, flags, words):
     assert last.startswith('error: ') and re.search(words, last) and 'Traceback' not in done.stderr
 
 
-def get(client, path):
-    try:
-        return client._client.get(f'{str(client.base_url).removesuffix("v1/")}{path}').status_code
-    except Exception:
-        return 0
-
-
 @pytest.mark.parametrize(
     ('template', 'words'),
     [
@@ -72,34 +66,12 @@ def test_a_template_that_is_none_ends_it(commands, folder, weights, template, wo
     assert done.status == 2 and re.search(f'^error: .*{words}.*--chat_template', last), done.stderr
 
 
-@contextlib.contextmanager
-def serving(commands, weights, *flags, before=''):
-    """(process id, client, what `commands.wait` gives once it has ended) of the small real model's server, ready."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    pid = commands.start(
-        'serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}', *flags, before=before
-    )
-    ended = concurrent.futures.Future()
-    waiter = threading.Thread(target=lambda: ended.set_result(commands.wait()))
-    waiter.start()
-    try:
-        wait_for(lambda: get(client, 'health') == 200, 60)
-        wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 300)
-        yield pid, client, ended
-    finally:
-        if waiter.is_alive():
-            os.kill(pid, signal.SIGKILL)
-            waiter.join(60)
-
-
 @pytest.mark.slow
 def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder, weights):
     (folder / 'plain.jinja').write_text("{{ bos_token + messages[-1]['content'] }}")
     given = '--slots=2', '--draft=lookup', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
-    with serving(commands, weights, *given, f'--chat_template={folder}/plain.jinja') as (pid, client, ended):
+    with started(commands, weights / FILE, *given, f'--chat_template={folder}/plain.jinja') as server:
+        client = server.client
         expected = json.loads((weights / 'expected.json').read_text())
         asked = {
             'model': 'stories', 'prompt': expected['prompt'], 'temperature': 0,
@@ -115,23 +87,17 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
         assert answer.choices[0].message.content == expected['greedy_text']
         pieces = client.chat.completions.create(**said, stream=True)
         assert ''.join(piece.choices[0].delta.content or '' for piece in pieces) == expected['greedy_text']
-        counted = dict(
-            line.split(' ')
-            for line in client._client.get(
-                f'{str(client.base_url).removesuffix("v1/")}metrics'
-            ).text.splitlines()
-            if line[0] != '#'
-        )
+        counted = dict(line.split(' ') for line in server.metrics().splitlines() if line[0] != '#')
         drafted, taken = (float(counted[f'llama_draft_tokens{x}_total']) for x in ('', '_accepted'))
         assert drafted > taken > 0
         stream = client.completions.create(
             **asked | {'max_tokens': 500}, extra_body={'ignore_eos': True}, stream=True
         )
         next(iter(stream))
-        os.kill(pid, signal.SIGTERM)
+        os.kill(server.pids[0], signal.SIGTERM)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == 'length'
-        done = ended.result(60)
+        done = server.done()
     assert done.status == 0, done.stderr
     assert 'Traceback' not in done.stderr and expected['greedy_text'][:40] not in done.stderr
 
@@ -139,19 +105,24 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
 @pytest.mark.slow
 @pytest.mark.parametrize(('again', 'seconds', 'status'), [(False, 30, 0), (True, 2, 128 + signal.SIGTERM)])
 def test_it_ends_though_answers_go_on_and_at_once_when_told_again(commands, weights, again, seconds, status):
-    given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
-    with serving(commands, weights, *given, f'--drain_seconds={600 if again else 1}') as (pid, client, ended):
-        asked = {'model': 'stories', 'prompt': 'Once', 'max_tokens': 500, 'extra_body': {'ignore_eos': True}}
-        streams = [client.completions.create(**asked, stream=True) for _ in range(40)]  # one after the other
-        next(iter(streams[0]))
-        os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: get(client, 'ready') == 503, 10)
-        with pytest.raises(openai.InternalServerError, match='503'):
+    given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--max_queue=39'
+    with started(commands, weights / FILE, *given, f'--drain_seconds={600 if again else 1}') as server:
+        client = server.client
+        asked = {'model': 'stories', 'max_tokens': 500, 'extra_body': {'ignore_eos': True}}
+        next(
+            iter(client.completions.create(**asked, prompt=['Once'] * 40, stream=True))
+        )  # one after the other
+        asked['prompt'] = 'Once'
+        with pytest.raises(openai.RateLimitError, match='39 answers wait already') as full:
             client.completions.create(**asked)
+        os.kill(server.pids[0], signal.SIGTERM)
+        wait_for(lambda: server.get('ready') == 503, 10)
+        with pytest.raises(openai.InternalServerError, match='503') as draining:
+            client.completions.create(**asked)
+        for error in (full, draining):
+            assert int(error.value.response.headers['retry-after']) > 0
         began = time.monotonic()
-        if again:
-            os.kill(pid, signal.SIGTERM)
-        done = ended.result(60)
+        done = server.end() if again else server.done()
     assert done.status == status and time.monotonic() - began < seconds, done.stderr
     assert 'Traceback' not in done.stderr
 
@@ -173,47 +144,41 @@ Generator.submit = odd
 @pytest.mark.slow
 def test_what_holds_the_model_is_seen_and_what_fails_twice_ends_the_server(commands, weights):
     given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--context=64'
-    with serving(commands, weights, *given, before=HOOK) as (_, client, ended):
+    with started(commands, weights / FILE, *given, before=HOOK) as server:
 
-        def ask(max_tokens):
-            return client.completions.create(
-                model='stories', prompt='Once', max_tokens=max_tokens, extra_body={'ignore_eos': True}
-            )
+        def ask(max_tokens, **more):
+            asked = {'model': 'stories', 'prompt': 'Once', 'max_tokens': max_tokens} | more
+            return server.client.completions.create(**asked, extra_body={'ignore_eos': True})
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             held = pool.submit(ask, 14)
-            wait_for(lambda: get(client, 'health') == 503, 10)
+            wait_for(lambda: server.get('health') == 503, 10)
             assert held.result(60).usage.completion_tokens == 14
-        wait_for(lambda: get(client, 'health') == 200, 10)
+        wait_for(lambda: server.get('health') == 200, 10)
+        stream = iter(ask(40, stream=True))
+        next(stream)
         with pytest.raises(openai.InternalServerError, match='failed at this request'):
             ask(13)
+        with pytest.raises(openai.APIError, match='failed at this request'):
+            list(stream)
         assert ask(3).usage.completion_tokens == 3
         with pytest.raises(openai.InternalServerError, match='failed at this request'):
             ask(13)
-        assert get(client, 'health') in (503, 0)
-        done = ended.result(60)
+        assert server.get('health') in (503, 0)
+        done = server.done()
     assert done.status == 1 and 'ZeroDivisionError: of a hook' in done.stderr
 
 
 @pytest.mark.slow
 def test_a_signal_ends_it_while_it_loads(commands, folder, weights):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    pid = commands.start('serve', f'--checkpoint={weights}/stories260K.gguf', f'--port={port}')
-    killer = threading.Timer(240, os.kill, (pid, signal.SIGKILL))
-    killer.daemon = True
-    killer.start()
-    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    wait_for(lambda: get(client, 'health') == 200, 120)
-    wait_for(lambda: 'attention: ' in (folder / '0.stderr').read_text(), 120)  # so it compiles
-    time.sleep(0.5)
-    assert get(client, 'ready') == 503, 'it has loaded already'
-    os.kill(pid, signal.SIGTERM)
-    began = time.monotonic()
-    done = commands.wait().succeeded()
-    killer.cancel()
-    assert time.monotonic() - began < 30
+    with started(commands, weights / FILE, until='health') as server:
+        assert server.get('v1/models') == server.get('ready') == 503
+        wait_for(lambda: 'attention: ' in (folder / '0.stderr').read_text(), 120)  # so it compiles
+        time.sleep(0.5)
+        assert server.get('ready') == 503, 'it has loaded already'
+        began = time.monotonic()
+        done = server.end().succeeded()
+        assert time.monotonic() - began < 30
     assert not any(word in done.stderr.lower() for word in ('error', 'fatal', 'terminate')), done.stderr
 
 

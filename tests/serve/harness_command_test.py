@@ -2,19 +2,15 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 
 import numpy as np
-import openai
 import pytest
 
 from llama_jax.inference.chat import Chat
 from llama_jax.tokenizer.tokenizer import load_tokenizer
-from tests.command_line import wait_for
-from tests.serve.command_test import get
+from tests.serve.started import started
 
 LIMIT = 6
 # The harness's own definitions, on local files.
@@ -33,22 +29,17 @@ TASKS = {
 def server(commands, shared_data):
     pytest.importorskip('lm_eval', reason='needs lm_eval[api]')
     pytest.importorskip('tenacity', reason='needs lm_eval[api]')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     checkpoint = shared_data / 'weights/stories260K/stories260K.gguf'
-    pid = commands.start(
-        'serve', f'--checkpoint={checkpoint}', f'--port={port}', '--slots=4', '--name=stories', '--top_logprobs=1',
-        '--constraints=false', '--prefix_mib=0', '--context=256',
-    )  # fmt: skip
-    ended = []
-    waiter = threading.Thread(target=lambda: ended.append(commands.wait()))
-    waiter.start()
-    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='any', max_retries=0)
-    wait_for(lambda: get(client, 'ready') == 200 or not waiter.is_alive(), 500)
-    yield f'http://127.0.0.1:{port}', checkpoint, client
-    os.kill(pid, 9)
-    waiter.join()
+    flags = (
+        '--slots=4',
+        '--name=stories',
+        '--top_logprobs=1',
+        '--constraints=false',
+        '--prefix_mib=0',
+        '--context=256',
+    )
+    with started(commands, checkpoint, *flags) as server:
+        yield server.address, checkpoint, server.client
 
 
 def run_harness(folder, tasks, model, address, *more):

@@ -3,8 +3,6 @@
 import json
 import pathlib
 import re
-import shutil
-import subprocess
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,8 +35,6 @@ def test_metrics_are_named_by_the_rules_and_told_of():
     drafted, accepted = samples['llama_draft_tokens_total',], samples['llama_draft_tokens_accepted_total',]
     assert (drafted, accepted) == (4 * (script.num_steps - 7), 3 * (script.num_steps - 7)) != (0, 0)
     assert samples['llama_requests_refused_total', 'invalid'] == 1
-    if shutil.which('promtool'):
-        subprocess.run(['promtool', 'check', 'metrics'], input=response.content, check=True)
     for family in families:  # much of what `promtool check metrics` says
         assert re.fullmatch('(llama|process)_[a-z_]+', family.name) and family.documentation.endswith('.')
         for sample in family.samples:

@@ -1,54 +1,64 @@
-"""A real model behind the server: what it says is what `complete` says, and nothing is compiled after it is ready."""
+"""The command around random weights: what it says to the official client is what `complete` says, and keeps to rules.
 
-import dataclasses
-import hashlib
+Nothing is compiled after it is ready.
+"""
+
 import json
 import re
+import shutil
+import subprocess
 import threading
-from typing import Annotated, Literal
 
-import jax.numpy as jnp
+import httpx2
 import numpy as np
 import openai
-import pydantic
 import pytest
 
 import llama_jax
-from llama_jax.inference.constraint import Rules
 from llama_jax.inference.scoring import score, score_tokens
-from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.unstacked import unstack
-from llama_jax.serve import constraints
-from llama_jax.serve.served import Served, chat_of, rules_of
-from tests import toy
-from tests.serve.serving import events, make_tokenizer, serving
+from tests.serve.schemas import SCHEMAS, SELL, SIZE, Step, fits
+from tests.serve.serving import events, save_toy
+from tests.serve.started import started
 
 PROMPTS = ['Once', 'upon a time there', 'x', 'Zwölf Boxkämpfer jagen']
-ROWS = {'num_slots': 4, 'max_steps': 4, 'log_probabilities': 5, 'prefix_bytes': (1 << 20, 0)}
+HI = {'model': 'toy', 'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 2}
+TEXT = 'Hello, wörld! 😀 so on'
+CALL = '{"name": "sell", "parameters": {"size": "M"}}'
+# Described as Llama 3.1 heard of them, functions take more room than this model has.
+BRIEF = "{{ bos_token + messages[-1]['content'] }}"
 
 
 @pytest.fixture(scope='module')
-def loaded():
-    config = dataclasses.replace(toy.CONFIG, vocab_size=512, max_seq_len=64, num_layers=2)
-    model = LlamaForCausalLM(config, dtype=jnp.float32)
-    return model, unstack(toy.make_params(model), model.dtype), make_tokenizer()
+def loaded(folder):
+    model, params, tokenizer = save_toy(folder / 'toy')
+    (folder / 'brief.jinja').write_text(BRIEF)
+    return model, unstack(params, model.dtype), tokenizer
 
 
 @pytest.fixture(scope='module')
 def wanted(loaded):
-    """Before there is a server, which counts what is compiled."""
     return llama_jax.generate(*loaded, PROMPTS, max_new_tokens=20)
 
 
 @pytest.fixture(scope='module')
-def server(loaded, wanted):
-    model, params, tokenizer = loaded
-    with serving(
-        lambda: Served.create(
-            model, params, tokenizer, chat_of(tokenizer, ''), rules_of(tokenizer, model, False), **ROWS
-        )
-    ) as both:
-        yield both
+def server(commands, folder, loaded):
+    flags = '--slots=4', '--top_logprobs=5', '--prefix_mib=1', '--dtype=float32'
+    with started(commands, folder / 'toy', *flags, f'--chat_template={folder}/brief.jinja') as server:
+        yield server
+
+
+@pytest.fixture(scope='module')
+def client(server):
+    with httpx2.Client(base_url=server.address, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def official(server):
+    """The official client; nothing that it asks for is compiled."""
+    yield server.client
+    assert '\nllama_programs_compiled_total 0.0\n' in server.metrics()
 
 
 def complete(client, **body):
@@ -57,8 +67,7 @@ def complete(client, **body):
     return response
 
 
-def test_it_says_what_the_library_says_whole_streamed_and_at_a_time(wanted, server):
-    client, service = server
+def test_it_says_what_the_library_says_whole_streamed_and_at_a_time(wanted, client, official):
     prompts, found = PROMPTS, {}
 
     def ask(prompt, streamed):
@@ -87,11 +96,9 @@ def test_it_says_what_the_library_says_whole_streamed_and_at_a_time(wanted, serv
     for size in (1, 2, 7, 31, 40, 62):
         complete(client, prompt=[65] * size, max_tokens=1, echo=True, logprobs=3, presence_penalty=1.0,
                  logit_bias={'65': -5}, stop=['zz'], temperature=0.7, top_p=0.9, top_k=5, min_p=0.01)  # fmt: skip
-    assert b'llama_programs_compiled_total 0.0' in service.metrics.render()
 
 
-def test_echo_tells_of_each_token_of_the_prompt_and_one_more(loaded, server):
-    client, _ = server
+def test_echo_tells_of_each_token_of_the_prompt_and_one_more(loaded, client):
     model, params, tokenizer = loaded
     ids = [256, *b'Once upon']
     choice = complete(client, prompt=[ids], max_tokens=1, echo=True, logprobs=1).json()['choices'][0]
@@ -117,82 +124,132 @@ def test_echo_tells_of_each_token_of_the_prompt_and_one_more(loaded, server):
     assert sum((piece['token_logprobs'] for piece in pieces if piece), []) == told['token_logprobs']
 
 
-def test_beginnings_of_prompts_are_read_once(loaded, server):
-    client, service = server
+def test_beginnings_of_prompts_are_read_once(client):
     prompt = list(range(64, 127))[:60]
     first = complete(client, prompt=prompt, max_tokens=3).json()
     again = complete(client, prompt=prompt, max_tokens=3).json()
     assert first['choices'] == again['choices']
     assert again['usage']['prompt_tokens_details']['cached_tokens'] in (0, 32, 48)
-    assert b'llama_first_token_seconds_count' in service.metrics.render()
 
 
-class Step(pydantic.BaseModel):
-    kind: Literal['add', 'take']
-    number: Annotated[int, pydantic.Field(ge=0, le=99)]
+def test_prometheus_finds_nothing_amiss(server):
+    assert '\nllama_generated_tokens_total ' in server.metrics()
+    if shutil.which('promtool'):
+        subprocess.run(['promtool', 'check', 'metrics'], input=server.metrics().encode(), check=True)
 
 
-SIZE = {'enum': ['S', 'M', 'L']}
-SCHEMAS = [
-    {'const': 'yes'},
-    {'type': 'boolean'},
-    {'type': 'integer', 'minimum': -5, 'maximum': 5},
-    SIZE,
-    {'type': 'string', 'maxLength': 4},
-    {'type': 'string', 'pattern': '^[a-f]{2}[0-9]$'},
-    {'type': 'array', 'items': {'type': 'boolean'}, 'minItems': 1, 'maxItems': 2},
-    {'anyOf': [{'type': 'null'}, {'type': 'integer', 'minimum': 0, 'maximum': 9}]},
-    {'type': 'object', 'properties': {'a': SIZE}, 'required': ['a'], 'additionalProperties': False},
-    {'$ref': '#/$defs/size', '$defs': {'size': SIZE}},
-]
-SELL = {
-    'type': 'function',
-    'function': {
-        'name': 'sell',
-        'parameters': {
-            'type': 'object', 'properties': {'size': SIZE}, 'required': ['size'], 'additionalProperties': False,
-        },
-    },
-}  # fmt: skip
+def whole(answer):
+    """An answer whose fields are those of the package's type, none of another kind."""
+    assert type(answer).model_validate_json(answer.model_dump_json(by_alias=True), strict=True) is not None
+    return answer
 
 
-def fits(value, schema):
-    """Of what the schemas above have."""
-    schema = schema.get('$defs', {}).get('size', schema)
-    of_type = {
-        'boolean': bool, 'integer': int, 'string': str, 'array': list, 'object': dict, 'null': type(None)
-    }  # fmt: skip
-    if 'anyOf' in schema:
-        return any(fits(value, one) for one in schema['anyOf'])
-    if 'enum' in schema or 'const' in schema:
-        return value in schema.get('enum', [schema.get('const')])
-    if (
-        not isinstance(value, of_type[schema['type']])
-        or schema['type'] == 'integer'
-        and isinstance(value, bool)
-    ):
-        return False
-    size = len(value) if isinstance(value, str | list) else 0
-    inside = (
-        schema.get('minimum', 0) <= value <= schema.get('maximum', 0) if schema['type'] == 'integer' else True
+def forced(text):
+    """So that the answer is this text."""
+    return {'regex': re.escape(text)}
+
+
+def test_the_official_client_lists_models_and_hears_of_errors(official):
+    assert [whole(model).id for model in official.models.list()] == ['toy']
+    assert whole(official.models.retrieve('toy')).owned_by == 'llama_jax'
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        official.models.retrieve('other')
+    with pytest.raises(openai.NotFoundError) as error:
+        official.chat.completions.create(**HI | {'model': 'other'})
+    assert error.value.code == 'model_not_found' and error.value.param == 'model'
+    with pytest.raises(openai.BadRequestError) as error:
+        official.completions.create(model='toy', prompt='x' * 60, max_tokens=20)
+    assert error.value.code == 'context_length_exceeded' and error.value.param == 'prompt'
+
+
+def test_chats_whole_and_streamed_with_usage_stops_and_log_probabilities(official):
+    create = official.chat.completions.create
+    asked = HI | {'n': 2, 'seed': 3, 'logprobs': True, 'top_logprobs': 2, 'extra_body': forced(TEXT)}
+    answer = whole(create(**asked))
+    assert [choice.message.content for choice in answer.choices] == [TEXT] * 2
+    assert {choice.finish_reason for choice in answer.choices} == {'stop'}
+    told = answer.choices[0].logprobs.content
+    assert bytes(byte for entry in told for byte in entry.bytes).decode() == TEXT
+    assert [len(entry.top_logprobs) for entry in told] == [2] * len(told)
+    assert all(-9999 <= entry.logprob <= 0 for entry in told)
+    *pieces, usage = map(whole, create(**asked, stream=True, stream_options={'include_usage': True}))
+    assert usage.choices == [] and usage.usage.completion_tokens == answer.usage.completion_tokens
+    assert {piece.usage for piece in pieces} == {None}
+    for row in (0, 1):
+        own = [choice for piece in pieces for choice in piece.choices if choice.index == row]
+        assert own[0].delta.role == 'assistant' and len(own) > 3
+        assert ''.join(choice.delta.content or '' for choice in own) == TEXT
+        assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ['stop']
+        scores = [entry for choice in own if choice.logprobs for entry in choice.logprobs.content]
+        assert [entry.logprob for entry in scores] == [
+            entry.logprob for entry in answer.choices[row].logprobs.content
+        ]
+    stopped = create(**asked | {'stop': ['so', 'x']}).choices
+    assert [choice.message.content for choice in stopped] == [TEXT.partition('so')[0]] * 2
+    cut = create(**HI, max_completion_tokens=5, extra_body=forced(TEXT)).choices[0]
+    assert cut.finish_reason == 'length' and cut.message.content == TEXT[:5]
+
+
+def test_completions_whole_and_streamed(official):
+    create = official.completions.create
+    asked = {'model': 'toy', 'prompt': ['a', 'b'], 'temperature': 2, 'logprobs': 2, 'seed': 1}
+    asked['extra_body'] = forced(TEXT)
+    answer = whole(create(**asked))
+    assert [choice.text for choice in answer.choices] == [TEXT] * 2
+    # As long as an answer goes on, and before an echo's first token, that service tells null; the types know of none.
+    *pieces, usage = create(**asked, stream=True, stream_options={'include_usage': True})
+    assert (
+        whole(usage).choices == []
+        and usage.usage == answer.usage
+        and {piece.usage for piece in pieces} == {None}
     )
-    return (
-        inside
-        and schema.get('minItems', 0) <= size <= schema.get('maxLength', schema.get('maxItems', 99))
-        and re.search(schema.get('pattern', ''), value if isinstance(value, str) else '') is not None
-        and (not isinstance(value, dict) or value.keys() == {'a'} and value['a'] in SIZE['enum'])
-    )
+    for row, choice in enumerate(answer.choices):
+        own = [one for piece in pieces for one in piece.choices if one.index == row]
+        assert ''.join(one.text for one in own) == TEXT and len(own) > 3
+        offsets = [offset for one in own if one.logprobs for offset in one.logprobs.text_offset]
+        assert offsets == choice.logprobs.text_offset
+        assert r'bytes:\xc3' in choice.logprobs.tokens
+    echoed = create(**asked | {'prompt': 'a'}, echo=True).choices[0]
+    assert echoed.text == f'a{TEXT}' and echoed.logprobs.token_logprobs[0] is None
 
 
-def programs(service):
-    return re.search(rb'llama_programs_compiled_total (\S+)', service.metrics.render())[1]
+def test_tools_are_called_by_force_or_by_the_models_own_words(official):
+    create = official.chat.completions.create
+    named = {'type': 'function', 'function': {'name': 'sell'}}
+    for choice in ('required', named, 'auto', None):
+        asked = HI | {'tools': [SELL]} | ({'tool_choice': choice} if choice else {})
+        own_words = {} if choice in ('required', named) else forced(CALL)
+        (answer,) = whole(create(**asked, extra_body=own_words)).choices
+        assert answer.finish_reason == 'tool_calls' and answer.message.content is None
+        call = answer.message.tool_calls[0].function
+        assert call.name == 'sell' and json.loads(call.arguments)['size'] in SIZE['enum']
+        chunks = [whole(chunk).choices[0] for chunk in create(**asked, stream=True, extra_body=own_words)]
+        deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        assert json.loads(''.join(delta.function.arguments for delta in deltas)).keys() == {'size'}
+        assert chunks[-1].finish_reason == 'tool_calls' and not any(chunk.delta.content for chunk in chunks)
+    (answer,) = create(**HI, tools=[SELL], extra_body=forced('It is sunny.')).choices
+    assert answer.message.content == 'It is sunny.' and answer.finish_reason == 'stop'
 
 
-HI = {'model': 'toy', 'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 2}
-
-
-def official_client(client):
-    return openai.OpenAI(api_key='any', base_url='http://testserver/v1', http_client=client, max_retries=0)
+def test_responses_whole_and_streamed_with_tools_and_schemas(official):
+    create = official.responses.create
+    asked = {'model': 'toy', 'input': 'Hi', 'temperature': 2}
+    form = {'format': {'type': 'json_schema', 'name': 'x', 'schema': {'const': TEXT}}}
+    answer = whole(create(**asked, text=form))
+    assert json.loads(answer.output_text) == TEXT and answer.status == 'completed'
+    *told, last = create(**asked, text=form, stream=True)
+    deltas = [event.delta for event in told if event.type == 'response.output_text.delta']
+    assert json.loads(''.join(deltas)) == TEXT and len(deltas) > 2
+    assert last.type == 'response.completed' and whole(last.response).output_text == ''.join(deltas)
+    assert last.response.usage.output_tokens == answer.usage.output_tokens
+    tools = [{'type': 'function', 'strict': True} | SELL['function']]
+    (call,) = whole(create(**asked, tools=tools, tool_choice='required')).output
+    assert call.type == 'function_call' and json.loads(call.arguments)['size'] in SIZE['enum']
+    told = list(create(**asked, tools=tools, tool_choice={'type': 'function', 'name': 'sell'}, stream=True))
+    joined = ''.join(e.delta for e in told if e.type == 'response.function_call_arguments.delta')
+    assert json.loads(joined)['size'] in SIZE['enum']
+    parsed = official.responses.parse(**asked, text_format=Step)
+    assert parsed.output_parsed.number < 100
 
 
 def check_schemas(create, rounds):
@@ -202,94 +259,30 @@ def check_schemas(create, rounds):
         answer = create(**HI, response_format=kind, n=4, seed=number)
         assert {choice.finish_reason for choice in answer.choices} == {'stop'}
         for choice in answer.choices:
-            assert fits(json.loads(choice.message.content), schema), (schema, choice.message.content)
+            value = json.loads(choice.message.content)
+            assert fits(value, schema), (schema, choice.message.content)
 
 
 @pytest.mark.slow
-def test_all_of_two_hundred_answers_keep_to_schemas(server):
-    check_schemas(official_client(server[0]).chat.completions.create, rounds=5)
+def test_all_of_two_hundred_answers_keep_to_schemas(official):
+    check_schemas(official.chat.completions.create, rounds=5)
 
 
-def test_answers_keep_to_schemas_and_calls_to_their_functions(server):
-    client, service = server
-    before = programs(service)
-    official = official_client(client)
-    create = official.chat.completions.create
-    check_schemas(create, rounds=1)
+def test_answers_keep_to_schemas_regexes_and_grammars(client, official):
+    check_schemas(official.chat.completions.create, rounds=1)
     parsed = official.chat.completions.parse(**HI, response_format=Step, seed=1)
     assert parsed.choices[0].message.parsed.number < 100
-    # Described as Llama 3.1 heard of them, functions take more room than this model has.
-    brief = chat_of(make_tokenizer(), "{{ bos_token + messages[-1]['content'] }}")
-    served = service.worker.served
-    service.worker.served = dataclasses.replace(served, chat=brief)
-    try:
-        for choice in ('required', {'type': 'function', 'function': {'name': 'sell'}}):
-            (answer,) = create(**HI, tools=[SELL], tool_choice=choice).choices
-            assert answer.finish_reason == 'tool_calls'
-            call = answer.message.tool_calls[0].function
-            assert call.name == 'sell' and json.loads(call.arguments)['size'] in SIZE['enum']
-        chunks = create(**HI, tools=[SELL], tool_choice='required', stream=True)
-        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-        assert json.loads(''.join(delta.function.arguments for delta in deltas)).keys() == {'size'}
-    finally:
-        service.worker.served = served
     answer = complete(client, prompt='x', temperature=2, regex='[ab]{2,4}', n=4, max_tokens=9).json()
     assert all(re.fullmatch('[ab]{2,4}', choice['text']) for choice in answer['choices'])
     streamed = complete(client, prompt='x', temperature=2, grammar='start: "on" | "off"', stream=True).text
     text = ''.join(json.loads(line)['choices'][0]['text'] for line in events(streamed)[:-1])
     assert text in ('on', 'off')
-    assert programs(service) == before
-
-
-def test_a_rule_that_is_wrong_or_slow_is_refused_while_others_are_answered(server, monkeypatch):
-    client, service = server
-    rules = Rules(make_tokenizer(), 512)
-
-    def refused(**body):
-        response = client.post(
-            '/v1/completions', json={'model': 'toy', 'prompt': 'x', 'max_tokens': 4} | body
-        )
-        assert response.status_code == 400
-        return response.json()['error']
-
-    assert refused(regex='(a')['param'] == 'regex'
-    assert refused(grammar='start: x')['param'] == 'grammar'
-    assert refused(regex='a', min_tokens=2)['param'] == 'min_tokens'
-    assert refused(regex='a' * 70_000)['param'] == 'regex'
-    is_over, found = threading.Event(), []
-
-    def takes_long(regex):
-        while not is_over.is_set():
-            hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**5)  # beside which other threads run
-
-    monkeypatch.setattr(service.served().rules, 'of_regex', takes_long)
-    thread = threading.Thread(target=lambda: found.append(refused(regex='a')))
-    thread.start()
-    assert complete(client, prompt='x', max_tokens=4).status_code == 200 and not found
-    thread.join()
-    is_over.set()
-    assert 'takes more than 1.8 s' in found[0]['message']
-    # It is not the rule that takes long where the machine has no time for it.
-    monkeypatch.setattr(constraints, '_SECONDS', 0.3)
-    go = threading.Event()
-    monkeypatch.setattr(
-        service.served().rules, 'of_regex', lambda regex, read=rules.of_regex: go.wait(20) and read(regex)
-    )
-    timer = threading.Timer(1.0, go.set)
-    timer.start()
-    assert complete(client, prompt='x', max_tokens=4, regex='yes').json()['choices'][0]['text'] == 'yes'
-    go.clear()
-    monkeypatch.setattr(constraints, '_MAX_WAIT', 0.2)
-    waited = client.post('/v1/completions', json={'model': 'toy', 'prompt': 'x', 'regex': 'yes'})
-    go.set()
-    assert waited.status_code == 503 and waited.headers['retry-after']
 
 
 @pytest.mark.slow
-def test_the_harness_reads_the_log_likelihoods_that_evaluation_finds(loaded, server):
+def test_the_harness_reads_the_log_likelihoods_that_evaluation_finds(loaded, client):
     """lm-evaluation-harness's own reading of an answer, beside what `experiments.evaluate` scores with."""
     reading = pytest.importorskip('lm_eval.models.openai_completions', reason='needs lm_eval')
-    client, _ = server
     model, params, _ = loaded
     rng = np.random.default_rng(0)
     pairs = []

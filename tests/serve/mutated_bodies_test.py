@@ -2,19 +2,19 @@
 
 import copy
 import json
-import pathlib
 import random
-import re
 import threading
-import time
 
+import httpx2
 import pytest
 
-from llama_jax.inference.constraint import Rules
 from llama_jax.serve.bodies import ChatBody, CompletionBody
 from llama_jax.serve.parameters import HARMLESS, REFUSED
 from llama_jax.serve.responses import ResponseBody
-from tests.serve.serving import Script, events, make_tokenizer, scripted, serving
+from tests.command_line import wait_for
+from tests.serve.serving import events, save_toy
+from tests.serve.soak import read_metrics
+from tests.serve.started import started
 
 TOOL = {'name': 'weather', 'parameters': {'type': 'object', 'properties': {'place': {'type': 'string'}}}}
 TALK = [
@@ -110,56 +110,61 @@ def check(response):
         read(response.text)
 
 
+# Answers long to whom it is to be, and briefly to all others.
+HOOK = """
+import time
+from llama_jax.inference.constraint import Rules
+from llama_jax.serve.served import Served
+from tests.serve.serving import Script, make_tokenizer, scripted
 class Neighbours(Script):
-    """Answers long to whom it is to be, and briefly to all others."""
-
     def submit(self, request):
         self.answers = ['x' * 900] if request.max_new_tokens == 900 else ['Hello']
+        self.asked.clear()
         return super().submit(request)
-
-
-def resident_kib():
-    return int(re.search(r'VmRSS:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())[1])
+tokenizer = make_tokenizer()
+served = scripted(Neighbours(hold=lambda: time.sleep(0.001)), tokenizer, rules=Rules(tokenizer, 512))
+Served.create = lambda *args, **options: served
+"""
 
 
 @pytest.mark.parametrize(
     'number', [pytest.param(600, marks=pytest.mark.slow), pytest.param(20_000, marks=pytest.mark.long)]
 )
-def test_what_is_nearly_right_is_answered_or_refused(number):
-    script, tokenizer = Neighbours(hold=lambda: time.sleep(0.001)), make_tokenizer()
+def test_what_is_nearly_right_is_answered_or_refused(commands, folder, number):
+    if not (folder / 'toy').exists():
+        save_toy(folder / 'toy')
     statuses, heard, is_over, sizes = set(), [], threading.Event(), []
-    with serving(lambda: scripted(script, tokenizer, rules=Rules(tokenizer, 512)), max_body=20_000) as (
-        client,
-        service,
-    ):
+    with started(commands, folder / 'toy', '--max_body=20000', before=HOOK) as server:
 
         def listen():
+            asked = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900, 'stream': True}
             while not is_over.is_set():
-                asked = {'model': 'toy', 'prompt': 'a', 'max_tokens': 900, 'stream': True}
-                told = events(client.post('/v1/completions', json=asked).text)
-                heard.append(''.join(json.loads(one)['choices'][0]['text'] for one in told[:-1]))
+                told = server.client.completions.create(**asked)
+                heard.append(''.join(piece.choices[0].text for piece in told))
 
         listener = threading.Thread(target=listen)
         listener.start()
         try:
-            for seed in range(number):
-                draw = random.Random(seed)
-                path = draw.choice(list(BODIES))
-                body = mutated(draw, draw.choice(BODIES[path]))
-                response = client.post(path, content=body, headers={'content-type': 'application/json'})
-                try:
-                    check(response)
-                except Exception as error:
-                    error.add_note(f'at seed {seed}: {path} {body[:2000]!r}')
-                    raise
-                statuses.add(response.status_code)
-                if seed % 1000 == 999:
-                    script.asked.clear()
-                    sizes.append(resident_kib())
+            with httpx2.Client(base_url=server.address, timeout=60) as client:
+                for seed in range(number):
+                    draw = random.Random(seed)
+                    path = draw.choice(list(BODIES))
+                    body = mutated(draw, draw.choice(BODIES[path]))
+                    response = client.post(path, content=body, headers={'content-type': 'application/json'})
+                    try:
+                        check(response)
+                    except Exception as error:
+                        error.add_note(f'at seed {seed}: {path} {body[:2000]!r}')
+                        raise
+                    statuses.add(response.status_code)
+                    if seed % 1000 == 999:
+                        sizes.append(read_metrics(client, server.address)['process_resident_memory_bytes'])
         finally:
             is_over.set()
             listener.join()
-        assert service.worker.num_rows == 0 and service.worker.failure is None
+        assert server.get('health') == 200
+        wait_for(lambda: not read_metrics(httpx2, server.address)['llama_requests_running'])
+        server.end().succeeded()
     assert {200, 400} <= statuses
     assert heard and {len(text) for text in heard} == {900}
     if sizes:  # where the first thousands have filled what is kept

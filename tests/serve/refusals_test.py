@@ -1,10 +1,11 @@
-"""What bad input gets, row by row; and that every parameter of the official client is honoured or told of."""
+"""What bad input gets of the command, row by row; every parameter of the official client is honoured or told of."""
 
 import inspect
 import json
 import pathlib
 import re
 
+import httpx2
 import pytest
 from openai.resources.chat.completions import Completions as Chats
 from openai.resources.completions import Completions
@@ -13,15 +14,36 @@ from llama_jax.serve.access import read_keys
 from llama_jax.serve.bodies import ChatBody, CompletionBody
 from llama_jax.serve.parameters import HARMLESS, REFUSED
 from llama_jax.serve.responses import ResponseBody
-from tests.serve.serving import Script, scripted, serving
+from tests.serve.serving import Script, save_toy, scripted, serving
+from tests.serve.started import started
 
 USER = [{'role': 'user', 'content': 'Hi'}]
 TOOL = {'type': 'function', 'function': {'name': 'weather'}}
 
 
+KEYS = 'sesame-1234', 'other-12345'
+# Instead of the model that is loaded.
+HOOK = """
+from llama_jax.serve.served import Served
+from tests.serve.serving import Script, scripted
+Served.create = lambda *args, **options: scripted(Script('Hello'))
+"""
+
+
 @pytest.fixture(scope='module')
-def client():
-    with serving(lambda: scripted(Script('Hello')), max_body=5000) as (client, _):
+def server(commands, folder):
+    """The command, with keys."""
+    save_toy(folder / 'toy')
+    (folder / 'keys').write_text('\n'.join(KEYS))
+    flags = '--max_body=5000', f'--api_keys={folder}/keys', '--cors_origins=https://a.org'
+    with started(commands, folder / 'toy', *flags, before=HOOK) as server:
+        yield server
+
+
+@pytest.fixture(scope='module')
+def client(server):
+    headers = {'authorization': f'Bearer {KEYS[0]}'}
+    with httpx2.Client(base_url=server.address, headers=headers, timeout=60) as client:
         yield client
 
 
@@ -160,16 +182,17 @@ def test_a_field_of_a_wrong_kind_is_named_whatever_its_name(client, path):
         assert error['message'].startswith(error['param'])
 
 
-def test_keys_open_and_nothing_else_does():
-    keys = {'keys': ('sesame-1234', 'other-12345')}
-    with serving(lambda: scripted(Script('Hello')), **keys) as (client, _):
-        body = {'model': 'toy', 'messages': USER}
+def test_keys_open_and_nothing_else_does(server):
+    body = {'model': 'toy', 'messages': USER}
+    with httpx2.Client(base_url=server.address) as client:
         for headers in ({}, {'authorization': 'Bearer wrong-12345'}, {'authorization': 'Basic sesame-1234'}):
-            for ask in (lambda h: client.post('/v1/chat/completions', json=body, headers=h), lambda h: client.get('/v1/models', headers=h)):  # fmt: skip  # noqa: E501
-                response = ask(headers)
+            for response in (
+                client.post('/v1/chat/completions', json=body, headers=headers),
+                client.get('/v1/models', headers=headers),
+            ):
                 assert 'sesame' not in response.text
                 refusal(response, 401)
-        for key in keys['keys']:
+        for key in KEYS:
             right = {'authorization': f'Bearer {key}'}
             assert client.post('/v1/chat/completions', json=body, headers=right).status_code == 200
         assert client.options('/v1/models').status_code == 405  # no key is asked for
@@ -182,19 +205,17 @@ def test_keys_are_read_from_a_file_of_any_editor(tmp_path):
     assert read_keys(str(file)) == ('sesame-1234', 'other-12345')
 
 
-def test_pages_elsewhere_may_not_ask_unless_they_are_named():
+def test_pages_elsewhere_may_not_ask_unless_they_are_named(client):
     origin = {'origin': 'https://a.org', 'access-control-request-method': 'POST'}
-    with serving(lambda: scripted(Script('Hello')), hosts=('localhost', '127.0.0.1')) as (client, _):
-        assert refusal(client.get('/v1/models', headers={'host': 'evil.org'}), 403)
-        assert client.get('/v1/models', headers={'host': 'LocalHost:8000'}).status_code == 200
-        answer = client.options('/v1/chat/completions', headers=origin | {'host': 'localhost:8000'})
+    with serving(lambda: scripted(Script('Hello')), hosts=('localhost', '127.0.0.1')) as (without, _):
+        assert refusal(without.get('/v1/models', headers={'host': 'evil.org'}), 403)
+        assert without.get('/v1/models', headers={'host': 'LocalHost:8000'}).status_code == 200
+        answer = without.options('/v1/chat/completions', headers=origin | {'host': 'localhost:8000'})
         assert 'access-control-allow-origin' not in answer.headers
-    limits = {'cors_origins': ('https://a.org',), 'keys': ('sesame-1234',)}
-    with serving(lambda: scripted(Script('Hello')), **limits) as (client, _):
-        answer = client.options('/v1/chat/completions', headers=origin)
-        assert answer.status_code == 200 and answer.headers['access-control-allow-origin'] == 'https://a.org'
-        other = client.options('/v1/chat/completions', headers=origin | {'origin': 'https://b.org'})
-        assert 'access-control-allow-origin' not in other.headers
+    answer = client.options('/v1/chat/completions', headers=origin)
+    assert answer.status_code == 200 and answer.headers['access-control-allow-origin'] == 'https://a.org'
+    other = client.options('/v1/chat/completions', headers=origin | {'origin': 'https://b.org'})
+    assert 'access-control-allow-origin' not in other.headers
 
 
 def test_tokens_as_remote_tokenizers_ask_for_them(client):

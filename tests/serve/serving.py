@@ -2,11 +2,14 @@
 
 import base64
 import contextlib
+import dataclasses
 import itertools
 import time
 
+import jax.numpy as jnp
 from starlette.testclient import TestClient
 
+import llama_jax
 from llama_jax.inference.batcher import Ended, Request
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import Progress
@@ -15,6 +18,7 @@ from llama_jax.serve.app import make_app
 from llama_jax.serve.served import Served, chat_of
 from llama_jax.serve.service import Limits, Service
 from llama_jax.tokenizer.tokenizer import tokenizer_of_files
+from tests import toy
 
 # Every byte is a token, and Llama 3's special tokens follow.
 RANKS = b'\n'.join(base64.b64encode(bytes([i])) + f' {i}'.encode() for i in range(256)) + b'\n'
@@ -23,6 +27,15 @@ EOT, BOS = 265, 256
 
 def make_tokenizer():
     return tokenizer_of_files('bytes', {'tokenizer.model': RANKS})
+
+
+def save_toy(path):
+    """Writes a checkpoint of random weights; (model, params, tokenizer)."""
+    config = dataclasses.replace(toy.CONFIG, vocab_size=512, max_seq_len=64, num_layers=2)
+    model, tokenizer = llama_jax.LlamaForCausalLM(config, dtype=jnp.float32), make_tokenizer()
+    params = toy.make_params(model)
+    llama_jax.save(path, config, params, tokenizer)
+    return model, params, tokenizer
 
 
 class Script(Generator):
