@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,18 +28,22 @@ from absl import flags
 from experiments.benchmark.decode_peers import write_gguf
 from experiments.run.settings import find_preset
 from llama_jax.errors import InputError
+from llama_jax.inference.constraint import Constrained, Rule, Rules
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.models.llama import LlamaForCausalLM, init_params
 from llama_jax.models.unstacked import unstack
 from llama_jax.pretrained import load_tokenizer
-from llama_jax.tokenizer.protocol import prompt_ids
+from llama_jax.tokenizer.protocol import Tokenizer, prompt_ids
 
 _MODEL = flags.DEFINE_string('serve_model', 'stories_110m', 'a preset')
 _CLIENTS = flags.DEFINE_list('serve_clients', '1,4,8', 'at a time, several by commas')
 _PROMPT = flags.DEFINE_integer('serve_prompt', 32, 'tokens of a prompt', lower_bound=8)
 _TOKENS = flags.DEFINE_integer('serve_tokens', 32, 'new tokens', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer('serve_rounds', 3, 'turns', lower_bound=1)
+_SCHEMA = flags.DEFINE_string(
+    'serve_schema', '', "of JSON: what answers that keep to it take beside others; '': none"
+)
 _PEER = flags.DEFINE_boolean('serve_peer', True, "measure llama.cpp's server beside, where it is installed")
 
 # Without an answer for so long a server is not ready, or stuck.
@@ -74,12 +78,14 @@ def main() -> dict[str, Any]:
     with contextlib.ExitStack() as at_exit:
         folder = at_exit.enter_context(tempfile.TemporaryDirectory())
         path = write_gguf(config, params, folder, dtype.name)
-        prompt, ids = _prompt(path, _PROMPT.value)
+        tokenizer = load_tokenizer(path)
+        prompt, ids = _prompt(tokenizer, _PROMPT.value)
         servers = {'server': _ours(path, max(numbers), dtype.name)}
         if _PEER.value and _has_peer():
             servers['llama_cpp'] = _theirs(path, context)
+        params = unstack(params, dtype, delete=True)  # as the server has them
         contenders: dict[str, Callable[[int], Turn]] = {
-            'generator': _alone(model, unstack(params, delete=True), max(numbers), ids, tokens)
+            'generator': _alone(model, params, max(numbers), ids, tokens)
         }
         for name, command in servers.items():
             start = time.perf_counter()
@@ -90,6 +96,11 @@ def main() -> dict[str, Any]:
             more = {'repeat_penalty': 1.0} if name == 'llama_cpp' else {}
             contenders[name] = _asked_by_clients(port, {'prompt': prompt, 'max_tokens': tokens} | more)
         turns = _take_turns(contenders, numbers, _ROUNDS.value)
+        if _SCHEMA.value:
+            masks = _Timed(rules := Rules(tokenizer, config.vocab_size))
+            rule = rules.of_schema(json.loads(_SCHEMA.value))
+            pair = contenders['generator'], _alone(model, params, max(numbers), ids, tokens, masks, rule)
+            ready |= _tell_rules(*pair, masks, numbers, tokens, _ROUNDS.value)
     figures = {'model': _MODEL.value, 'prompt_tokens': _PROMPT.value, 'tokens': tokens, 'dtype': dtype.name}
     return figures | ready | _tell(turns, min(numbers))
 
@@ -135,12 +146,11 @@ def _take_turns(
     return turns
 
 
-def _prompt(path: str, number: int) -> tuple[str, list[int]]:
-    """A text of so many tokens by a checkpoint's tokenizer, and these: a few more would be read by another program.
+def _prompt(tokenizer: Tokenizer, number: int) -> tuple[str, list[int]]:
+    """A text of so many tokens, and these: a few more would be read by another program.
 
     Each letter is a token, behind that of the beginning and those of a space.
     """
-    tokenizer = load_tokenizer(path)
     before = len(prompt_ids(tokenizer, 'PROMPT')) - len('PROMPT')
     text = ('PROMPT' * number)[: number - before]
     ids = list(prompt_ids(tokenizer, text))
@@ -149,16 +159,22 @@ def _prompt(path: str, number: int) -> tuple[str, list[int]]:
 
 
 def _alone(
-    model: LlamaForCausalLM, params: Any, slots: int, ids: list[int], tokens: int
+    model: LlamaForCausalLM,
+    params: Any,
+    slots: int,
+    ids: list[int],
+    tokens: int,
+    masks: Constrained | None = None,
+    rule: Rule | None = None,
 ) -> Callable[[int], Turn]:
-    """The generator with the settings of the server, in this process."""
-    generator = Generator(model, params, num_slots=slots, max_steps=4, log_probabilities=0)
+    """The generator with the settings of the server, in this process; answers keep to the rule."""
+    generator = Generator(model, params, num_slots=slots, max_steps=4, log_probabilities=0, processor=masks)
     generator.warm_up()
 
     def complete(number: int) -> Turn:
         start, firsts, made = time.perf_counter(), {}, 0
         for _ in range(number):
-            generator.submit(CompletionRequest(ids, tokens, stop_ids=()))
+            generator.submit(CompletionRequest(ids, tokens, stop_ids=(), rule=rule))
         for progress in generator.run():
             firsts.setdefault(progress.number, time.perf_counter() - start)
             made += len(progress.tokens)
@@ -166,6 +182,66 @@ def _alone(
         return Turn(made / (time.perf_counter() - start), statistics.median(firsts.values()))
 
     return complete
+
+
+class _Timed(Constrained):
+    """What makes the masks of answers, and how long that takes.
+
+    Attributes:
+      seconds: so far, of all.
+    """
+
+    seconds = 0.0
+
+    def follow(self, rule: Any) -> Any:
+        """Counts what the one who follows takes."""
+        follower = super().follow(rule)
+        if follower is not None:
+            follower.hear = self._timed(follower.hear)
+        return follower
+
+    def states(self, rows: Sequence[Any]) -> Any:
+        """Counts what it takes to put the masks together."""
+        return self._timed(super().states)(rows)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def _tell_rules(
+    free: Callable[[int], Turn],
+    ruled: Callable[[int], Turn],
+    masks: _Timed,
+    numbers: list[int],
+    tokens: int,
+    rounds: int,
+) -> dict[str, float]:
+    """What a rule for each answer takes: the masks, on the host, and a dispatch for each token."""
+    figures: dict[str, float] = {}
+    for number in numbers:
+        ratios, steps, made = [], [], []
+        for _ in range(rounds + 1):  # the first warms up
+            before, start = masks.seconds, time.perf_counter()
+            rate = ruled(number).tokens_per_second
+            steps.append(1e3 * (time.perf_counter() - start) / tokens)
+            made.append(1e3 * (masks.seconds - before) / tokens)
+            ratios.append(rate / free(number).tokens_per_second)
+        ratio, step, mask = (statistics.median(values[1:]) for values in (ratios, steps, made))
+        figures |= {f'{number}_ruled_ratio_to_generator': ratio, f'{number}_ruled_step_ms': step}
+        figures[f'{number}_mask_ms'] = mask
+        print(
+            f'a schema for each of {number}: {ratio:.2f} of the tokens/s; of a step of {step:.1f} ms '
+            f'the masks take {mask:.2f}',
+            flush=True,
+        )
+    return figures
 
 
 def _ours(path: str, slots: int, dtype: str) -> list[str]:

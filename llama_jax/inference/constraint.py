@@ -29,7 +29,8 @@ _LIMITS = {
 }  # fmt: skip
 # Nothing joins this letter, so what stands behind it has none of what a text's beginning has.
 _BEFORE = '☺'
-_ONE_SPELLING = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}  # as json.dumps has it
+# As `json.dumps` has it.
+_ONE_SPELLING = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
 
 
 @dataclasses.dataclass(eq=False)

@@ -18,7 +18,7 @@ from llama_jax.serve.ticket import SOCKET_BYTES
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
-# In which those who wait hear of a failure.
+# In which those who wait hear why there is no answer.
 _LAST_WORDS_SECONDS = 1.0
 
 
@@ -99,6 +99,12 @@ class _Server(uvicorn.Server):
         end = time.monotonic() + self._drain_seconds
         while self.server_state.tasks and time.monotonic() < end:
             time.sleep(0.05)
+        if self.server_state.tasks:
+            self._service.worker.give_up()
+            time.sleep(_LAST_WORDS_SECONDS)
+        if self.server_state.tasks:  # of clients that do not read
+            for connection in list(self.server_state.connections):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
         self.should_exit = True
 
     def end_by_failure(self) -> None:

@@ -140,6 +140,12 @@ class Worker:
         self._wakes.set()
         return future
 
+    def give_up(self) -> None:
+        """Ends all answers, which are told of it."""
+        self._order(
+            lambda: self._end(Refusal(503, 'the server has ended before the answer', code='draining'))
+        )
+
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
         self._wakes.set()
@@ -266,17 +272,16 @@ class Worker:
         self._job = None  # before another takes as much memory
         self._job = Job(served, served.make_generator())
 
-    def _end(self) -> None:
+    def _end(self, why: Refusal | None = None) -> None:
         """All that was asked for so far gets an error."""
         with self._lock:
             tickets, self._open = list(self._open), {}
-        self._rows = {}
-        failed = Refusal(500, 'the model failed at this request')
-        self._tell([(ticket, failed) for ticket in tickets])
+        self._rows, why = {}, why or Refusal(500, 'the model failed at this request')
+        self._tell([(ticket, why) for ticket in tickets])
         while self._texts:
             future, _ = self._texts.popleft()
             if future.set_running_or_notify_cancel():
-                future.set_exception(failed)
+                future.set_exception(why)
 
 
 def _score(job: Job, future: Future, tokens: Sequence[int]) -> None:

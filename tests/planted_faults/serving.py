@@ -15,6 +15,7 @@ _CONTEXT = 'serve/refusals_test.py::test_nothing_is_cut_to_fit_the_context'
 _TEXT = 'serve/chats_test.py::test_what_people_write_never_becomes_a_special_token'
 _CHOICES = 'serve/chats_test.py::test_the_official_client_hears_choices_stops_limits_and_log_probabilities'
 _RULES = 'inference/constraint_test.py::test_rows_keep_to_their_own_rules_and_others_to_none'
+_SPELLED = 'inference/constraint_test.py::test_json_is_spelled_as_it_is_by_python'
 
 # fmt: off
 FAULTS = (
@@ -37,6 +38,7 @@ FAULTS = (
          'text = self._whole.sub(lambda found: self._keep(found[0]), text)', 'pass')),
     *faults_in('llama_jax/inference/constraint.py',
         ('constraint: a token is not heard', _RULES, 'self._matcher.consume_token(token)', 'pass'),
+        ('constraint: JSON is spelled without spaces', _SPELLED, "'key_separator': ': '", "'key_separator': ':'"),
         ('constraint: all rows keep to the first rule', _RULES, 'else row.mask for row',
          'else next(one.mask for one in rows if one) for row')),
 )

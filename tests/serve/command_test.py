@@ -105,24 +105,33 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
 @pytest.mark.slow
 @pytest.mark.parametrize(('again', 'seconds', 'status'), [(False, 30, 0), (True, 2, 128 + signal.SIGTERM)])
 def test_it_ends_though_answers_go_on_and_at_once_when_told_again(commands, weights, again, seconds, status):
-    given = '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--max_queue=39'
+    given = (
+        '--slots=1',
+        '--name=stories',
+        '--prefix_mib=0',
+        '--top_logprobs=0',
+        '--max_queue=39',
+        '--context=512',
+    )
     with started(commands, weights / FILE, *given, f'--drain_seconds={600 if again else 1}') as server:
-        client = server.client
+        create = server.client.completions.create
         asked = {'model': 'stories', 'max_tokens': 500, 'extra_body': {'ignore_eos': True}}
-        next(
-            iter(client.completions.create(**asked, prompt=['Once'] * 40, stream=True))
-        )  # one after the other
-        asked['prompt'] = 'Once'
+        waits = {'prompt': ['Once'] * 20, 'stream': True, 'echo': True}
+        unread, heard = (create(**asked, **waits) for _ in range(2))  # rows one after the other
         with pytest.raises(openai.RateLimitError, match='39 answers wait already') as full:
-            client.completions.create(**asked)
+            create(**asked, prompt='Once')
         os.kill(server.pids[0], signal.SIGTERM)
         wait_for(lambda: server.get('ready') == 503, 10)
         with pytest.raises(openai.InternalServerError, match='503') as draining:
-            client.completions.create(**asked)
+            create(**asked, prompt='Once')
         for error in (full, draining):
             assert int(error.value.response.headers['retry-after']) > 0
         began = time.monotonic()
+        if not again:
+            with pytest.raises(openai.APIError, match='the server has ended before the answer'):
+                list(heard)
         done = server.end() if again else server.done()
+        unread.close()
     assert done.status == status and time.monotonic() - began < seconds, done.stderr
     assert 'Traceback' not in done.stderr
 
@@ -172,7 +181,7 @@ def test_what_holds_the_model_is_seen_and_what_fails_twice_ends_the_server(comma
 @pytest.mark.slow
 def test_a_signal_ends_it_while_it_loads(commands, folder, weights):
     with started(commands, weights / FILE, until='health') as server:
-        assert server.get('v1/models') == server.get('ready') == 503
+        assert server.get('tokenizer_info') == server.get('ready') == 503
         wait_for(lambda: 'attention: ' in (folder / '0.stderr').read_text(), 120)  # so it compiles
         time.sleep(0.5)
         assert server.get('ready') == 503, 'it has loaded already'
