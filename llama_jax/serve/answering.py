@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.serve.refusal import Refusal
@@ -22,22 +22,18 @@ _SEND_SECONDS = 30.0
 AppStatus.disable_automatic_graceful_drain()
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer."""
-
-
 async def unless_gone(request: Request, answer: Awaitable[_T]) -> _T:
     """The answer, which is given up where the client goes away first.
 
     Raises:
-      ClientGone: it has.
+      ClientDisconnect: it has.
     """
     task = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(_until_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnect
         return task.result()
     finally:
         for pending in (task, gone):
@@ -78,11 +74,6 @@ def _sum(before: Any, new: Any) -> Any:
     return before + new if isinstance(new, str | list) else new
 
 
-def line(value: Any) -> str:
-    """JSON of one line; a number that is not finite would be a defect."""
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(',', ':'))
-
-
 class EventStream(EventSourceResponse):
     """A stream whose client may stop reading."""
 
@@ -97,7 +88,7 @@ async def stream(request: Request, chunks: Chunks) -> EventStream:
 
     Raises:
       Refusal: something is wrong before the first.
-      ClientGone: the client went away before it.
+      ClientDisconnect: the client went away before it.
     """
     chunk = await unless_gone(request, anext(chunks))
 
@@ -108,7 +99,7 @@ async def stream(request: Request, chunks: Chunks) -> EventStream:
                 async for chunk in chunks:
                     yield _event(chunk)
             except Refusal as refusal:
-                yield f'event: error\ndata: {line(refusal.to_json())}\n\n'.encode()
+                yield _event(refusal.to_json(), 'error')
                 return
         if 'type' not in chunk:  # events that have one end by one of their own
             yield b'data: [DONE]\n\n'
@@ -116,6 +107,8 @@ async def stream(request: Request, chunks: Chunks) -> EventStream:
     return EventStream(events(chunk), sep='\n', send_timeout=_SEND_SECONDS)
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    kind = f'event: {chunk["type"]}\n' if 'type' in chunk else ''
-    return f'{kind}data: {line(chunk)}\n\n'.encode()
+def _event(value: dict[str, Any], kind: str = '') -> bytes:
+    """In lines; a number that is not finite would be a defect."""
+    kind = kind or value.get('type', '')
+    data = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(',', ':'))
+    return (f'event: {kind}\n' * bool(kind) + f'data: {data}\n\n').encode()

@@ -10,12 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llama_jax.serve import chats, completions, responses, tokens
 from llama_jax.serve.access import Access, read_body
-from llama_jax.serve.answering import Chunks, ClientGone, joined, stream, unless_gone
+from llama_jax.serve.answering import Chunks, joined, stream, unless_gone
 from llama_jax.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, PassagesBody, TokenizeBody
 from llama_jax.serve.documents import citations, with_passages
 from llama_jax.serve.page import page
@@ -78,17 +78,13 @@ def make_app(service: Service) -> Starlette:
         service.check_model(request.path_params.get('id'))
         return {'id': limits.name, 'object': 'model', 'created': service.created, 'owned_by': 'llama_jax'}
 
-    def health(request: Request) -> dict[str, Any]:
-        del request
+    def health(_: Request) -> dict[str, Any]:
         if not service.worker.is_alive:
             raise Refusal(503, 'the model does not come round', code='stalled')
         return {'status': 'alive'}
 
-    def metrics(request: Request) -> Response:
-        del request
-        return PlainTextResponse(
-            service.metrics.render(), media_type='text/plain; version=0.0.4; charset=utf-8'
-        )
+    def metrics(_: Request) -> Response:
+        return Response(service.metrics.render(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
     async def refused(request: Request, error: Any) -> Response:
         refusal, reason = error, None
@@ -118,8 +114,7 @@ def make_app(service: Service) -> Starlette:
         cors = {'allow_origins': list(limits.cors_origins), 'allow_methods': ['*'], 'allow_headers': ['*']}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))  # pyright: ignore[reportArgumentType]
     handlers = {
-        Refusal: refused, ValidationError: refused, HTTPException: _http, Exception: _defect,
-        ClientGone: _nobody, ClientDisconnect: _nobody,
+        Refusal: refused, ValidationError: refused, HTTPException: _http, Exception: _defect, ClientDisconnect: _nobody,
     }  # fmt: skip
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # pyright: ignore
 
@@ -131,8 +126,7 @@ async def _passages(service: Service, body: PassagesBody) -> dict[str, Any]:
     return {'prompt': with_passages(body.prompt, found), 'places': citations(found)}
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    del request, error
+async def _nobody(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from llama_jax import runtime
 from llama_jax.errors import InputError, SystemFailure
@@ -92,7 +91,8 @@ class Worker:
         self._rows: dict[int, _Row] = {}  # by the generator's number
         self._job: Job | None = None
         self._failures: collections.deque[float] = collections.deque(maxlen=2)
-        self._passed_on: list[threading.Event] = []  # by each event loop: what it was told last
+        self._passed_on = threading.Event()  # by the event loop: what it was told last
+        self._passed_on.set()
         self._heartbeat: float | None = None
         self._is_closing = False
 
@@ -240,24 +240,20 @@ class Worker:
         return row.ticket, dataclasses.replace(piece, finish=ended.reason, cached_tokens=cached)
 
     def _tell(self, items: Sequence[tuple[Ticket, Piece | Refusal]]) -> None:
-        """Hands over, by one call for each event loop, once that has passed on what it was told before.
+        """Hands over, by one call for all that the event loop has to pass on, once it has done so with the last.
 
         So the model is never further ahead, and what waits then waits for a client who does not read.
         """
-        for passed_on in self._passed_on:
-            passed_on.wait(_LOOP_SECONDS)
-        self._passed_on = []
-        by_loop: dict[Any, list[tuple[Ticket, Piece | Refusal]]] = {}
-        for ticket, item in items:
-            by_loop.setdefault(ticket.loop, []).append((ticket, item))
-        for loop, own in by_loop.items():
-            passed_on = threading.Event()
-            try:
-                loop.call_soon_threadsafe(_put, own, passed_on)
-                self._passed_on.append(passed_on)
-            except RuntimeError:  # the loop is closed, so nobody listens
-                for ticket, _ in own:
-                    self._cancel(ticket)
+        if not items:
+            return
+        self._passed_on.wait(_LOOP_SECONDS)
+        self._passed_on = threading.Event()
+        try:
+            items[0][0].loop.call_soon_threadsafe(_put, items, self._passed_on)  # there is one loop
+        except RuntimeError:  # it is closed, so nobody listens
+            self._passed_on.set()
+            for ticket, _ in items:
+                self._cancel(ticket)
 
     def _fail(self, error: Exception, served: Served) -> None:
         """Something has raised: all requests get an error, and slots are made anew, unless it is the second time."""

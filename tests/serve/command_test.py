@@ -69,7 +69,9 @@ def test_a_template_that_is_none_ends_it(commands, folder, weights, template, wo
 @pytest.mark.slow
 def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder, weights):
     (folder / 'plain.jinja').write_text("{{ bos_token + messages[-1]['content'] }}")
-    given = '--slots=2', '--draft=lookup', '--name=stories', '--prefix_mib=0', '--top_logprobs=0'
+    given = (
+        '--slots=2', '--draft=lookup', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--context=512',
+    )  # fmt: skip
     with started(commands, weights / FILE, *given, f'--chat_template={folder}/plain.jinja') as server:
         client = server.client
         expected = json.loads((weights / 'expected.json').read_text())
@@ -106,13 +108,8 @@ def test_it_serves_the_real_model_and_lets_running_answers_end(commands, folder,
 @pytest.mark.parametrize(('again', 'seconds', 'status'), [(False, 30, 0), (True, 2, 128 + signal.SIGTERM)])
 def test_it_ends_though_answers_go_on_and_at_once_when_told_again(commands, weights, again, seconds, status):
     given = (
-        '--slots=1',
-        '--name=stories',
-        '--prefix_mib=0',
-        '--top_logprobs=0',
-        '--max_queue=39',
-        '--context=512',
-    )
+        '--slots=1', '--name=stories', '--prefix_mib=0', '--top_logprobs=0', '--max_queue=39', '--context=512',
+    )  # fmt: skip
     with started(commands, weights / FILE, *given, f'--drain_seconds={600 if again else 1}') as server:
         create = server.client.completions.create
         asked = {'model': 'stories', 'max_tokens': 500, 'extra_body': {'ignore_eos': True}}
