@@ -299,32 +299,26 @@ class Generator:
 
     def _absorb(self, sent: Sequence[Extend | Decode], steps: decoding.Steps | None) -> list[Progress]:
         """What came of what was sent; it waits for the devices."""
-        found = None if steps is None else jax.device_get(steps)
-        return [one for row, dispatch in enumerate(sent) for one in self._absorb_one(dispatch, found, row)]
-
-    def _absorb_one(
-        self, dispatch: Extend | Decode, found: decoding.Steps | None, first_row: int
-    ) -> list[Progress]:
-        """What came of one dispatch; that of a piece stands in a row of its own."""
-        counts, stopped, made = {}, {}, {}
-        for share in dispatch.shares:
-            if (one := self._open.get(share.request.id)) is None:  # cancelled, or ended in a dispatch before
-                continue
-            row = share.slot if isinstance(dispatch, Decode) else first_row
-            assert found is not None
-            tokens, stop_id, is_over = one.take(found.tokens[row, : found.count[row]].tolist())
-            scores = self._scores(found, row, tokens if stop_id is None else [*tokens, stop_id])
-            counts[share.slot], stopped[share.slot] = len(tokens), is_over
-            made[share.request.id] = tokens, stop_id, scores
-        ended = {one.request.id: one for one in self.batcher.absorb(dispatch, counts, stopped)}
-        for number in ended:
-            self._forget(number)
-        if ended and not self._open and isinstance(self._slots, SpeculativeSlots):
-            _log.info('%s', self._slots.describe())
-        return [
-            Progress(number, tokens, stop_id, scores, ended.get(number))
-            for number, (tokens, stop_id, scores) in made.items()
-        ]
+        found, progress = None if steps is None else jax.device_get(steps), []
+        for place, dispatch in enumerate(sent):
+            counts, stopped, made = {}, {}, {}
+            for share in dispatch.shares:
+                number = share.request.id
+                if (one := self._open.get(number)) is None:  # cancelled, or ended in a dispatch before
+                    continue
+                row = share.slot if isinstance(dispatch, Decode) else place
+                assert found is not None
+                tokens, stop_id, is_over = one.take(found.tokens[row, : found.count[row]].tolist())
+                scores = self._scores(found, row, tokens if stop_id is None else [*tokens, stop_id])
+                counts[share.slot], stopped[share.slot] = len(tokens), is_over
+                made[number] = Progress(number, tokens, stop_id, scores)
+            ended = {one.request.id: one for one in self.batcher.absorb(dispatch, counts, stopped)}
+            for number in ended:
+                self._forget(number)
+            if ended and not self._open and isinstance(self._slots, SpeculativeSlots):
+                _log.info('%s', self._slots.describe())
+            progress += [dataclasses.replace(of, ended=ended.get(number)) for number, of in made.items()]
+        return progress
 
     def _scores(self, found: decoding.Steps, row: int, tokens: list[int]) -> list[TokenScore]:
         """Of the first tokens that a row was given."""
