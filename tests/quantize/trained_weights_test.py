@@ -11,6 +11,7 @@ from llama_jax.inference.scoring import score
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.quantize.params import dequantize, quantize
+from tests.learning_runs import OPTIMISED
 
 _HELD_OUT = 60_000  # characters
 
@@ -20,9 +21,25 @@ def text(shared_data):
     return (shared_data / 'text/tinystories_2MiB_sample.txt').read_text()
 
 
-@pytest.fixture(scope='module')
-def checkpoint(shared_data):
-    return pretrained.open(shared_data / 'weights/stories260K/stories260K.gguf')
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param('stories260K', marks=pytest.mark.slow),
+        pytest.param('tiny', marks=pytest.mark.long),
+    ],
+)
+def checkpoint(request, shared_data, text, commands, tmp_path_factory):
+    """Published weights; or those of a run of 200 updates, whose heads are 6 times as wide."""
+    if request.param == 'stories260K':
+        return pretrained.open(shared_data / 'weights/stories260K/stories260K.gguf')
+    folder = tmp_path_factory.mktemp('tiny')
+    (folder / 'train.txt').write_text(text[_HELD_OUT:])
+    commands.run(
+        'pretrain', '--config=configs/pretrain.py:tiny', f'--workdir={folder}/run', '--config.train.num_steps=200',
+        f'--config.data.train={folder}/train.txt', '--config.data.separator=<|endoftext|>', '--config.eval.every=200',
+        '--config.log.tensorboard=False', before=OPTIMISED,
+    ).succeeded()  # fmt: skip
+    return pretrained.open(folder / 'run')
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +47,6 @@ def loaded(checkpoint):
     return llama_jax.load(checkpoint)
 
 
-@pytest.mark.slow
 def test_int8_costs_under_half_a_percent_of_perplexity_and_int4_less_than_ggufs(
     checkpoint, loaded, text, tmp_path
 ):
@@ -58,7 +74,6 @@ def test_int8_costs_under_half_a_percent_of_perplexity_and_int4_less_than_ggufs(
     assert 0 < lost['int4'] < of_gguf  # without a search for scales 1.03 to 1.10 times as much
 
 
-@pytest.mark.slow
 def test_a_cache_of_int8_costs_under_a_thousandth_of_perplexity(loaded, text):
     """Of stories read through the cache piece by piece.
 
