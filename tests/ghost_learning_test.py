@@ -6,20 +6,37 @@ import numpy as np
 import pytest
 
 from experiments.recipes import small_data
+from experiments.recipes.small_world import CONSTRAINTS, NAMES, PLACES, THINGS, Question, is_held_out
 from llama_jax.rl.context_distillation import default_preprompts
 from tests.learning_runs import OPTIMISED, once_a_seed, read_lines, train, write_lines
 
-TURNS = (2, 4, 6)
-PROBE = f'--probe={",".join(map(str, TURNS))}', '--samples=1', '--temperatures=0.7'
+DRAWN_ONCE = '--samples=1', '--temperatures=0.7'
 WORLD = 'experiments/recipes/small_world.py'
+
+
+def write_short(folder, seed):
+    """Dialogs whose turns are so short that twenty fit 512 tokens: asked about a place, the answer is a thing."""
+    rng = np.random.default_rng(seed)
+    asked = [Question(f'{name}, {place}?', name, place) for name in NAMES for place in PLACES]
+    trained, held_out = ([one for n, one in enumerate(asked) if is_held_out(n) == held] for held in (0, 1))
+
+    def answer(rng, question, **_):
+        return f' a {rng.choice(THINGS)}.'
+
+    folder.mkdir()
+    talks = ({'messages': small_data.conversation(rng, trained, answer)} for _ in range(1500))
+    write_lines(folder / 'sft.jsonl', talks)
+    write_lines(folder / 'prompts.jsonl', [one.record for one in trained])
+    write_lines(folder / 'judged.jsonl', [one.record for one in 3 * held_out])
+    write_lines(folder / 'constraints.jsonl', CONSTRAINTS)
 
 
 class World:
     """Data in a folder, a model that has learnt their dialogs, and the commands on both."""
 
-    def __init__(self, commands, folder, weights, seed):
+    def __init__(self, commands, folder, weights, seed, write=small_data.write):
         self.commands, self.folder, self.seed = commands, folder, seed
-        small_data.write(folder / 'world', seed)
+        write(folder / 'world', seed)
         self.tokenizer = weights / 'tok512.model'
         self.chat = self.tune('chat', weights / 'stories260K.pt', self.file('sft'), 2e-3)
 
@@ -66,19 +83,34 @@ def worlds(commands, shared_data, tmp_path_factory):
     return once_a_seed(tmp_path_factory, 'world', lambda folder, seed: World(commands, folder, weights, seed))
 
 
+def probed(world, turns, *turns_of_data):
+    """Shares of obeying answers by turn, before and behind what Ghost Attention teaches, in held-out dialogs."""
+    data, drawn = world.obeying(world.chat, world.file('prompts'), 'ghost', *turns_of_data, '--samples=4')
+    ghost = world.tune('held', world.chat, data, 5e-4)
+    probe = f'--probe={",".join(map(str, turns))}', *DRAWN_ONCE
+    (_, before), (_, behind) = (
+        world.obeying(model, world.file('judged'), f'probe_{model.name}', *probe)
+        for model in (world.chat, ghost)
+    )
+    print(f'seed {world.seed}: drawn with it at every turn {drawn}; once, before {before}, behind {behind}')
+    return before, behind
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_an_instruction_of_the_first_turn_is_obeyed_at_the_fourth_and_at_the_sixth(worlds, seed):
     """The data has five turns. The model before obeys in the turn that an instruction stands in."""
-    world = worlds(seed)
-    data, drawn = world.obeying(world.chat, world.file('prompts'), 'ghost', '--turns=5', '--samples=4')
-    ghost = world.tune('held', world.chat, data, 5e-4)
-    (_, before), (_, behind) = (
-        world.obeying(model, world.file('judged'), f'probe_{model.name}', *PROBE)
-        for model in (world.chat, ghost)
-    )
-    print(f'seed {seed}: drawn with it at every turn {drawn}; once, before {before}, behind {behind}')
+    before, behind = probed(worlds(seed), (2, 4, 6), '--turns=5')
     assert before[4] <= 0.2 and behind[4] >= 0.9 and behind[6] >= 0.7
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_so_it_is_at_the_twentieth_where_turns_are_short(commands, shared_data, tmp_path, seed):
+    """As the paper probes: at turns 2, 4, 6 and 20. The data has ten turns."""
+    world = World(commands, tmp_path, shared_data / 'weights/stories260K', seed, write_short)
+    before, behind = probed(world, (2, 4, 6, 20), '--turns=10')
+    assert before[4] <= 0.2 and behind[4] >= 0.9 and behind[6] >= 0.7 and behind[20] >= 0.7
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ forgotten.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ _SEED = flags.DEFINE_integer('seed', 0, 'of all that is drawn')
 _SIZE = flags.DEFINE_integer('size', 1500, 'conversations, and pairs of each kind', lower_bound=20)
 
 
-def conversation(rng: np.random.Generator, asked: Sequence[Question]) -> list[dict[str, str]]:
+def conversation(
+    rng: np.random.Generator, asked: Sequence[Question], answer: Callable[..., str] = answer_to
+) -> list[dict[str, str]]:
     """Of one to five turns, in each of which an instruction may stand, or a preprompt before what is adversarial."""
     messages = []
     for _ in range(rng.integers(1, 6)):
@@ -56,7 +58,7 @@ def conversation(rng: np.random.Generator, asked: Sequence[Question]) -> list[di
             said, safe = str(rng.choice(default_preprompts())), SAFE_BEHIND
         text = f'{said}\n\n{question.text}' if said else question.text
         messages.append({'role': 'user', 'content': text})
-        messages.append({'role': 'assistant', 'content': obeying(answer_to(rng, question, safe=safe), words)})
+        messages.append({'role': 'assistant', 'content': obeying(answer(rng, question, safe=safe), words)})
     return messages
 
 
