@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -214,16 +215,29 @@ def enable_compilation_cache(directory: str = '') -> None:
     """Keeps compiled programs on disk, so that a second launch does not compile.
 
     Args:
-      directory: where; '' is `$JAX_COMPILATION_CACHE_DIR`, else the user's cache folder. 'off' disables it.
+      directory: where; '' is `$JAX_COMPILATION_CACHE_DIR`, else the user's cache folder. 'off' disables it. Where none
+        can be made, a line says so, and nothing is kept.
     """
     if directory == 'off':
         return
-    user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     chosen = (
         directory
         or os.environ.get('JAX_COMPILATION_CACHE_DIR')
         or str(Path(user_cache) / 'llama_jax' / 'xla')
     )
+    if '://' not in chosen:
+        try:
+            if chosen.startswith('~'):
+                raise FileNotFoundError(errno.ENOENT, 'this user has no folder')
+            os.makedirs(chosen, exist_ok=True)
+            if not os.access(chosen, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            logger.warning(
+                'compiled programs are not kept, and are made anew each time: %s: %s', chosen, error.strerror
+            )
+            return
     jax.config.update('jax_compilation_cache_dir', chosen)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

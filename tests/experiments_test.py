@@ -413,7 +413,7 @@ REFUSED = {
     'stray argument': (['stray', '--config=configs/pretrain.py:tiny', '--workdir=x'], "unexpected argument 'stray'"),
     'unknown preset': ({'model__preset': 'lama2_7b'}, "unknown model 'lama2_7b'; did you mean llama2_7b"),
     'unknown dtype': ({'model__dtype': 'f16'}, 'dtype=f16; choose from'),
-    'unknown attention': ({'model__attention': 'flush'}, "attention implementation 'flush'; choose from"),
+    'unknown attention': ({'model__attention': 'flush'}, 'model.attention=flush; choose from'),
     'unknown optimizer': ({'optimizer__name': 'sgd'}, "optimizer.name is 'sgd', which is no optimizer; choose"),
     'impossible mesh': ({'mesh__tensor': 3}, 'impossible mesh .* tensor=3.* 8 devices'),
     'indivisible heads': ({'mesh__tensor': 8}, "heads' of size 4 does not divide over mesh axes tensor=8"),

@@ -236,6 +236,14 @@ def test_what_was_not_given_is_not_said_to_have_set_it(monkeypatch):
             raise InputError('nothing fits')
 
 
+def test_a_knob_that_is_none_is_named_by_its_key():
+    for key in ('dtype', 'remat', 'attention'):
+        config = pretrain.get_config('tiny')
+        config.model[key] = 'ful'
+        with pytest.raises(InputError, match=f'^unknown --config.model.{key}=ful; choose from'):
+            settings.make_model(config, PRESETS['tiny'], Partitioner(make_mesh({'data': -1})))
+
+
 NUMBERS = {
     key for key, value in config_file.flatten(pretrain.get_config('tiny')).items()
     if isinstance(value, int | float) and not isinstance(value, bool)

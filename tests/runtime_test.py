@@ -200,3 +200,16 @@ def test_jax_recognises_the_same_clusters(monkeypatch):
             assert cluster.is_env_present()
             assert cluster.get_process_count() == int(environment.get('SLURM_NTASKS', 16))
             assert ':' in cluster.get_coordinator_address(timeout_secs=1, override_coordinator_port=None)
+
+
+def test_where_no_compiled_program_can_be_kept_a_line_says_so(caplog, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    for folder in ('/proc/none', '~nobody-of-this-name/.cache'):
+        caplog.clear()
+        monkeypatch.setenv('XDG_CACHE_HOME', folder)
+        runtime.enable_compilation_cache()
+        assert caplog.messages[0].startswith(
+            f'compiled programs are not kept, and are made anew each time: {folder}/'
+        )
+        assert jax.config.jax_compilation_cache_dir == before

@@ -20,6 +20,8 @@ from llama_jax.lora import LoraConfig
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.presets import PRESETS, with_vocab_size
+from llama_jax.models.remat import REMAT_POLICIES
+from llama_jax.ops.attention import IMPLEMENTATIONS
 from llama_jax.partitioning import MESH_AXES, Partitioner, make_mesh, parse_rules
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.train.optimizer import OptimizerConfig
@@ -90,8 +92,9 @@ def make_partitioner(config: ConfigDict, devices: Sequence[Any] | None = None) -
 
 def make_model(config: ConfigDict, llama: LlamaConfig, partitioner: Partitioner) -> LlamaForCausalLM:
     """The model of an architecture with the knobs of `config.model`."""
-    if config.model.dtype not in DTYPES:
-        raise InputError(f'unknown --config.model.dtype={config.model.dtype}; choose from {sorted(DTYPES)}')
+    for key, known in ('dtype', DTYPES), ('remat', REMAT_POLICIES), ('attention', IMPLEMENTATIONS):
+        if (name := config.model[key]) not in known:
+            raise InputError(f'unknown --config.model.{key}={name}; choose from {", ".join(sorted(known))}')
     return LlamaForCausalLM(
         llama,
         dtype=DTYPES[config.model.dtype],

@@ -1,6 +1,7 @@
 """Passages of a folder's texts that have to do with a question, found by their words (BM25)."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ class Documents:
             import bm25s
         except ImportError:
             raise InputError("documents need the package bm25s: pip install 'llama_jax[serve]'") from None
+        logging.getLogger('bm25s').setLevel(logging.WARNING)  # it sets DEBUG, and narrates
         return bm25s
 
     def _words(self, texts: Sequence[str]) -> Any:
