@@ -86,6 +86,10 @@ def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
     """
     if isinstance(mesh, Mesh):
         return mesh
+    if not isinstance(mesh, Mapping | None):
+        raise InputError(
+            f"a mesh is {mesh!r}; give the sizes of its axes, as {{'fsdp': 4, 'tensor': 2}}, or make_mesh's"
+        )
     return make_mesh({}, jax.devices()[:1]) if mesh is None else make_mesh(mesh)
 
 

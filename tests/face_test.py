@@ -129,6 +129,58 @@ def wrong_calls(face, tmp_path):
     return {
         'a number for a prompt': (generate(7), 'prompts are 7', 'give a text'),
         'flat ids': (generate([1, 2]), 'prompt 0 is the number 1', '[[...]]'),
+        'bytes for a prompt': (generate([b'abc']), "prompt 0 is b'abc'", 'a text or a list of token ids'),
+        'weights for a model': (
+            lambda: llama_jax.generate(params, model, tokenizer, 'a'),
+            'the model is a dict',
+            'LlamaForCausalLM(config)',
+        ),
+        'what apply takes for weights': (
+            lambda: llama_jax.complete(model, {'params': params}, tokenizer, 'a'),
+            "params have the keys ['params']",
+            "params['params']",
+        ),
+        'no weights': (
+            lambda: llama_jax.hidden_states(model, tokenizer, params, 'a'),
+            'params are a SentencePieceTokenizer',
+            'load',
+        ),
+        'weights of another model': (
+            lambda: llama_jax.ChatSession(model, other, tokenizer),
+            'params are of another model: vocab_size',
+            "9, 64 and 3, the model's 320, 64 and 3",
+        ),
+        'weights of more layers, apart': (
+            lambda: llama_jax.token_log_probabilities(
+                model, params | {'blocks': llama_jax.unstack(params)['blocks'] * 2}, tokens
+            ),
+            'params are of another model',
+            'num_layers are 320, 64 and 6',
+        ),
+        'a path for a tokenizer': (
+            lambda: llama_jax.generate(model, params, 'tokenizer.model', 'a'),
+            "the tokenizer is 'tokenizer.model'",
+            'load_tokenizer',
+        ),
+        'no path': (lambda: llama_jax.load(''), "'' is no place", 'give a path'),
+        'no path to a tokenizer': (
+            lambda: llama_jax.load_tokenizer(None),
+            'None is no place',
+            'give a path',
+        ),
+        'a mesh in words': (
+            lambda: llama_jax.load(str(path), mesh='fsdp=4'),
+            "a mesh is 'fsdp=4'",
+            "'fsdp': 4",
+        ),
+        'no text to encode': (lambda: tokenizer.encode(None), 'None is no text', 'a string'),
+        'text to decode': (lambda: tokenizer.decode('abc'), "'abc' are no token ids", 'whole numbers'),
+        'fractions to decode': (lambda: tokenizer.decode([1.5]), '[1.5] are no token ids', 'whole numbers'),
+        'no rows': (
+            lambda: model.apply({'params': params}, tokens[:0]),
+            'tokens have the shape (0, 4)',
+            'one row',
+        ),
         'no prompt': (generate([None]), 'prompt 0 is None', 'a text or a list of token ids'),
         'no ids': (generate([[]]), 'prompt 0 has no token', 'BOS'),
         'ids in fractions': (generate([[1.5]]), 'prompt 0 is [1.5]', 'whole numbers'),
@@ -358,6 +410,7 @@ def test_objects_are_shown_in_a_few_lines(face):
     data = llama_jax.pretrain_dataset([], tokenizer, 16, texts=TEXTS)
     state = new_state(params, optax.adam(0.1))
     partitioner = llama_jax.Partitioner(llama_jax.make_mesh({'fsdp': 4, 'tensor': 2}))
+    assert repr(llama_jax.PRESETS).startswith('PRESETS(tiny, stories_15m, ')
     for thing, held in (
         (model.config, 'vocab_size=320'), (tokenizer, '320'), (data, f'documents: {data.num_train_documents}'),
         (state, 'step: 0'), (partitioner, 'fsdp=4'),

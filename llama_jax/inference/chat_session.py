@@ -16,6 +16,7 @@ from llama_jax.inference.request import CompletionRequest, check_number, ends_of
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.slots import Begun, Piece, Slots
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.model_check import check_model
 from llama_jax.tokenizer.chat_format import Dialog
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
@@ -70,6 +71,7 @@ class ChatSession:
         Raises:
           InputError: the messages are none that a user could go on from, or the checkpoint is not known to talk.
         """
+        check_model(model, params)
         self._tokenizer = required(tokenizer)
         self._chat = Chat(self._tokenizer, template)
         self._config, self._num_rows = model.config, decoding.rows_of(1, model.partitioner)

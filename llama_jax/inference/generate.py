@@ -17,6 +17,7 @@ from llama_jax.inference.request import CompletionRequest, check_number, ends_of
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.scoring import check_candidates, score_tokens
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.model_check import check_model
 from llama_jax.tokenizer.protocol import required
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import Params
@@ -284,6 +285,7 @@ def _asked(
     What is asked is refused by the call; the rows are filled while somebody goes through the rounds. `num_slots` are
     decoded together, by default all up to `MAX_SLOTS`; for the others see `generate`, `complete` and `Generator`.
     """
+    check_model(model, params)
     sampler = Sampler(**settings)
     if samplers is not None and sampler != Sampler():
         raise InputError('samplers hold the settings of each prompt; give none beside them')

@@ -13,6 +13,7 @@ from llama_jax.inference import decoding
 from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.prompts import Prompts, check_prompts, ids_of
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.model_check import check_model
 from llama_jax.tokenizer.tokenizer import Tokenizer
 from llama_jax.types import Params
 
@@ -43,6 +44,7 @@ def hidden_states(
     Raises:
       InputError: a depth is none of the model's, or a prompt is empty or longer than the model's context.
     """
+    check_model(model, params)
     depth = model.config.num_layers
     if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
         raise InputError(

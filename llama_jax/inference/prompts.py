@@ -41,7 +41,9 @@ def _checked_ids(index: int, prompt: Any) -> list[int]:
             'prompt as [[...]]'
         )
     try:
-        ids = list(prompt)
+        ids = (
+            None if isinstance(prompt, bytes | bytearray) else list(prompt)
+        )  # of bytes, numbers that are no ids
         return list(map(operator.index, ids))
     except TypeError:
         raise InputError(

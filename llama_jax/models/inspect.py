@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.errors import InputError, checked_names, did_you_mean
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
+from llama_jax.models.model_check import check_model
 from llama_jax.ops.cross_entropy import token_log_probabilities as log_probabilities_of
 from llama_jax.types import Params
 
@@ -59,6 +60,7 @@ def inspect(
       InputError: there is no such kind or layer, an edited value has another shape, or memory does not hold what is
         asked for.
     """
+    check_model(model, params)
     kinds = (what,) if isinstance(what, str) else tuple(what)
     for kind in kinds:
         if kind not in KINDS:
@@ -153,6 +155,7 @@ def token_log_probabilities(
       tokens: ids.
       segment_ids: documents packed in a row; 0 is padding. What follows no token of its own document has 0.
     """
+    check_model(model, params)
     return _log_probabilities(model, params, tokens, segment_ids)
 
 

@@ -54,6 +54,9 @@ _LLAMA_3_2: dict[str, Any] = {**_LLAMA_3_1, 'rope_scaling': RopeScaling(factor=3
 class _Presets(dict[str, LlamaConfig]):
     """Architectures by name; a name that is none is refused with the nearest ones."""
 
+    def __repr__(self) -> str:
+        return f'PRESETS({", ".join(self)})'
+
     def __missing__(self, name: str) -> LlamaConfig:
         raise InputError(f'unknown model {name!r}; {did_you_mean(str(name), self)}')
 

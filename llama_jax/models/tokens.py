@@ -26,6 +26,8 @@ def check_tokens(tokens: Any, config: LlamaConfig, *, may_be_long: bool, **besid
     if len(tokens.shape) != 2:
         one = '; of a single row make tokens[None]' if len(tokens.shape) == 1 else ''
         raise InputError(f'tokens have the shape {tokens.shape}; they must be ids [B, T], a row each{one}')
+    if not tokens.shape[0]:
+        raise InputError(f'tokens have the shape {tokens.shape}; give at least one row')
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(f'tokens are {tokens.dtype}; they must be integers, the ids that a tokenizer gives')
     for name, array in beside.items():

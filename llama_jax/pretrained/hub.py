@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 def resolve(path: epath.PathLike) -> epath.Path:
     """The local or `gs://` place of a checkpoint: downloads it where it is `hf://ORGANISATION/MODEL[@REVISION][/FILE]`."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path).strip():
+        raise InputError(f'{path!r} is no place; give a path, or hf://ORGANISATION/MODEL')
     text = os.fspath(path)
     if not text.startswith('hf://'):
         enable_bucket(text)

@@ -130,8 +130,9 @@ class HuggingFaceTokenizer(Ended):
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after where asked for; `special`: names of tokens in it are those."""
         library = self._reading_special if special else self._tokenizer
+        text = without_surrogates(text)
         with refused(f'{self.path} cannot encode {text[:40]!r}'):
-            ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
+            ids = library.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[np.ndarray]:

@@ -115,6 +115,10 @@ def required(tokenizer: Tokenizer | None) -> Tokenizer:
         raise InputError(
             'text needs a tokenizer, and the checkpoint has none; give the one that the weights were trained with'
         )
+    if not hasattr(tokenizer, 'stop_ids'):
+        raise InputError(
+            f'the tokenizer is {repr(tokenizer)[:60]}; give what load or load_tokenizer returned'
+        )
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Texts as the libraries of tokenizers can take them: of Unicode, and cut where they are too long."""
 
 import codecs
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -35,6 +36,8 @@ def chunks(text: str) -> Iterator[str]:
 
 def without_surrogates(text: str) -> str:
     r"""Replaces lone surrogates (JSON can spell them, as in "\ud800") by U+FFFD: UTF-8 cannot hold them."""
+    if not isinstance(text, str):
+        raise InputError(f'{repr(text)[:60]} is no text to encode; give a string')
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -44,7 +47,10 @@ def without_surrogates(text: str) -> str:
 
 def checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     """Ids as plain numbers; InputError where one is none of a vocabulary's."""
-    ids = [int(i) for i in ids]
+    try:
+        ids = list(map(operator.index, ids))
+    except TypeError:
+        raise InputError(f'{repr(ids)[:60]} are no token ids; give a list of whole numbers') from None
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         raise InputError(f'token id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}')
