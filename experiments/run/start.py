@@ -60,7 +60,7 @@ def starting_architecture(
         if name not in ('vocab_size', 'scalar_head', *of_rope) and value != getattr(preset, name):
             raise InputError(
                 f'the checkpoint {base.path} has {name} {value}, {config.model.preset} has '
-                f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with'
+                f'{getattr(preset, name)}; choose the preset that the checkpoint was trained with, or checkpoint'
             )
     if 0 < (wanted := config.model.vocab_size) < found.vocab_size:
         raise InputError(
