@@ -32,7 +32,7 @@ NO_PATHS = {
     'decode_model', 'generator_model', 'finetune_model', 'finetune_parts', 'finetune_read', 'finetune_remat',
     'shard', 'logit_bias', 'suffix', 'host', 'cors_origins', 'name',
     'temperatures', 'key_map', 'regex', 'on_error', 'chat_format', 'probe', 'stages', 'data_parts', 'rl_model',
-    'rl_parts', 'data_contenders', 'decode_weights', 'serve_model', 'serve_clients',
+    'rl_parts', 'data_contenders', 'decode_weights', 'serve_model', 'serve_clients', 'serve_schema',
 }  # fmt: skip
 
 
