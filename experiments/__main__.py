@@ -5,6 +5,8 @@ import pathlib
 import runpy
 import sys
 
+import experiments
+
 _FOLDER = pathlib.Path(__file__).parent
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     if verb not in known:
         print(f'error: there is no command {verb!r}; {did_you_mean(verb, known)}', file=sys.stderr)
         sys.exit(2)
+    experiments.begin_process()
     sys.argv = [f'llama_jax {verb}', *rest]
     runpy.run_module(f'experiments.{verb}', run_name='__main__', alter_sys=True)
 

@@ -2,15 +2,13 @@
 
 Sources, read in November 2026:
 - TPU v5e, v5p, v6e, TPU7x: the tables of docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. They give a chip's ICI
-  bandwidth in both directions together: a link's one way is that over links and over 2. Nobody publishes their power.
-- TPU v4: peak, HBM and measured maximal power from docs.cloud.google.com/tpu/docs/v4; links from Jouppi et al.,
-  'TPU v4' (arXiv 2304.01433): six of 50 GB/s each way, which the page's bisection bandwidth (24 TB/s over 512 links)
-  confirms.
-- TPU v2, v3: peak, HBM and v3's measured maximal power from the same site's {v2,v3}; links (four of 496 and 656 Gb/s)
-  and v2's thermal design power from Jouppi et al., 'A Domain-Specific Supercomputer for Training Deep Neural Networks'
-  (CACM 63:7, 2020).
+  bandwidth in both directions together: a link's one way is that over links and over 2.
+- TPU v4: peak and HBM from docs.cloud.google.com/tpu/docs/v4; links from Jouppi et al., 'TPU v4' (arXiv 2304.01433):
+  six of 50 GB/s each way, which the page's bisection bandwidth (24 TB/s over 512 links) confirms.
+- TPU v2, v3: peak and HBM from the same site's {v2,v3}; links (four of 496 and 656 Gb/s) from Jouppi et al., 'A
+  Domain-Specific Supercomputer for Training Deep Neural Networks' (CACM 63:7, 2020).
 - NVIDIA: the data sheets at nvidia.com of A100, H100, H200, HGX B200 and GB200 NVL72. Peaks are those without sparsity
-  (the sheets of Hopper and later give twice as much), power is a GPU's limit.
+  (the sheets of Hopper and later give twice as much).
 """
 
 import dataclasses
@@ -47,7 +45,6 @@ class Chip:
       peak_flops: dense bf16 FLOP/s.
       hbm_bytes: size of the main memory.
       hbm_bandwidth: bytes/s.
-      watts: of power at most; None: not published.
       devices: JAX devices a chip.
       torus: that its slices are; None for what is not a TPU.
     """
@@ -56,7 +53,6 @@ class Chip:
     peak_flops: float
     hbm_bytes: int
     hbm_bandwidth: float
-    watts: int | None = None
     devices: int = 1
     torus: Torus | None = None
 
@@ -65,27 +61,25 @@ _GB = 10**9
 
 # `find` takes the first that fits, so 'TPU v5 lite' stands before 'TPU v5', and 'H100 PCIe' before 'H100'.
 CHIPS: dict[str, Chip] = {
-    'v2': Chip(('TPU v2',), 45e12, 16 * GIB, 600e9, 280, 2, Torus(2, 4, 62e9, 16)),
-    'v3': Chip(('TPU v3',), 123e12, 32 * GIB, 900e9, 262, 2, Torus(2, 4, 82e9, 32)),
-    'v4': Chip(('TPU v4',), 275e12, 32 * GIB, 1200e9, 192, 1, Torus(3, 6, 50e9, 4)),
+    'v2': Chip(('TPU v2',), 45e12, 16 * GIB, 600e9, 2, Torus(2, 4, 62e9, 16)),
+    'v3': Chip(('TPU v3',), 123e12, 32 * GIB, 900e9, 2, Torus(2, 4, 82e9, 32)),
+    'v4': Chip(('TPU v4',), 275e12, 32 * GIB, 1200e9, 1, Torus(3, 6, 50e9, 4)),
     'v5e': Chip(
-        ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GIB, 819e9, None, 1, Torus(2, 4, 50e9, 16, 6.4e12 / 8 / 256)
+        ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GIB, 819e9, 1, Torus(2, 4, 50e9, 16, 6.4e12 / 8 / 256)
     ),
-    'v5p': Chip(('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765e9, None, 1, Torus(3, 6, 100e9, 4, 50e9 / 8)),
-    'v6e': Chip(
-        ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GIB, 1638e9, None, 1, Torus(2, 4, 100e9, 16, 100e9 / 8)
-    ),
-    'tpu7x': Chip(('TPU7x',), 2307e12, 192 * GIB, 7380e9, None, 2, Torus(3, 6, 100e9, 4, 100e9 / 8)),
-    'gb200': Chip(('GB200',), 2500e12, 186 * _GB, 8000e9, 1200),
-    'b200': Chip(('B200',), 2250e12, 180 * _GB, 7700e9, 1000),
-    'h200_nvl': Chip(('H200 NVL',), 835e12, 141 * _GB, 4800e9, 600),
-    'h200': Chip(('H200',), 989e12, 141 * _GB, 4800e9, 700),
-    'h100_nvl': Chip(('H100 NVL',), 835e12, 94 * _GB, 3900e9, 400),
-    'h100_pcie': Chip(('H100 PCIe',), 756e12, 80 * _GB, 2000e9, 350),
-    'h100': Chip(('H100',), 989e12, 80 * _GB, 3350e9, 700),
-    'a100_80gb_pcie': Chip(('A100 80GB PCIe',), 312e12, 80 * _GB, 1935e9, 300),
-    'a100_80gb': Chip(('A100-SXM4-80GB',), 312e12, 80 * _GB, 2039e9, 400),
-    'a100': Chip(('A100',), 312e12, 40 * _GB, 1555e9, 400),
+    'v5p': Chip(('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765e9, 1, Torus(3, 6, 100e9, 4, 50e9 / 8)),
+    'v6e': Chip(('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GIB, 1638e9, 1, Torus(2, 4, 100e9, 16, 100e9 / 8)),
+    'tpu7x': Chip(('TPU7x',), 2307e12, 192 * GIB, 7380e9, 2, Torus(3, 6, 100e9, 4, 100e9 / 8)),
+    'gb200': Chip(('GB200',), 2500e12, 186 * _GB, 8000e9),
+    'b200': Chip(('B200',), 2250e12, 180 * _GB, 7700e9),
+    'h200_nvl': Chip(('H200 NVL',), 835e12, 141 * _GB, 4800e9),
+    'h200': Chip(('H200',), 989e12, 141 * _GB, 4800e9),
+    'h100_nvl': Chip(('H100 NVL',), 835e12, 94 * _GB, 3900e9),
+    'h100_pcie': Chip(('H100 PCIe',), 756e12, 80 * _GB, 2000e9),
+    'h100': Chip(('H100',), 989e12, 80 * _GB, 3350e9),
+    'a100_80gb_pcie': Chip(('A100 80GB PCIe',), 312e12, 80 * _GB, 1935e9),
+    'a100_80gb': Chip(('A100-SXM4-80GB',), 312e12, 80 * _GB, 2039e9),
+    'a100': Chip(('A100',), 312e12, 40 * _GB, 1555e9),
 }
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus is not None)

@@ -131,3 +131,22 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_taken():
         pool.submit(preemption.listen).result()
         assert signal.getsignal(signal.SIGTERM) is before and not preemption.received()
         preemption.close()
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_command_that_is_still_imported_ends_in_a_line(name):
+    program = (
+        "import os, signal, sys, time; sys.argv = ['-m']; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import experiments; assert open('/dev/null').fileno() > 2 and not sys.stdout.isatty(); print('lost'); "
+        f'os.kill(os.getpid(), signal.{name}); time.sleep(60)'
+    )
+    command = [
+        'sh',
+        '-c',
+        'exec "$0" "$@" 0<&- 1>&-',
+        sys.executable,
+        '-c',
+        program,
+    ]  # those streams are closed
+    ended = subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (128 + signal.Signals[name], f'error: stopped by {name}\n')

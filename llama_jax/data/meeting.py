@@ -15,7 +15,7 @@ from llama_jax.json_file import read_object
 from llama_jax.storage import write_atomically
 
 BEGUN = 'config.json'  # where machines meet: what is prepared; it comes first, and goes first
-_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LINES = 0.5, 60.0
+_SECONDS_BETWEEN_LOOKS, _SECONDS_BEFORE_THE_FIRST_LINE, _SECONDS_BETWEEN_LINES = 0.5, 2.0, 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +36,20 @@ class Meeting:
         self._known = self._said()  # of runs that have ended, and are started again
 
     def wait(self, is_there: Callable[[], bool], what: str | Callable[[], str]) -> None:
-        """Returns when it is there; says now and then what is waited for.
+        """Returns when it is there; says soon, and then now and then, what is waited for.
 
         Raises:
           InputError: another machine has given up.
           SystemFailure: it has, and what failed was the system.
         """
-        said = time.monotonic()
+        next_line = time.monotonic() + _SECONDS_BEFORE_THE_FIRST_LINE
         while not is_there():
             for name, line in self._said().items():
                 if self._known.get(name) != line and name != self._own.name:
                     heard = json.loads(line)
                     raise FAILURES[heard['kind']](heard['line'])
-            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
                 _log.info('waiting for %s', what if isinstance(what, str) else what())
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 

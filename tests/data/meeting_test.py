@@ -143,3 +143,12 @@ def test_a_file_that_comes_while_the_folder_is_taken_away_goes_too(asked, monkey
     monkeypatch.setattr(shutil, 'rmtree', meanwhile)
     prepare(asked, Letters())
     assert not late and not work.exists()
+
+
+def test_who_waits_says_so_soon(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(meeting.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(meeting.time, 'sleep', lambda seconds: now.append(now.pop() + seconds))
+    caplog.set_level('INFO')
+    Meeting(epath.Path(tmp_path), Machine(0, 2)).wait(lambda: now[0] > 70, 'machine 1')
+    assert caplog.messages == ['waiting for machine 1'] * 2  # behind two seconds, and a minute later
