@@ -27,5 +27,5 @@ def _end(signum: int, frame: Any) -> NoReturn:
     os._exit(128 + signum)
 
 
-if sys.argv[:1] == ['-m']:  # `python -m experiments.VERB`, whose module is being looked for
+if sys.argv[:1] == ['-m']:  # `python -m experiments.pretrain`, say, whose module is being looked for
     begin_process()
