@@ -61,7 +61,7 @@ _PROMPTS = launch.define_path(
 )
 _OUTPUT = launch.define_path('output', '', 'with --prompts: file for the answers, local or gs://...')
 _BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 16, 'with --prompts: rows that are decoded together', lower_bound=1
+    'batch_size', 16, 'with --prompts: rows that are decoded together', 1, 1 << 16
 )
 _SHARD = flags.DEFINE_string('shard', '0/1', 'with --prompts: which part of the file, as in 0/4')
 _CHAT = flags.DEFINE_bool(

@@ -1,5 +1,6 @@
 """The command line alone: flags, one line and a status for what is wrong, the same command on all processes."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -123,6 +124,7 @@ def run(main: Callable[[], None], *, find: bool = True, resumable: bool = False)
       resumable: stopped by a signal it has ended well, with status 0: given again it goes on.
     """
     interrupts = signals.Interrupts(resumable)
+    atexit.register(_flush)
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -155,6 +157,12 @@ def run(main: Callable[[], None], *, find: bool = True, resumable: bool = False)
             sys.exit(1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _flush() -> None:
+    """What was printed is out, however this process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
 
 
 def find_devices() -> None:

@@ -3,6 +3,7 @@
 A command ends at once, in one line (`Interrupts`); the training loop saves first (`PreemptionSignal`).
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -64,11 +65,16 @@ class Interrupts:
         raise Interrupted(signum, self)
 
     def end(self, interrupted: Interrupted) -> NoReturn:
-        """Ends the process with a line that names the signal."""
+        """Ends the process with a line that names the signal, when what is to be done at its end is done.
+
+        What was cut off may still run on XLA's threads, and must not find the interpreter gone: it is not torn down.
+        """
         if jax.distributed.is_initialized():
             self._end_at_once(interrupted.signum)  # JAX would wait for the other processes
         self._say(interrupted.signum)
-        raise SystemExit(self._status(interrupted.signum))
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python itself: other threads first
+        atexit._run_exitfuncs()
+        os._exit(self._status(interrupted.signum))
 
     def end_unless_heard(self, signum: int) -> None:
         """Ends the process where the main thread has not come back to Python since the signal."""

@@ -100,6 +100,12 @@ def refused(path) -> str:
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     assert f'{tmp_path} is not a checkpoint: it holds nothing' in refused(tmp_path)
+    (tmp_path / 'several').mkdir()
+    for name in ('a.gguf', 'b.pt', 'tokenizer.bin'):
+        (tmp_path / 'several' / name).touch()
+    assert f'holds 2; give one by its path: {tmp_path}/several/a.gguf, {tmp_path}' in refused(
+        tmp_path / 'several'
+    )
     assert f'no checkpoint at {tmp_path}/nowhere' in refused(tmp_path / 'nowhere')
     (tmp_path / 'notes.txt').write_text('shopping')
     message = refused(tmp_path)

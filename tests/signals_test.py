@@ -83,6 +83,12 @@ CASES = {
         [signal.SIGTERM],
         {'place': f'with preemption.interruptible():{FINALISER}', 'training': True}, 143, 'error: stopped by SIGTERM\n',
     ),
+    # A computation that was cut off may still run, and must not find the interpreter gone.
+    'while something runs': (
+        [signal.SIGINT],
+        {'place': "sys.kept = type('', (), {'__del__': lambda self, end=os._exit: end(7)})()\ntime.sleep(60)"}, 130,
+        'error: stopped by SIGINT\n',
+    ),
     'one of a pool is ended': ([], {'place': POOL}, 0, ''),
 }  # fmt: skip
 

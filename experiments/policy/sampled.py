@@ -54,7 +54,7 @@ def define_sampled_policy() -> launch.Flags:
         key_map=flags.DEFINE_string('key_map', '', 'keys of records, OURS=THEIRS by commas, as prompt=question'),
         shard=flags.DEFINE_string('shard', '0/1', 'which part of the work, for several commands: 0/4 to 3/4'),
         seed=flags.DEFINE_integer('seed', 0, 'of the draws'),
-        batch_size=flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', lower_bound=1),
+        batch_size=flags.DEFINE_integer('batch_size', 64, 'answers that are drawn together', 1, 1 << 16),
         allow_code_execution=flags.DEFINE_boolean(
             'allow_code_execution', False, 'task: may run generated programs, in a sandbox'
         ),

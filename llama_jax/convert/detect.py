@@ -42,9 +42,7 @@ def detect(path: epath.Path) -> tuple[Format, epath.Path]:
         return 'huggingface', path
     if adapters := sorted(name for name in names if name.startswith('adapter_')):
         raise InputError(_adapter(path, adapters[0]))
-    models = sorted(
-        name for name in names if name.endswith(('.gguf', '.pt', '.bin')) and name != 'tokenizer.bin'
-    )
+    models = sorted(filter(_is_model_file, names))
     if len(models) == 1:
         return _detect_file(path / models[0])
     if 'snapshots' in names and (snapshot := _snapshot(path)) is not None:
@@ -78,9 +76,13 @@ def _checkpoints_in(path: epath.Path, names: Collection[str]) -> list[epath.Path
     found = []
     for name in sorted(names)[:1000]:
         place = path / name
-        if name.endswith('.gguf') or (place.is_dir() and any((place / mark).exists() for mark in marks)):
+        if _is_model_file(name) or (place.is_dir() and any((place / mark).exists() for mark in marks)):
             found.append(place)
     return found
+
+
+def _is_model_file(name: str) -> bool:
+    return name.endswith(('.gguf', '.pt', '.bin')) and name != 'tokenizer.bin'
 
 
 def _adapter(path: epath.Path, name: str) -> str:
