@@ -40,11 +40,11 @@ device = dict(platform=first.platform, device=first.device_kind, num_devices=jax
 print(json.dumps(device | {'device_memory_bytes': memory.get('bytes_limit', 0)}))
 """
 # Of a weight with its gradient, the optimiser's state and what its update holds; the rest is for activations. XLA's
-# compiler for TPUs plans 10.2 for Adafactor: 4, 4, and copies of the largest array of all layers.
+# compiler for TPUs plans 9.8 to 10.2 for Adafactor: 4, 4, and copies of the largest array of all layers.
 STATE_BYTES = {'adamw': 16, 'adafactor': 11}
-# By part of the suite `finetune`: of all weights by Adafactor as XLA's compiler for TPUs plans it (14), a base in
-# bfloat16 and one in nf4, beside each other; of a base alone, with activations, which are most of it.
-FINETUNE_BYTES = {'qlora': 17, 'dpo_lora': 6, 'gradients': 6}
+# By part of the suite `finetune`: of all weights by Adafactor, as above, beside a base in bfloat16 (2) and one in nf4
+# (0.52); of a base alone, with activations, which are most of it.
+FINETUNE_BYTES = {'qlora': STATE_BYTES['adafactor'] + 3, 'dpo_lora': 6, 'gradients': 6}
 STATE_SHARE = 0.7
 # What is kept of the JSON of each suite.
 FIGURES = {
