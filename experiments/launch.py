@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from experiments.run import config_file
 from experiments.run.failures import describe_failure
 from llama_jax import runtime, signals
-from llama_jax.errors import InputError, SystemFailure
+from llama_jax.errors import InputError, SystemFailure, error_line
 
 # What is defined here is the flag of the command that asks for it, and stands in its --help.
 flags.disclaim_key_flags()
@@ -262,9 +262,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(config_file.describe_error(error, argv) if of_config else _in_words(str(error)), 2)
     except flags.Error as error:
         _fail(str(error), 2)
-    except BrokenPipeError as error:  # of --help
-        _fail(*describe_failure(error, ()))
     except Exception as error:  # a configuration file may raise anything
+        if isinstance(error, OSError) and error.errno and not error.filename:  # of standard output, by --help
+            message, status = describe_failure(error, ())
+            _fail(message or error_line(error), status or 2)
         _fail(config_file.describe_error(error, argv), 2)
 
 

@@ -331,14 +331,23 @@ def test_the_advice_about_a_batch_helps(batch_size, parts, message):
         settings.check_sizes(config, 256, partitioner)
 
 
-def test_a_reader_of_help_that_leaves_is_not_the_configurations_fault(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ('number', 'status', 'line'),
+    [
+        (errno.EPIPE, 1, 'what read the output has closed it'),
+        (errno.ENOSPC, 2, 'No space left on device; make room there, then start again'),
+    ],
+)
+def test_help_that_cannot_be_written_is_not_the_configurations_fault(
+    monkeypatch, capsys, number, status, line
+):
     def closed(argv):
-        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(launch.flags, 'FLAGS', closed)
     with pytest.raises(SystemExit) as ended:
         launch._parse_flags(['command', '--help'])
-    assert (ended.value.code, capsys.readouterr().err) == (1, 'error: what read the output has closed it\n')
+    assert (ended.value.code, capsys.readouterr().err) == (status, f'error: {line}\n')
 
 
 def test_a_name_is_suggested_once():
