@@ -159,6 +159,14 @@ def run(main: Callable[[], None], *, find: bool = True, resumable: bool = False)
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def refuse_missing(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """Ends a command in a line, whose imports need a package that the extra would have brought."""
+    package = (error.name or '').partition('.')[0]
+    if package in ('llama_jax', 'experiments', ''):
+        raise error
+    _fail(f"this command needs the package {package}: pip install 'llama_jax[{extra}]'", 2)
+
+
 def _flush() -> None:
     """What was printed is out, however this process ends."""
     with contextlib.suppress(OSError, ValueError):

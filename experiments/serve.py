@@ -22,13 +22,17 @@ from llama_jax.inference.chat import Chat
 from llama_jax.inference.scoring import check_candidates
 from llama_jax.models.unstacked import unstack
 from llama_jax.partitioning import Partitioner
-from llama_jax.serve.access import read_keys
-from llama_jax.serve.documents import Documents
-from llama_jax.serve.job import follow
-from llama_jax.serve.served import Served, chat_of, rules_of
-from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
 from llama_jax.tokenizer.chat_template import read_template
 from llama_jax.tokenizer.protocol import required
+
+try:
+    from llama_jax.serve.access import read_keys
+    from llama_jax.serve.documents import Documents
+    from llama_jax.serve.job import follow
+    from llama_jax.serve.served import Served, chat_of, rules_of
+    from llama_jax.serve.server import Limits, hosts_of, is_loopback, listen, serve
+except ModuleNotFoundError as missing:
+    launch.refuse_missing(missing, 'serve')
 
 _MODEL = define_shared_model()
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'to listen on; others than this machine need --api_keys')

@@ -505,6 +505,8 @@ def test_other_commands_refuse_in_one_line(commands, run, broken, corpus, tmp_pa
     # Once without the short cut: the status and the output are those of the command itself.
     assert 'is not a checkpoint' in run_python('generate', f'--checkpoint={tmp_path}', '--prompt=a').error()
     assert '--prompt is required' in commands.run('generate', f'--checkpoint={run}').error()
+    without = commands.run('serve', before="import sys; sys.modules['starlette.requests'] = None")
+    assert "needs the package starlette: pip install 'llama_jax[serve]'" in without.error()
     sources = f'--input={corpus},{broken["latin.txt"]}'
     output = tmp_path / 'a/out'
     line = commands.run(
