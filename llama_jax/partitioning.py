@@ -47,6 +47,10 @@ def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[Any] | None = Non
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
+    if not isinstance(axis_sizes, Mapping):
+        raise InputError(
+            f"a mesh is {axis_sizes!r}; give the sizes of its axes, as {{'fsdp': 4, 'tensor': 2}}"
+        )
     devices = list(jax.devices() if devices is None else devices)
     sizes = [axis_sizes.get(name, 1) for name in MESH_AXES]
     shown = ', '.join(f'{name}={size}' for name, size in zip(MESH_AXES, sizes, strict=True))
@@ -86,10 +90,6 @@ def as_mesh(mesh: Mesh | Mapping[str, int] | None) -> Mesh:
     """
     if isinstance(mesh, Mesh):
         return mesh
-    if not isinstance(mesh, Mapping | None):
-        raise InputError(
-            f"a mesh is {mesh!r}; give the sizes of its axes, as {{'fsdp': 4, 'tensor': 2}}, or make_mesh's"
-        )
     return make_mesh({}, jax.devices()[:1]) if mesh is None else make_mesh(mesh)
 
 

@@ -176,6 +176,24 @@ def wrong_calls(face, tmp_path):
         'no text to encode': (lambda: tokenizer.encode(None), 'None is no text', 'a string'),
         'text to decode': (lambda: tokenizer.decode('abc'), "'abc' are no token ids", 'whole numbers'),
         'fractions to decode': (lambda: tokenizer.decode([1.5]), '[1.5] are no token ids', 'whole numbers'),
+        'a name for a config': (lambda: llama_jax.LlamaForCausalLM('tiny'), "config is 'tiny'", 'PRESETS'),
+        'sizes in words': (lambda: llama_jax.make_mesh('fsdp=4'), "a mesh is 'fsdp=4'", "'fsdp': 4"),
+        'a name for an optimiser': (
+            lambda: llama_jax.trainer(model, params, 'adam'),
+            "tx is 'adam'",
+            'optax',
+        ),
+        'weights to train for a model': (
+            lambda: llama_jax.trainer(params, model, tx),
+            'the model is a dict',
+            'Llama',
+        ),
+        'weights saved for a config': (save(params, config, None), 'config and params are dict and', 'load'),
+        'a list to inspect': (
+            lambda: llama_jax.inspect(model, params, [[1]]),
+            'tokens are a list',
+            'jnp.asarray',
+        ),
         'no rows': (
             lambda: model.apply({'params': params}, tokens[:0]),
             'tokens have the shape (0, 4)',

@@ -47,6 +47,11 @@ def save(
     """
     if to not in FORMATS:
         raise InputError(f'to is {to!r}, which is no format; {did_you_mean(to, FORMATS)}')
+    if not isinstance(config, LlamaConfig) or not isinstance(params, dict):
+        given = f'{type(config).__name__} and {type(params).__name__}'
+        raise InputError(
+            f'config and params are {given}; give what load returned: save(path, config, params, tokenizer)'
+        )
     if dtype and dtype not in export.GGUF_DTYPES:
         dtype = float_dtype(dtype).name
     if epath.Path(path).exists():

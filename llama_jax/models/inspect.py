@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.errors import InputError, checked_names, did_you_mean
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.models.model_check import check_model
+from llama_jax.models.tokens import check_tokens
 from llama_jax.ops.cross_entropy import token_log_probabilities as log_probabilities_of
 from llama_jax.types import Params
 
@@ -72,6 +73,7 @@ def inspect(
             f'layer {wrong[0]} is asked for; the model has {depth}, so it must be from 0 to {depth - 1}, or from -1 '
             f'(the last) to {-depth}'
         )
+    check_tokens(tokens, model.config, may_be_long=False)
     model = _with_whole_rows(model)
     _check_memory(model, tokens.shape, kinds, len(wanted))
     return _seen(model, kinds, tuple(layer % depth for layer in wanted), edit, params, tokens, segment_ids)

@@ -189,6 +189,10 @@ class Transformer(nn.Module):
     tap: Callable[[int, str, Array], Array] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.config, LlamaConfig):
+            raise InputError(
+                f"config is {repr(self.config)[:60]}; give a LlamaConfig, as PRESETS['tiny'] or load's"
+            )
         if isinstance(self.dtype, str):
             self.dtype = float_dtype(self.dtype)
         super().__post_init__()

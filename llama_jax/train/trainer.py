@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from llama_jax.errors import InputError, checked_names
 from llama_jax.losses.language_model import language_model_loss
 from llama_jax.models.llama import LlamaForCausalLM, abstract_params, param_axes
+from llama_jax.models.model_check import check_kinds
 from llama_jax.partitioning import Partitioner, as_mesh
 from llama_jax.train.state import TrainState, abstract_state, new_state, shardings_of
 from llama_jax.train.step import compile_train_step
@@ -53,7 +54,10 @@ def trainer(
     Raises:
       InputError: the params are not the model's; the weight is named.
     """
+    check_kinds(model, params)
     _check_params(model, params)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise InputError(f'tx is {repr(tx)[:60]}; give an optimiser of optax, as optax.adamw(1e-4)')
     partitioner = model.partitioner or _partitioner_of(params)
     if loss is None:
         spread = partitioner if partitioner.mesh.size > 1 else model.partitioner
