@@ -194,6 +194,11 @@ def wrong_calls(face, tmp_path):
             'tokens are a list',
             'jnp.asarray',
         ),
+        'an argument of an answer nearly right': (
+            lambda: llama_jax.ChatSession(model, params, tokenizer).say('a', max_tokens=2),
+            "say has no argument 'max_tokens'",
+            'max_new_tokens',
+        ),
         'no rows': (
             lambda: model.apply({'params': params}, tokens[:0]),
             'tokens have the shape (0, 4)',

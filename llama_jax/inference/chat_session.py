@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, checked_names
 from llama_jax.inference import decoding
 from llama_jax.inference.chat import Chat, check_messages
 from llama_jax.inference.completion import Watch
@@ -83,6 +83,7 @@ class ChatSession:
         self._held: list[int] = []  # tokens that the cache holds
         self._answering: Generator[str, None, None] = (piece for piece in ())
 
+    @checked_names(Sampler)
     def say(
         self,
         text: str,
