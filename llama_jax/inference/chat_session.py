@@ -15,6 +15,7 @@ from llama_jax.inference.prompts import check_prompts
 from llama_jax.inference.request import CompletionRequest, check_number, ends_of
 from llama_jax.inference.sampling import Sampler
 from llama_jax.inference.slots import Begun, Piece, Slots
+from llama_jax.inference.steps import Steps
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.models.model_check import check_model
 from llama_jax.tokenizer.chat_format import Dialog
@@ -158,7 +159,7 @@ class ChatSession:
         finally:
             self.messages = [*messages, {'role': 'assistant', 'content': shown}]
 
-    def _begin(self, asked: CompletionRequest) -> decoding.Steps:
+    def _begin(self, asked: CompletionRequest) -> Steps:
         """The new part of the conversation read, and the first token of the answer."""
         ids = list(asked.tokens)
         cached = self.num_cached = min(len(os.path.commonprefix([self._held, ids])), len(ids) - 1)

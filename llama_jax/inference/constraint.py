@@ -4,7 +4,8 @@
     constrained = Constrained(rules, rules.of_schema({'type': 'integer', 'minimum': 0, 'maximum': 9}))
     texts = llama_jax.generate(model, params, tokenizer, prompts, logits_processor=constrained)
 
-The masks are made on the host before each step, so steps are made one by one while a row with a rule runs.
+The masks are made on the host, on accelerators while these read the token before, so steps are made one by one while a
+row with a rule runs.
 """
 
 import dataclasses
@@ -135,21 +136,27 @@ class _Described:
 
 
 class _Follower:
-    """One answer, token by token: which may come next, a bit each in the words of `mask`."""
+    """One answer, token by token: which may come next, a bit each in the words of `mask`, made once it is asked for."""
 
     def __init__(self, rule: Rule, end: np.ndarray, mask_bytes: int):
         self._rule, self._matcher = rule, rule.matcher.deep_copy()
         self._end, self._mask_bytes = end, mask_bytes
-        self.mask = self._next()
+        self._made: np.ndarray | None = None
 
     def hear(self, token: int) -> None:
         """Behind its end an answer hears no more."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
-            self.mask = self._next()
+            self._made = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """What may be next; where the automaton cannot say, the end alone, and the rule hears why."""
+        if self._made is None:
+            self._made = self._next()
+        return self._made
 
     def _next(self) -> np.ndarray:
-        """What may be next; where the automaton cannot say, the end alone, and the rule hears why."""
         matcher = self._matcher
         if matcher.is_stopped() and not matcher.is_error():
             return self._end

@@ -9,7 +9,6 @@ is copied into twice the room once, and the next program goes on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from llama_jax.inference.sampling import Drawn, SamplerRows, candidates, count_drawn, draw
+from llama_jax.inference.sampling import SamplerRows, count_drawn, draw
+from llama_jax.inference.steps import Steps
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM, head_weight
 from llama_jax.ops.linear import einsum
@@ -71,59 +71,6 @@ class Begun:
     allowed: Int[Any, 'P']
     seen: UInt8[Any, 'P V'] | None
     settings: SamplerRows
-
-
-@flax.struct.dataclass
-class Steps:
-    """What a program gave the rows.
-
-    Attributes:
-      tokens: new ones, from the first column on; a stop token that ends a row is its last.
-      count: how many of them are a row's.
-      log_probability: of each by the model, as are those of `candidates`; see `sampling.Drawn`.
-      filtered_log_probability: see `sampling.Drawn`.
-      candidates: the most likely tokens at each place and their log-probabilities, where they were asked for.
-      running: rows that may get more.
-    """
-
-    tokens: Int[Array, 'B C']
-    count: Int[Array, 'B']
-    log_probability: Float[Array, 'B C']
-    filtered_log_probability: Float[Array, 'B C']
-    candidates: tuple[Int[Array, 'B C n'], Float[Array, 'B C n']] | None
-    running: Bool[Array, 'B']
-
-    @classmethod
-    def create(cls, num_rows: int, num_columns: int, num_candidates: int) -> 'Steps':
-        """None yet."""
-        shape = num_rows, num_columns
-        tokens, zeros, count = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(num_rows, jnp.int32)
-        several = (*shape, num_candidates)
-        found = (jnp.zeros(several, jnp.int32), jnp.zeros(several)) if num_candidates else None
-        return cls(tokens, count, zeros, zeros, found, count > 0)
-
-    def add(
-        self,
-        put: Callable[[Array, Array], Array],
-        drawn: Drawn,
-        logits: Float[Array, '*rows V'],
-        count: Int[Array, 'B'] | Bool[Array, 'B'],
-    ) -> 'Steps':
-        """With `count` tokens more of each row, drawn by these logits; `put` puts new values of rows among all."""
-        found = self.candidates
-        if found is not None:
-            most = found[0].shape[2]
-            ids, values = candidates(logits.reshape(-1, logits.shape[-1]), most)
-            shape = (*drawn.token.shape, most)
-            found = put(found[0], ids.reshape(shape)), put(found[1], values.reshape(shape))
-        return Steps(
-            put(self.tokens, drawn.token),
-            self.count + count,
-            put(self.log_probability, drawn.log_probability),
-            put(self.filtered_log_probability, drawn.filtered_log_probability),
-            found,
-            self.running,
-        )
 
 
 def power_of_two(size: int) -> int:
@@ -315,10 +262,10 @@ def first(
 def decode_step(
     model: LlamaForCausalLM, params: Params, cache: KVCache, token: Int[Array, 'B']
 ) -> tuple[Float[Array, 'B V'], KVCache]:
-    """One token more of every row is read: what may follow it, and the cache that holds it."""
+    """One token more of every row is read: what may follow it, and the cache that holds it, not yet counted."""
     logits, written = model.apply({'params': params}, token[:, None], cache=cache)
     assert isinstance(written, KVCache)
-    return logits[:, 0], written
+    return logits[:, 0], dataclasses.replace(written, length=cache.length)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
@@ -345,17 +292,7 @@ def decode(
     def body(carry):
         rows, steps, index = carry
         logits, written = decode_step(model, params, rows.cache, rows.token)
-        # What a row that does not run writes is beyond its tokens: it is not counted, so overwritten if need be.
-        cache = dataclasses.replace(written, length=rows.cache.length + rows.running)
-        drawn = draw(rows.settings, logits, rows.step, rows.seen)
-        # All rows that run have as many, as they began with the first column.
-        steps = steps.add(lambda rows, new: rows.at[:, index].set(new), drawn, logits, rows.running)
-        seen = None if rows.seen is None else count_drawn(rows.seen, drawn.token)
-        step = rows.step + rows.running
-        running = rows.running & ~rows.settings.is_stop(drawn.token) & (step < rows.allowed)
-        token = jnp.where(rows.running, drawn.token, rows.token)
-        settings = rows.settings.advance(drawn.token)
-        return Rows(cache, token, step, rows.allowed, running, seen, settings), steps, index + 1
+        return *_with_next(dataclasses.replace(rows, cache=written), steps, index, logits), index + 1
 
     def unfinished(carry):
         rows, _, index = carry
@@ -363,6 +300,47 @@ def decode(
 
     steps = Steps.create(len(rows.token), COLUMNS, num_candidates)
     rows, steps, _ = jax.lax.while_loop(unfinished, body, (rows, steps, jnp.int32(0)))
+    return placed_rows(model, rows), readable(model, dataclasses.replace(steps, running=rows.running))
+
+
+def _with_next(
+    rows: Rows, steps: Steps, column: Int[Array, ''] | int, logits: Float[Array, 'B V']
+) -> tuple[Rows, Steps]:
+    """Gives every running row a token; the cache holds the one before, which is counted now."""
+    # What a row that does not run wrote is beyond its tokens: it is not counted, so overwritten if need be.
+    cache = dataclasses.replace(rows.cache, length=rows.cache.length + rows.running)
+    drawn = draw(rows.settings, logits, rows.step, rows.seen)
+    # All rows that run have as many, as they began with the first column.
+    steps = steps.add(lambda rows, new: rows.at[:, column].set(new), drawn, logits, rows.running)
+    seen = None if rows.seen is None else count_drawn(rows.seen, drawn.token)
+    step = rows.step + rows.running
+    running = rows.running & ~rows.settings.is_stop(drawn.token) & (step < rows.allowed)
+    token = jnp.where(rows.running, drawn.token, rows.token)
+    settings = rows.settings.advance(drawn.token)
+    return Rows(cache, token, step, rows.allowed, running, seen, settings), steps
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def read_last(
+    model: LlamaForCausalLM, params: Params, cache: KVCache, token: Int[Array, 'B']
+) -> tuple[Float[Array, 'B V'], KVCache]:
+    """The first half of a step, which asks for no settings: reads the last token of every row; see `decode_step`."""
+    logits, written = decode_step(model, params, cache, token)
+    return logits, _placed(model, written)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'num_candidates'), donate_argnames='rows')
+def draw_next(
+    model: LlamaForCausalLM,
+    rows: Rows,
+    is_done: Bool[Array, 'B'],
+    logits: Float[Array, 'B V'],
+    num_candidates: int = 0,
+) -> tuple[Rows, Steps]:
+    """The second half: gives every running row a token, as `decode` does; of the cache only lengths are asked for."""
+    rows = dataclasses.replace(rows, running=rows.running & ~is_done)
+    steps = Steps.create(len(rows.token), COLUMNS, num_candidates)
+    rows, steps = _with_next(rows, steps, 0, logits)
     return placed_rows(model, rows), readable(model, dataclasses.replace(steps, running=rows.running))
 
 

@@ -29,6 +29,7 @@ from llama_jax.inference.request import CompletionRequest, Progress, check_numbe
 from llama_jax.inference.scoring import MAX_CANDIDATES, TokenScore
 from llama_jax.inference.slots import Begun, Hidden, Piece, Slots
 from llama_jax.inference.speculative import SpeculativeSlots
+from llama_jax.inference.steps import Steps
 from llama_jax.models.llama import LlamaForCausalLM
 from llama_jax.ops.attention import platform_of
 from llama_jax.types import Params
@@ -157,7 +158,7 @@ class Generator:
         self._open: dict[int, _Open] = {}  # by the number of a request
         self._num_asked = 0
         self._planned: collections.deque[Extend | Decode] = collections.deque()  # not yet sent
-        self._pending: collections.deque[tuple[Sequence[Extend | Decode], decoding.Steps | None]]
+        self._pending: collections.deque[tuple[Sequence[Extend | Decode], Steps | None]]
         self._pending = collections.deque()
         self._blocks: list[Any] = []  # of the prompt that is being read
         # By the number of a request: those like it that have not begun, and what they take over of its prompt.
@@ -248,7 +249,7 @@ class Generator:
         one = self._open.get(piece.request.id)
         return one is not None and piece.request.id not in self._like and one.asked.like is None
 
-    def _send(self, sent: Sequence[Extend | Decode]) -> decoding.Steps | None:
+    def _send(self, sent: Sequence[Extend | Decode]) -> Steps | None:
         largest = max(sent, key=lambda dispatch: dispatch.room)
         self._slots.fit(largest.num_rows, largest.room)
         if isinstance(sent[0], Decode):
@@ -259,7 +260,7 @@ class Generator:
             return self._slots.decode(list(running), sent[0].steps, followers)
         return self._extend([piece for piece in sent if isinstance(piece, Extend)])
 
-    def _extend(self, pieces: Sequence[Extend]) -> decoding.Steps | None:
+    def _extend(self, pieces: Sequence[Extend]) -> Steps | None:
         """Pieces of prompts read, and the first tokens drawn if they are the last."""
         if any(piece.request.id not in self._open for piece in pieces):
             return None  # cancelled since it was planned, which then is the only one
@@ -297,7 +298,7 @@ class Generator:
         if piece.is_last:
             self._prefixes.insert(tokens, self._blocks, len(tokens) // grid - len(self._blocks))
 
-    def _absorb(self, sent: Sequence[Extend | Decode], steps: decoding.Steps | None) -> list[Progress]:
+    def _absorb(self, sent: Sequence[Extend | Decode], steps: Steps | None) -> list[Progress]:
         """What came of what was sent; it waits for the devices."""
         found, progress = None if steps is None else jax.device_get(steps), []
         for place, dispatch in enumerate(sent):
@@ -320,7 +321,7 @@ class Generator:
             progress += [dataclasses.replace(of, ended=ended.get(number)) for number, of in made.items()]
         return progress
 
-    def _scores(self, found: decoding.Steps, row: int, tokens: list[int]) -> list[TokenScore]:
+    def _scores(self, found: Steps, row: int, tokens: list[int]) -> list[TokenScore]:
         """Of the first tokens that a row was given."""
         if (most := self._log_probabilities) is None:
             return []

@@ -41,10 +41,9 @@ def _checked_ids(index: int, prompt: Any) -> list[int]:
             'prompt as [[...]]'
         )
     try:
-        ids = (
-            None if isinstance(prompt, bytes | bytearray) else list(prompt)
-        )  # of bytes, numbers that are no ids
-        return list(map(operator.index, ids))
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError  # its numbers are no ids
+        return list(map(operator.index, prompt))
     except TypeError:
         raise InputError(
             f'prompt {index} is {repr(prompt)[:60]}; a prompt is a text or a list of token ids (whole numbers)'

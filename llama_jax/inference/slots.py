@@ -17,9 +17,11 @@ from llama_jax.inference.decode_weights import decode_weights
 from llama_jax.inference.logits_processor import Follower, LogitsProcessor, RuledProcessor
 from llama_jax.inference.request import NOTHING, CompletionRequest
 from llama_jax.inference.sampling import STOP_IDS, SamplerRows, seen_in_prompts
+from llama_jax.inference.steps import Steps
 from llama_jax.inference.warming import run_all
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.ops.attention import platform_of
 from llama_jax.types import Params
 
 # Hidden states of prompts' last tokens, of which the first is the one that was asked for.
@@ -67,7 +69,7 @@ class Slots:
         Args:
           model: its partitioner, where it has one, places the rows.
           params: its weights; see `decode_weights`.
-          num_candidates: see `decoding.Steps`.
+          num_candidates: see `Steps`.
           processor: changes the logits of all rows.
           adjusts: rows have room for penalties and the like from the beginning, not once a request asks for any.
         """
@@ -78,6 +80,8 @@ class Slots:
         self._num_stops, self._adjusts = STOP_IDS, adjusts
         # On a mesh with several shards of the batch as many prompts are read at once; all but the first are nowhere.
         self._num_read = decoding.rows_of(1, model.partitioner)
+        # A CPU would make the masks itself meanwhile; and all steps are of one program there, for the same bits.
+        self._reads_ahead = platform_of(model.partitioner) != 'cpu'
         self._rows: decoding.Rows | None = None
 
     @functools.cached_property
@@ -131,7 +135,7 @@ class Slots:
         where = None if num_slots == size == 1 else self._place(slots)
         return where, starts, tokens, counts, pieces[0].begin == 0
 
-    def first(self, last: Hidden, begun: Sequence[Begun]) -> decoding.Steps:
+    def first(self, last: Hidden, begun: Sequence[Begun]) -> Steps:
         """The first tokens of rows whose prompts were read; `begun` is in the order of their hidden states."""
         rows = self._fitted()
         nowhere = Begun(len(rows.token), NOTHING, 1)
@@ -144,33 +148,40 @@ class Slots:
             state = self._processor.states([one.follower for one in begun])
             settings = dataclasses.replace(settings, state=state)
         arrays = jax.tree.map(self._place, decoding.Begun(slots, most, seen, settings))
-        # Nothing is read of the cache, without which one program serves all its rooms.
-        bare = rows.cache.with_arrays(((), (), ()))
         changed, steps = decoding.first(
-            self._model,
-            self._weights,
-            dataclasses.replace(rows, cache=bare),
-            last,
-            arrays,
-            self._num_candidates,
+            self._model, self._weights, _bare(rows), last, arrays, self._num_candidates
         )
-        cache = dataclasses.replace(rows.cache, length=changed.cache.length)
-        self._rows = dataclasses.replace(changed, cache=cache)
+        self._rows = _with_cache(changed, rows.cache)
         return steps
 
     def decode(
         self, slots: Collection[int], num_steps: int, followers: Mapping[int, Follower] | None = None
-    ) -> decoding.Steps:
+    ) -> Steps:
         """Some steps of the rows in these slots, one where somebody follows a row, by its slot; all others stop."""
-        rows, done = self._fitted(), self._all_but(slots)
-        if isinstance(self._processor, RuledProcessor):
-            state = self._processor.states([(followers or {}).get(slot) for slot in range(len(rows.token))])
-            settings = dataclasses.replace(rows.settings, state=self._bound(jax.tree.map(self._place, state)))
-            rows = dataclasses.replace(rows, settings=settings)
+        if followers and self._reads_ahead:
+            return self._decode_in_halves(slots, followers)
+        rows, done = self._with_states(self._fitted(), followers or {}), self._all_but(slots)
         self._rows, steps = decoding.decode(
             self._model, self._weights, rows, done, np.int32(num_steps), self._num_candidates
         )
         return steps
+
+    def _decode_in_halves(self, slots: Collection[int], followers: Mapping[int, Follower]) -> Steps:
+        """A step of the rows in these slots; the devices work on it while the host finds out what may come."""
+        rows, done = self._fitted(), self._all_but(slots)
+        logits, cache = decoding.read_last(self._model, self._weights, rows.cache, rows.token)
+        rows = self._with_states(dataclasses.replace(rows, cache=cache), followers)
+        changed, steps = decoding.draw_next(self._model, _bare(rows), done, logits, self._num_candidates)
+        self._rows = _with_cache(changed, cache)
+        return steps
+
+    def _with_states(self, rows: decoding.Rows, followers: Mapping[int, Follower]) -> decoding.Rows:
+        """Rows with what those who follow them say, by slot, where the processor asks for it."""
+        if not isinstance(self._processor, RuledProcessor):
+            return rows
+        state = self._processor.states([followers.get(slot) for slot in range(len(rows.token))])
+        settings = dataclasses.replace(rows.settings, state=self._bound(jax.tree.map(self._place, state)))
+        return dataclasses.replace(rows, settings=settings)
 
     def _all_but(self, slots: Collection[int]) -> np.ndarray | Array:
         """Of every row, whether it is in none of these slots."""
@@ -288,6 +299,8 @@ class Slots:
         for adjusts in sorted({self._adjusts, True}):
             self._start(adjusts, rooms, room)
             self.decode((), 0)
+            if isinstance(self._processor, RuledProcessor) and self._reads_ahead:
+                self._decode_in_halves((), {})
         begun = {
             (max(width, decoding.LEAST_ROOM), n): width for width, most in widths.items() for n in (1, most)
         }
@@ -324,3 +337,13 @@ class Slots:
 
     def _place(self, rows: np.ndarray) -> np.ndarray | Array:
         return decoding.place(rows, self._model.partitioner)
+
+
+def _bare(rows: decoding.Rows) -> decoding.Rows:
+    """For programs that read nothing of the cache but lengths: one of them serves all its rooms."""
+    return dataclasses.replace(rows, cache=rows.cache.with_arrays(((), (), ())))
+
+
+def _with_cache(rows: decoding.Rows, cache: KVCache) -> decoding.Rows:
+    """Rows that such a program gave, with the cache that they have."""
+    return dataclasses.replace(rows, cache=dataclasses.replace(cache, length=rows.cache.length))

@@ -21,11 +21,12 @@ from llama_jax.errors import InputError
 from llama_jax.inference import decoding
 from llama_jax.inference.cache_blocks import copy_block, put_block, reshaped
 from llama_jax.inference.decode_weights import decode_weights
-from llama_jax.inference.decoding import COLUMNS, Rows, Steps, readable
+from llama_jax.inference.decoding import COLUMNS, Rows, readable
 from llama_jax.inference.logits_processor import Follower
 from llama_jax.inference.proposers import Draft, Heard, Proposal, Proposer, draft_keys
 from llama_jax.inference.sampling import Drawn, SamplerRows, count_drawn, draw, draw_tokens
 from llama_jax.inference.slots import Hidden, Piece, Slots
+from llama_jax.inference.steps import Steps
 from llama_jax.models.config import LlamaConfig
 from llama_jax.models.kv_cache import KVCache
 from llama_jax.models.llama import LlamaForCausalLM

@@ -4,17 +4,21 @@ import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import llama_jax
+from llama_jax import runtime
 from llama_jax.errors import InputError
+from llama_jax.inference import decoding, slots
 from llama_jax.inference.constraint import Constrained, Rules
 from llama_jax.inference.generator import Generator
 from llama_jax.inference.request import CompletionRequest
 from llama_jax.inference.sampling import Sampler
-from llama_jax.models.llama import LlamaForCausalLM
+from llama_jax.models.llama import LlamaForCausalLM, abstract_params_and_axes
 from llama_jax.models.unstacked import unstack
+from llama_jax.partitioning import Partitioner, make_mesh
 from tests import toy
 from tests.serve.serving import make_tokenizer
 
@@ -68,29 +72,66 @@ def test_every_answer_of_a_bounded_schema_ends_and_fits(model_and_params, tokeni
     assert len(set(texts)) > 150
 
 
-def test_rows_keep_to_their_own_rules_and_others_to_none(model_and_params, rules):
+def asked_by_kinds(rules, *seeds):
     kinds = [rules.of_regex('[ab]{3}c?'), None, rules.of_grammar('start: "yes" | "no" start'), rules.of_schema({'const': 7})]  # fmt: skip  # noqa: E501
-    asked = [
+    return [
         CompletionRequest([65, 66], 20, Sampler(temperature=2.0, seed=seed), rules.stop_ids, rule=kinds[seed % 4])
-        for seed in range(24)
+        for seed in seeds
     ]  # fmt: skip
 
-    def answers(processor, asked, slots):
-        generator = Generator(*model_and_params, num_slots=slots, processor=processor, max_steps=4)
-        numbers, found = [generator.submit(one) for one in asked], {}
-        for progress in generator.run():
-            tokens, ended = found.get(progress.number, ([], None))
-            found[progress.number] = tokens + progress.tokens, progress.ended
-        return [found[number] for number in numbers]
 
-    found = answers(Constrained(rules), asked, 4)
+def answers(generator, asked):
+    numbers, found = [generator.submit(one) for one in asked], {}
+    for progress in generator.run():
+        tokens, ended = found.get(progress.number, ([], None))
+        found[progress.number] = tokens + progress.tokens, progress.ended
+    return [found[number] for number in numbers]
+
+
+def test_rows_keep_to_their_own_rules_and_others_to_none(model_and_params, rules):
+    asked = asked_by_kinds(rules, *range(24))
+    ruled, free = (
+        Generator(*model_and_params, num_slots=4, processor=processor, max_steps=4)
+        for processor in (Constrained(rules), None)
+    )
+    found = answers(ruled, asked)
     patterns = ['[ab]{3}c?', None, '(no)*yes', '7']
     for place, (tokens, ended) in enumerate(found):
         if (pattern := patterns[place % 4]) is not None and ended.reason == 'stop':
             assert re.fullmatch(pattern, bytes(tokens).decode())
     assert sum(ended.reason == 'stop' for _, ended in found[::4]) == 6  # bounded, so they end
-    free = [dataclasses.replace(one, rule=None) for one in asked]
-    assert [tokens for tokens, _ in answers(None, free, 4)][1::4] == [tokens for tokens, _ in found][1::4]
+    unasked = [dataclasses.replace(one, rule=None) for one in asked]
+    assert [tokens for tokens, _ in answers(free, unasked)][1::4] == [tokens for tokens, _ in found][1::4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [None, {'data': 2, 'tensor': 4}])
+def test_an_accelerator_reads_a_token_while_masks_are_made(model_and_params, rules, monkeypatch, mesh):
+    model, params = model_and_params
+    if mesh:
+        partitioner = Partitioner(make_mesh(mesh))
+        params = jax.device_put(
+            toy.make_params(model), partitioner.tree_shardings(*abstract_params_and_axes(model))
+        )
+        model = model.clone(partitioner=partitioner)
+    asked, found, order = asked_by_kinds(rules, *range(8)), [], []
+    for platform in ('cpu', 'gpu'):
+        monkeypatch.setattr(slots, 'platform_of', lambda _, platform=platform: platform)
+        generator = Generator(model, params, num_slots=4, processor=Constrained(rules), max_steps=4)
+        generator.warm_up()
+        for owner, name in (decoding, 'read_last'), (Constrained, 'states'), (decoding, 'draw_next'):
+            real = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *a, real=real, name=name: order.append(name) or real(*a))
+        compiled = []
+        with runtime.hears_compilations(compiled.append):
+            found.append([tokens for tokens, _ in answers(generator, asked)])
+        assert not compiled
+        assert ('read_last states draw_next' in ' '.join(order)) == (platform == 'gpu')
+    assert found[0] == found[1]
+    if not mesh:  # and rows without a rule, what they get without anybody's
+        free = Generator(model, params, num_slots=4)
+        unasked = [dataclasses.replace(one, rule=None) for one in asked]
+        assert [tokens for tokens, _ in answers(free, unasked)][1::4] == found[1][1::4]
 
 
 @pytest.mark.slow
