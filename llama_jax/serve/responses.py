@@ -204,6 +204,14 @@ async def _events(response: _Response, chunks: Chunks) -> Chunks:
 
     text, call, finish, usage = '', None, None, None
     place = {'item_id': response.text(None, '')['id'], 'output_index': 0, 'content_index': 0}
+
+    def begin_text() -> tuple[dict[str, Any], ...]:
+        item = response.text(None, 'in_progress')
+        return (
+            event('output_item.added', output_index=0, item=item),
+            event('content_part.added', **place, part=_part('')),
+        )
+
     async with contextlib.aclosing(chunks):
         chunk = await anext(chunks)  # what is refused is so before anything is told
         for kind in ('created', 'in_progress'):
@@ -214,11 +222,8 @@ async def _events(response: _Response, chunks: Chunks) -> Chunks:
                 finish, delta = choice['finish_reason'], choice['delta']
                 (call,) = delta.get('tool_calls', (call,))
                 if piece := delta.get('content'):
-                    if not text:
-                        yield event(
-                            'output_item.added', output_index=0, item=response.text(None, 'in_progress')
-                        )
-                        yield event('content_part.added', **place, part=_part(''))
+                    for one in () if text else begin_text():
+                        yield one
                     text += piece
                     yield event('output_text.delta', **place, delta=piece, logprobs=[])
             chunk = await anext(chunks, None)
@@ -230,9 +235,10 @@ async def _events(response: _Response, chunks: Chunks) -> Chunks:
         yield event('output_item.added', output_index=0, item=begun)
         yield event('function_call_arguments.delta', **place, delta=arguments)
         yield event('function_call_arguments.done', **place, name=item['name'], arguments=arguments)
-    elif text:
+    else:
+        for one in () if text else begin_text():  # an answer of no text is one too
+            yield one
         yield event('output_text.done', **place, text=text, logprobs=[])
         yield event('content_part.done', **place, part=_part(text))
-    if text or call:
-        yield event('output_item.done', output_index=0, item=item)
+    yield event('output_item.done', output_index=0, item=item)
     yield event(status, response=response.whole(status, [item], usage))

@@ -49,6 +49,23 @@ def test_texts_whole_and_streamed(client, script):
     assert cut.output_text == 'Hello'
 
 
+def test_an_answer_of_no_text_is_told_as_one():
+    """What is in the response at its end was announced before, piece by piece."""
+    with serving(lambda: scripted(Script(''))) as (client, _):
+        events = list(official(client).responses.create(model='toy', input='Hi', stream=True))
+    kinds = [event.type.removeprefix('response.') for event in events]
+    told = [
+        'output_item.added',
+        'content_part.added',
+        'output_text.done',
+        'content_part.done',
+        'output_item.done',
+    ]
+    assert kinds == ['created', 'in_progress', *told, 'completed']
+    (item,) = events[-1].response.output
+    assert item.id == events[2].item.id and item.content[0].text == ''
+
+
 def test_a_call_and_its_answer_go_round():
     script = Script(CALL, CALL, 'Sunny.')
     with serving(lambda: scripted(script)) as (client, _):
