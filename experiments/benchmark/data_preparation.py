@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmark.turns import has_peer
 from llama_jax.data.preparation import Preparation, TextSource
 from llama_jax.data.prepare import prepare
 from llama_jax.errors import InputError
@@ -79,7 +79,7 @@ def prepare_beside_others(setting: Setting) -> dict[str, float]:
         'ours_llama3': lambda: prepare_once(setting, tiktoken, 2),
         'one_worker': lambda: _on_one_core(lambda: prepare_once(setting, spiece, 1)),
     }
-    if importlib.util.find_spec('datatrove'):
+    if has_peer('datatrove', 'datatrove'):
         files = huggingface_files(tiktoken, max_seq_len=8192)
         (setting.folder / 'tokenizer.json').write_bytes(files['tokenizer.json'])
         contenders['datatrove'] = lambda: _datatrove(setting)

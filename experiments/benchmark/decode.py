@@ -8,7 +8,6 @@ which its last token gives without a step; that of steps with many, less with on
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
 import statistics
 import time
@@ -22,6 +21,7 @@ from absl import flags
 
 from experiments.benchmark import decode_peers
 from experiments.benchmark.profile import show_kernels
+from experiments.benchmark.turns import has_peer
 from experiments.run.settings import find_preset
 from llama_jax.errors import InputError, error_line
 from llama_jax.inference.generate import generate_tokens
@@ -219,9 +219,9 @@ def find_peers(
 ) -> dict[str, Callable[[int], float]]:
     """Those that are installed; llama.cpp, which is of one prompt here, on a CPU alone."""
     found: dict[str, Callable[[int], float]] = {}
-    if importlib.util.find_spec('torch') and importlib.util.find_spec('transformers'):
+    if has_peer('huggingface', 'torch', 'transformers'):
         found['huggingface'] = decode_peers.huggingface(config, ids)
-    if len(ids) == 1 and jax.default_backend() == 'cpu' and importlib.util.find_spec('llama_cpp'):
+    if len(ids) == 1 and jax.default_backend() == 'cpu' and has_peer('llama_cpp', 'llama_cpp'):
         for dtype in ('float32', 'q8_0'):
             peer = decode_peers.llama_cpp(config, params, ids[0], dtype)
             found[f'llama_cpp_{dtype}'] = at_exit.enter_context(peer)

@@ -6,7 +6,6 @@ whose speed drifts is unkind to both; the figure of each is its median, our firs
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import statistics
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import launch
+from experiments.benchmark.turns import has_peer
 from llama_jax import export, pretrained
 from llama_jax.errors import InputError
 from llama_jax.eval.engine import Engine
@@ -45,7 +45,7 @@ def main() -> dict[str, Any]:
         raise InputError('--suite=eval needs --eval_checkpoint=CKPT and --eval_data_dir=DIR')
     with tempfile.TemporaryDirectory() as scratch:
         contenders = {'llama_jax': ours(checkpoint, data_dir, num_items, _BATCH_TOKENS.value)}
-        if all(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'lm_eval', 'accelerate')):
+        if has_peer('lm_eval_huggingface', 'torch', 'transformers', 'lm_eval', 'accelerate'):
             contenders['lm_eval_huggingface'] = huggingface(checkpoint, data_dir, num_items, Path(scratch))
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         found: dict[str, dict[str, float]] = {}

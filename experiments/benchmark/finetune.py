@@ -20,7 +20,6 @@ and, of a GPU or TPU at full widths (`--finetune_model=llama2_7b --finetune_laye
 """
 
 import functools
-import importlib.util
 import json
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from experiments.benchmark import finetune_steps as steps
 from experiments.benchmark.convert import make_checkpoint
 from experiments.benchmark.finetune_steps import RANK, Size, Training
 from experiments.benchmark.peak import run_measured
-from experiments.benchmark.turns import Contender, Turn, compare, median, of, ratio
+from experiments.benchmark.turns import Contender, Turn, compare, has_peer, median, of, ratio
 from experiments.run.config_file import split_list
 from experiments.run.settings import find_preset
 from llama_jax.errors import InputError
@@ -101,7 +100,7 @@ def adapters(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, 
         'sft': size.ours(answers * size.steps, tokens),
         'lora': size.ours(likelihood, tokens, rank=RANK),
     }
-    if has_peer(size, 'peft'):
+    if can_compare(size, 'peft'):
         for name, compiled in (('peft_eager', False), ('peft_compiled', True)):
             make = functools.partial(peers.peft_turn, size.config, rows, size.steps, compiled=compiled)
             contenders[name] = Contender(make, tokens, is_peer=True)
@@ -142,7 +141,7 @@ def preferences(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[st
         'live': size.ours(rows, len(pairs), loss='preferences'),
         'kept': size.ours(rows, len(pairs), loss='preferences', kept=True),
     }
-    if has_peer(size, 'trl'):
+    if can_compare(size, 'trl'):
 
         def theirs() -> Turn:
             turn, fill = peers.trl_turn(size.config, pairs, size.batch_size)
@@ -187,9 +186,9 @@ def bases(size: Size, seq_len: int, rounds: int, profile: bool) -> dict[str, Any
     return of('base', rates) | ratio('base_nf4_time_to_float32', rates, 'float32', 'nf4')
 
 
-def has_peer(size: Size, name: str) -> bool:
+def can_compare(size: Size, name: str) -> bool:
     """Whether a library of Hugging Face's is installed, and computes as we do; it says where it does not."""
-    if not (importlib.util.find_spec('torch') and importlib.util.find_spec(name)):
+    if not has_peer(name, 'torch', name):
         return False
     if size.dtype != 'float32':
         print(f'{name}: left out, it is measured in float32 alone')

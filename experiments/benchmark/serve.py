@@ -8,7 +8,6 @@ of their own, clients threads of this one; on a GPU, whose memory they share, no
 import contextlib
 import dataclasses
 import http.client
-import importlib.util
 import json
 import re
 import socket
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.benchmark.decode_peers import write_gguf
+from experiments.benchmark.turns import has_peer
 from experiments.run.settings import find_preset
 from llama_jax.errors import InputError
 from llama_jax.inference.constraint import Constrained, Rule, Rules
@@ -81,7 +81,7 @@ def main() -> dict[str, Any]:
         tokenizer = load_tokenizer(path)
         prompt, ids = _prompt(tokenizer, _PROMPT.value)
         servers = {'server': _ours(path, max(numbers), dtype.name)}
-        if _PEER.value and _has_peer():
+        if _PEER.value and has_peer("llama.cpp's server", 'llama_cpp', 'fastapi', 'starlette_context'):
             servers['llama_cpp'] = _theirs(path, context)
         params = unstack(params, dtype, delete=True)  # as the server has them
         contenders: dict[str, Callable[[int], Turn]] = {
@@ -249,11 +249,6 @@ def _ours(path: str, slots: int, dtype: str) -> list[str]:
         '-m', 'experiments.serve', f'--checkpoint={path}', '--port=PORT', f'--slots={slots}', '--name=model',
         f'--dtype={dtype}', '--top_logprobs=0', '--constraints=false', '--prefix_mib=0',
     ]  # fmt: skip
-
-
-def _has_peer() -> bool:
-    """Whether llama.cpp's server can be started: what it needs besides itself comes by an extra."""
-    return all(importlib.util.find_spec(name) for name in ('llama_cpp', 'fastapi', 'starlette_context'))
 
 
 def _theirs(path: str, context: int) -> list[str]:

@@ -7,7 +7,6 @@ figure of each is its median.
 
 import dataclasses
 import functools
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from experiments import launch
 from experiments.benchmark.huggingface import random_llama
 from experiments.benchmark.peak import peak_memory_bytes
 from experiments.benchmark.profile import show_kernels
+from experiments.benchmark.turns import has_peer
 from experiments.prompting.checkpoint import DTYPES, dtype_name
 from experiments.run.settings import compiler_options, find_preset
 from llama_jax.data.lm_batch import lm_batch
@@ -75,7 +75,7 @@ def main() -> dict[str, Any]:
     contenders: dict[str, Callable[[], Step]] = {
         'llama_jax': functools.partial(our_step, model, recipe, rows, _LOSS_CHUNKS.value, _XLA_OPTIONS.value),
     }
-    if _PEER.value and importlib.util.find_spec('torch') and importlib.util.find_spec('transformers'):
+    if _PEER.value and has_peer('huggingface', 'torch', 'transformers'):
         contenders['huggingface_eager'] = functools.partial(
             huggingface_step, config, rows, dtype, compiled=False
         )

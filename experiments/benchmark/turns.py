@@ -1,6 +1,7 @@
 """Contenders that take turns, so that a machine whose speed drifts is equally unkind to all; medians and ratios."""
 
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,15 @@ class Rate:
 
     clock: float
     cpu: float
+
+
+def has_peer(name: str, *packages: str) -> bool:
+    """Whether all packages that a peer needs are installed; where one is not, a line says that it is left out."""
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    if missing:
+        lacking = ' and '.join(missing)
+        print(f"{name}: left out for want of {lacking}; pip install 'llama_jax[parity]'", flush=True)
+    return not missing
 
 
 def compare(
