@@ -65,7 +65,7 @@ def test_killed_at_any_moment_a_run_goes_on(
     moments = moments[AT_ONCE * part :][:AT_ONCE]
     workdirs = [tmp_path / f'run{moment}' for moment in moments]
     killed = launch(commands, options, tmp_path, workdirs, moments)
-    # Where the cores are busy what is saved goes into fewer files: a run may end before its moment has come.
+    # There are more or fewer changes by the time that each takes (659 to 725 were seen): a run may end before its own.
     assert {ended.status for ended in killed} <= {0, -signal.SIGKILL}
     assert sum(ended.status != 0 for ended in killed) > len(moments) / 2
     elsewhere = [workdir.with_name(f'{workdir.name}_mesh') for workdir in workdirs]
